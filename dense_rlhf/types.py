@@ -1,0 +1,147 @@
+"""The four values that flow through a study, frozen, their shapes checked on construction.
+
+Letters: `B` batch, `P` prompt tokens, `T` response tokens, `K` sources.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+NORMALISERS = ("softmax", "sum", "signed")
+
+
+class InputError(ValueError):
+    """Bad input: the message says what arrived, what was wanted, and what to try."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a dialogue; `role` is "user", "assistant" or "system"."""
+
+    role: str
+    content: str
+
+
+Prompt = str | tuple[Message, ...]  # plain text to continue, or the dialogue so far
+
+
+@dataclass(frozen=True)
+class PreferencePair:
+    """Two replies to one prompt, of which people preferred `chosen`."""
+
+    prompt: Prompt
+    chosen: str
+    rejected: str
+
+
+@dataclass(frozen=True)
+class LabelledText:
+    """A text with a human label, 1 good, 0 bad."""
+
+    text: str
+    label: int
+
+
+def _check(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise InputError(f"{name} has shape {tuple(tensor.shape)}, wanted {shape}")
+
+
+def check_right_padded(name: str, mask: Tensor) -> None:
+    """Raise unless every row of the boolean `mask` (B, T) is true on a non-empty prefix and false after it."""
+    import torch
+
+    if mask.dtype != torch.bool or mask.dim() != 2:
+        raise InputError(f"{name} is {mask.dtype} of {mask.dim()} dimensions, wanted a boolean (B, T)")
+    if not bool(mask[:, 0].all()) or bool((mask[:, 1:] & ~mask[:, :-1]).any()):
+        raise InputError(f"{name} must be true through the last response token and false after it, in every row")
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A batch of sampled responses with what the policy and the reward model said of them.
+
+    Index t is the act of emitting response token t; `values[:, t]` is the estimate before it.
+    """
+
+    queries: Tensor  # (B, P) token ids, left-padded
+    query_mask: Tensor  # (B, P) bool
+    responses: Tensor  # (B, T) token ids, right-padded
+    mask: Tensor  # (B, T) bool, true through EOS
+    logprobs: Tensor  # (B, T) nats, zero where mask is false
+    ref_logprobs: Tensor  # (B, T) nats, zero where mask is false
+    values: Tensor  # (B, T) score units, zero where mask is false
+    scores: Tensor  # (B,) one per sequence
+    ended: Tensor  # (B,) bool, the response ends with EOS
+
+    def __post_init__(self):
+        if self.responses.dim() != 2 or self.queries.dim() != 2:
+            raise InputError("queries and responses must be (B, P) and (B, T)")
+        B, T = self.responses.shape
+        _check("queries", self.queries, (B, self.queries.shape[1]))
+        _check("query_mask", self.query_mask, tuple(self.queries.shape))
+        for name in ("mask", "logprobs", "ref_logprobs", "values"):
+            _check(name, getattr(self, name), (B, T))
+        for name in ("scores", "ended"):
+            _check(name, getattr(self, name), (B,))
+        check_right_padded("mask", self.mask)
+
+    @property
+    def players(self) -> Tensor:
+        """(B, T) bool: the tokens that attribution explains, the response without its EOS."""
+        last = self.mask.sum(-1, keepdim=True) - 1
+        import torch
+
+        position = torch.arange(self.mask.shape[1], device=self.mask.device)
+        return self.mask & ~((position == last) & self.ended[:, None])
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """Per-token credit from one source, before normalisation and weighting."""
+
+    source: str
+    credit: Tensor  # (B, T) score units, zero where the rollout's mask is false
+    baseline: Tensor  # (B,) the score that no response token explains
+    gap: Tensor  # (B,) score - baseline - credit.sum(-1); NaN where the source claims no completeness
+    evaluations: float  # reward-model forwards a response
+    seconds: float  # wall time for the batch
+    is_share: bool = False  # credit is a distribution over the response times the score; shaping leaves it as it is
+
+    def __post_init__(self):
+        if self.credit.dim() != 2:
+            raise InputError(f"credit of {self.source!r} must be (B, T), got {tuple(self.credit.shape)}")
+        for name in ("baseline", "gap"):
+            _check(f"{name} of {self.source!r}", getattr(self, name), (self.credit.shape[0],))
+
+
+@dataclass(frozen=True)
+class RewardShape:
+    """How attributions become rewards: `weights` on the simplex over `sources`, and how each source is normalised."""
+
+    sources: tuple[str, ...]
+    weights: tuple[float, ...]
+    normalise: str = "softmax"
+    temperature: float = 1.0
+
+    def __post_init__(self):
+        check_simplex("shape.weights", self.weights, len(self.sources))
+        if len(set(self.sources)) != len(self.sources):
+            raise InputError(f"shape.sources names a source twice: {list(self.sources)}")
+        if self.normalise not in NORMALISERS:
+            raise InputError(f"shape.normalise is {self.normalise!r}, wanted one of {', '.join(NORMALISERS)}")
+        if not self.temperature > 0:
+            raise InputError(f"shape.temperature is {self.temperature}, wanted a number above 0")
+
+
+def check_simplex(name: str, weights: Sequence[float], size: int) -> None:
+    """Raise `InputError` unless `weights` are `size` non-negative numbers that sum to one (to 1e-6)."""
+    if len(weights) != size:
+        raise InputError(f"{name} has {len(weights)} numbers for {size} sources, wanted one each")
+    if not all(w >= 0 for w in weights) or abs(sum(weights) - 1) > 1e-6:
+        raise InputError(f"{name} is {list(weights)}, wanted non-negative numbers that sum to 1")
