@@ -1,0 +1,111 @@
+"""Sample responses, recompute their log-probabilities with the training forward, score them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from dense_rlhf.data import prompt_text
+from dense_rlhf.models import PolicyWithValue, allowed, logprobs_values_entropy, position_ids
+from dense_rlhf.rewards import RewardModel
+from dense_rlhf.types import InputError, Prompt, Rollout
+
+
+def render(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A prompt as this policy wants it: dialogues through its chat template where it has one."""
+    if isinstance(prompt, str) or not tokenizer.chat_template:
+        return prompt_text(prompt)
+    messages = [vars(message) for message in prompt]
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def encode_prompts(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
+    """Left-padded token ids (B, P) and their mask; nothing is cut."""
+    batch = tokenizer(
+        [render(p, tokenizer) for p in prompts], add_special_tokens=False, padding=True, padding_side="left",
+        return_tensors="pt",
+    )  # fmt: skip
+    return batch["input_ids"], batch["attention_mask"].bool()
+
+
+def prompt_batches(prompts: Sequence[Prompt], size: int, seed: int) -> Iterator[list[Prompt]]:
+    """Endless batches of `size` prompts, every prompt once an epoch, each epoch in a fresh order."""
+    if len(prompts) < size:
+        raise InputError(f"ppo.rollouts is {size}, but there are only {len(prompts)} training prompts; lower it")
+    shuffler = random.Random(seed)
+    while True:
+        order = shuffler.sample(range(len(prompts)), len(prompts))
+        for start in range(0, len(order) - size + 1, size):
+            yield [prompts[i] for i in order[start : start + size]]
+
+
+@torch.no_grad()
+def sample(
+    lm: PreTrainedModel, queries: Tensor, query_mask: Tensor, T: int, temperature: float, eos_id: int, pad_id: int,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Sample at most T tokens a row from the full softmax: responses (B, T) padded after EOS, and their mask.
+
+    Logits are divided by `temperature`; no top-k or top-p, so the recomputed log-probabilities are the sampler's.
+    `pad_id` itself is never sampled.
+    """
+    mask, cache, ids = query_mask, DynamicCache(config=lm.config), queries
+    responses = torch.full((len(queries), T), pad_id, device=queries.device)
+    alive = torch.ones(len(queries), dtype=torch.bool, device=queries.device)
+    for t in range(T):
+        out = lm(
+            input_ids=ids, attention_mask=mask.long(), position_ids=position_ids(mask)[:, -ids.shape[1] :],
+            past_key_values=cache, use_cache=True, logits_to_keep=1,
+        )  # fmt: skip
+        probabilities = allowed(out.logits[:, -1].float() / temperature, pad_id).softmax(-1)
+        token = _draw(probabilities, generator)
+        responses[:, t] = torch.where(alive, token, pad_id)
+        alive = alive & (token != eos_id)
+        if not bool(alive.any()):
+            break
+        ids = torch.where(alive, token, pad_id)[:, None]
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], -1)
+    ended = (responses == eos_id).long()
+    return responses, (ended.cumsum(-1) - ended) == 0
+
+
+def _draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """One index a row of (B, V) by inverting the distribution function; a third of multinomial's time."""
+    cdf = probabilities.double().cumsum(-1)
+    at = torch.rand(len(cdf), 1, generator=generator, device=cdf.device, dtype=torch.float64) * cdf[:, -1:]
+    return torch.searchsorted(cdf, at, right=True).squeeze(-1)  # right: an entry of probability zero is never hit
+
+
+@torch.no_grad()
+def collect(
+    policy: PolicyWithValue, reference: PolicyWithValue, reward_model: RewardModel, prompts: Sequence[Prompt],
+    tokenizer: PreTrainedTokenizerBase, T: int, temperature: float, generator: torch.Generator, micro_batch: int = 64,
+) -> Rollout:  # fmt: skip
+    """One batch of experience: sample, then log-probabilities of policy and reference, values and scores."""
+    device = next(policy.parameters()).device
+    queries, query_mask = (x.to(device) for x in encode_prompts(prompts, tokenizer))
+    pad_id, eos_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+    responses, mask = sample(policy.lm, queries, query_mask, T, temperature, eos_id, pad_id, generator)
+    ids, whole = torch.cat([queries, responses], -1), torch.cat([query_mask, mask], -1)
+    parts = [
+        (logprobs_values_entropy(policy, *chunk, temperature, pad_id)[:2],
+         logprobs_values_entropy(reference, *chunk, temperature, pad_id)[0])
+        for chunk in zip(ids.split(micro_batch), whole.split(micro_batch), mask.split(micro_batch))
+    ]  # fmt: skip
+    logprobs, values = (torch.cat([own[i] for own, _ in parts]) for i in (0, 1))
+    ended = (responses == eos_id).any(-1)
+    keep = whole & (ids != eos_id)  # the reward model puts its own EOS at the end
+    keep[:, : queries.shape[1]] = query_mask
+    return Rollout(
+        queries, query_mask, responses, mask, logprobs, torch.cat([ref for _, ref in parts]), values,
+        reward_model.score(ids, keep), ended,
+    )  # fmt: skip
+
+
+def response_texts(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Each response as text, without EOS and padding."""
+    return [tokenizer.decode(ids[keep].tolist()) for ids, keep in zip(rollout.responses, rollout.players)]
