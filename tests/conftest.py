@@ -1,0 +1,95 @@
+"""Tiny stand-ins for everything that costs time: a tokenizer, a policy, a reward model and one rollout of them."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before any import of huggingface_hub: unit tests use no network
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from dense_rlhf import language_model
+from dense_rlhf.models import PolicyWithValue
+from dense_rlhf.rewards import RewardModel, RewardParams, _fresh_classifier
+from dense_rlhf.rollout import collect
+
+settings.register_profile("tests", deadline=None, max_examples=30, derandomize=True, database=None)
+settings.load_profile("tests")
+
+SENTENCES = [
+    "the film was good and the cast was great",
+    "a bad plot and a worse ending, it was awful",
+    "I loved the music; the story was slow but good",
+    "what a waste of time, the acting was bad",
+]
+PROMPTS = ["the film", "a", "I loved the music of this", "what a waste of", "the story was slow but", "bad plot"]
+SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
+
+
+def jitter(model: torch.nn.Module, seed: int, scale: float = 0.15) -> torch.nn.Module:
+    """Fresh weights are so small that a fresh model hardly reads its input: draw larger ones."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 2:
+                p.normal_(0, scale, generator=generator)
+    return model.eval()
+
+
+def make_policy(tokenizer, seed: int = 0, eos_share: float = 0.2) -> LlamaForCausalLM:
+    """A random two-layer policy whose output bias makes about `eos_share` of its tokens EOS."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        tie_word_embeddings=False, bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    lm = LlamaForCausalLM(config)
+    lm.lm_head = torch.nn.Linear(16, len(tokenizer), bias=True)
+    torch.nn.init.zeros_(lm.lm_head.bias)
+    with torch.no_grad():
+        lm.lm_head.bias[tokenizer.eos_token_id] = math.log(len(tokenizer) * eos_share)
+    return jitter(lm, seed)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return language_model.train_tokenizer(SENTENCES, 300)
+
+
+@pytest.fixture(scope="session")
+def reference(tokenizer):
+    return PolicyWithValue(make_policy(tokenizer)).requires_grad_(False).eval()
+
+
+@pytest.fixture
+def policy(tokenizer):
+    """Trainable, fresh for each test, equal to `reference`."""
+    return PolicyWithValue(make_policy(tokenizer))
+
+
+@pytest.fixture(scope="session")
+def reward_model(tokenizer):
+    params = RewardParams(hidden=16, layers=2, heads=2)
+    return RewardModel(jitter(_fresh_classifier(params, tokenizer), seed=1), tokenizer)
+
+
+def make_rollout(policy, reference, reward_model, tokenizer, seed=3, T=8, temperature=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    return collect(policy, reference, reward_model, PROMPTS, tokenizer, T, temperature, generator)
+
+
+@pytest.fixture(scope="session")
+def rollout(reference, reward_model, tokenizer):
+    """Uneven prompts; some responses end early with EOS, some never do, and values are not all zero."""
+    other = PolicyWithValue(make_policy(tokenizer, seed=0))
+    with torch.no_grad():
+        other.value_head.weight.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
+        other.lm.lm_head.weight.add_(0.02)
+    made = make_rollout(other, reference, reward_model, tokenizer)
+    assert made.ended.any() and not made.ended.all() and made.players.sum(-1).unique().numel() > 2
+    assert made.query_mask.sum(-1).unique().numel() > 2
+    return made

@@ -1,0 +1,82 @@
+"""The values that flow through a study refuse what does not fit."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dense_rlhf.types import Attribution, InputError, RewardShape, Rollout
+
+
+def tiny_rollout(**changes) -> Rollout:
+    B, P, T = 3, 2, 4
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]]).bool()
+    fields = {
+        "queries": torch.ones(B, P, dtype=torch.long), "query_mask": torch.ones(B, P, dtype=torch.bool),
+        "responses": torch.ones(B, T, dtype=torch.long), "mask": mask, "logprobs": torch.zeros(B, T),
+        "ref_logprobs": torch.zeros(B, T), "values": torch.zeros(B, T), "scores": torch.zeros(B),
+        "ended": torch.tensor([True, False, True]),
+    }  # fmt: skip
+    return Rollout(**fields | changes)
+
+
+def test_players_leave_out_the_eos_only_of_ended_responses():
+    wanted = torch.tensor([[1, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]]).bool()
+    assert torch.equal(tiny_rollout().players, wanted)
+
+
+@pytest.mark.parametrize("name", ["query_mask", "logprobs", "ref_logprobs", "values", "mask"])
+def test_rollout_names_the_field_of_another_shape(name):
+    with pytest.raises(InputError, match=name):
+        tiny_rollout(**{name: getattr(tiny_rollout(), name)[:, :1]})
+
+
+@pytest.mark.parametrize("name", ["scores", "ended", "queries"])
+def test_rollout_refuses_another_batch_size(name):
+    with pytest.raises(InputError):
+        tiny_rollout(**{name: getattr(tiny_rollout(), name)[:2]})
+
+
+@pytest.mark.parametrize(
+    "row", [[0, 1, 1, 1], [1, 0, 1, 0], [0, 0, 0, 0]], ids=["left-padded", "with a hole", "empty"]
+)
+def test_rollout_refuses_a_mask_that_is_not_right_padded(row):
+    mask = tiny_rollout().mask.clone()
+    mask[1] = torch.tensor(row).bool()
+    with pytest.raises(InputError, match="mask"):
+        tiny_rollout(mask=mask)
+
+
+def test_rollout_refuses_a_mask_that_is_not_boolean():
+    with pytest.raises(InputError, match="boolean"):
+        tiny_rollout(mask=tiny_rollout().mask.long())
+
+
+def test_values_are_frozen():
+    with pytest.raises(AttributeError):
+        tiny_rollout().scores = torch.ones(3)
+
+
+def test_attribution_checks_shapes():
+    good = Attribution("x", torch.zeros(2, 3), torch.zeros(2), torch.zeros(2), 0, 0)
+    with pytest.raises(InputError, match="credit"):
+        replace(good, credit=torch.zeros(2))
+    for name in ("baseline", "gap"):
+        with pytest.raises(InputError, match=name):
+            replace(good, **{name: torch.zeros(3)})
+
+
+@pytest.mark.parametrize("weights", [(0.5, 0.6), (1.5, -0.5), (float("nan"), 1.0), (1.0,), (0.2, 0.3, 0.5)])
+def test_shape_refuses_weights_off_the_simplex(weights):
+    with pytest.raises(InputError, match="shape.weights"):
+        RewardShape(("shap", "terminal"), weights)
+
+
+@pytest.mark.parametrize(
+    "change, word",
+    [({"normalise": "l2"}, "normalise"), ({"temperature": 0.0}, "temperature"), ({"sources": ("a", "a")}, "twice")],
+)
+def test_shape_refuses(change, word):
+    good = RewardShape(("shap", "terminal"), (0.25, 0.75))
+    with pytest.raises(InputError, match=word):
+        replace(good, **change)
