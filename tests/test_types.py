@@ -37,9 +37,7 @@ def test_rollout_refuses_another_batch_size(name):
         tiny_rollout(**{name: getattr(tiny_rollout(), name)[:2]})
 
 
-@pytest.mark.parametrize(
-    "row", [[0, 1, 1, 1], [1, 0, 1, 0], [0, 0, 0, 0]], ids=["left-padded", "with a hole", "empty"]
-)
+@pytest.mark.parametrize("row", [[0, 1, 1, 1], [1, 0, 1, 0], [0, 0, 0, 0]], ids=["left-padded", "with a hole", "empty"])
 def test_rollout_refuses_a_mask_that_is_not_right_padded(row):
     mask = tiny_rollout().mask.clone()
     mask[1] = torch.tensor(row).bool()
