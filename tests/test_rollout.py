@@ -1,0 +1,145 @@
+"""Sampling and scoring: what the sampler drew is what the training forward says it drew."""
+
+import copy
+from collections import Counter
+
+import pytest
+import torch
+from conftest import PROMPTS, make_rollout
+from torch.nn import functional as F
+
+from dense_rlhf.models import logprobs_values_entropy
+from dense_rlhf.rollout import encode_prompts, prompt_batches, render, response_texts, sample
+from dense_rlhf.types import InputError, Message
+
+
+def draw(lm, tokenizer, seed, prompts=PROMPTS, T=8, temperature=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    ends = tokenizer.eos_token_id, tokenizer.pad_token_id
+    return sample(lm, *encode_prompts(prompts, tokenizer), T, temperature, *ends, generator)
+
+
+def test_prompts_are_left_padded_and_whole(tokenizer):
+    ids, mask = encode_prompts(PROMPTS, tokenizer)
+    assert bool(mask[:, -1].all()) and not mask.all()
+    assert [tokenizer.decode(row[keep]) for row, keep in zip(ids, mask)] == PROMPTS
+    assert bool((ids[~mask] == tokenizer.pad_token_id).all())
+
+
+def test_sampling_is_decided_by_the_generator(reference, tokenizer):
+    first, again, other = (draw(reference.lm, tokenizer, seed) for seed in (0, 0, 1))
+    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+    assert not torch.equal(first[0], other[0])
+
+
+def test_mask_is_true_through_eos_and_padding_follows(reference, tokenizer):
+    responses, mask = draw(reference.lm, tokenizer, 5, PROMPTS * 5)
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    for row, keep in zip(responses.tolist(), mask.tolist()):
+        length = row.index(eos) + 1 if eos in row else len(row)
+        assert keep == [t < length for t in range(len(row))]
+        assert all(token == pad for token in row[length:])
+    assert 3 < mask.sum(-1).float().mean() < 7  # EOS has probability about 0.2
+
+
+def test_padding_is_never_sampled(reference, tokenizer):
+    lm = copy.deepcopy(reference.lm)
+    lm.lm_head.bias[tokenizer.pad_token_id] = 20.0  # all but certain, were it not ruled out
+    responses, mask = draw(lm, tokenizer, 0, PROMPTS * 5)
+    assert not bool((responses[mask] == tokenizer.pad_token_id).any())
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_sampled_frequencies_are_the_tempered_softmax(reference, tokenizer, temperature):
+    N = 4000
+    responses, _ = draw(reference.lm, tokenizer, 0, ["the film"] * N, T=1, temperature=temperature)
+    with torch.no_grad():
+        logits = reference.lm(input_ids=encode_prompts(["the film"], tokenizer)[0]).logits[0, -1] / temperature
+    logits[tokenizer.pad_token_id] = -torch.inf
+    wanted, found = logits.softmax(-1), torch.bincount(responses.flatten(), minlength=len(logits)) / N
+    assert 0.5 * (wanted - found).abs().sum() < 0.13  # total variation; N draws over 300 tokens give about 0.1
+    top = wanted.topk(5).indices
+    assert ((wanted - found)[top].abs() < 4 * (wanted[top] / N).sqrt()).all()
+
+
+def test_temperatures_differ(reference, tokenizer):
+    """The test above tells temperatures apart: their total variation is beyond its tolerance."""
+    with torch.no_grad():
+        logits = reference.lm(input_ids=encode_prompts(["the film"], tokenizer)[0]).logits[0, -1]
+    shares = [(logits / temperature).softmax(-1) for temperature in (0.5, 1.0, 2.0)]
+    assert all(0.5 * (a - b).abs().sum() > 0.2 for a, b in zip(shares, shares[1:]))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_equal_a_plain_forward_of_each_row_alone(policy, reference, reward_model, tokenizer, temperature):
+    made = make_rollout(policy, reference, reward_model, tokenizer, temperature=temperature)
+    for row in range(len(made.scores)):
+        query, response = made.queries[row][made.query_mask[row]], made.responses[row][made.mask[row]]
+        with torch.no_grad():
+            logits = policy.lm(input_ids=torch.cat([query, response])[None]).logits[0, len(query) - 1 : -1]
+        logits = logits / temperature
+        logits[:, tokenizer.pad_token_id] = -torch.inf
+        wanted = F.log_softmax(logits, -1).gather(-1, response[:, None]).squeeze(-1)
+        assert torch.allclose(made.logprobs[row, : len(response)], wanted, atol=1e-5)
+        assert torch.equal(made.logprobs[row, len(response) :], torch.zeros(8 - len(response)))
+    assert torch.equal(made.logprobs, made.ref_logprobs)  # the policy is still the reference
+
+
+def test_more_left_padding_changes_nothing(policy, rollout, tokenizer):
+    ids, mask = torch.cat([rollout.queries, rollout.responses], -1), torch.cat([rollout.query_mask, rollout.mask], -1)
+    policy.value_head.weight.data.fill_(0.3)
+    pad = tokenizer.pad_token_id
+    with torch.no_grad():
+        before = logprobs_values_entropy(policy, ids, mask, rollout.mask, 1.0, pad)
+        after = logprobs_values_entropy(
+            policy, F.pad(ids, (5, 0), value=pad), F.pad(mask, (5, 0)), rollout.mask, 1.0, pad
+        )
+    for a, b in zip(before, after):
+        assert torch.allclose(a, b, atol=1e-5) and a.abs().sum() > 1
+
+
+def test_entropy_is_that_of_the_sampled_distribution(policy, rollout, tokenizer):
+    with torch.no_grad():
+        policy.lm.lm_head.weight.zero_()
+        policy.lm.lm_head.bias.zero_()
+        ids = torch.cat([rollout.queries, rollout.responses], -1)
+        whole = torch.cat([rollout.query_mask, rollout.mask], -1)
+        found = logprobs_values_entropy(policy, ids, whole, rollout.mask, 1.0, tokenizer.pad_token_id)[2]
+    wanted = torch.tensor(len(tokenizer) - 1.0).log()  # uniform over all but padding
+    assert torch.allclose(found[rollout.mask], wanted, atol=1e-4) and not found[~rollout.mask].any()
+
+
+def test_scores_are_those_of_prompt_and_response_without_eos(rollout, reward_model):
+    for row in range(len(rollout.scores)):
+        alone = torch.cat([rollout.queries[row][rollout.query_mask[row]], rollout.responses[row][rollout.players[row]]])
+        wanted = reward_model.score(alone[None], torch.ones_like(alone[None]).bool())
+        assert abs(wanted.item() - rollout.scores[row].item()) < 1e-5
+
+
+def test_ended_and_texts(rollout, tokenizer):
+    eos = tokenizer.eos_token_id
+    last = rollout.responses.gather(-1, rollout.mask.sum(-1, keepdim=True) - 1).squeeze(-1)
+    assert torch.equal(rollout.ended, last == eos)
+    texts = response_texts(rollout, tokenizer)
+    assert not any("<" in text for text in texts)
+    row = int(rollout.players.sum(-1).argmax())
+    assert texts[row] == tokenizer.decode(rollout.responses[row][rollout.players[row]])
+
+
+def test_prompt_batches_give_every_prompt_once_an_epoch():
+    prompts = [str(i) for i in range(10)]
+    batches = prompt_batches(prompts, 5, seed=0)
+    epochs = [next(batches) + next(batches) for _ in range(3)]
+    assert all(Counter(epoch) == Counter(prompts) for epoch in epochs) and epochs[0] != epochs[1]
+    again = prompt_batches(prompts, 5, seed=0)
+    assert next(again) + next(again) == epochs[0]
+    with pytest.raises(InputError, match="ppo.rollouts is 11"):
+        next(prompt_batches(prompts, 11, seed=0))
+
+
+def test_a_dialogue_goes_through_the_chat_template_where_there_is_one(tokenizer):
+    dialogue = (Message("user", "hi"),)
+    assert render(dialogue, tokenizer) == "\n\nHuman: hi\n\nAssistant:"
+    with_template = copy.deepcopy(tokenizer)
+    with_template.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
+    assert render(dialogue, with_template) == "[user]hi[assistant]" and render("plain", with_template) == "plain"
