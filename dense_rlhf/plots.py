@@ -3,16 +3,111 @@
 from __future__ import annotations
 
 import io
+import textwrap
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from IPython.display import display
-from matplotlib.axes import Axes
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+    from dense_rlhf.bayesopt import SimplexSearch
+    from dense_rlhf.judge import Interval
+
+# Wong (2011) and Tol's muted set: told apart with every common colour blindness
+COLOURS = {
+    "reference": "#777777", "sparse": "#000000", "terminal": "#000000", "uniform": "#56B4E9", "random": "#999933",
+    "attention": "#CC79A7", "shap": "#E69F00", "shap-signed": "#D55E00", "lime": "#009E73", "lime-signed": "#117733",
+    "bo": "#882255", "bo-shap": "#0072B2",
+}  # fmt: skip
+SPARE = ("#332288", "#44AA99", "#AA4499", "#88CCEE", "#661100")
+
+
+def colour(method: str) -> str:
+    """The method's colour; a name that we do not know gets a fixed one of its own letters' choice."""
+    return COLOURS.get(method) or SPARE[sum(method.encode()) % len(SPARE)]
+
+
+def axes(width: float = 6.5, height: float = 3.6) -> Axes:
+    """An empty pair of axes in the project's style."""
+    import matplotlib.pyplot as plt
+    import seaborn as sns
+
+    sns.set_theme(style="whitegrid", context="notebook", font_scale=0.85)
+    return plt.subplots(figsize=(width, height), layout="constrained")[1]
 
 
 def show(ax: Axes, alt: str) -> None:
     """Display the figure of `ax` as a PNG with its alt text, and close it."""
     import matplotlib.pyplot as plt
 
+    ax.set_title(textwrap.fill(ax.get_title(), 80), loc="left", fontsize="medium")
     buffer = io.BytesIO()
     ax.figure.savefig(buffer, format="png", dpi=100, bbox_inches="tight", metadata={"Software": None})
     plt.close(ax.figure)
     display({"image/png": buffer.getvalue(), "text/plain": alt}, raw=True, metadata={"image/png": {"alt": alt}})
+
+
+def curves(ax: Axes, history: pd.DataFrame, y: str, ylabel: str, smooth: int = 5) -> Axes:
+    """`y` against PPO updates: a line an arm (mean over seeds, running mean of `smooth`), a band from seed to seed."""
+    import seaborn as sns
+
+    rolled = history.sort_values("update").copy()
+    rolled[y] = rolled.groupby(["arm", "seed"])[y].transform(lambda v: v.rolling(smooth, min_periods=1).mean())
+    seeds, arms = rolled["seed"].nunique(), list(dict.fromkeys(history["arm"]))
+    sns.lineplot(rolled, x="update", y=y, hue="arm", hue_order=arms, palette={a: colour(a) for a in arms}, ax=ax,
+                 errorbar=("pi", 100))  # fmt: skip
+    ax.set(xlabel=f"PPO update (band: range of {seeds} seed{'s' * (seeds > 1)})", ylabel=ylabel)
+    return ax
+
+
+def point_ranges(ax: Axes, intervals: Mapping[str, Interval], xlabel: str) -> Axes:
+    """A point with its 95 % interval for each method, one a line."""
+    for row, (name, interval) in enumerate(intervals.items()):
+        ax.plot([interval.low, interval.high], [row, row], color=colour(name), lw=3, solid_capstyle="round")
+        ax.plot(interval.mean, row, "o", color=colour(name), ms=8)
+    ax.set_yticks(range(len(intervals)), list(intervals))
+    ax.invert_yaxis()
+    ax.set(xlabel=xlabel)
+    return ax
+
+
+def frontier(ax: Axes, history: pd.DataFrame, x: str = "kl", y: str = "gold", smooth: int = 5) -> Axes:
+    """Gold score against KL as training goes on: a thin line a seed, a dot at its end."""
+    for (arm, _), run in history.groupby(["arm", "seed"], sort=False):
+        path = run.sort_values("update")[[x, y]].rolling(smooth, min_periods=1).mean()
+        ax.plot(path[x], path[y], color=colour(arm), lw=1.2, alpha=0.8)
+        ax.plot(path[x].iloc[-1], path[y].iloc[-1], "o", color=colour(arm), label=arm)
+    handles, labels = ax.get_legend_handles_labels()
+    ax.legend(*zip(*{label: (handle, label) for handle, label in zip(handles, labels)}.values()))
+    ax.set(xlabel="KL from the reference (nats a response)", ylabel="gold score (log-odds)")
+    return ax
+
+
+def trace(ax: Axes, search: SimplexSearch, errors: list[float]) -> Axes:
+    """Observed value of each trial with its standard error over prompts, and the incumbent's posterior mean +- 2 sd."""
+    trials = list(range(len(search.values)))
+    ax.errorbar(trials, search.values, yerr=errors, fmt="o", color=colour("bo-shap"), label="observed ± SE (prompts)")
+    ax.axvspan(-0.5, search.initial - 0.5, color="0.93", label="Sobol start")
+    _, mean, sd = search.incumbent()
+    ax.axhspan(mean - 2 * sd, mean + 2 * sd, color=colour("shap"), alpha=0.2, label="incumbent ± 2 sd (posterior)")
+    ax.axhline(mean, color=colour("shap"))
+    ax.set(xlabel="trial (1 PPO seed each)", ylabel="validation reward (sd of reference)", xticks=trials)
+    ax.legend(fontsize="small")
+    return ax
+
+
+def posterior_line(ax: Axes, search: SimplexSearch, sources: tuple[str, ...]) -> Axes:
+    """For two sources: the posterior over the weight of the first, mean +- 2 sd, with the observations."""
+    import numpy as np
+
+    grid = np.linspace(0, 1, 51)
+    mean, sd = search.posterior([(w, 1 - w) for w in grid])
+    ax.fill_between(grid, mean - 2 * sd, mean + 2 * sd, color=colour("bo-shap"), alpha=0.2, label="posterior ± 2 sd")
+    ax.plot(grid, mean, color=colour("bo-shap"))
+    ax.plot([w[0] for w in search.weights], search.values, "o", color="0.3", label="trials")
+    ax.set(xlabel=f"weight of {sources[0]} (the rest: {sources[1]})", ylabel="validation reward (sd of reference)")
+    ax.legend(fontsize="small")
+    return ax

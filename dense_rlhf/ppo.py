@@ -7,45 +7,15 @@ the mini-batch, not of micro-batches; every mini-batch is an optimiser step; gra
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
 
 import torch
 from torch import Tensor
 
 from dense_rlhf.masked import masked_mean, masked_sum, masked_var, masked_whiten
 from dense_rlhf.models import PolicyWithValue, logprobs_values_entropy
+from dense_rlhf.params import PPOParams
 from dense_rlhf.types import InputError, Rollout
-
-
-@dataclass(frozen=True)
-class PPOParams:
-    """One policy's training."""
-
-    updates: int = 40
-    rollouts: int = 64  # responses an update
-    max_new_tokens: int = 24
-    temperature: float = 1.0
-    epochs: int = 1  # passes over each batch of rollouts
-    minibatch: int = 32  # responses an optimiser step
-    lr: float = 5e-5  # falls linearly to a tenth
-    value_lr: float = 1e-3  # of the value head
-    kl_coef: float = 0.05
-    gamma: float = 1.0
-    lam: float = 0.95
-    clip: float = 0.2
-    value_clip: float = 0.2
-    value_coef: float = 0.1
-    max_grad_norm: float = 1.0
-    missing_eos_penalty: float = 0.0
-    whiten_rewards: bool = False
-    micro_batch: int = 64  # responses a forward pass
-
-    def __post_init__(self):
-        if self.rollouts % self.minibatch:
-            raise InputError(f"ppo.rollouts is {self.rollouts}, wanted a multiple of ppo.minibatch = {self.minibatch}")
-        for name in ("updates", "rollouts", "max_new_tokens", "epochs", "minibatch", "micro_batch", "temperature"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"ppo.{name} is {getattr(self, name)}, wanted a number above 0")
 
 
 def token_rewards(rollout: Rollout, shaped: Tensor, params: PPOParams) -> Tensor:
@@ -68,6 +38,9 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 
     A_t = sum_l (gamma lam)^l (r_{t+l} + gamma V_{t+l+1} - V_{t+l}), with V = 0 after the last token.
     """
+    if not rewards.shape == values.shape == mask.shape:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (rewards, values, mask))
+        raise InputError(f"rewards, values and mask have shapes {shapes}; wanted the same")
     values = values.masked_fill(~mask, 0)
     advantages, carried = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.shape[1])):
@@ -110,7 +83,7 @@ def update(
 ) -> dict[str, float]:  # fmt: skip
     """Improve `policy` in place on one rollout with per-token rewards (B, T), and say how it went.
 
-    Advantages are whitened over the batch. Raises `InputError` on a loss that is not finite, before the step.
+    Advantages are whitened over the batch. Raises `InputError` on a loss or gradient that is not finite, before the step.
     """
     advantages = gae(rewards, rollout.values, rollout.mask, params.gamma, params.lam)
     returns = advantages + rollout.values
@@ -147,9 +120,10 @@ def _step(policy, optimizer, rollout, ids, whole, advantages, returns, rows, par
             }  # fmt: skip
         for name, value in now.items():
             logs[name] = logs.get(name, 0.0) + (value * share).item()
-    if not all(map(torch.isfinite, map(torch.tensor, logs.values()))):
-        raise InputError(f"PPO met a number that is not finite: {logs}; lower ppo.lr or look at the rewards")
     logs["grad_norm"] = torch.nn.utils.clip_grad_norm_(policy.parameters(), params.max_grad_norm).item()
+    if not all(map(math.isfinite, logs.values())):
+        optimizer.zero_grad()
+        raise InputError(f"PPO met a number that is not finite: {logs}; lower ppo.lr or look at the rewards")
     optimizer.step()
     optimizer.zero_grad()
     return logs

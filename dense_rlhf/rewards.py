@@ -21,27 +21,11 @@ from transformers import (
 )
 
 from dense_rlhf.data import prompt_text
+from dense_rlhf.params import RewardParams
 from dense_rlhf.store import cached_folder, source_sha256, write_json
 from dense_rlhf.types import InputError, LabelledText, PreferencePair
 
 WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)?")
-
-
-@dataclass(frozen=True)
-class RewardParams:
-    """The proxy reward model: a small transformer trained here, or a finished one from the hub."""
-
-    name: str = "scratch"  # scratch, or the hub id or folder of a sequence classifier with one output
-    revision: str | None = None
-    hidden: int = 64
-    layers: int = 2
-    heads: int = 4
-    steps: int = 500
-    batch: int = 96
-    lr: float = 3e-3
-    window: int = 48  # labels: tokens of a training snippet; pairs: the most tokens of a dialogue
-    max_drop: float = 0.6  # labels: each snippet loses a uniform share of its tokens, up to this
-    token_budget: int = 32768  # tokens in one scoring batch
 
 
 # ---------------------------------------------------------------------------------------------------- proxy
@@ -157,7 +141,8 @@ def train_on_labels(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, params.lr, total_steps=params.steps, pct_start=0.1)
     for _ in progress(range(params.steps)):
         rows = torch.randint(len(examples), (params.batch,), generator=generator)
-        packed, lengths, _ = pack_kept(*_snippets([encoded[r] for r in rows], params, generator), tokenizer.eos_token_id)
+        snippets = _snippets([encoded[row] for row in rows], params, generator)
+        packed, lengths, _ = pack_kept(*snippets, tokenizer.eos_token_id)
         hidden = model.model(input_ids=packed, use_cache=False).last_hidden_state  # causal: right padding is unseen
         logits = model.score(hidden[torch.arange(len(rows)), lengths - 1]).squeeze(-1)
         F.binary_cross_entropy_with_logits(logits, labels[rows]).backward()
@@ -178,7 +163,7 @@ def pair_ids(pair: PreferencePair, tokenizer: PreTrainedTokenizerBase) -> tuple[
 def train_on_pairs(
     examples: list[PreferencePair], tokenizer: PreTrainedTokenizerBase, params: RewardParams, seed: int, folder: Path
 ) -> PreTrainedModel:
-    """A fresh classifier trained on preference pairs by trl's RewardTrainer; pairs over `window` tokens are left out."""
+    """A fresh classifier trained on pairs by trl's RewardTrainer; pairs longer than `window` tokens are left out."""
     import datasets
     from trl import RewardConfig, RewardTrainer
 
@@ -194,9 +179,8 @@ def train_on_pairs(
         learning_rate=params.lr, max_length=params.window, center_rewards_coefficient=0.01, use_cpu=cpu, bf16=not cpu,
         gradient_checkpointing=False, report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
     )  # fmt: skip
-    trainer = RewardTrainer(
-        _fresh_classifier(params, tokenizer), config, datasets.Dataset.from_list(rows), processing_class=tokenizer
-    )
+    data, model = datasets.Dataset.from_list(rows), _fresh_classifier(params, tokenizer)
+    trainer = RewardTrainer(model, config, train_dataset=data, processing_class=tokenizer)
     trainer.train()
     return trainer.model.float().eval()
 
@@ -307,3 +291,41 @@ def load_lexicon() -> AdditiveJudge:
     text = (importlib.resources.files("vaderSentiment") / "vader_lexicon.txt").read_text(encoding="utf-8")
     rows = (line.split("\t") for line in text.splitlines() if line.strip())
     return AdditiveJudge("lexicon", {row[0].lower(): float(row[1]) for row in rows if WORD.fullmatch(row[0])})
+
+
+# ---------------------------------------------------------------------------------------------------- accuracy
+
+
+def proxy_correct(
+    reward_model: RewardModel, examples: list[LabelledText] | list[PreferencePair], window: int, drop: float = 0.0,
+    seed: int = 0,
+) -> np.ndarray:  # fmt: skip
+    """Whether the proxy agrees with people on each example, (N,) of bool, with a share `drop` of its tokens removed.
+
+    Labels: is the first `window` tokens' output above zero? Pairs: does the chosen reply score higher? Pairs with
+    more than `window` tokens are left out, so compare len() with the number of examples.
+    """
+    tokenizer, generator = reward_model.tokenizer, torch.Generator().manual_seed(seed)
+
+    def scores(sequences: list[list[int]]) -> Tensor:
+        width = max(map(len, sequences))
+        ids = torch.tensor([tokens + [0] * (width - len(tokens)) for tokens in sequences])
+        keep = torch.arange(width) < torch.tensor([len(tokens) for tokens in sequences])[:, None]
+        keep &= torch.rand(keep.shape, generator=generator) >= drop
+        device = reward_model.model.device
+        return reward_model.score(ids.to(device), keep.to(device)).cpu() * reward_model.scale + reward_model.offset
+
+    if isinstance(examples[0], PreferencePair):
+        pairs = [sides for e in examples if max(map(len, sides := pair_ids(e, tokenizer))) <= window]
+        chosen, rejected = (scores([sides[i][:-1] for sides in pairs]) for i in (0, 1))
+        return (chosen > rejected).numpy()
+    encoded = tokenizer([e.text for e in examples], add_special_tokens=False)["input_ids"]
+    labels = np.array([e.label for e in examples], bool)
+    return (scores([tokens[:window] for tokens in encoded]) > 0).numpy() == labels
+
+
+def judge_correct(judge: AdditiveJudge, examples: list[LabelledText] | list[PreferencePair]) -> np.ndarray:
+    """Whether an additive judge agrees with people on each whole example, (N,) of bool."""
+    if isinstance(examples[0], PreferencePair):
+        return np.array([judge.score(e.chosen) > judge.score(e.rejected) for e in examples])
+    return np.array([(judge.score(e.text) > 0) == bool(e.label) for e in examples])

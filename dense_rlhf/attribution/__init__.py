@@ -1,5 +1,5 @@
 """Which tokens earned the score: `attribute` explains a whole rollout; `SOURCES` lists how."""
 
-from dense_rlhf.attribution.sources import SOURCES, AttributionParams, attribute
+from dense_rlhf.attribution.sources import SOURCES, attribute
 
-__all__ = ["SOURCES", "AttributionParams", "attribute"]
+__all__ = ["SOURCES", "attribute"]

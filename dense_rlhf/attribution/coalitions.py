@@ -28,7 +28,8 @@ def _design(masks: np.ndarray, operator: np.ndarray) -> Design:
     unique, index = np.unique(np.concatenate([ends, masks]), axis=0, return_inverse=True)
     merged = np.zeros((k, len(unique)))
     np.add.at(merged.T, index.ravel()[2:], operator.T)
-    order = np.argsort(unique.sum(1) % k != 0, kind="stable")  # sums 0 and k come first, in that order
+    sizes = unique.sum(1)
+    order = np.lexsort([sizes, (sizes > 0) & (sizes < k)])  # empty, full, then the others by size
     return Design(torch.from_numpy(unique[order]), torch.from_numpy(merged[:, order]))
 
 
@@ -50,13 +51,13 @@ def permutation_shap(k: int, permutations: int, seed: int) -> Design:
         left = rank[None] >= np.arange(1, k + 1)[:, None]  # the first n have gone again
         masks.append(np.concatenate([joined, left]))
         for n, player in enumerate(order):
-            operator[player, [start + n + 1, start + k + n]] += 1
+            np.add.at(operator[player], [start + n + 1, start + k + n], 1)  # one and the same where k = 1
             operator[player, [start + n, start + k + n + 1]] -= 1
     return _design(np.concatenate(masks), operator / (2 * permutations))
 
 
 @lru_cache(maxsize=512)
-def lime(k: int, samples: int, seed: int, width: float = 25.0) -> Design:
+def ridge_lime(k: int, samples: int, seed: int, width: float = 25.0) -> Design:
     """Weighted ridge regression on random removals, as lime 0.2's text explainer draws, weights and fits them.
 
     Row 0 of its sample is the full text; distance 100 (1 - cosine), weight exp(-(d / width)^2 / 2), ridge 1 with a

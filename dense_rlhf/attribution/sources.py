@@ -4,37 +4,30 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from dense_rlhf.attribution import coalitions
-from dense_rlhf.masked import masked_sum
-from dense_rlhf.rewards import RewardModel
+from dense_rlhf.params import AttributionParams
 from dense_rlhf.types import Attribution, InputError, Rollout
 
+if TYPE_CHECKING:  # the registry is read before a study starts, so torch is imported where it is used
+    from torch import Tensor
 
-@dataclass(frozen=True)
-class AttributionParams:
-    """Budgets. One permutation costs 2 k + 1 evaluations for k response tokens."""
-
-    permutations: int = 1
-    lime_samples: int = 64
-    seed: int = 0
+    from dense_rlhf.attribution.coalitions import Design
+    from dense_rlhf.rewards import RewardModel
 
 
 def _share(source: str, rollout: Rollout, share: Tensor, evaluations: float = 0) -> Attribution:
     """A distribution over the response (B, T), times the score: complete against a baseline of zero."""
     credit = (share * rollout.scores[:, None]).masked_fill(~rollout.mask, 0)
-    zero = torch.zeros_like(rollout.scores)
-    return Attribution(source, credit, zero, rollout.scores - credit.sum(-1), evaluations, 0.0, is_share=True)
+    gap = rollout.scores - credit.sum(-1)
+    return Attribution(source, credit, gap.new_zeros(gap.shape), gap, evaluations, 0.0, is_share=True)
 
 
 def terminal(reward_model: RewardModel, rollout: Rollout, params: AttributionParams) -> Attribution:
     """All on the last token: sparse RLHF."""
-    position = torch.arange(rollout.mask.shape[1], device=rollout.mask.device)
-    last = position == rollout.mask.sum(-1, keepdim=True) - 1
+    last = rollout.mask.cumsum(-1) == rollout.mask.sum(-1, keepdim=True)
+    last &= rollout.mask
     return _share("terminal", rollout, last.float())
 
 
@@ -45,6 +38,8 @@ def uniform(reward_model: RewardModel, rollout: Rollout, params: AttributionPara
 
 def random(reward_model: RewardModel, rollout: Rollout, params: AttributionParams) -> Attribution:
     """A control: shares drawn from Dirichlet(1), fresh for each response and reproducible from its tokens."""
+    import torch
+
     generator = torch.Generator().manual_seed(params.seed + int(rollout.responses.sum()))
     draws = torch.empty(rollout.mask.shape).exponential_(generator=generator).to(rollout.mask.device) * rollout.mask
     return _share("random", rollout, draws / draws.sum(-1, keepdim=True))
@@ -55,6 +50,8 @@ def attention(reward_model: RewardModel, rollout: Rollout, params: AttributionPa
 
     Attention on response tokens divided by its sum. It is a softmax already, so shaping applies no second one.
     """
+    import torch
+
     ids = torch.cat([rollout.queries, rollout.responses], -1)
     keep = torch.cat([rollout.query_mask, rollout.players], -1)
     weights = reward_model.read_attention(ids, keep)[:, rollout.queries.shape[1] :]
@@ -64,15 +61,22 @@ def attention(reward_model: RewardModel, rollout: Rollout, params: AttributionPa
 
 
 def _additive(
-    source: str, design: Callable[[int], coalitions.Design], reward_model: RewardModel, rollout: Rollout
+    source: str, design: Callable[[int], Design], reward_model: RewardModel, rollout: Rollout
 ) -> Attribution:
     """Score every coalition of every response in common batches, then one matrix product for each length."""
+    import torch
+
+    from dense_rlhf.masked import masked_sum
+
     ids = torch.cat([rollout.queries, rollout.responses], -1)
     credit = torch.zeros_like(rollout.values, dtype=torch.float64)
     baseline, evaluations, sizes = torch.zeros_like(rollout.scores), 0, rollout.players.sum(-1)
     for k in sizes.unique().tolist():
         rows = (sizes == k).nonzero().squeeze(-1)
-        plan = design(k) if k else coalitions.Design(torch.zeros(1, 0, dtype=torch.bool), torch.zeros(0, 1))
+        if k == 0:  # an EOS alone: nothing to explain
+            baseline[rows] = rollout.scores[rows]
+            continue
+        plan = design(k)
         y = _coalition_scores(reward_model, ids[rows], rollout.query_mask[rows], plan.masks.to(ids.device))
         credit[rows, :k] = y.double() @ plan.operator.to(y.device, torch.float64).T
         baseline[rows] = y[:, 0]
@@ -84,6 +88,8 @@ def _additive(
 
 def _coalition_scores(reward_model: RewardModel, ids: Tensor, query_mask: Tensor, masks: Tensor) -> Tensor:
     """Scores (R, m) of R responses of k players under the m coalitions `masks` (m, k); absent tokens are dropped."""
+    import torch
+
     (R, P), (m, k) = query_mask.shape, masks.shape
     keep = torch.cat([query_mask[:, None].expand(R, m, P), masks[None].expand(R, m, k)], -1)
     rows = ids[:, None, : P + k].expand(R, m, P + k)
@@ -92,14 +98,16 @@ def _coalition_scores(reward_model: RewardModel, ids: Tensor, query_mask: Tensor
 
 def shap(reward_model: RewardModel, rollout: Rollout, params: AttributionParams) -> Attribution:
     """Shapley values of the response tokens, prompt fixed (Lundberg & Lee, 2017), by antithetic permutations."""
-    design = lambda k: coalitions.permutation_shap(k, params.permutations, params.seed)  # noqa: E731
-    return _additive("shap", design, reward_model, rollout)
+    from dense_rlhf.attribution.coalitions import permutation_shap
+
+    return _additive("shap", lambda k: permutation_shap(k, params.permutations, params.seed), reward_model, rollout)
 
 
 def lime(reward_model: RewardModel, rollout: Rollout, params: AttributionParams) -> Attribution:
     """A local weighted ridge regression on random removals, prompt fixed (Ribeiro et al., 2016)."""
-    design = lambda k: coalitions.lime(k, params.lime_samples, params.seed)  # noqa: E731
-    return _additive("lime", design, reward_model, rollout)
+    from dense_rlhf.attribution.coalitions import ridge_lime
+
+    return _additive("lime", lambda k: ridge_lime(k, params.lime_samples, params.seed), reward_model, rollout)
 
 
 def attribute(

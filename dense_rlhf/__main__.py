@@ -1,0 +1,107 @@
+"""python -m dense_rlhf run|report|list"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from dense_rlhf.types import InputError
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from dense_rlhf.grid import describe, expand, run_grid
+    from dense_rlhf.params import load_study
+
+    study = load_study(Path(arguments.study), arguments.set or ())
+    jobs = expand(study)
+    if arguments.dry_run:
+        print("\n".join(describe(job) for job in jobs))
+        print(f"{len(jobs)} runs, {study.workers} at a time; nothing was started")
+        return 0
+    print(f"{study.study}: {len(jobs)} runs, {study.workers} at a time", flush=True)
+    records = run_grid(study, lambda line: print(line, flush=True))
+    failed = [record for record in records if record["status"] not in ("ok", "cached")]
+    from dense_rlhf.report import write_reports
+
+    index = write_reports(study, records)
+    for record in failed:
+        print(f"{record['status']}: {record['job']}: {record['error']}\n"
+              f"  again: papermill notebooks/{record['notebook']}.ipynb out.ipynb "
+              f"-f runs/{study.study}/{record['job']}/params.yaml")  # fmt: skip
+    print(f"open {index}")
+    return 1 if failed else 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from dense_rlhf.grid import expand, runs_folder
+    from dense_rlhf.params import load_study
+    from dense_rlhf.report import write_reports
+    from dense_rlhf.runs import RunFolder
+
+    study = load_study(Path(arguments.study), arguments.set or ())
+    folders = (RunFolder(runs_folder(study) / job.name) for job in expand(study))
+    records = [record for folder in folders if (record := folder.load_json("run.json"))]
+    if not records:
+        raise InputError(f"no run under {runs_folder(study)}; run the study first")
+    print(f"open {write_reports(study, records)}")
+    return 0
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    from dense_rlhf.attribution import SOURCES
+    from dense_rlhf.data import DATASETS
+    from dense_rlhf.runs import repository_root
+
+    studies = sorted(path.name for path in (repository_root() / "params").glob("*.yaml"))
+    print(f"studies   params/{', params/'.join(studies)}")
+    print(f"datasets  {', '.join(DATASETS)}")
+    print(f"sources   {', '.join(SOURCES)}")
+    return 0
+
+
+def _execute(arguments: argparse.Namespace) -> int:
+    from dense_rlhf.grid import execute_notebook
+
+    try:
+        execute_notebook(arguments.notebook, Path(arguments.folder).resolve())
+    except Exception as error:  # a papermill, nbclient or kernel error: the log keeps the trace, this line the reason
+        import traceback
+
+        traceback.print_exc()
+        reason = f"{error.ename}: {error.evalue}" if hasattr(error, "ename") else f"{type(error).__name__}: {error}"
+        print(" ".join(reason.split())[:500], flush=True)
+        return 1
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code: 0 all ok, 1 a run failed, 2 bad input, 130 interrupted."""
+    parser = argparse.ArgumentParser(prog="python -m dense_rlhf", description="Which tokens earned the reward?")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, act, text in (("run", _run, "run a study's grid of notebooks and render its reports"),
+                            ("report", _report, "render the reports of a study's finished runs again")):  # fmt: skip
+        command = commands.add_parser(name, help=text)
+        command.add_argument("study", help="a YAML file, such as params/reviews.yaml")
+        command.add_argument("--set", action="append", metavar="KEY=VALUE", help="override one parameter; repeatable")
+        command.set_defaults(act=act)
+        if name == "run":
+            command.add_argument("--dry-run", action="store_true", help="list the runs and start nothing")
+    commands.add_parser("list", help="what can be named: studies, datasets, sources").set_defaults(act=_list)
+    execute = commands.add_parser("execute", help="run one notebook in its prepared folder (the runner calls this)")
+    execute.add_argument("notebook")
+    execute.add_argument("folder")
+    execute.set_defaults(act=_execute)
+    arguments = parser.parse_args(argv)
+    try:
+        return arguments.act(arguments)
+    except InputError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; finished runs are kept", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

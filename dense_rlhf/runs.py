@@ -1,0 +1,141 @@
+"""The run folder: what a notebook leaves behind, and what a later notebook or report reads.
+
+    runs/STUDY/JOB/  params.yaml  notebook.ipynb  metrics.json  *.csv  log.txt  run.json (last, by the runner)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dense_rlhf.store import PACKAGE, file_sha256, write_json, write_text
+from dense_rlhf.types import InputError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+PACKAGES = ("torch", "transformers", "trl", "shap", "lime", "botorch", "papermill", "numpy", "pandas")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One run's files; names stay inside the folder."""
+
+    path: Path
+
+    def file(self, name: str) -> Path:
+        """The path of one file of this run. Raises `InputError` for a name that leads elsewhere."""
+        if Path(name).name != name or name.startswith("."):
+            raise InputError(f"{name!r} is not a file name; a run writes into its own folder only")
+        return self.path / name
+
+    def save_table(self, name: str, table: pd.DataFrame) -> None:
+        write_text(self.file(f"{name}.csv"), table.to_csv(index=False))
+
+    def load_table(self, name: str) -> pd.DataFrame:
+        import pandas as pd
+
+        return pd.read_csv(self.file(f"{name}.csv"), keep_default_na=True)
+
+    def save_metrics(self, metrics: dict[str, object]) -> None:
+        """Write `metrics.json`; numbers that are not finite become null."""
+        write_json(self.file("metrics.json"), finite(metrics))
+
+    def load_json(self, name: str) -> dict:
+        """A JSON file of this run, empty where it is not there."""
+        path = self.file(name)
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def finite(value: object) -> object:
+    """The same value with NaN and infinities, which JSON lacks, as None."""
+    if isinstance(value, dict):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    if hasattr(value, "item") and not isinstance(value, (str, bytes)):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def repository_root() -> Path:
+    """The checkout that holds notebooks/, params/ and runs/."""
+    return PACKAGE.parent
+
+
+def open_run(folder: str | None, notebook: str) -> RunFolder:
+    """The folder that the runner chose, or `runs/interactive/NOTEBOOK` when a notebook is played by hand."""
+    path = Path(folder) if folder else repository_root() / "runs" / "interactive" / notebook
+    path.mkdir(parents=True, exist_ok=True)
+    return RunFolder(path)
+
+
+def commit() -> str:
+    """The checkout's commit, with `+changes` where files differ from it; `unknown` outside git."""
+    git = ["git", "-C", str(repository_root())]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + ("+changes" if changed.strip() else "")
+
+
+def provenance() -> dict[str, object]:
+    """What would be needed to run it again: commit, Python, versions, processor count."""
+    return {
+        "commit": commit(), "python": sys.version.split()[0], "machine": platform.machine(), "cores": os.cpu_count(),
+        "versions": {name: version(name) for name in PACKAGES},
+    }  # fmt: skip
+
+
+def artefacts(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file of a finished run, except `run.json` itself and the log."""
+    files = (p for p in sorted(folder.iterdir()) if p.is_file() and not p.name.startswith("."))
+    return {p.name: file_sha256(p) for p in files if p.name not in ("run.json", "log.txt")}
+
+
+def finished_runs(study: Path) -> list[RunFolder]:
+    """The folders under `study` whose `run.json` says ok, in order of name. Raises `InputError` where none is."""
+    folders = [RunFolder(path.parent) for path in sorted(study.glob("*/run.json"))]
+    done = [folder for folder in folders if folder.load_json("run.json").get("status") == "ok"]
+    if not done:
+        raise InputError(f"no finished run under {study}; run the study first")
+    return done
+
+
+def evaluations(runs: list[RunFolder]) -> dict[str, list[pd.DataFrame]]:
+    """Per-prompt judgements of the trained policies among `runs`: arm -> one table a seed, the reference first.
+
+    The reference policy answered the same prompts once a seed; every arm holds the same copy of it.
+    """
+    found: dict[str, list[pd.DataFrame]] = {"reference": []}
+    seen: set[int] = set()
+    for run in runs:
+        record = run.load_json("run.json")
+        if record.get("notebook") != "04_ppo":
+            continue
+        table = run.load_table("evaluation")
+        if record["seed"] not in seen:
+            seen.add(record["seed"])
+            reference = table[["reference_gold", "reference_proxy"]].set_axis(["gold", "proxy"], axis=1)
+            found["reference"].append(reference.assign(kl=0.0, win=0.5))
+        found.setdefault(record["arm"], []).append(table)
+    return found
+
+
+def histories(runs: list[RunFolder]) -> pd.DataFrame:
+    """Training metrics of all policies among `runs`, a row an update, with columns arm and seed."""
+    import pandas as pd
+
+    records = [(run, run.load_json("run.json")) for run in runs]
+    return pd.concat([run.load_table("history").assign(arm=record["arm"], seed=record["seed"])
+                      for run, record in records if record.get("notebook") == "04_ppo"], ignore_index=True)  # fmt: skip

@@ -1,0 +1,106 @@
+"""The search over weights, as a user of vectors and floats sees it."""
+
+import numpy as np
+import pytest
+
+from dense_rlhf.bayesopt import SimplexSearch
+from dense_rlhf.types import InputError, check_simplex
+
+BEST = np.array([0.15, 0.55, 0.3])
+
+
+def bowl(weights):
+    """Concave, its maximum 0 at `BEST`."""
+    return -float(np.square(np.array(weights) - BEST).sum())
+
+
+def run(search, trials, function=bowl):
+    for _ in range(trials):
+        weights = search.suggest()
+        search.observe(weights, function(weights))
+    return search
+
+
+@pytest.fixture(scope="module")
+def searched():
+    return run(SimplexSearch(3, initial=5, seed=2), 15)
+
+
+def test_the_first_suggestions_are_sobol_points_of_the_seed():
+    first, again, other = (run(SimplexSearch(4, 5, seed), 5).weights for seed in (0, 0, 1))
+    assert first == again != other
+    noisy = run(SimplexSearch(4, 5, 0), 5, lambda weights: 7.0).weights
+    assert noisy == first  # whatever was observed
+    assert len(set(first)) == 5
+
+
+def test_every_suggestion_is_on_the_simplex(searched):
+    for weights in searched.weights:
+        check_simplex("weights", weights, 3)
+        assert isinstance(weights, tuple) and all(isinstance(w, float) for w in weights)
+
+
+def test_it_comes_closer_than_the_best_sobol_point(searched):
+    distance = [np.abs(np.array(weights) - BEST).max() for weights in searched.weights]
+    assert min(distance[5:]) < min(0.06, min(distance[:5]))
+    assert np.abs(np.array(searched.incumbent()[0]) - BEST).max() < min(0.1, min(distance[:5]))
+
+
+def test_it_finds_a_corner():
+    search = run(SimplexSearch(3, initial=5, seed=0), 10, lambda weights: weights[2])
+    assert search.incumbent()[0][2] > 0.97
+
+
+def test_the_incumbent_is_an_evaluated_point_of_the_posterior(searched):
+    weights, mean, sd = searched.incumbent()
+    means, sds = searched.posterior(searched.weights)
+    assert weights in searched.weights and mean == pytest.approx(means.max())
+    assert sd == pytest.approx(sds[means.argmax()]) and sd > 0
+    assert abs(mean - bowl(weights)) < 0.05
+
+
+def test_the_incumbent_is_not_the_luckiest_observation():
+    search = SimplexSearch(2)
+    for x in np.linspace(0, 1, 12):
+        search.observe((x, 1 - x), 0.3 * np.sin(40 * x) + 2 * x)  # the slope is signal, the wiggle noise
+    search.observe((0.0, 1.0), 2.4)  # luck where repeats say 0
+    for _ in range(4):
+        search.observe((0.0, 1.0), 0.0)
+    assert max(search.values) == 2.4 and search.incumbent()[0][0] > 0.6
+
+
+def test_observing_the_record_again_resumes_the_search(searched):
+    resumed = SimplexSearch(3, initial=5, seed=2)
+    for weights, value in zip(searched.weights[:7], searched.values[:7]):
+        resumed.observe(weights, value)
+    assert resumed.suggest() == resumed.suggest() == searched.weights[7]
+
+
+def test_suggesting_leaves_the_global_generator_alone(searched):
+    import torch
+
+    torch.manual_seed(0)
+    wanted = torch.rand(1)
+    torch.manual_seed(0)
+    searched.suggest()
+    assert torch.equal(torch.rand(1), wanted)
+
+
+@pytest.mark.parametrize(
+    "weights, value",
+    [((0.5, 0.6), 1.0), ((1.2, -0.2), 1.0), ((1.0,), 1.0), ((float("nan"), 1.0), 1.0),
+     ((0.5, 0.5), float("nan")), ((0.5, 0.5), float("inf"))],
+)  # fmt: skip
+def test_a_bad_observation_raises_and_is_not_recorded(weights, value):
+    search = SimplexSearch(2)
+    with pytest.raises(InputError):
+        search.observe(weights, value)
+    assert not search.weights and not search.values
+
+
+def test_too_little_to_search_or_to_fit_raises():
+    with pytest.raises(InputError, match="at least 2 sources"):
+        SimplexSearch(1)
+    search = run(SimplexSearch(2), 1)
+    with pytest.raises(InputError, match="1 observations cannot fit"):
+        search.incumbent()

@@ -1,0 +1,61 @@
+"""Win rates and intervals."""
+
+import numpy as np
+import pytest
+
+from dense_rlhf.judge import Interval, bootstrap, win_rate
+from dense_rlhf.types import InputError
+
+
+def test_win_rate_counts_a_tie_as_half():
+    assert win_rate(np.array([2, 1, 1]), np.array([1, 1, 2])).tolist() == [1, 0.5, 0]
+
+
+def test_win_rate_of_both_sides_sums_to_one():
+    ours, theirs = np.random.default_rng(0).integers(3, size=(2, 50))
+    assert np.allclose(win_rate(ours, theirs) + win_rate(theirs, ours), 1)
+
+
+def test_win_rate_refuses_other_prompts():
+    with pytest.raises(InputError, match="3 responses against 2"):
+        win_rate(np.zeros(3), np.zeros(2))
+
+
+def test_bootstrap_is_ordered_and_its_mean_is_the_mean_of_seeds():
+    seeds = [np.array([0.0, 1.0]), np.array([1.0, 1.0, 1.0, 5.0])]
+    found = bootstrap(seeds)
+    assert found.mean == pytest.approx((0.5 + 2) / 2)
+    assert found.low < found.mean < found.high
+    assert found == bootstrap(seeds) and found != bootstrap(seeds, seed=1)
+
+
+def test_bootstrap_of_constants_has_no_width():
+    assert bootstrap([np.full(5, 2.0)] * 3) == Interval(2, 2, 2)
+
+
+def test_bootstrap_covers_the_truth():
+    rng, covered = np.random.default_rng(0), 0
+    for repeat in range(100):
+        seeds = [rng.normal(shift, 1, 40) for shift in rng.normal(0, 0.3, 8)]
+        found = bootstrap(seeds, repeats=400, seed=repeat)
+        covered += found.low <= 0 <= found.high
+    assert 85 <= covered <= 100  # 95 % nominally, a little less with eight seeds
+
+
+def test_bootstrap_knows_that_seeds_differ():
+    rng = np.random.default_rng(0)
+    apart = bootstrap([rng.normal(mean, 0.1, 50) for mean in (-1, 1, 0, 2)])
+    alike = bootstrap([rng.normal(0.5, 0.1, 50) for _ in range(4)])
+    assert apart.high - apart.low > 5 * (alike.high - alike.low)
+
+
+@pytest.mark.parametrize("nothing", [[], [np.array([])], [np.ones(2), np.array([])]])
+def test_bootstrap_of_nothing_raises(nothing):
+    with pytest.raises(InputError, match="nothing"):
+        bootstrap(nothing)
+
+
+def test_intervals_that_overlap_are_not_apart():
+    assert Interval(0, -1, 1).apart(Interval(3, 2, 4)) and Interval(3, 2, 4).apart(Interval(0, -1, 1))
+    assert not Interval(0, -1, 1).apart(Interval(1.5, 0.5, 2))
+    assert str(Interval(0.123, -1, 1)) == "0.12 [-1.00, 1.00]"
