@@ -27,7 +27,7 @@ def searched():
 
 
 def test_the_first_suggestions_are_sobol_points_of_the_seed():
-    first, again, other = (run(SimplexSearch(4, 5, seed), 5).weights for seed in (0, 0, 1))
+    first, again, other = (run(SimplexSearch(4, 5, seed), 5, max).weights for seed in (0, 0, 1))
     assert first == again != other
     noisy = run(SimplexSearch(4, 5, 0), 5, lambda weights: 7.0).weights
     assert noisy == first  # whatever was observed
@@ -101,6 +101,6 @@ def test_a_bad_observation_raises_and_is_not_recorded(weights, value):
 def test_too_little_to_search_or_to_fit_raises():
     with pytest.raises(InputError, match="at least 2 sources"):
         SimplexSearch(1)
-    search = run(SimplexSearch(2), 1)
+    search = run(SimplexSearch(2), 1, max)
     with pytest.raises(InputError, match="1 observations cannot fit"):
         search.incumbent()
