@@ -1,0 +1,175 @@
+"""The two loops on a task small enough to train in a second."""
+
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import torch
+from conftest import PROMPTS, make_policy
+
+from dense_rlhf import bilevel, ppo
+from dense_rlhf.attribution import attribute
+from dense_rlhf.bilevel import Task, append_line, evaluate, read_ledger, search_shape, train_policy
+from dense_rlhf.data import Dataset
+from dense_rlhf.models import LanguageModel
+from dense_rlhf.params import AttributionParams, BOParams, PolicyParams, PPOParams
+from dense_rlhf.rewards import AdditiveJudge
+from dense_rlhf.shaping import shape_rewards
+from dense_rlhf.types import InputError, LabelledText, RewardShape
+
+PARAMS = PPOParams(updates=3, rollouts=4, max_new_tokens=6, minibatch=2, lr=1e-2)
+EXPLAIN = AttributionParams(lime_samples=8)
+SPARSE = RewardShape(("terminal",), (1.0,))
+MIXED = RewardShape(("shap", "uniform", "terminal"), (0.5, 0.25, 0.25), "signed")
+
+
+@pytest.fixture(scope="module")
+def task(tokenizer, reference, reward_model):
+    text = [LabelledText("the film was good", 1)]
+    data = Dataset("inline", "r0", text, text, PROMPTS, PROMPTS[:4], text)
+    judge = AdditiveJudge("gold", {chr(c): c / 1000 for c in range(97, 123)})
+    language_model = LanguageModel(make_policy(tokenizer), tokenizer, "m0")
+    return Task(data, language_model, reference, reward_model, judge, judge, PolicyParams())
+
+
+def numbers(history: pd.DataFrame) -> pd.DataFrame:
+    return history[[name for name in history if not name.startswith("seconds/")]]
+
+
+# ---------------------------------------------------------------------------------------------------- inner loop
+
+
+@pytest.mark.parametrize("shape", [SPARSE, MIXED], ids=["sparse", "mixed"])
+def test_same_seed_same_history(task, shape):
+    first, again, other = (train_policy(task, shape, PARAMS, EXPLAIN, seed).history for seed in (0, 0, 1))
+    pd.testing.assert_frame_equal(numbers(first), numbers(again), check_exact=True)
+    assert not numbers(first)["proxy"].equals(numbers(other)["proxy"])
+
+
+def test_history_holds_a_row_an_update(task):
+    trained = train_policy(task, MIXED, PARAMS, EXPLAIN, 0)
+    history = trained.history
+    assert history["update"].tolist() == [0, 1, 2] and history[["proxy", "gold", "kl"]].notna().all(axis=None)
+    assert history["kl"][0] == pytest.approx(0, abs=1e-5) and history["first_ratio_error"].max() < 1e-4
+    assert {"ess/shap", "ess/terminal", "flipped", "seconds/sample", "explained_variance"} <= set(history)
+    assert (history.filter(like="seconds/") > 0).all(axis=None)
+
+
+def test_training_moves_the_policy_and_not_the_reference(task):
+    before = {name: p.clone() for name, p in task.reference.named_parameters()}
+    trained = train_policy(task, SPARSE, PARAMS, EXPLAIN, 0)
+    assert all(torch.equal(before[name], p) for name, p in task.reference.named_parameters())
+    assert not torch.equal(trained.policy.lm.lm_head.weight, task.language_model.model.lm_head.weight)
+    assert torch.equal(task.fresh_policy().lm.lm_head.weight, task.language_model.model.lm_head.weight)
+
+
+def test_a_source_of_weight_zero_is_not_computed_and_changes_nothing(task, monkeypatch):
+    asked = []
+    monkeypatch.setattr(bilevel, "attribute", lambda *args: asked.append(list(args[2])) or attribute(*args))
+    among = train_policy(task, RewardShape(("shap", "terminal"), (0.0, 1.0)), PARAMS, EXPLAIN, 0).history
+    assert asked == [["terminal"]] * 3
+    pd.testing.assert_frame_equal(
+        numbers(among), numbers(train_policy(task, SPARSE, PARAMS, EXPLAIN, 0).history), check_exact=True
+    )
+
+
+def test_the_shape_terminal_trains_as_sparse_ppo_bit_for_bit(task):
+    """The same rollout, once with a hand-made sparse reward and once through `shape_rewards`."""
+    rollout = task.roll(task.reference, PROMPTS, PARAMS, seed=0)
+    sparse = torch.zeros_like(rollout.values)
+    sparse[torch.arange(len(sparse)), rollout.mask.sum(-1) - 1] = rollout.scores
+    shaped = shape_rewards(rollout, attribute(task.reward_model, rollout, ["terminal"], EXPLAIN), SPARSE)
+    weights = []
+    for rewards in (sparse, shaped):
+        torch.manual_seed(0)
+        policy, generator = task.fresh_policy(), torch.Generator().manual_seed(0)
+        rewards = ppo.token_rewards(rollout, rewards, PARAMS)
+        pad = task.tokenizer.pad_token_id
+        ppo.update(policy, ppo.make_optimizer(policy, PARAMS), rollout, rewards, PARAMS, pad, generator)
+        weights.append(policy.state_dict())
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_evaluate_judges_one_response_a_prompt(task):
+    table = evaluate(task, task.reference, PROMPTS, PARAMS, seed=0)
+    assert table["prompt"].tolist() == PROMPTS
+    assert table["gold"].tolist() == [task.gold.score(text) for text in table["response"]]
+    assert table["kl"].abs().max() < 1e-5 and table["proxy"].nunique() > 1
+    pd.testing.assert_frame_equal(table, evaluate(task, task.reference, PROMPTS, PARAMS, seed=0), check_exact=True)
+
+
+# ---------------------------------------------------------------------------------------------------- outer loop
+
+BO = BOParams(trials=5, initial=3, updates=1)
+
+
+def search(task, ledger, trials=5, shape=MIXED):
+    return search_shape(task, shape, replace(BO, trials=trials), PARAMS, EXPLAIN, PROMPTS[:4], ledger, seed=1)
+
+
+@pytest.fixture(scope="module")
+def unbroken(task, tmp_path_factory):
+    path = tmp_path_factory.mktemp("search") / "ledger.jsonl"
+    return search(task, path), path
+
+
+def weights_of(path):
+    return [event["weights"] for event in read_ledger(path)]
+
+
+def test_search_writes_a_line_a_trial_and_returns_an_evaluated_shape(unbroken):
+    (shape, found), path = unbroken
+    events = read_ledger(path)
+    assert [event["trial"] for event in events] == list(range(5)) and len(set(map(str, weights_of(path)))) == 5
+    assert shape.weights in found.weights and replace(shape, weights=MIXED.weights) == MIXED
+    assert [event["value"] for event in events] == found.values
+    assert all(event["standard_error"] > 0 for event in events)
+
+
+@pytest.mark.parametrize("done", [2, 4])
+def test_a_resumed_search_proposes_what_an_unbroken_one_does(task, unbroken, tmp_path, done):
+    lines = unbroken[1].read_text().splitlines(keepends=True)
+    path = tmp_path / "ledger.jsonl"
+    path.write_text("".join(lines[:done]))
+    shape, found = search(task, path)
+    assert weights_of(path) == weights_of(unbroken[1])
+    assert found.values == unbroken[0][1].values and shape == unbroken[0][0]
+
+
+def test_a_line_cut_by_a_crash_is_done_again(task, unbroken, tmp_path):
+    text = unbroken[1].read_text()
+    path = tmp_path / "ledger.jsonl"
+    path.write_text(text[:-40])
+    assert len(read_ledger(path)) == 4
+    search(task, path)
+    assert weights_of(path) == weights_of(unbroken[1])  # and the ledger can be read again
+
+
+def test_append_after_a_cut_line_keeps_the_ledger_readable(tmp_path):
+    path = tmp_path / "folder" / "ledger.jsonl"
+    append_line(path, {"a": 1})
+    with open(path, "a") as file:
+        file.write('{"a": 2, "b')
+    append_line(path, {"a": 3})
+    append_line(path, {"a": 4})
+    assert read_ledger(path) == [{"a": 1}, {"a": 3}, {"a": 4}]
+
+
+def test_a_ledger_refuses_nan_and_a_missing_one_is_empty(tmp_path):
+    assert read_ledger(tmp_path / "none.jsonl") == []
+    with pytest.raises(ValueError):
+        append_line(tmp_path / "ledger.jsonl", {"value": float("nan")})
+    assert read_ledger(tmp_path / "ledger.jsonl") == []
+
+
+def test_a_ledger_of_other_sources_raises(task, unbroken):
+    before = unbroken[1].read_text()
+    with pytest.raises(InputError, match="lime"):
+        search(task, unbroken[1], shape=RewardShape(("lime", "uniform", "terminal"), (0.5, 0.25, 0.25)))
+    assert unbroken[1].read_text() == before
+
+
+def test_a_finished_search_trains_nothing(task, unbroken, monkeypatch):
+    monkeypatch.setattr(bilevel, "train_policy", None)
+    shape, found = search(task, unbroken[1])
+    assert shape == unbroken[0][0] and len(found.values) == 5
