@@ -158,10 +158,13 @@ def judge_against_reference(
 
 
 def append_line(path: Path, event: dict) -> None:
-    """Append one JSON line and force it to disk."""
+    """Append one JSON line and force it to disk, in place of a last line that a crash cut short."""
+    line = json.dumps(event, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(event, allow_nan=False) + "\n")
+    with open(path, "ab+") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(line.encode())
         file.flush()
         os.fsync(file.fileno())
 

@@ -64,7 +64,8 @@ def load_from_hub(params: PolicyParams) -> LanguageModel:
             f"policy.name: cannot load {params.name!r} at {params.revision or 'its default branch'} "
             f"({type(error).__name__}). Wanted one of {', '.join(MODELS)}, a local folder or a hub id that is reachable"
         ) from error
-    return LanguageModel(loaded.model, loaded.tokenizer, loaded.model.config._commit_hash or str(params.name))
+    commit = getattr(loaded.model.config, "_commit_hash", None)  # a local folder has none
+    return LanguageModel(loaded.model, loaded.tokenizer, commit or str(params.name))
 
 
 def _read(source: Path | str, revision: str | None, params: PolicyParams) -> LanguageModel:

@@ -83,7 +83,7 @@ def update(
 ) -> dict[str, float]:  # fmt: skip
     """Improve `policy` in place on one rollout with per-token rewards (B, T), and say how it went.
 
-    Advantages are whitened over the batch. Raises `InputError` on a loss or gradient that is not finite, before the step.
+    Advantages are whitened over the batch. A loss or gradient that is not finite raises `InputError` before the step.
     """
     advantages = gae(rewards, rollout.values, rollout.mask, params.gamma, params.lam)
     returns = advantages + rollout.values
