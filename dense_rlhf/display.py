@@ -78,6 +78,11 @@ def heatmaps(tokens: list[str], credits: dict[str, list[float]], caption: str) -
                 f"</caption>{rows}</table>")  # fmt: skip
 
 
+def parameters(flat: dict[str, object]) -> HTML:
+    """All parameters of a run, folded away."""
+    return HTML(f"<details><summary>{len(flat)} parameters</summary>{text_table(flat).data}</details>")
+
+
 def check(what: str, holds: bool) -> HTML:
     """A named check with its outcome in words."""
     return HTML(f"<p><strong>{'holds' if holds else 'DOES NOT HOLD'}</strong>: {esc(what)}</p>")

@@ -319,6 +319,8 @@ def _study(merged: dict, path: Path) -> StudyParams:
         raise InputError(f"arms is {_kind(arms)}, wanted a mapping of names to sources and weights")
     shapes = {}
     for name, arm in arms.items():
+        if arm is None:  # a size can leave an arm out
+            continue
         try:
             shapes[_name(name, "arms")] = parse(ShapeParams, arm, f"arms.{name}")
         except InputError as error:
@@ -339,6 +341,8 @@ def _name(name: object, where: str) -> str:
 
 
 def _checked(study: StudyParams) -> StudyParams:
+    if not study.arms:
+        raise InputError("arms: all are left out, wanted at least one")
     if not study.seeds or len(set(study.seeds)) != len(study.seeds):
         raise InputError(f"seeds is {list(study.seeds)}, wanted at least one, none twice")
     if study.workers < 1 or not study.timeout_minutes > 0:

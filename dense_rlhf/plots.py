@@ -43,7 +43,9 @@ def show(ax: Axes, alt: str) -> None:
     """Display the figure of `ax` as a PNG with its alt text, and close it."""
     import matplotlib.pyplot as plt
 
-    ax.set_title(textwrap.fill(ax.get_title(), 80), loc="left", fontsize="medium")
+    title = ax.get_title()
+    ax.set_title("")
+    ax.set_title(textwrap.fill(title, 80), loc="left", fontsize="medium")
     buffer = io.BytesIO()
     ax.figure.savefig(buffer, format="png", dpi=100, bbox_inches="tight", metadata={"Software": None})
     plt.close(ax.figure)

@@ -1,0 +1,41 @@
+# make study: the whole study on film reviews, about a quarter of an hour on two cores. make help lists the rest.
+.DEFAULT_GOAL := help
+PYTHON ?= python3.11
+BIN := .venv/bin
+READY := .venv/ready-$(shell cat locks/cpu.txt pyproject.toml | cksum | cut -d' ' -f1)
+
+.PHONY: help env test lint smoke study report lock clean
+
+help: ## this list
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/'
+
+env: $(READY) ## make .venv from the lock
+$(READY): locks/cpu.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet torch==$(shell sed -n 's/^torch==//p' locks/cpu.txt)
+	$(BIN)/python -m pip install --quiet -r locks/cpu.txt
+	$(BIN)/python -m pip install --quiet --no-deps -e .
+	rm -f .venv/ready-*; touch $(READY)
+
+study: env ## run params/reviews.yaml and render reports/reviews/index.html
+	$(BIN)/python -m dense_rlhf run params/reviews.yaml
+
+smoke: env ## the same study at its smallest, a few minutes
+	$(BIN)/python -m dense_rlhf run params/reviews.yaml --set size=smoke --set study=reviews_smoke
+
+test: env ## all tests
+	$(BIN)/python -m pytest
+
+lint: env ## style of package, notebooks and tests; notebooks without outputs
+	$(BIN)/ruff check dense_rlhf notebooks tests
+	$(BIN)/nbstripout --verify --keep-id notebooks/*.ipynb
+
+report: env ## render the reports of the finished runs again
+	$(BIN)/python -m dense_rlhf report params/reviews.yaml
+
+lock: env ## write locks/cpu.txt from what is installed
+	(head -1 locks/cpu.txt; $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' | grep -vi '^pip==') > locks/new.txt
+	mv locks/new.txt locks/cpu.txt
+
+clean: ## remove runs and reports; keeps .venv and downloads
+	rm -rf runs reports/*/
