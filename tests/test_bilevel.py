@@ -126,6 +126,15 @@ def test_search_writes_a_line_a_trial_and_returns_an_evaluated_shape(unbroken):
     assert all(event["standard_error"] > 0 for event in events)
 
 
+def test_every_trial_has_a_seed_of_its_own_and_can_be_repeated(task, unbroken):
+    event = read_ledger(unbroken[1])[3]
+    assert event["seed"] == 3001
+    shape = replace(MIXED, weights=tuple(event["weights"]))
+    trained = train_policy(task, shape, replace(PARAMS, updates=1), EXPLAIN, event["seed"])
+    judged = evaluate(task, trained.policy, PROMPTS[:4], PARAMS, event["seed"])
+    assert judged["proxy"].mean() == event["value"]
+
+
 @pytest.mark.parametrize("done", [2, 4])
 def test_a_resumed_search_proposes_what_an_unbroken_one_does(task, unbroken, tmp_path, done):
     lines = unbroken[1].read_text().splitlines(keepends=True)

@@ -75,6 +75,15 @@ def test_reviews_prompts_of_train_and_validation_are_disjoint(reviews):
     assert len(reviews.validation_prompts) > 100
 
 
+def test_a_prompt_of_training_is_taken_out_of_validation(tmp_path):
+    """Two different reviews may open alike."""
+    lines = [f"a b c d e f g h tail {i} of a review that goes on and on and on,{i % 2}" for i in range(600)]
+    (tmp_path / "x.csv").write_text("\n".join(["text,label", *lines]))
+    found = load_data(DataParams(path=str(tmp_path / "x.csv")))
+    assert found.counts["kept: validation"] > 0
+    assert found.train_prompts == ["a b c d e f g h"] and found.validation_prompts == []
+
+
 def test_reviews_counts_add_up(reviews):
     rows = reviews.counts["left out: duplicate"] + reviews.counts.get("left out: empty", 0)
     assert reviews.counts["read"] == 33_530 == total(reviews.counts, "kept: ") + rows

@@ -8,7 +8,7 @@ import torch
 from conftest import PROMPTS, make_rollout
 from torch.nn import functional as F
 
-from dense_rlhf.models import logprobs_values_entropy
+from dense_rlhf.models import logprobs_values_entropy, position_ids
 from dense_rlhf.rollout import encode_prompts, prompt_batches, render, response_texts, sample
 from dense_rlhf.types import InputError, Message
 
@@ -96,6 +96,11 @@ def test_more_left_padding_changes_nothing(policy, rollout, tokenizer):
         )
     for a, b in zip(before, after):
         assert torch.allclose(a, b, atol=1e-5) and a.abs().sum() > 1
+
+
+def test_positions_count_kept_tokens_only():
+    mask = torch.tensor([[0, 0, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0]]).bool()
+    assert position_ids(mask)[mask].tolist() == [0, 1, 2, 0, 1, 2]
 
 
 def test_entropy_is_that_of_the_sampled_distribution(policy, rollout, tokenizer):
