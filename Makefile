@@ -12,7 +12,6 @@ help: ## this list
 env: $(READY) ## make .venv from the lock
 $(READY): locks/cpu.txt pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet torch==$(shell sed -n 's/^torch==//p' locks/cpu.txt)
 	$(BIN)/python -m pip install --quiet -r locks/cpu.txt
 	$(BIN)/python -m pip install --quiet --no-deps -e .
 	rm -f .venv/ready-*; touch $(READY)
@@ -27,7 +26,7 @@ test: env ## all tests
 	$(BIN)/python -m pytest
 
 lint: env ## style of package, notebooks and tests; notebooks without outputs
-	$(BIN)/ruff check dense_rlhf notebooks tests
+	$(BIN)/ruff check dense_rlhf notebooks tests benchmarks
 	$(BIN)/nbstripout --verify --keep-id notebooks/*.ipynb
 
 report: env ## render the reports of the finished runs again

@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -27,11 +27,12 @@ from dense_rlhf.rewards import (
     load_lexicon,
     load_reward_model,
 )
-from dense_rlhf.rollout import collect, prompt_batches, response_texts
+from dense_rlhf.rollout import Responses, appraise, prompt_batches, respond, response_texts
 from dense_rlhf.shaping import shape_diagnostics, shape_rewards
+from dense_rlhf.store import content_key
 from dense_rlhf.types import InputError, Prompt, RewardShape, Rollout
 
-CALIBRATION_RESPONSES = 256
+CALIBRATION_BATCHES = 4  # of rollouts by the reference; they set the zero and the unit of the score
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,17 @@ class Task:
         lm = copy.deepcopy(self.language_model.model).float().requires_grad_(True)
         return PolicyWithValue(lm, self.policy.trainable_layers).to(default_device())
 
+    def respond(self, policy: PolicyWithValue, prompts: Sequence[Prompt], params: PPOParams, seed: int) -> Responses:
+        """One scored response to each prompt, sampled with `seed`."""
+        generator = torch.Generator(default_device()).manual_seed(seed)
+        return respond(policy, self.reward_model, prompts, self.tokenizer, params.max_new_tokens, params.temperature,
+                       generator)  # fmt: skip
+
     def roll(self, policy: PolicyWithValue, prompts: Sequence[Prompt], params: PPOParams, seed: int) -> Rollout:
         """One batch of responses to `prompts`, sampled with `seed`."""
-        generator = torch.Generator(default_device()).manual_seed(seed)
-        return collect(policy, self.reference, self.reward_model, prompts, self.tokenizer, params.max_new_tokens,
-                       params.temperature, generator, params.micro_batch)  # fmt: skip
+        responses = self.respond(policy, prompts, params, seed)
+        return appraise(policy, self.reference, responses, params.temperature, self.tokenizer.pad_token_id,
+                        params.micro_batch)  # fmt: skip
 
 
 def load_task(
@@ -78,9 +85,9 @@ def load_task(
     reward_model.model.to(default_device())
     gold = load_gold_judge(dataset.gold, dataset.revision)
     task = Task(dataset, language_model, reference, reward_model, gold, load_lexicon(), policy)
-    prompts = dataset.train_prompts[: max(params.rollouts, CALIBRATION_RESPONSES)]
-    scores = torch.cat([task.roll(reference, prompts[i : i + params.rollouts], params, seed=i).scores
-                        for i in range(0, len(prompts), params.rollouts)])  # fmt: skip
+    batches = range(0, CALIBRATION_BATCHES * params.rollouts, params.rollouts)
+    scores = torch.cat([task.respond(reference, dataset.train_prompts[i : i + params.rollouts], params, seed=i).scores
+                        for i in batches])  # fmt: skip
     return replace(task, reward_model=reward_model.calibrated(scores))
 
 
@@ -175,6 +182,10 @@ def read_ledger(path: Path) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
+def even_weights(shape: RewardShape) -> tuple[float, ...]:
+    return (1 / len(shape.sources),) * len(shape.sources)
+
+
 def search_shape(
     task: Task, shape: RewardShape, bo: BOParams, params: PPOParams, attribution: AttributionParams,
     prompts: Sequence[Prompt], ledger: Path, seed: int, progress: Callable = iter,
@@ -185,10 +196,11 @@ def search_shape(
     that finds lines there goes on behind them. Returns the incumbent's shape and the search.
     """
     search, trial_params = SimplexSearch(len(shape.sources), bo.initial, seed), replace(params, updates=bo.updates)
+    settings = [asdict(part) for part in (replace(shape, weights=even_weights(shape)), trial_params, attribution)]
+    key = content_key([*settings, bo.initial, seed, len(prompts), task.revisions])
     for event in read_ledger(ledger):
-        if event["sources"] != list(shape.sources):
-            wanted = list(shape.sources)
-            raise InputError(f"{ledger} is of sources {event['sources']}, this search of {wanted}; move it away")
+        if event["search"] != key:
+            raise InputError(f"{ledger} is of another search, of sources {event['sources']}; move it away")
         search.observe(tuple(event["weights"]), event["value"])
     for trial in progress(range(len(search.values), bo.trials)):
         weights, start = search.suggest(), time.perf_counter()
@@ -197,7 +209,7 @@ def search_shape(
         value = float(judged["proxy"].mean())
         search.observe(weights, value)
         append_line(ledger, {
-            "trial": trial, "sources": list(shape.sources), "weights": list(weights), "value": value,
+            "search": key, "trial": trial, "sources": list(shape.sources), "weights": list(weights), "value": value,
             "standard_error": float(judged["proxy"].sem()), "gold": float(judged["gold"].mean()),
             "kl": float(judged["kl"].mean()), "seed": seed + 1000 * trial, "seconds": time.perf_counter() - start,
         })  # fmt: skip

@@ -12,7 +12,7 @@ import json
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -83,15 +83,21 @@ def split_reviews(rows: Iterable[tuple[str, int]]) -> tuple[dict[str, list[Label
     return splits, counts
 
 
-def review_prompts(reviews: Iterable[LabelledText], words: int, counts: Counter) -> list[Prompt]:
-    """The first `words` words of each review that goes on for at least as many again; no prompt twice."""
+def review_prompts(
+    reviews: Iterable[LabelledText], words: int, counts: Counter, taken: Container[str] = ()
+) -> list[Prompt]:
+    """The first `words` words of each review that goes on for at least as many again; none twice, none of `taken`."""
     prompts: dict[str, None] = {}
     for review in reviews:
         parts = review.text.split(" ")
         if len(parts) < 2 * words:
             counts["left out: review too short for a prompt"] += 1
             continue
-        prompts[" ".join(parts[:words])] = None
+        prompt = " ".join(parts[:words])
+        if prompt in prompts or prompt in taken:
+            counts["left out: prompt met before"] += 1
+            continue
+        prompts[prompt] = None
     return list(prompts)
 
 
@@ -104,8 +110,7 @@ def load_reviews(params: DataParams) -> Dataset:
             raise InputError(f"{path} has columns {reader.fieldnames}, wanted text and label")
         splits, counts = split_reviews((row["text"], int(row["label"])) for row in reader)
     train = review_prompts(splits["train"], params.prompt_words, counts)
-    taken = set(train)
-    validation = [p for p in review_prompts(splits["validation"], params.prompt_words, counts) if p not in taken]
+    validation = review_prompts(splits["validation"], params.prompt_words, counts, set(train))
     counts.update({f"kept: {name}": len(rows) for name, rows in splits.items()})
     return Dataset(
         "reviews", file_sha256(path), splits["reward"], splits["gold"], train, validation, splits["test"],

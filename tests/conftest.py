@@ -16,7 +16,7 @@ from dense_rlhf import language_model
 from dense_rlhf.models import PolicyWithValue
 from dense_rlhf.params import RewardParams
 from dense_rlhf.rewards import RewardModel, _fresh_classifier
-from dense_rlhf.rollout import collect
+from dense_rlhf.rollout import appraise, respond
 
 settings.register_profile("tests", deadline=None, max_examples=30, derandomize=True, database=None)
 settings.load_profile("tests")
@@ -80,7 +80,8 @@ def reward_model(tokenizer):
 
 def make_rollout(policy, reference, reward_model, tokenizer, seed=3, T=8, temperature=1.0):
     generator = torch.Generator().manual_seed(seed)
-    return collect(policy, reference, reward_model, PROMPTS, tokenizer, T, temperature, generator)
+    found = respond(policy, reward_model, PROMPTS, tokenizer, T, temperature, generator)
+    return appraise(policy, reference, found, temperature, tokenizer.pad_token_id)
 
 
 @pytest.fixture(scope="session")

@@ -173,7 +173,7 @@ def test_a_ledger_refuses_nan_and_a_missing_one_is_empty(tmp_path):
 
 def test_a_ledger_of_other_sources_raises(task, unbroken):
     before = unbroken[1].read_text()
-    with pytest.raises(InputError, match="lime"):
+    with pytest.raises(InputError, match="another search"):
         search(task, unbroken[1], shape=RewardShape(("lime", "uniform", "terminal"), (0.5, 0.25, 0.25)))
     assert unbroken[1].read_text() == before
 

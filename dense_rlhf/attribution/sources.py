@@ -37,7 +37,7 @@ def uniform(reward_model: RewardModel, rollout: Rollout, params: AttributionPara
 
 
 def random(reward_model: RewardModel, rollout: Rollout, params: AttributionParams) -> Attribution:
-    """A control: shares drawn from Dirichlet(1), fresh for each response and reproducible from its tokens."""
+    """A control: shares drawn from Dirichlet(1), fresh for each batch and reproducible from its tokens."""
     import torch
 
     generator = torch.Generator().manual_seed(params.seed + int(rollout.responses.sum()))

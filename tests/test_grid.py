@@ -1,0 +1,139 @@
+"""The grid: what is expanded, what is run again, what survives a failure."""
+
+import json
+import sys
+import time
+
+import nbformat
+import pytest
+import yaml
+
+from dense_rlhf import grid
+from dense_rlhf.__main__ import main
+from dense_rlhf.params import load_study
+from dense_rlhf.runs import RunFolder, finished_runs, repository_root
+from dense_rlhf.types import InputError
+
+REVIEWS = repository_root() / "params" / "reviews.yaml"
+
+
+def test_expansion_is_datasets_times_arms_times_seeds_in_order():
+    study = load_study(REVIEWS, ["data=[{name: reviews}, {name: hh_rlhf}]", "seeds=[3, 4, 5]"])
+    jobs = grid.expand(study)
+    names = [job.name for job in jobs]
+    assert len(names) == len(set(names))
+    assert sum("04_ppo" in name for name in names) == 2 * 5 * 3
+    assert {job.params.seed for job in jobs if job.notebook == "04_ppo"} == {3, 4, 5}
+    stage = {job.name: job.stage for job in jobs}
+    for job in jobs:
+        if job.weights_from:
+            assert stage[job.weights_from] < job.stage
+        assert job.stage < stage[f"{job.params.data.name}-06_comparison"] or job.notebook == "06_comparison"
+
+
+def test_learned_weights_want_the_search():
+    with pytest.raises(InputError, match="learns its weights"):
+        grid.expand(load_study(REVIEWS, ["notebooks=[04_ppo]"]))
+
+
+def test_dry_run_and_help_answer_at_once():
+    import subprocess
+
+    for arguments in (["run", str(REVIEWS), "--dry-run"], ["--help"]):
+        start = time.monotonic()
+        done = subprocess.run([sys.executable, "-m", "dense_rlhf", *arguments], capture_output=True, text=True)
+        assert done.returncode == 0 and time.monotonic() - start < 2
+    assert "nothing was started" not in done.stdout
+
+
+@pytest.fixture
+def fake_repository(tmp_path, monkeypatch):
+    """A checkout whose one notebook fails for arm `bad` and writes its parameters otherwise."""
+    for name in ("notebooks", "params"):
+        (tmp_path / name).mkdir()
+    cells = [nbformat.v4.new_code_cell("arm = 'x'; seed = 0; run_dir = '.'", metadata={"tags": ["parameters"]}),
+             nbformat.v4.new_code_cell(
+                 "import json, pathlib\nif arm == 'bad': raise ValueError('<script>alert(1)</script>')\n"
+                 "pathlib.Path(run_dir, 'metrics.json').write_text(json.dumps({'lr': ppo_lr, 'weights': [0.5, 0.5]}))")]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    for name in ("04_ppo", "05_bayesian_optimisation"):
+        nbformat.write(notebook, tmp_path / "notebooks" / f"{name}.ipynb")
+    for module in ("grid", "runs", "report"):
+        monkeypatch.setattr(f"dense_rlhf.{module}.repository_root", lambda: tmp_path)
+    launch = [sys.executable, "-c", "import sys, pathlib; from dense_rlhf import grid, runs; "
+              f"grid.repository_root = runs.repository_root = lambda: pathlib.Path({str(tmp_path)!r}); "
+              "from dense_rlhf.__main__ import main; sys.exit(main(sys.argv[1:]))"]
+    popen = grid.subprocess.Popen
+    monkeypatch.setattr(grid.subprocess, "Popen", lambda command, **options: popen(launch + command[3:], **options))
+    (tmp_path / "params" / "s.yaml").write_text(yaml.safe_dump({
+        "study": "s", "notebooks": ["04_ppo"], "ppo": {"lr": 0.5},
+        "arms": {"good": {"sources": ["uniform"]}, "bad": {"sources": ["terminal"]}},
+    }))  # fmt: skip
+    return tmp_path
+
+
+def test_a_failure_stops_nothing_else_and_is_told(fake_repository, capsys):
+    assert main(["run", str(fake_repository / "params" / "s.yaml")]) == 1
+    out = capsys.readouterr().out
+    assert "ValueError" in out and "papermill notebooks/04_ppo.ipynb" in out
+    runs = fake_repository / "runs" / "s"
+    good, bad = RunFolder(runs / "04_ppo-good-seed0"), RunFolder(runs / "04_ppo-bad-seed0")
+    assert good.load_json("run.json")["status"] == "ok" and good.load_json("metrics.json")["lr"] == 0.5
+    assert bad.load_json("run.json")["status"] == "failed"
+    assert "metrics.json" in good.load_json("run.json")["artefacts"]
+    assert [run.path.name for run in finished_runs(runs)] == ["04_ppo-good-seed0"]
+    flat = yaml.safe_load(good.file("params.yaml").read_text())
+    assert all(not isinstance(value, dict) for value in flat.values()) and flat["ppo_lr"] == 0.5
+    page = (fake_repository / "reports" / "s" / "index.html").read_text()
+    assert "<script>" not in page and "&lt;script&gt;" in page
+    failed_page = (fake_repository / "reports" / "s" / "04_ppo-bad-seed0.html").read_text()
+    assert "<script>" not in failed_page and "ValueError" in failed_page
+
+
+def test_a_finished_run_is_not_repeated_until_something_changes(fake_repository):
+    path = fake_repository / "params" / "s.yaml"
+    study = load_study(path, ["arms.bad=null"])
+    first = grid.run_grid(study, print)
+    assert [r["status"] for r in first] == ["ok"]
+    assert [r["status"] for r in grid.run_grid(study, print)] == ["cached"]
+    assert [r["status"] for r in grid.run_grid(load_study(path, ["arms.bad=null", "ppo.lr=0.25"]), print)] == ["ok"]
+
+
+def test_a_run_without_end_is_stopped(fake_repository):
+    path = fake_repository / "notebooks" / "04_ppo.ipynb"
+    notebook = nbformat.read(path, 4)
+    notebook.cells[1].source = "import time; time.sleep(600)"
+    nbformat.write(notebook, path)
+    study = load_study(fake_repository / "params" / "s.yaml", ["arms.bad=null", "timeout_minutes=0.1"])
+    start = time.monotonic()
+    assert [r["status"] for r in grid.run_grid(study, print)] == ["timeout"]
+    assert time.monotonic() - start < 60
+
+
+def test_learned_weights_reach_the_policy_as_plain_parameters(fake_repository):
+    settings = ["arms={bo: {sources: [shap, terminal], weights: learned}}",
+                "notebooks=[04_ppo, 05_bayesian_optimisation]"]
+    records = grid.run_grid(load_study(fake_repository / "params" / "s.yaml", settings), print)
+    assert [r["status"] for r in records] == ["ok", "ok"]
+    flat = yaml.safe_load((fake_repository / "runs" / "s" / "04_ppo-bo-seed0" / "params.yaml").read_text())
+    assert flat["shape_weights"] == [0.5, 0.5]
+
+
+def test_arms_that_left_the_study_leave_its_comparison(fake_repository):
+    path = fake_repository / "params" / "s.yaml"
+    grid.run_grid(load_study(path, ["arms.bad=null"]), print)
+    grid.run_grid(load_study(path, ["arms={other: {sources: [uniform]}}"]), print)
+    runs = finished_runs(fake_repository / "runs" / "s")
+    assert [run.path.name for run in runs] == ["04_ppo-other-seed0"]
+
+
+def test_files_stay_in_the_run_folder(tmp_path):
+    for name in ("../x", "/etc/passwd", "a/b", ".hidden"):
+        with pytest.raises(InputError):
+            RunFolder(tmp_path).file(name)
+
+
+def test_metrics_hold_no_nan(tmp_path):
+    RunFolder(tmp_path).save_metrics({"a": float("nan"), "b": [1.0, float("inf")]})
+    assert json.loads((tmp_path / "metrics.json").read_text()) == {"a": None, "b": [1.0, None]}

@@ -1,0 +1,60 @@
+"""The import rule: a module imports from lower layers only, and nothing heavy where an answer must come at once."""
+
+import ast
+import subprocess
+import sys
+
+import pytest
+
+from dense_rlhf.store import PACKAGE
+
+LAYERS = {
+    "types": 0, "params": 0, "masked": 0, "store": 0,
+    "data": 1, "models": 1, "rewards": 1, "language_model": 1,
+    "rollout": 2, "attribution": 2, "shaping": 2, "ppo": 2, "bayesopt": 2, "judge": 2, "toy": 2,
+    "bilevel": 3,
+    "runs": 4, "grid": 4, "plots": 4, "display": 4, "report": 4, "__main__": 4,
+}  # fmt: skip
+ALLOWED = {("types", "params"), ("grid", "runs"), ("report", "display"), ("report", "runs"), ("__main__", "grid"),
+           ("__main__", "report"), ("__main__", "runs"), ("rewards", "data"), ("params", "types"), ("masked", "types"),
+           ("store", "types")}  # fmt: skip
+
+
+def imports(path):
+    """Names of this package's modules that a file imports when it runs (not for type checking only)."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dense_rlhf"):
+            parts = node.module.split(".")
+            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+    return found & set(LAYERS)
+
+
+def modules():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if name != "__init__":
+            yield pytest.param(name, path, id=str(path.relative_to(PACKAGE)))
+
+
+@pytest.mark.parametrize("name, path", list(modules()))
+def test_imports_point_down(name, path):
+    for other in imports(path) - {name}:
+        assert LAYERS[other] < LAYERS[name] or (name, other) in ALLOWED, f"{name} imports {other}"
+
+
+def test_every_module_has_a_layer():
+    names = {p.relative_to(PACKAGE).parts[0].removesuffix(".py") for p in PACKAGE.rglob("*.py")} - {"__init__"}
+    assert names == set(LAYERS)
+
+
+def test_files_are_short():
+    for path in PACKAGE.rglob("*.py"):
+        assert len(path.read_text().splitlines()) <= 400, path
+
+
+def test_validation_needs_nothing_heavy():
+    code = ("import sys, dense_rlhf.grid, dense_rlhf.params, dense_rlhf.__main__; "
+            "print([m for m in ('torch', 'transformers', 'numpy', 'pandas', 'trl') if m in sys.modules])")  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,140 @@
+"""Every notebook, executed at smoke size through the runner that users call, and what it leaves behind."""
+
+import gzip
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import nbformat
+import pandas as pd
+import pytest
+
+from dense_rlhf.params import NOTEBOOKS
+from dense_rlhf.runs import RunFolder, repository_root
+
+ROOT = repository_root()
+PATHS = sorted((ROOT / "notebooks").rglob("*.ipynb"))
+
+
+def run_study(file, name, *settings):
+    """Run a study at smoke size under another name: its run folders by job, and its folder of reports."""
+    for kind in ("runs", "reports"):
+        shutil.rmtree(ROOT / kind / name, ignore_errors=True)
+    options = [part for setting in ("size=smoke", f"study={name}", *settings) for part in ("--set", setting)]
+    command = [sys.executable, "-m", "dense_rlhf", "run", file, *options]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return {path.name: RunFolder(path) for path in (ROOT / "runs" / name).iterdir()}, ROOT / "reports" / name
+
+
+@pytest.fixture(scope="module")
+def reviews():
+    left_out = [f"arms.{arm}=null" for arm in ("uniform", "shap", "shap-signed")]
+    return run_study("params/reviews.yaml", "pytest_reviews", *left_out)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """Pairs that any reader tells apart, in the form of HH-RLHF."""
+    path = tmp_path_factory.mktemp("data") / "pairs.jsonl.gz"
+    start = "\n\nHuman: What do you think of film number {}?\n\nAssistant: "
+    with gzip.open(path, "wt") as file:
+        for i in range(400):
+            sides = {"chosen": start.format(i) + "It is a wonderful film, I loved it.",
+                     "rejected": start.format(i) + "It is a terrible film, I hated it."}  # fmt: skip
+            file.write(json.dumps(sides) + "\n")
+    return run_study("params/hh_rlhf.yaml", "pytest_pairs", f"data.path={path}", "policy.name=tiny",
+                     "policy.trainable_layers=2", "policy.dtype=float32", "reward.steps=30", "workers=2",
+                     "ppo.updates=2", "ppo.max_new_tokens=8", "arms.sparse=null", "evaluation.prompts=8")  # fmt: skip
+
+
+def test_all_notebooks_of_the_study_ran_and_say_so(reviews):
+    runs, _ = reviews
+    assert {run.load_json("run.json")["notebook"] for run in runs.values()} == set(NOTEBOOKS)
+    for name, run in runs.items():
+        record = run.load_json("run.json")
+        assert record["status"] == "ok" and record["versions"]["torch"] and record["commit"], name
+        assert {"metrics.json", "notebook.ipynb", "params.yaml"} <= set(record["artefacts"]), name
+
+
+def test_what_the_notebooks_measured(reviews):
+    runs, _ = reviews
+    assert 0.6 < runs["01_reward_model"].load_json("metrics.json")["gold_accuracy"] < 1
+    parity = runs["02_attribution"].load_json("metrics.json")["parity"]
+    assert max(parity.values()) < 1e-4
+    shaping = runs["03_shaping"].load_json("metrics.json")
+    assert shaping["residual"] < 1e-4 and max(shaping["regret"].values()) < 1e-9
+    search = runs["05_bayesian_optimisation-bo-shap"]
+    weights = search.load_json("metrics.json")["weights"]
+    assert abs(sum(weights) - 1) < 1e-6 and len(search.file("trials.jsonl").read_text().splitlines()) == 3
+    assert set(runs["06_comparison"].load_json("metrics.json")["gold"]) == {"reference", "sparse", "bo-shap"}
+
+
+def test_policies_leave_history_and_judgements(reviews):
+    runs, _ = reviews
+    for arm in ("sparse", "bo-shap"):
+        run = runs[f"04_ppo-{arm}-seed0"]
+        history, judged = run.load_table("history"), run.load_table("evaluation")
+        assert (history["first_ratio_error"] < 1e-4).all() and history["kl"].iloc[0] == 0
+        assert {"proxy", "gold", "value_loss", "explained_variance", "entropy"} <= set(history)
+        assert {"proxy", "gold", "kl", "reference_gold", "win"} <= set(judged) and len(judged) == 16
+        assert run.load_json("metrics.json")["revisions"].keys() == {"data", "policy"}
+
+
+def test_same_parameters_give_the_same_metrics(reviews, tmp_path):
+    """Plain papermill with the run's own parameters file repeats it."""
+    runs, _ = reviews
+    run = runs["04_ppo-sparse-seed0"]
+    command = [sys.executable, "-m", "papermill", "notebooks/04_ppo.ipynb", str(tmp_path / "out.ipynb"), "-f",
+               str(run.file("params.yaml")), "-p", "run_dir", str(tmp_path), "--no-progress-bar", "-k", "python3"]
+    subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
+    again = RunFolder(tmp_path)
+    timeless = [c for c in again.load_table("history") if not c.startswith("seconds/")]
+    pd.testing.assert_frame_equal(again.load_table("history")[timeless], run.load_table("history")[timeless])
+    assert again.load_json("metrics.json") == run.load_json("metrics.json")
+
+
+def test_preference_pairs_go_the_same_way(pairs):
+    runs, _ = pairs
+    metrics = runs["01_reward_model"].load_json("metrics.json")
+    assert metrics["proxy_accuracy"] > 0.9 and metrics["gold_accuracy"] > 0.9
+    assert runs["04_ppo-shap-signed-seed0"].load_table("evaluation")["kl"].notna().all()
+
+
+@pytest.mark.parametrize("study", ["reviews", "pairs"])
+def test_reports_open_without_a_network(study, request):
+    runs, reports = request.getfixturevalue(study)
+    pages = {path.name: path.read_text() for path in reports.glob("*.html")}
+    assert set(pages) == {f"{job}.html" for job in runs} | {"index.html"}
+    for name, page in pages.items():
+        assert "<script" not in page and "default-src 'none'" in page, name
+        assert not re.search(r"(?:src|href)\s*=\s*[\"'](?:https?:)?//|@import|url\(", page), name
+        assert all(alt.strip() for alt in re.findall(r'<img[^>]*?alt="([^"]*)"', page)), name
+        assert page.count("<img") == len(re.findall(r'<img[^>]*?alt="', page)), name
+        assert len(page) < 2_000_000, name
+    for job in runs:
+        assert f"{job}.html" in pages["index.html"]
+
+
+def test_tiny_language_model_notebook(tmp_path):
+    notebook, folder = "notebooks/00_tiny_language_model.ipynb", str(tmp_path / "lm")
+    values = {"language_model_steps": 2, "language_model_batch": 4, "folder": folder}
+    options = [part for name, value in values.items() for part in ("-p", name, str(value))]
+    command = [sys.executable, "-m", "papermill", notebook, str(tmp_path / "out.ipynb"), *options, "-k", "python3"]
+    subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
+    recipe = json.loads((tmp_path / "lm" / "recipe.json").read_text())
+    assert recipe["held_out_loss"] < 9 and (tmp_path / "lm" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda p: p.stem)
+def test_notebook_form(path):
+    notebook = nbformat.read(path, 4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs or cell.execution_count for cell in code), "outputs must be stripped"
+    assert sum("parameters" in cell.metadata.get("tags", []) for cell in code) == 1
+    assert max(len(cell.source.splitlines()) for cell in code) <= 25
+    text = "".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    assert text.startswith("# ")
+    assert all(part in text for part in ("**Question.**", "**Expectation.**", "## What we learned"))

@@ -1,0 +1,87 @@
+"""Pages are safe and whole: hostile text is escaped, nothing is fetched, figures carry alt text."""
+
+import re
+
+import nbformat
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dense_rlhf import display, report, toy
+from dense_rlhf.judge import Interval, gold_at_kl
+
+HOSTILE = ['"><img src=x onerror=alert(1)>', "</script><script>alert(1)</script>", "$\\href{javascript:alert(1)}{x}$",
+           "nul\x00 rtl\u202e zero\u200bwidth", "[x](javascript:alert(1))", "'\"&<>"]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_text_stays_text(text):
+    frame = pd.DataFrame({text: [text]})
+    pages = [display.table(frame, text).data, display.text_table({text: text}).data, display.note(text).data,
+             display.heatmaps([text], {text: [1.0]}, text).data, display.check(text, True).data]  # fmt: skip
+    for page in pages:
+        tags = set(re.findall(r"<\s*/?\s*([a-zA-Z]+)", page))
+        assert tags <= {"table", "caption", "thead", "tbody", "tr", "th", "td", "code", "p", "strong", "span"}
+        assert not re.search(r"<[^>]*\son\w+\s*=", page)
+        assert not any(c in page for c in "\x00\u202e\u200b")
+
+
+@given(st.text(max_size=200))
+def test_escaping_leaves_no_markup(text):
+    assert not re.search(r"[<>\"']", display.esc(text))
+
+
+def test_executed_notebook_page(tmp_path):
+    v4 = nbformat.v4
+    outputs = [
+        v4.new_output("stream", name="stdout", text=HOSTILE[1]),
+        v4.new_output("display_data", {"image/png": "iVBORw0KGgo=", "text/plain": "x"}, metadata={
+            "image/png": {"alt": 'a "quoted" <alt>'}}),
+        v4.new_output("execute_result", {"text/html": "<table><tr><td>kept</td></tr></table>"}, execution_count=1),
+        v4.new_output("display_data", {"application/javascript": "alert(2)", "text/vnd.mermaid": "graph"}),
+        v4.new_output("error", ename="E", evalue=HOSTILE[0], traceback=[HOSTILE[0]]),
+    ]  # fmt: skip
+    notebook = v4.new_notebook(cells=[
+        v4.new_markdown_cell("# T\n\n## One $a_t$\n\nText $$\\sum_i w_i$$ and $\\bad{$"),
+        v4.new_code_cell(HOSTILE[1], outputs=outputs),
+    ])  # fmt: skip
+    nbformat.write(notebook, tmp_path / "n.ipynb")
+    page = report.page("t", report.notebook_body(tmp_path / "n.ipynb"), "f")
+    assert "<script" not in page and "<img src=x" not in page and "alert(2)" not in page
+    assert "kept" in page and "<math" in page and "Content-Security-Policy" in page
+    assert 'alt="a &#34;quoted&#34; &lt;alt&gt;"' in page
+    assert '<a href="#One' in page and "<details>" in page
+    assert not re.search(r"(?:src|href)\s*=\s*[\"']?(?:https?:)?//", page)
+
+
+def test_heatmap_wants_a_value_for_each_token():
+    with pytest.raises(ValueError):
+        display.heatmap(["a", "b"], [1.0], "x")
+
+
+def test_gold_at_kl_takes_the_first_crossing():
+    history = pd.DataFrame({"arm": "a", "seed": 0, "update": range(4), "kl": [0, 1, 3, 2.0], "gold": [0, 1, 2, 3.0],
+                            "proxy": 0.0})  # fmt: skip
+    assert gold_at_kl(history, 1.0, smooth=1)[["update", "gold"]].values.tolist() == [[1, 1.0]]
+    assert gold_at_kl(history, 9.0, smooth=1).empty
+
+
+def test_intervals_apart():
+    assert Interval(0, -1, 1).apart(Interval(3, 2, 4)) and not Interval(0, -1, 1).apart(Interval(1, 0.5, 2))
+
+
+def test_toy_rewards_sum_to_the_score_and_telescoping_keeps_the_gradient():
+    import numpy as np
+
+    mdp = toy.TokenMDP(3, 3, np.random.default_rng(1).normal(size=27))
+    rewards = mdp.rewards()
+    true = mdp.expected_advantage(rewards["sparse"], 1.0, 1.0)
+    # by hand: Q - V of the finished response's score, at the first token
+    by_hand = mdp.prefix_mean(mdp.scores, 1) - mdp.scores.mean()
+    assert np.allclose(true[:, 0], by_hand)
+    for name, dense in rewards.items():
+        assert np.allclose(dense.sum(1), mdp.scores), name
+        assert mdp.regret(dense, 1.0) < 1e-9
+    assert toy.cosine(mdp.expected_advantage(rewards["prefix differences"], 1.0, 0.5), true) > 0.999
+    assert toy.cosine(mdp.expected_advantage(rewards["Shapley"], 1.0, 1.0), true) < 0.99
