@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -88,7 +89,7 @@ def job_key(job: Job, flat: dict, upstream: list[str]) -> str:
     return content_key([flat, notebook, upstream, [(p.name, file_sha256(p)) for p in sources]])
 
 
-def prepare(job: Job, folder: Path) -> str:
+def prepare(job: Job, folder: Path, threads: int) -> str:
     """Write the run's `params.yaml` and return its status: `ok` where the same run is finished, else `pending`.
 
     A folder left by other parameters or other code is emptied; one left by the same is kept, and with it the ledger
@@ -102,7 +103,7 @@ def prepare(job: Job, folder: Path) -> str:
         if not learned:
             raise InputError(f"{job.name} needs the weights of {job.weights_from}, which did not finish")
         params = replace(params, shape=replace(params.shape, weights=tuple(learned)))
-    flat = params.flat() | {"run_dir": str(folder)}
+    flat = params.flat() | {"threads": params.threads or threads, "run_dir": str(folder)}
     reads = sorted(folder.parent.glob("*/key.txt")) if job.notebook == "06_comparison" else []
     upstream = [path.read_text() for path in reads if path.parent != folder]
     key, run = job_key(job, flat, upstream), RunFolder(folder)
@@ -126,10 +127,12 @@ def execute_notebook(notebook: str, folder: Path) -> None:
     run = RunFolder(folder)
     parameters = yaml.safe_load(run.file("params.yaml").read_text(encoding="utf-8"))
     source, target = repository_root() / "notebooks" / f"{notebook}.ipynb", run.file("notebook.ipynb")
-    papermill.execute_notebook(
-        str(source), str(target), parameters=parameters, kernel_name="python3", progress_bar=False,
-        cwd=str(repository_root()), config=Config({"KernelManager": {"transport": "ipc"}}),
-    )  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="drl-") as sockets:  # unnamed, kernels of two runs would share theirs
+        manager = {"transport": "ipc", "ip": f"{sockets}/k"}
+        papermill.execute_notebook(
+            str(source), str(target), parameters=parameters, kernel_name="python3", progress_bar=False,
+            cwd=str(repository_root()), config=Config({"KernelManager": manager}),
+        )  # fmt: skip
 
 
 def launch(job: Job, folder: Path, threads: int, timeout: float) -> str:
@@ -159,7 +162,7 @@ def run_job(job: Job, folder: Path, threads: int, timeout: float) -> dict:
     """Prepare, execute, and write `run.json` last. Returns its content; status `cached` where nothing had to run."""
     start = time.time()
     try:
-        if prepare(job, folder) == "ok":
+        if prepare(job, folder, threads) == "ok":
             return RunFolder(folder).load_json("run.json") | {"status": "cached"}
         status, error = launch(job, folder, threads, timeout), ""
         if status != "ok":
@@ -189,9 +192,11 @@ def run_grid(study: StudyParams, say: Callable[[str], None]) -> list[dict]:
     """Run every job, stage by stage, `workers` at a time; a failure stops nothing else. Returns the records."""
     jobs, folder, records = expand(study), runs_folder(study), []
     _forget_stale(folder, {job.name for job in jobs})
-    threads, start = max(1, (os.cpu_count() or 1) // study.workers), time.time()
+    start = time.time()
 
     def work(job: Job) -> dict:
+        at_once = min(study.workers, sum(other.stage == job.stage for other in jobs))
+        threads = max(1, (os.cpu_count() or 1) // at_once)
         record = run_job(job, folder / job.name, threads, 60 * study.timeout_minutes)
         records.append(record)
         say(f"{len(records):3d}/{len(jobs)}  {record['status']:8s}{record['seconds']:6.0f} s  {job.name}"

@@ -158,6 +158,7 @@ class RunParams:
 
     arm: str = "sparse"
     seed: int = 0
+    threads: int | None = None  # of torch; the runner fills in its share. Another number rounds differently
     data: DataParams = field(default_factory=DataParams)
     policy: PolicyParams = field(default_factory=PolicyParams)
     reward: RewardParams = field(default_factory=RewardParams)
@@ -169,7 +170,7 @@ class RunParams:
 
     def flat(self) -> dict[str, object]:
         """One level, `group_field`, plain YAML values: what papermill takes with `-f`."""
-        plain: dict[str, object] = {"arm": self.arm, "seed": self.seed}
+        plain: dict[str, object] = {"arm": self.arm, "seed": self.seed, "threads": self.threads}
         for group in GROUPS:
             for name, value in asdict(getattr(self, group)).items():
                 plain[f"{group}_{name}"] = list(value) if isinstance(value, tuple) else value
@@ -181,7 +182,7 @@ class RunParams:
 
         Pass a notebook's `globals()`: names that belong to no group are its own business, but `ppo_lrr = 1` is refused.
         """
-        nested: dict[str, object] = {name: names[name] for name in ("arm", "seed") if name in names}
+        nested: dict[str, object] = {name: names[name] for name in ("arm", "seed", "threads") if name in names}
         for name, value in names.items():
             group, _, key = name.partition("_")
             if group in GROUPS and key and isinstance(value, PLAIN):

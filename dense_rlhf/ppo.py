@@ -116,8 +116,9 @@ def _step(policy, optimizer, rollout, ids, whole, advantages, returns, rows, par
             now = {
                 "policy_loss": pg, "value_loss": vf, "clipped": clipped, "entropy": masked_mean(entropy, mask),
                 "step_kl": masked_mean((logprobs - old).exp() - 1 - (logprobs - old), mask),
-                "ratio_error": ((logprobs - old).exp() - 1).masked_fill(~mask, 0).abs().max() / share,
             }  # fmt: skip
+            error = ((logprobs - old).exp() - 1).masked_fill(~mask, 0).abs().max().item()
+        logs["ratio_error"] = max(logs.get("ratio_error", 0.0), error)
         for name, value in now.items():
             logs[name] = logs.get(name, 0.0) + (value * share).item()
     logs["grad_norm"] = torch.nn.utils.clip_grad_norm_(policy.parameters(), params.max_grad_norm).item()

@@ -71,8 +71,15 @@ def repository_root() -> Path:
     return PACKAGE.parent
 
 
-def open_run(folder: str | None, notebook: str) -> RunFolder:
-    """The folder that the runner chose, or `runs/interactive/NOTEBOOK` when a notebook is played by hand."""
+def open_run(folder: str | None, notebook: str, threads: int | None = None) -> RunFolder:
+    """The folder that the runner chose, or `runs/interactive/NOTEBOOK` when a notebook is played by hand.
+
+    Holds torch to `threads` where given: sums in another order would end in other samples.
+    """
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
     path = Path(folder) if folder else repository_root() / "runs" / "interactive" / notebook
     path.mkdir(parents=True, exist_ok=True)
     return RunFolder(path)
