@@ -301,6 +301,7 @@ def _settings(pairs: typing.Iterable[str]) -> dict:
 def load_study(path: Path, settings: typing.Iterable[str] = ()) -> StudyParams:
     """Read a study: its YAML, then what its `sizes` hold for the chosen `size`, then `--set key=value`.
 
+    Mappings merge, so `arms.shap=null` leaves one arm out and the others stay.
     Raises `InputError` in one line for anything that is not a parameter, of another type, or impossible.
     """
     given, over = read_yaml(path), _settings(settings)

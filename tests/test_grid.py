@@ -54,7 +54,9 @@ def fake_repository(tmp_path, monkeypatch):
     cells = [nbformat.v4.new_code_cell("arm = 'x'; seed = 0; run_dir = '.'", metadata={"tags": ["parameters"]}),
              nbformat.v4.new_code_cell(
                  "import json, pathlib\nif arm == 'bad': raise ValueError('<script>alert(1)</script>')\n"
-                 "pathlib.Path(run_dir, 'metrics.json').write_text(json.dumps({'lr': ppo_lr, 'weights': [0.5, 0.5]}))")]
+                 "pathlib.Path(run_dir, 'metrics.json').write_text(json.dumps({'lr': ppo_lr, 'weights': [0.5, 0.5]}))\n"
+                 "pathlib.Path(run_dir, 'evaluation.csv').write_text("
+                 "'gold,proxy,kl,win,reference_gold,reference_proxy\\n1,1,1,1,0,0\\n2,2,2,1,0,0\\n')")]
     notebook = nbformat.v4.new_notebook(cells=cells)
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
     for name in ("04_ppo", "05_bayesian_optimisation"):
@@ -112,7 +114,7 @@ def test_a_run_without_end_is_stopped(fake_repository):
 
 
 def test_learned_weights_reach_the_policy_as_plain_parameters(fake_repository):
-    settings = ["arms={bo: {sources: [shap, terminal], weights: learned}}",
+    settings = ["arms={bo: {sources: [shap, terminal], weights: learned}, good: null, bad: null}",
                 "notebooks=[04_ppo, 05_bayesian_optimisation]"]
     records = grid.run_grid(load_study(fake_repository / "params" / "s.yaml", settings), print)
     assert [r["status"] for r in records] == ["ok", "ok"]
@@ -123,7 +125,7 @@ def test_learned_weights_reach_the_policy_as_plain_parameters(fake_repository):
 def test_arms_that_left_the_study_leave_its_comparison(fake_repository):
     path = fake_repository / "params" / "s.yaml"
     grid.run_grid(load_study(path, ["arms.bad=null"]), print)
-    grid.run_grid(load_study(path, ["arms={other: {sources: [uniform]}}"]), print)
+    grid.run_grid(load_study(path, ["arms={other: {sources: [uniform]}, good: null, bad: null}"]), print)
     runs = finished_runs(fake_repository / "runs" / "s")
     assert [run.path.name for run in runs] == ["04_ppo-other-seed0"]
 

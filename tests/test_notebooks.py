@@ -78,7 +78,7 @@ def test_policies_leave_history_and_judgements(reviews):
     for arm in ("sparse", "bo-shap"):
         run = runs[f"04_ppo-{arm}-seed0"]
         history, judged = run.load_table("history"), run.load_table("evaluation")
-        assert (history["first_ratio_error"] < 1e-4).all() and history["kl"].iloc[0] == 0
+        assert (history["first_ratio_error"] < 1e-4).all() and abs(history["kl"].iloc[0]) < 1e-4
         assert {"proxy", "gold", "value_loss", "explained_variance", "entropy"} <= set(history)
         assert {"proxy", "gold", "kl", "reference_gold", "win"} <= set(judged) and len(judged) == 16
         assert run.load_json("metrics.json")["revisions"].keys() == {"data", "policy"}
