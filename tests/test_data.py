@@ -34,14 +34,25 @@ def test_clean_review():
 
 
 def test_split_counts_duplicates_and_empty_rows():
-    rows = [("Good film", 1), ("good  FILM<br>", 1), ("<br />", 0), ("other", 0)]
+    rows = [("Good film", "1"), ("good  FILM<br>", "1"), ("<br />", "0"), ("other", "0"), ("third", "2"), ("x", None)]
     splits, counts = data.split_reviews(rows)
     assert sorted(r.text for part in splits.values() for r in part) == ["Good film", "other"]
-    assert counts == {"read": 4, "left out: duplicate": 1, "left out: empty": 1}
+    assert counts == {"read": 6, "left out: duplicate": 1, "left out: empty": 1, "left out: label is not 0 or 1": 2}
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"words,stars\nx,1\n", "has columns"), (b"text,label\nx,1\n", "leave nothing for"),
+    (b"text,label\n\xff\xfe,1\n", "not readable as CSV"),
+])  # fmt: skip
+def test_a_bad_csv_of_labels_is_named(tmp_path, content, message):
+    path = tmp_path / "mine.csv"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=f"mine.csv.*{message}"):
+        load_data(DataParams(path=str(path)))
 
 
 def test_split_does_not_depend_on_row_order():
-    rows = [(f"review number {i}", i % 2) for i in range(500)]
+    rows = [(f"review number {i}", str(i % 2)) for i in range(500)]
     splits, _ = data.split_reviews(rows)
     again, _ = data.split_reviews(random.Random(0).sample(rows, len(rows)))
     assert {name: set(part) for name, part in splits.items()} == {name: set(part) for name, part in again.items()}
@@ -53,7 +64,7 @@ def test_review_prompts_are_the_first_words_of_long_enough_reviews():
     counts = Counter()
     texts = ["a b c d e", "a b c d", "a b c", "x y z w"]
     assert data.review_prompts([LabelledText(t, 1) for t in texts], 2, counts) == ["a b", "x y"]
-    assert counts["left out: review too short for a prompt"] == 1
+    assert counts["left out: review too short for a prompt"] == 1 and counts["left out: prompt met before"] == 1
 
 
 @pytest.fixture(scope="module")
