@@ -14,9 +14,10 @@ from dense_rlhf.types import InputError, check_simplex
 class SimplexSearch:
     """Maximise a noisy function of d weights on the simplex: `suggest`, evaluate, `observe`, repeat.
 
-    The first `initial` points are scrambled Sobol on the simplex; then a Gaussian process with inferred noise and
-    log noisy expected improvement (Ament et al., 2023; Letham et al., 2019). Same seed and observations give the
-    same suggestion, so a search is resumed by observing its record again.
+    The first `initial` points are scrambled Sobol on the simplex; then a Gaussian process and log noisy expected
+    improvement (Ament et al., 2023; Letham et al., 2019). Its noise is the pooled standard error where every
+    observation came with one, else inferred. Same seed and observations give the same suggestion, so a search is
+    resumed by observing its record again.
     """
 
     d: int
@@ -24,16 +25,23 @@ class SimplexSearch:
     seed: int = 0
     weights: list[tuple[float, ...]] = field(default_factory=list)
     values: list[float] = field(default_factory=list)
+    errors: list[float | None] = field(default_factory=list)
 
     def __post_init__(self):
         if self.d < 2:
             raise InputError(f"a search over {self.d} weight has nothing to choose; wanted at least 2 sources")
 
-    def observe(self, weights: tuple[float, ...], value: float) -> None:
-        """Record one evaluation. Raises `InputError` off the simplex or for a value that is not finite."""
+    def observe(self, weights: tuple[float, ...], value: float, error: float | None = None) -> None:
+        """Record one evaluation and, where known, its standard error.
+
+        Raises `InputError` off the simplex, for a value that is not finite, or an error that is not above zero.
+        """
         check_simplex("observed weights", weights, self.d)
         if not np.isfinite(value):
             raise InputError(f"observed value is {value}, wanted a finite number")
+        if error is not None and not 0 < error < np.inf:
+            raise InputError(f"observed standard error is {error}, wanted a finite number above 0, or None")
+        self.errors.append(error)
         self.weights.append(tuple(weights))
         self.values.append(float(value))
 
@@ -78,8 +86,10 @@ class SimplexSearch:
             raise InputError(f"{len(self.values)} observations cannot fit a model; wanted at least 2")
         X = torch.tensor(self.weights, dtype=torch.float64)
         Y = torch.tensor(self.values, dtype=torch.float64)[:, None]
-        # the default noise prior expects far quieter functions than a reward after PPO
-        model = SingleTaskGP(X, Y, likelihood=get_gaussian_likelihood_with_gamma_prior())
+        if None in self.errors:  # the default noise prior expects far quieter functions than a reward after PPO
+            model = SingleTaskGP(X, Y, likelihood=get_gaussian_likelihood_with_gamma_prior())
+        else:  # left to itself, a model of a dozen points takes their noise for signal
+            model = SingleTaskGP(X, Y, train_Yvar=torch.full_like(Y, np.mean(np.square(self.errors))))
         fit_gpytorch_mll(ExactMarginalLogLikelihood(model.likelihood, model))
         return model
 

@@ -192,6 +192,7 @@ def search_shape(
 ) -> tuple[RewardShape, SimplexSearch]:  # fmt: skip
     """Outer loop: propose weights, train a policy from the reference, observe its proxy score on held-out `prompts`.
 
+    The standard error is over prompts and responses; how PPO varies from seed to seed comes on top and is not known.
     `shape` gives sources and normalisation; its weights are ignored. Every trial is a line of `ledger`, and a search
     that finds lines there goes on behind them. Returns the incumbent's shape and the search.
     """
@@ -201,16 +202,16 @@ def search_shape(
     for event in read_ledger(ledger):
         if event["search"] != key:
             raise InputError(f"{ledger} is of another search, of sources {event['sources']}; move it away")
-        search.observe(tuple(event["weights"]), event["value"])
+        search.observe(tuple(event["weights"]), event["value"], event["standard_error"])
     for trial in progress(range(len(search.values), bo.trials)):
         weights, start = search.suggest(), time.perf_counter()
         trained = train_policy(task, replace(shape, weights=weights), trial_params, attribution, seed + 1000 * trial)
         judged = evaluate(task, trained.policy, prompts, params, seed + 1000 * trial)
-        value = float(judged["proxy"].mean())
-        search.observe(weights, value)
+        value, error = float(judged["proxy"].mean()), float(judged["proxy"].sem())
+        search.observe(weights, value, error)
         append_line(ledger, {
             "search": key, "trial": trial, "sources": list(shape.sources), "weights": list(weights), "value": value,
-            "standard_error": float(judged["proxy"].sem()), "gold": float(judged["gold"].mean()),
+            "standard_error": error, "gold": float(judged["gold"].mean()),
             "kl": float(judged["kl"].mean()), "seed": seed + 1000 * trial, "seconds": time.perf_counter() - start,
         })  # fmt: skip
     return replace(shape, weights=search.incumbent()[0]), search

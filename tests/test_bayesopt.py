@@ -104,3 +104,19 @@ def test_too_little_to_search_or_to_fit_raises():
     search = run(SimplexSearch(2), 1, max)
     with pytest.raises(InputError, match="1 observations cannot fit"):
         search.incumbent()
+
+
+def test_known_noise_is_not_taken_for_signal():
+    """Pure noise of a known size on a flat function: the posterior says that the weights cannot be told apart."""
+    rng = np.random.default_rng(0)
+    search = SimplexSearch(2)
+    for w in np.linspace(0, 1, 10):
+        search.observe((w, 1 - w), float(rng.normal(0, 0.1)), 0.1)
+    mean, sd = search.posterior(search.weights)
+    assert np.ptp(mean) < 2 * sd.max() and sd.min() > 0.02
+
+
+@pytest.mark.parametrize("error", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_standard_error_is_above_zero(error):
+    with pytest.raises(InputError, match="standard error"):
+        SimplexSearch(2).observe((0.5, 0.5), 1.0, error)
