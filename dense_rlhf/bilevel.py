@@ -182,10 +182,6 @@ def read_ledger(path: Path) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
-def even_weights(shape: RewardShape) -> tuple[float, ...]:
-    return (1 / len(shape.sources),) * len(shape.sources)
-
-
 def search_shape(
     task: Task, shape: RewardShape, bo: BOParams, params: PPOParams, attribution: AttributionParams,
     prompts: Sequence[Prompt], ledger: Path, seed: int, progress: Callable = iter,
@@ -197,7 +193,7 @@ def search_shape(
     that finds lines there goes on behind them. Returns the incumbent's shape and the search.
     """
     search, trial_params = SimplexSearch(len(shape.sources), bo.initial, seed), replace(params, updates=bo.updates)
-    settings = [asdict(part) for part in (replace(shape, weights=even_weights(shape)), trial_params, attribution)]
+    settings = [asdict(shape) | {"weights": None}, asdict(trial_params), asdict(attribution)]
     key = content_key([*settings, bo.initial, seed, len(prompts), task.revisions])
     for event in read_ledger(ledger):
         if event["search"] != key:

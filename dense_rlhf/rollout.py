@@ -34,7 +34,7 @@ def encode_prompts(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase
 
 
 def prompt_batches(prompts: Sequence[Prompt], size: int, seed: int) -> Iterator[list[Prompt]]:
-    """Endless batches of `size` prompts, every prompt once an epoch, each epoch in a fresh order."""
+    """Endless batches of `size` prompts, each epoch in a fresh order; the few that fill no batch wait for the next."""
     if len(prompts) < size:
         raise InputError(f"ppo.rollouts is {size}, but there are only {len(prompts)} training prompts; lower it")
     shuffler = random.Random(seed)
