@@ -14,19 +14,15 @@ import pandas as pd
 import torch
 
 from dense_rlhf import ppo
+from dense_rlhf.additive import AdditiveJudge, load_gold_judge, load_lexicon
 from dense_rlhf.attribution import attribute
 from dense_rlhf.bayesopt import SimplexSearch
 from dense_rlhf.data import Dataset, load_data
 from dense_rlhf.judge import win_rate
 from dense_rlhf.models import LanguageModel, PolicyWithValue, default_device, load_policy
 from dense_rlhf.params import AttributionParams, BOParams, DataParams, PolicyParams, PPOParams, RewardParams
-from dense_rlhf.rewards import (
-    AdditiveJudge,
-    RewardModel,
-    load_gold_judge,
-    load_lexicon,
-    load_reward_model,
-)
+from dense_rlhf.reward_model import RewardModel
+from dense_rlhf.rewards import load_reward_model
 from dense_rlhf.rollout import Responses, appraise, prompt_batches, respond, response_texts
 from dense_rlhf.shaping import shape_diagnostics, shape_rewards
 from dense_rlhf.store import content_key

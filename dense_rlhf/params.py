@@ -16,6 +16,7 @@ from pathlib import Path
 from dense_rlhf.types import InputError, RewardShape
 
 LEARNED = "learned"
+DTYPES = ("float32", "bfloat16")
 PLAIN = (bool, int, float, str, list, tuple, type(None))  # what a parameters cell can hold
 
 
@@ -31,6 +32,11 @@ class DataParams:
     max_prompt_chars: int = 2000  # longer prompts are left out and counted
 
 
+def _check_dtype(name: str, dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise InputError(f"{name} is {dtype!r}, wanted one of {', '.join(DTYPES)}")
+
+
 @dataclass(frozen=True)
 class PolicyParams:
     """Which language model to fine-tune, and how much of it."""
@@ -39,6 +45,9 @@ class PolicyParams:
     revision: str | None = None  # of a hub id; what it resolves to is recorded
     trainable_layers: int | None = None  # only the last n layers learn; all parameters where none is given
     dtype: str = "float32"  # float32 or bfloat16: the weights of the frozen reference
+
+    def __post_init__(self):
+        _check_dtype("policy.dtype", self.dtype)
 
 
 @dataclass(frozen=True)
@@ -55,16 +64,34 @@ class RewardParams:
     lr: float = 3e-3
     window: int = 48  # labels: tokens of a training snippet; pairs: the most tokens of a dialogue
     max_drop: float = 0.6  # labels: each snippet loses a uniform share of its tokens, up to this
-    token_budget: int = 32768  # tokens in one scoring batch
+    token_budget: int | None = None  # tokens in one forward pass; by device where none is given
+    dtype: str = "float32"  # float32 or bfloat16: the weights when it scores and explains
+
+    def __post_init__(self):
+        _check_dtype("reward.dtype", self.dtype)
 
 
 @dataclass(frozen=True)
 class AttributionParams:
-    """Budgets. One permutation costs 2 k + 1 evaluations for k response tokens."""
+    """Budgets and conventions of explaining a response of k players."""
 
-    permutations: int = 1
+    permutations: int = 1  # shap: each costs 2 k - 1 evaluations beyond the first
+    samples_per_token: int = 4  # kernel, leverage: evaluations = this times k
     lime_samples: int = 64
+    owen_depth: int | None = None  # levels of the tree; all where none is given, at about 2 k^2 / 3 evaluations
+    ig_steps: int = 16  # integrated gradients
+    removal: str = "drop"  # drop, attention_mask, or replace:TOKEN
+    players: str = "tokens"  # tokens, words or sentences: what is removed together and shares its credit evenly
     seed: int = 0
+
+    def __post_init__(self):
+        for name in ("permutations", "samples_per_token", "lime_samples", "ig_steps"):
+            if getattr(self, name) < 1:
+                raise InputError(f"attribution.{name} is {getattr(self, name)}, wanted at least 1")
+        if self.removal.partition(":")[0] not in ("drop", "attention_mask", "replace"):
+            raise InputError(f"attribution.removal is {self.removal!r}, wanted drop, attention_mask or replace:TOKEN")
+        if self.players not in ("tokens", "words", "sentences"):
+            raise InputError(f"attribution.players is {self.players!r}, wanted tokens, words or sentences")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,8 +12,8 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from dense_rlhf.data import prompt_text
 from dense_rlhf.models import PolicyWithValue, allowed, logprobs_values_entropy, position_ids
-from dense_rlhf.rewards import RewardModel
-from dense_rlhf.types import InputError, Prompt, Rollout
+from dense_rlhf.reward_model import RewardModel
+from dense_rlhf.types import InputError, Prompt, Rollout, players
 
 
 def render(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -92,6 +92,11 @@ class Responses:
     scores: Tensor  # (B,)
     ended: Tensor  # (B,)
 
+    @property
+    def players(self) -> Tensor:
+        """(B, T) bool: the response without its EOS."""
+        return players(self.mask, self.ended)
+
 
 def respond(
     policy: PolicyWithValue, reward_model: RewardModel, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase,
@@ -102,9 +107,9 @@ def respond(
     queries, query_mask = (x.to(device) for x in encode_prompts(prompts, tokenizer))
     pad_id, eos_id = tokenizer.pad_token_id, tokenizer.eos_token_id
     responses, mask = sample(policy.lm, queries, query_mask, T, temperature, eos_id, pad_id, generator)
-    keep = torch.cat([query_mask, mask & (responses != eos_id)], -1)  # the reward model puts its own EOS at the end
-    scores = reward_model.score(torch.cat([queries, responses], -1), keep)
-    return Responses(queries, query_mask, responses, mask, scores, (responses == eos_id).any(-1))
+    found = Responses(queries, query_mask, responses, mask, queries.new_zeros(len(queries), dtype=torch.float32),
+                      (responses == eos_id).any(-1))  # fmt: skip
+    return replace(found, scores=reward_model.score(reward_model.readings(found)))
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The four values that flow through a study, frozen, their shapes checked on construction.
+"""The values that flow through a study, frozen, their shapes checked on construction.
 
 Letters: `B` batch, `P` prompt tokens, `T` response tokens, `K` sources.
 """
@@ -94,11 +94,25 @@ class Rollout:
     @property
     def players(self) -> Tensor:
         """(B, T) bool: the tokens that attribution explains, the response without its EOS."""
-        last = self.mask.sum(-1, keepdim=True) - 1
-        import torch
+        return players(self.mask, self.ended)
 
-        position = torch.arange(self.mask.shape[1], device=self.mask.device)
-        return self.mask & ~((position == last) & self.ended[:, None])
+
+@dataclass(frozen=True)
+class Reading:
+    """What a reward model reads of one response, in its own tokens."""
+
+    prompt: tuple[int, ...]  # always there
+    response: tuple[int, ...]  # what is explained
+    spread: Tensor | None = None  # (len(response), k): shares of each token's credit on the policy's k tokens; none
+    # where these are the same tokens
+
+
+def players(mask: Tensor, ended: Tensor) -> Tensor:
+    """(B, T) bool: the tokens that attribution explains, responses `mask` (B, T) without EOS where `ended` (B,)."""
+    import torch
+
+    last = mask.sum(-1, keepdim=True) - 1
+    return mask & ~((torch.arange(mask.shape[1], device=mask.device) == last) & ended[:, None])
 
 
 @dataclass(frozen=True)
@@ -108,9 +122,10 @@ class Attribution:
     source: str
     credit: Tensor  # (B, T) score units, zero where the rollout's mask is false
     baseline: Tensor  # (B,) the score that no response token explains
-    gap: Tensor  # (B,) score - baseline - credit.sum(-1); NaN where the source claims no completeness
-    evaluations: float  # reward-model forwards a response
+    gap: Tensor  # (B,) score - baseline - credit.sum(-1); NaN where credit is not in score units
+    evaluations: float  # reward-model forwards a response, beyond those shared with sources explained before it
     seconds: float  # wall time for the batch
+    complete: bool = False  # the source claims that gap is zero
     is_share: bool = False  # credit is a distribution over the response times the score; shaping leaves it as it is
 
     def __post_init__(self):

@@ -15,7 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from dense_rlhf import language_model
 from dense_rlhf.models import PolicyWithValue
 from dense_rlhf.params import RewardParams
-from dense_rlhf.rewards import RewardModel, _fresh_classifier
+from dense_rlhf.reward_model import RewardModel
+from dense_rlhf.rewards import _fresh_classifier
 from dense_rlhf.rollout import appraise, respond
 
 settings.register_profile("tests", deadline=None, max_examples=30, derandomize=True, database=None)

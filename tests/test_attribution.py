@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from dense_rlhf.additive import AdditiveJudge
 from dense_rlhf.attribution import SOURCES, attribute
 from dense_rlhf.attribution.agreement import known_credit, rank_agreement
 from dense_rlhf.attribution.coalitions import permutation_shap, ridge_lime
+from dense_rlhf.attribution.library import plain_scores
 from dense_rlhf.params import AttributionParams
-from dense_rlhf.rewards import AdditiveJudge
 from dense_rlhf.types import InputError
 
 PARAMS = AttributionParams(permutations=1, lime_samples=32, seed=4)
@@ -25,15 +26,8 @@ def explain(source, reward_model, rollout, params=PARAMS):
 
 def value_function(reward_model, rollout, row):
     """What a library is given: masks over the response's tokens (n, k) -> scores (n,); the prompt is fixed."""
-    query = rollout.queries[row][rollout.query_mask[row]]
-    response = rollout.responses[row][rollout.players[row]]
-
-    def f(masks):
-        masks = torch.as_tensor(np.asarray(masks), dtype=torch.bool)
-        keep = torch.cat([torch.ones(len(masks), len(query), dtype=torch.bool), masks], -1)
-        return reward_model.score(torch.cat([query, response]).expand(len(masks), -1), keep).double().numpy()
-
-    return f, len(response)
+    reading = reward_model.readings(rollout)[row]
+    return plain_scores(reward_model, reading), len(reading.response)
 
 
 def rows_with_players(rollout):
@@ -128,7 +122,8 @@ def test_shap_is_complete(permutations, reward_model, rollout):
 
 
 def test_shap_counts_its_evaluations(reward_model, rollout):
-    wanted = [len(permutation_shap(k, 1, PARAMS.seed).masks) for k in rollout.players.sum(-1).tolist() if k]
+    sizes = rollout.players.sum(-1).tolist()
+    wanted = [len(permutation_shap(k, 1, PARAMS.seed).masks) if k else 1 for k in sizes]
     assert explain("shap", reward_model, rollout).evaluations == pytest.approx(sum(wanted) / len(rollout.scores))
 
 

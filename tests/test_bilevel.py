@@ -8,12 +8,12 @@ import torch
 from conftest import PROMPTS, make_policy
 
 from dense_rlhf import bilevel, ppo
+from dense_rlhf.additive import AdditiveJudge
 from dense_rlhf.attribution import attribute
 from dense_rlhf.bilevel import Task, append_line, evaluate, read_ledger, search_shape, train_policy
 from dense_rlhf.data import Dataset
 from dense_rlhf.models import LanguageModel
 from dense_rlhf.params import AttributionParams, BOParams, PolicyParams, PPOParams
-from dense_rlhf.rewards import AdditiveJudge
 from dense_rlhf.shaping import shape_rewards
 from dense_rlhf.types import InputError, LabelledText, RewardShape
 

@@ -10,14 +10,16 @@ from dense_rlhf.store import PACKAGE
 
 LAYERS = {
     "types": 0, "params": 0, "masked": 0, "store": 0,
-    "data": 1, "models": 1, "rewards": 1, "language_model": 1,
+    "alignment": 1, "data": 1, "models": 1, "reward_model": 1, "rewards": 1, "additive": 1,
+    "language_model": 1,
     "rollout": 2, "attribution": 2, "shaping": 2, "ppo": 2, "bayesopt": 2, "judge": 2, "toy": 2,
     "bilevel": 3,
     "runs": 4, "grid": 4, "plots": 4, "display": 4, "report": 4, "__main__": 4,
 }  # fmt: skip
 # within a layer: everyone may raise InputError and read the parameters; the others are spelt out
 SIDEWAYS = {(module, "types") for module in ("params", "masked", "store")} | {
-    ("rewards", "data"), ("grid", "runs"), ("report", "display"), ("report", "runs"),
+    ("rewards", "data"), ("rewards", "reward_model"), ("reward_model", "alignment"),
+    ("additive", "alignment"), ("grid", "runs"), ("report", "display"), ("report", "runs"),
     ("__main__", "grid"), ("__main__", "report"), ("__main__", "runs"),
 }  # fmt: skip
 

@@ -8,7 +8,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dense_rlhf.rewards import AdditiveJudge
+from dense_rlhf.additive import AdditiveJudge
 from dense_rlhf.types import Rollout
 
 

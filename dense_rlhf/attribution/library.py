@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dense_rlhf.params import AttributionParams
-from dense_rlhf.rewards import RewardModel
-from dense_rlhf.types import Rollout
+from dense_rlhf.reward_model import RewardModel
+from dense_rlhf.types import Reading, Rollout
+
+
+def plain_scores(reward_model: RewardModel, reading: Reading) -> Callable[[np.ndarray], np.ndarray]:
+    """A function from presence bits (m, k) of the response's tokens to scores (m,), each coalition its own text."""
+    tokens = np.array(reading.response, dtype=int)
+
+    def scores(bits: np.ndarray) -> np.ndarray:
+        rows = [[*reading.prompt, *tokens[keep].tolist()] for keep in np.asarray(bits) > 0.5]
+        return reward_model.calibrate(reward_model.outputs(rows)).double().cpu().numpy()
+
+    return scores
 
 
 def _scorer(reward_model: RewardModel, rollout: Rollout, row: int):
-    """A function from presence bits (m, k) of the response tokens to scores (m,), and k."""
-    ids = torch.cat([rollout.queries[row], rollout.responses[row]])
-    k, P = int(rollout.players[row].sum()), rollout.queries.shape[1]
-
-    def scores(bits: np.ndarray) -> np.ndarray:
-        keep = torch.zeros(len(bits), len(ids), dtype=torch.bool)
-        keep[:, :P] = rollout.query_mask[row].cpu()
-        keep[:, P : P + k] = torch.from_numpy(np.asarray(bits) > 0.5)
-        return reward_model.score(ids.expand(len(bits), -1), keep.to(ids.device)).double().cpu().numpy()
-
-    return scores, k
+    reading = reward_model.readings(rollout)[row]
+    return plain_scores(reward_model, reading), len(reading.response)
 
 
 def _padded(values: np.ndarray, rollout: Rollout) -> Tensor:

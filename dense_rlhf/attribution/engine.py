@@ -1,0 +1,225 @@
+"""Scores of many coalitions of many responses, exact and cheap.
+
+Each prompt is computed once and its key-value cache kept; coalitions that share a prefix share its states
+(`packing`); the last layer runs only where a score is read. Models that this cannot be done with are batched plainly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from dense_rlhf.attribution.packing import Pack, pack
+from dense_rlhf.reward_model import RewardModel, padded, under_budget
+from dense_rlhf.types import InputError, Reading
+
+PACKED = ("llama", "mistral", "qwen2", "qwen3")  # decoders whose numbers the tests compare with their own forward
+
+
+def is_packed(model: PreTrainedModel, longest: int) -> bool:
+    """Whether coalitions share prefixes: a tested decoder that sees its whole past, `longest` tokens at most."""
+    window = getattr(model.config, "sliding_window", None)
+    return model.config.model_type in PACKED and hasattr(model, "score") and not (window and window < longest)
+
+
+def coalition_scores(
+    reward_model: RewardModel, readings: Sequence[Reading], masks: Sequence[np.ndarray], removal: str = "drop",
+    progress: Callable = iter,
+) -> list[Tensor]:  # fmt: skip
+    """Scores (m_i,) of each reading under its coalitions `masks[i]` (m_i, k_i) of bool over its response's tokens.
+
+    `removal`: `drop` closes the gap, `attention_mask` hides the token and keeps positions, `replace:TOKEN` writes
+    another token. The prompt and the suffix always stay. Memory is bounded by the model's token budget, whatever the
+    batch. `progress` wraps the list of batches and may raise to cancel. Raises `InputError` where masks do not fit or
+    a score is not finite.
+    """
+    for row, (reading, mask) in enumerate(zip(readings, masks, strict=True)):
+        if mask.dtype != bool or mask.ndim != 2 or mask.shape[1] != len(reading.response):
+            raise InputError(f"masks[{row}] is {mask.dtype} {mask.shape}, wanted bool (m, {len(reading.response)})")
+    kind, _, token = removal.partition(":")
+    replacement = _token_id(reward_model, token) if kind == "replace" else -1
+    starts = np.cumsum([0, *map(len, masks)])
+    outputs = torch.empty(starts[-1], device=reward_model.model.device, dtype=reward_model.dtype)
+    longest = max((len(r.prompt) + len(r.response) for r in readings), default=0) + len(reward_model.suffix)
+    score = _packed if is_packed(reward_model.model, longest) else _plain
+    for places, values in score(reward_model, readings, masks, kind, replacement, starts, progress):
+        outputs[torch.as_tensor(places, device=outputs.device)] = values.to(outputs.dtype)
+    scores = reward_model.calibrate(outputs)
+    if not bool(scores.isfinite().all()):
+        bad = int((~scores.isfinite()).nonzero()[0])
+        raise InputError(f"the reward model gave {scores[bad].item()} for a coalition of response "
+                         f"{np.searchsorted(starts, bad, 'right') - 1}; look at its weights and dtype")  # fmt: skip
+    return list(scores.tensor_split(starts[1:-1].tolist())) if len(masks) else []
+
+
+def _plain(reward_model, readings, masks, kind, replacement, starts, progress) -> Iterator[tuple[np.ndarray, Tensor]]:
+    """Every coalition as a sequence of its own: where each output belongs, and the outputs."""
+    for start, reading, mask in progress(list(zip(starts, readings, masks))):
+        prompt, tokens = list(reading.prompt), np.array(reading.response, dtype=int)
+        if kind == "drop":
+            rows, attended = [prompt + tokens[keep].tolist() for keep in mask], None
+        elif kind == "replace":
+            rows, attended = [prompt + np.where(keep, tokens, replacement).tolist() for keep in mask], None
+        else:
+            rows = [prompt + tokens.tolist()] * len(mask)
+            attended = [[True] * len(prompt) + keep.tolist() for keep in mask]
+        yield start + np.arange(len(mask)), reward_model.outputs(rows, attended)
+
+
+def _token_id(reward_model: RewardModel, token: str) -> int:
+    ids = reward_model.tokenizer(token, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1:
+        raise InputError(f"removal 'replace:{token}' is {len(ids)} tokens of the reward model, wanted exactly one")
+    return ids[0]
+
+
+# ---------------------------------------------------------------------------------------------------- packed
+
+
+class _Keep:
+    """Stands for a layer's cache: takes the keys and values, and ends the layer there."""
+
+    class Done(Exception):
+        pass
+
+    def __init__(self, cache):
+        self.cache = cache
+
+    def update(self, keys, values, layer, *_, **__):
+        self.kept = self.cache.update(keys, values, layer)
+        raise self.Done
+
+
+class _Give:
+    """Stands for a layer's cache: answers with keys and values that were kept."""
+
+    def __init__(self, kept):
+        self.kept = kept
+
+    def update(self, *_, **__):
+        return self.kept
+
+
+@contextmanager
+def reading_only(model: PreTrainedModel, read: Tensor) -> Iterator[None]:
+    """Run the last layer for the positions `read` (B, r) only: the model's last hidden state is then (B, r, H).
+
+    Keys and values are computed at all positions, the rest of the layer at `read`. Any decoder whose layers take
+    position embeddings and a cache.
+    """
+    layer = model.base_model.layers[-1]
+    forward = layer.forward
+
+    def narrow(hidden: Tensor, attention_mask=None, position_embeddings=None, past_key_values=None, **options):
+        keep = _Keep(past_key_values)
+        try:
+            forward(hidden, attention_mask=attention_mask, position_embeddings=position_embeddings,
+                    past_key_values=keep, **options)  # fmt: skip
+        except _Keep.Done:
+            pass
+        if not read.shape[1]:
+            return hidden[:, :0]
+        rows = torch.arange(len(read), device=read.device)[:, None]
+        turned = tuple(x.expand(len(read), -1, -1)[rows, read] for x in position_embeddings)
+        seen = attention_mask[rows, 0, read][:, None]
+        return forward(hidden[rows, read], attention_mask=seen, position_embeddings=turned,
+                       past_key_values=_Give(keep.kept), **options)  # fmt: skip
+
+    layer.forward = narrow
+    try:
+        yield
+    finally:
+        del layer.forward
+
+
+class _Prompts(NamedTuple):
+    """Prompts computed together: their keys and values in each layer, and which positions are real (R, P)."""
+
+    layers: list[tuple[Tensor, Tensor]]
+    real: Tensor
+
+
+class _Batch(NamedTuple):
+    """Packs computed together, padded to N nodes; arrays of the fields of `Pack`."""
+
+    ids: np.ndarray  # (b, N)
+    position: np.ndarray  # (b, N)
+    sees: np.ndarray  # (b, N, N)
+    read: np.ndarray  # (b, r)
+    valid: np.ndarray  # (b, r) bool
+    places: np.ndarray  # where the valid outputs belong
+
+
+def _packed(reward_model, readings, masks, kind, replacement, starts, progress) -> Iterator[tuple[np.ndarray, Tensor]]:
+    """Shared prefixes once, batch by batch: where each output belongs, and the outputs."""
+    model, prompt = reward_model.model, lambda i: len(readings[i].prompt)
+    nodes = max(128, model.config.hidden_size // 2)  # more would cost more attention, fewer would share less
+    packs = [pack(mask, len(reward_model.suffix), kind, nodes) for mask in masks]
+    jobs = []
+    for group in under_budget(sorted(range(len(readings)), key=prompt), prompt, reward_model.budget):
+        items = sorted(((i, one) for i in group for one in packs[i]), key=lambda item: len(item[1]))
+        before = prompt(group[-1])  # the longest: they are padded to it
+        jobs += [(group, batch) for batch in under_budget(items, lambda item: before + len(item[1]), reward_model.budget)]
+    current = prompts = None
+    for group, items in progress(jobs):
+        if group is not current:
+            current, prompts = group, _read_prompts(model, [readings[i].prompt for i in group])
+            row_of = {i: row for row, i in enumerate(group)}
+        tokens = [np.array([*readings[i].response, *reward_model.suffix], dtype=int) for i, _ in items]
+        batch = _collate(items, tokens, replacement, starts)
+        yield batch.places, _score(model, prompts, [row_of[i] for i, _ in items], batch)
+
+
+def _collate(items: list[tuple[int, Pack]], tokens: list[np.ndarray], replacement: int, starts: np.ndarray) -> _Batch:
+    b, N, r = len(items), max(len(one) for _, one in items), max(len(one.read) for _, one in items)
+    batch = _Batch(np.zeros((b, N), int), np.zeros((b, N), int), np.zeros((b, N, N), bool), np.zeros((b, r), int),
+                   np.zeros((b, r), bool), np.concatenate([starts[i] + one.coalition for i, one in items]))  # fmt: skip
+    batch.sees[:, range(N), range(N)] = True  # padding sees itself, lest its softmax be empty
+    for row, ((_, one), ids) in enumerate(zip(items, tokens)):
+        n, m = len(one), len(one.read)
+        batch.ids[row, :n] = np.where(one.absent, replacement, ids[one.column])
+        batch.position[row, :n] = one.position
+        batch.sees[row, :n, :n] = one.sees
+        batch.read[row, :m], batch.valid[row, :m] = one.read, True
+    return batch
+
+
+@torch.no_grad()
+def _read_prompts(model: PreTrainedModel, prompts: Sequence[tuple[int, ...]]) -> _Prompts:
+    ids, real = padded(prompts, 0, model.device, left=True)
+    cache, P = DynamicCache(), ids.shape[1]
+    if P:
+        square = torch.ones(P, P, dtype=torch.bool, device=ids.device)
+        seen = square.tril() & real[:, None] | square.tril().triu()  # padding sees itself
+        with reading_only(model, ids[:, :0]):
+            _trunk(model, ids, seen, (real.cumsum(-1) - 1).clamp(min=0), cache)
+    return _Prompts([(layer.keys, layer.values) for layer in cache.layers if P], real)
+
+
+@torch.no_grad()
+def _score(model: PreTrainedModel, prompts: _Prompts, rows: list[int], batch: _Batch) -> Tensor:
+    """Raw outputs of the valid reads of one batch whose packs follow the prompts `rows`."""
+    device, cache = model.device, DynamicCache()
+    rows = torch.tensor(rows, device=device)
+    for number, (keys, values) in enumerate(prompts.layers):
+        cache.update(keys[rows], values[rows], number)
+    ids, position, sees, read, valid = (torch.from_numpy(x).to(device) for x in batch[:5])
+    real = prompts.real[rows]
+    seen = torch.cat([real[:, None].expand(-1, ids.shape[1], -1), sees], -1)
+    with reading_only(model, read):
+        hidden = _trunk(model, ids, seen, position + real.sum(-1, keepdim=True), cache)
+    return model.score(hidden[valid]).squeeze(-1)
+
+
+def _trunk(model: PreTrainedModel, ids: Tensor, seen: Tensor, position: Tensor, cache: DynamicCache) -> Tensor:
+    """Last hidden state of tokens (b, N) that see what `seen` (b, N, P + N) says."""
+    bias = torch.zeros(seen.shape, device=ids.device, dtype=model.dtype).masked_fill_(~seen, -torch.inf)
+    return model.base_model(
+        input_ids=ids, attention_mask=bias[:, None], position_ids=position, past_key_values=cache, use_cache=True
+    ).last_hidden_state  # fmt: skip

@@ -1,0 +1,79 @@
+"""Coalitions of one response as few tokens: what coalitions share from the left is computed once.
+
+A causal model's state at a token depends only on what stands before it. Sorted by their bits, coalitions form a
+trie; its nodes are laid in one sequence, and a matrix says which nodes each node sees.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from dense_rlhf.types import InputError
+
+REMOVALS = ("drop", "attention_mask", "replace")
+
+
+@dataclass(frozen=True)
+class Pack:
+    """A stretch of the trie: N nodes, r coalitions that end in it."""
+
+    column: np.ndarray  # (N,) which token of response + suffix
+    absent: np.ndarray  # (N,) bool, the node stands for the removed token's replacement
+    position: np.ndarray  # (N,) behind the prompt
+    sees: np.ndarray  # (N, N) bool, itself and its ancestors
+    read: np.ndarray  # (r,) node where each coalition's score is read
+    coalition: np.ndarray  # (r,) row of the masks
+
+    def __len__(self) -> int:
+        return len(self.column)
+
+
+def pack(masks: np.ndarray, suffix: int, removal: str, nodes: int) -> tuple[Pack, ...]:
+    """Packs of at most `nodes` nodes (one coalition may need more) that cover the coalitions `masks` (m, k) once.
+
+    `suffix` tokens stand behind every coalition; the last of them is read. `drop` closes the gaps, `attention_mask`
+    leaves them empty, `replace` fills them. Raises `InputError` for another removal.
+    """
+    if removal not in REMOVALS:
+        raise InputError(f"removal is {removal!r}, wanted one of {', '.join(REMOVALS)}")
+    return _pack(np.packbits(masks, axis=1).tobytes(), masks.shape, suffix, removal, nodes)
+
+
+@lru_cache(maxsize=64)
+def _pack(packed: bytes, shape: tuple[int, int], suffix: int, removal: str, nodes: int) -> tuple[Pack, ...]:
+    m, k = shape
+    masks = np.unpackbits(np.frombuffer(packed, np.uint8).reshape(m, -1), axis=1, count=k).astype(bool)
+    order = np.lexsort(masks.T[::-1]) if k else np.arange(m)
+    bits = np.concatenate([masks[order], np.ones((m, suffix), bool)], 1)
+    present = np.ones_like(bits) if removal == "replace" else bits
+    differs = np.zeros(m, int)  # the first token in which a coalition differs from the one before it
+    differs[1:] = (bits[1:] != bits[:-1]).argmax(1)
+    ahead = present[:, ::-1].cumsum(1)[:, ::-1]  # nodes from a token on
+    packs, start = [], 0
+    while start < m:
+        fresh = ahead[np.arange(start, m), differs[start:]]
+        fresh[0] = ahead[start, 0]
+        end = start + max(1, int(np.searchsorted(fresh.cumsum(), nodes, "right")))
+        packs.append(_trie(bits[start:end], present[start:end], differs[start:end], removal, order[start:end]))
+        start = end
+    return tuple(packs)
+
+
+def _trie(bits: np.ndarray, present: np.ndarray, differs: np.ndarray, removal: str, rows: np.ndarray) -> Pack:
+    r, width = bits.shape
+    columns = np.arange(width)
+    fresh = columns >= differs[:, None]
+    fresh[0] = True
+    maker = np.maximum.accumulate(np.where(fresh, np.arange(r)[:, None], 0), 0)  # the coalition that made the node
+    number = np.cumsum(fresh & present).reshape(r, width) - 1
+    path = np.where(present, number[maker, columns], -1)  # (r, width) the nodes of each coalition
+    owner, column = np.nonzero(fresh & present)
+    ancestors = np.where(columns <= column[:, None], path[owner], -1)
+    sees = np.zeros((len(owner), len(owner) + 1), bool)
+    sees[np.arange(len(owner))[:, None], ancestors] = True  # the last column takes the -1
+    depth = (present.cumsum(1) - 1)[owner, column]
+    position = depth if removal == "drop" else column
+    return Pack(column, ~bits[owner, column], position, sees[:, :-1], path[:, -1], rows)
