@@ -186,7 +186,7 @@ def lime_text(k, samples, seed, f):
 
 @pytest.mark.parametrize("samples, seed", [(32, 4), (100, 0)])
 def test_lime_draws_the_masks_and_gives_the_numbers_of_the_lime_library(samples, seed, reward_model, rollout):
-    ours, rows = explain("lime", reward_model, rollout, AttributionParams(1, samples, seed)), rows_with_players(rollout)
+    ours, rows = explain("lime", reward_model, rollout, AttributionParams(lime_samples=samples, seed=seed)), rows_with_players(rollout)
     for row in rows:
         f, k = value_function(reward_model, rollout, row)
         masks, weights = lime_text(k, samples, seed, f)
