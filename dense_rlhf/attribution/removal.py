@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -58,35 +58,56 @@ def player_groups(reward_model: RewardModel, reading: Reading, players: str) -> 
     return np.array(groups(spans, cut(reward_model.tokenizer.decode(list(reading.response)), players)), dtype=int)
 
 
+class Explained(NamedTuple):
+    """What one source says of N readings."""
+
+    credits: list[Tensor]  # (n_i,) of each reading's tokens, float64
+    baseline: Tensor  # (N,) the scores without any response token
+    scores: Tensor  # (N,) of the whole responses
+    evaluations: int  # of all readings, beyond those shared with sources before it
+
+
+def explain_readings(
+    reward_model: RewardModel, readings: Sequence[Reading], groups: Sequence[np.ndarray], sources: dict[str, Designed],
+    params: AttributionParams, progress: Callable = iter,
+) -> dict[str, Explained]:  # fmt: skip
+    """Explain readings whose tokens belong to the players `groups[i]` (n_i,), numbered from 0, by each source.
+
+    A player's credit is spread evenly over its tokens. Coalitions that several sources need are scored once and
+    counted for the first of them.
+    """
+    named = tuple(sources.items())
+    plans = [plan(int(group.max(initial=-1)) + 1, named, params) for group in groups]
+    masks = [one.masks[:, group] for one, group in zip(plans, groups)]
+    values = coalition_scores(reward_model, readings, masks, params.removal, progress)
+    baseline = torch.stack([found[0] for found in values])
+    scores = torch.stack([found[min(1, len(found) - 1)] for found in values])  # without players, the empty one is all
+    done = {}
+    for name in sources:
+        credits = [_credit(one, name, found.double(), group) for one, found, group in zip(plans, values, groups)]
+        done[name] = Explained(credits, baseline, scores, sum(one.added[name] for one in plans))
+    return done
+
+
 def explain_by_removal(
     reward_model: RewardModel, rollout: Rollout, sources: dict[str, Designed], params: AttributionParams,
     progress: Callable = iter,
 ) -> dict[str, Attribution]:  # fmt: skip
-    """An attribution for each source. A player's credit is spread evenly over its tokens.
-
-    Coalitions that several sources need are scored once and counted for the first of them; seconds are divided as
-    evaluations are.
-    """
-    start, named = time.perf_counter(), tuple(sources.items())
+    """An attribution of a rollout for each source; seconds are divided as evaluations are."""
+    start = time.perf_counter()
     readings = reward_model.readings(rollout)
     of = [player_groups(reward_model, reading, params.players) for reading in readings]
-    plans = [plan(int(group.max(initial=-1)) + 1, named, params) for group in of]
-    scores = coalition_scores(
-        reward_model, readings, [one.masks[:, group] for one, group in zip(plans, of)], params.removal, progress
-    )
-    baseline = torch.stack([values[0] for values in scores]).to(rollout.scores)
-    done = {}
-    total = sum(sum(one.added.values()) for one in plans)
-    for name, source in sources.items():
-        credits = [_credit(one, name, values.double(), group) for one, values, group in zip(plans, scores, of)]
-        credit = on_policy_tokens(rollout, readings, credits)
-        evaluations = sum(one.added[name] for one in plans)
+    found = explain_readings(reward_model, readings, of, sources, params, progress)
+    total, done = max(sum(one.evaluations for one in found.values()), 1), {}
+    for name, one in found.items():
+        credit = on_policy_tokens(rollout, readings, one.credits)
+        baseline = one.baseline.to(rollout.scores)
         gap = rollout.scores - baseline - credit.sum(-1)
-        done[name] = Attribution(name, credit, baseline, gap, evaluations / len(readings), 0.0, source.complete)
+        done[name] = Attribution(
+            name, credit, baseline, gap, one.evaluations / len(readings), 0.0, sources[name].complete
+        )
     seconds = time.perf_counter() - start
-    for name, found in done.items():
-        done[name] = replace(found, seconds=seconds * found.evaluations * len(readings) / max(total, 1))
-    return done
+    return {name: replace(one, seconds=seconds * found[name].evaluations / total) for name, one in done.items()}
 
 
 def _credit(plan: Plan, source: str, scores: Tensor, group: np.ndarray) -> Tensor:
