@@ -161,11 +161,8 @@ def _packed(reward_model, readings, masks, kind, replacement, starts, progress) 
     model, prompt = reward_model.model, lambda i: len(readings[i].prompt)
     nodes = max(128, model.config.hidden_size // 2)  # more would cost more attention, fewer would share less
     packs = [pack(mask, len(reward_model.suffix), kind, nodes) for mask in masks]
-    jobs = []
-    for group in under_budget(sorted(range(len(readings)), key=prompt), prompt, reward_model.budget):
-        items = sorted(((i, one) for i in group for one in packs[i]), key=lambda item: len(item[1]))
-        before = prompt(group[-1])  # the longest: they are padded to it
-        jobs += [(group, batch) for batch in under_budget(items, lambda item: before + len(item[1]), reward_model.budget)]
+    groups = under_budget(sorted(range(len(readings)), key=prompt), prompt, reward_model.budget)
+    jobs = [(group, batch) for group in groups for batch in _batches(group, packs, prompt(group[-1]), reward_model)]
     current = prompts = None
     for group, items in progress(jobs):
         if group is not current:
@@ -174,6 +171,12 @@ def _packed(reward_model, readings, masks, kind, replacement, starts, progress) 
         tokens = [np.array([*readings[i].response, *reward_model.suffix], dtype=int) for i, _ in items]
         batch = _collate(items, tokens, replacement, starts)
         yield batch.places, _score(model, prompts, [row_of[i] for i, _ in items], batch)
+
+
+def _batches(group, packs, longest, reward_model) -> Iterator[list[tuple[int, Pack]]]:
+    """The packs of a group of readings, with their reading, so that prompts and nodes stay within the budget."""
+    items = sorted(((i, one) for i in group for one in packs[i]), key=lambda item: len(item[1]))
+    return under_budget(items, lambda item: longest + len(item[1]), reward_model.budget)
 
 
 def _collate(items: list[tuple[int, Pack]], tokens: list[np.ndarray], replacement: int, starts: np.ndarray) -> _Batch:

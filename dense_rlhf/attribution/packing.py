@@ -6,6 +6,7 @@ trie; its nodes are laid in one sequence, and a matrix says which nodes each nod
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -52,14 +53,21 @@ def _pack(packed: bytes, shape: tuple[int, int], suffix: int, removal: str, node
     differs = np.zeros(m, int)  # the first token in which a coalition differs from the one before it
     differs[1:] = (bits[1:] != bits[:-1]).argmax(1)
     ahead = present[:, ::-1].cumsum(1)[:, ::-1]  # nodes from a token on
-    packs, start = [], 0
-    while start < m:
-        fresh = ahead[np.arange(start, m), differs[start:]]
-        fresh[0] = ahead[start, 0]
-        end = start + max(1, int(np.searchsorted(fresh.cumsum(), nodes, "right")))
-        packs.append(_trie(bits[start:end], present[start:end], differs[start:end], removal, order[start:end]))
-        start = end
-    return tuple(packs)
+    number = len(_ends(ahead, differs, nodes))
+    even = 1 + bisect_left(range(1, nodes), True, key=lambda n: len(_ends(ahead, differs, n)) <= number)
+    ends = _ends(ahead, differs, even)  # as many packs, of sizes as even as can be
+    return tuple(_trie(bits[a:b], present[a:b], differs[a:b], removal, order[a:b]) for a, b in zip([0, *ends], ends))
+
+
+def _ends(ahead: np.ndarray, differs: np.ndarray, nodes: int) -> list[int]:
+    """Where to cut sorted coalitions, so that each stretch needs at most `nodes` nodes or is a single coalition."""
+    fresh = ahead[np.arange(len(ahead)), differs].cumsum()
+    ends, start = [], 0
+    while start < len(ahead):
+        again = fresh[start] - ahead[start, 0]  # a stretch makes its first coalition's nodes again
+        ends.append(max(start + 1, int(np.searchsorted(fresh, nodes + again, "right"))))
+        start = ends[-1]
+    return ends
 
 
 def _trie(bits: np.ndarray, present: np.ndarray, differs: np.ndarray, removal: str, rows: np.ndarray) -> Pack:
