@@ -1,6 +1,8 @@
-"""How far a source's credit agrees with credit that is known."""
+"""How far a source's credit agrees with credit, or with marked tokens, that are known. All measures: (B,)."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -21,14 +23,48 @@ def known_credit(judge: AdditiveJudge, rollout: Rollout, tokenizer: PreTrainedTo
     return credit
 
 
+def varied(values: np.ndarray) -> bool:
+    """Whether values (n,) differ by more than the rounding of float32."""
+    return len(values) > 1 and bool(np.ptp(values) > 1e-5 * np.abs(values).max() + 1e-9)
+
+
+def _rows(*tensors: Tensor, players: Tensor) -> Iterator[list[np.ndarray]]:
+    """The players' part of tensors (B, T), response by response, float64."""
+    for keep, *row in zip(players.cpu(), *(x.cpu() for x in tensors)):
+        yield [x[keep].double().numpy() for x in row]
+
+
 def rank_agreement(credit: Tensor, known: Tensor, players: Tensor) -> np.ndarray:
     """Spearman correlation of `credit` with `known` (B, T) in each response, (B,).
 
     NaN where either is constant, as an even spread always is: it ranks nothing.
     """
-    rows = []
-    for a, b, keep in zip(credit.cpu(), known.cpu(), players.cpu()):
-        a, b = a[keep].double().numpy(), b[keep].double().numpy()
-        varied = len(a) > 1 and np.ptp(a) > 1e-9 and np.ptp(b) > 0
-        rows.append(spearmanr(a, b).statistic if varied else np.nan)
-    return np.array(rows)
+    pairs = _rows(credit, known, players=players)
+    return np.array([spearmanr(a, b).statistic if varied(a) and varied(b) else np.nan for a, b in pairs])
+
+
+def average_precision(credit: Tensor, positive: Tensor, players: Tensor) -> np.ndarray:
+    """Area under precision and recall of finding the `positive` tokens (B, T) by highest credit.
+
+    Even credit gets the share of positives, which is chance. NaN where no or every player is positive. Where low
+    credit should find them (bad words, a score of goodness), give `-credit`.
+    """
+    from sklearn.metrics import average_precision_score
+
+    pairs = ((a, b > 0) for a, b in _rows(credit, positive, players=players))
+    return np.array([average_precision_score(b, a) if 0 < b.sum() < len(b) else np.nan for a, b in pairs])
+
+
+def recovered_mass(credit: Tensor, positive: Tensor, players: Tensor) -> np.ndarray:
+    """The share of credit above zero that lies on the `positive` tokens (B, T).
+
+    Even credit gets the share of positives. NaN where no or every player is positive, or no credit above zero.
+    """
+    pairs = ((a.clip(min=0), b > 0) for a, b in _rows(credit, positive, players=players))
+    return np.array([a[b].sum() / a.sum() if 0 < b.sum() < len(b) and a.any() else np.nan for a, b in pairs])
+
+
+def top_hit(credit: Tensor, positive: Tensor, players: Tensor) -> np.ndarray:
+    """Whether the token with most credit is `positive` (B, T); of tied tokens, the share that is. NaN as above."""
+    pairs = ((a, b > 0) for a, b in _rows(credit, positive, players=players))
+    return np.array([b[a == a.max()].mean() if 0 < b.sum() < len(b) else np.nan for a, b in pairs])

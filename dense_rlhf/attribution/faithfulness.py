@@ -1,0 +1,313 @@
+"""How far to trust each source of credit, asked of the reward model itself.
+
+Every measure is one number a response, NaN where undefined, so that intervals can resample responses. Numbers "in
+score units" are in standard deviations of the reference policy's scores, to which reward models are calibrated;
+none is divided by a response's own f(full) - f(empty), which may be zero.
+
+A source is read as *supporting* the response's deviation: credit times `sign`, the sign of f(full) - f(empty), and
+curves are `sign` times scores. So "most supporting first" is for every response what ERASER asks of the predicted
+class. A share (attention, terminal, the controls) says how much, not which way: its weights are its support.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import TYPE_CHECKING
+
+import numpy as np
+from scipy.stats import kendalltau
+
+from dense_rlhf.attribution.agreement import rank_agreement, varied
+from dense_rlhf.attribution.engine import coalition_scores
+from dense_rlhf.attribution.removal import player_groups
+from dense_rlhf.masked import effective_share, masked_softmax
+from dense_rlhf.params import AttributionParams
+from dense_rlhf.reward_model import RewardModel
+from dense_rlhf.types import Attribution, InputError, Reading, Rollout
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from torch import Tensor
+
+RANDOM = "random order"  # the control of the curves, beside the sources
+STEPS = 10  # of the curves: 10, 20 .. 100 % of the players
+MEASURES = {
+    "surrogate_r2": "R² of the credits' sum on fresh coalitions",
+    "surrogate_correlation": "correlation of the credits' sum with the score on fresh coalitions",
+    "surrogate_beyond_size": "the same, of coalitions of one size",
+    "infidelity": "squared error of what is removed (score units²; lower is better)",
+    "comprehensiveness": "what removing the most supporting tokens loses (score units)",
+    "sufficiency": "what the most supporting tokens alone lack (score units; lower is better)",
+    "deletion": "area under deletion, below a random order's (score units)",
+    "insertion": "area under insertion, above a random order's (score units)",
+    "leave_one_out_tau": "Kendall's tau with leaving one out",
+    "gap": "what credit leaves unexplained (score units; lower is better)",
+    "relative_gap": "the same, over |score - baseline| (lower is better)",
+    "evenness": "ESS/T after the paper's softmax (1 is even)",
+}
+
+# ---------------------------------------------------------------------------------------------------- coalitions
+
+
+def fresh_coalitions(k: int, count: int, rng: np.random.Generator) -> np.ndarray:
+    """`count` random coalitions (count, k) of k > 1 players, neither empty nor full: size uniform, then subset uniform.
+
+    Drawn apart from every design. Below some 8 players most coalitions were seen by a design all the same.
+    """
+    return rng.random((count, k)).argsort(1) < rng.integers(1, k, count)[:, None]
+
+
+def removal_path(support: np.ndarray, ties: np.ndarray) -> np.ndarray:
+    """Coalitions (2, STEPS + 1, k): what is left as the most supporting go, and what is there as they alone come.
+
+    Step j moves ceil(k j / STEPS) players. `ties` (k,) orders those of equal support.
+    """
+    k = len(support)
+    rank = np.argsort(np.lexsort([ties, -support]))
+    moved = rank < path_counts(k)[:, None]
+    return np.stack([~moved, moved])
+
+
+def path_counts(k: int) -> np.ndarray:
+    """How many players each step has moved, (STEPS + 1,)."""
+    return -(-k * np.arange(STEPS + 1) // STEPS)
+
+
+# ---------------------------------------------------------------------------------------------------- measures
+
+
+def surrogate_r2(predicted: np.ndarray, scores: np.ndarray) -> float:
+    """1 - mean (y - yhat)² / var y over coalitions, yhat = baseline + credit of the players present.
+
+    At most 1, 0 as good as the mean of y, unbounded below: take medians where var y is small. Compare with `uniform`,
+    which knows how many tokens are present. NaN where scores are all equal, or credit is not in score units.
+    """
+    return float(1 - np.mean((scores - predicted) ** 2) / scores.var()) if varied(scores) else np.nan
+
+
+def surrogate_correlation(predicted: np.ndarray, scores: np.ndarray) -> float:
+    """Pearson correlation of the credit present with the score; its square is R² after the best affine fit.
+
+    So sources in any unit compare; the sign stays. Chance is not 0: how many tokens are present tells much of the
+    score, and an even spread knows that. NaN where either is constant.
+    """
+    return float(np.corrcoef(predicted, scores)[0, 1]) if varied(predicted) and varied(scores) else np.nan
+
+
+def surrogate_beyond_size(predicted: np.ndarray, scores: np.ndarray, sizes: np.ndarray) -> float:
+    """The same correlation, partial (linear) given the number of tokens present: 0 by chance.
+
+    NaN for an even spread, which knows nothing else.
+    """
+    size, *both = (x - x.mean() for x in (sizes, predicted, scores))
+    rest = [x - size * (size @ x) / (size @ size or 1.0) for x in both]
+    told = all(np.abs(r).max() > 1e-5 * np.abs(x).max() for r, x in zip(rest, both))
+    return surrogate_correlation(*rest) if told else np.nan
+
+
+def infidelity(removed: np.ndarray, lost: np.ndarray) -> float:
+    """E (sum of credit of removed players - (f(full) - f(S)))², Yeh et al., 2019, with removal as perturbation."""
+    return float(np.mean((removed - lost) ** 2))
+
+
+def aopc(full: float, curve: np.ndarray) -> float:
+    """Mean of f(full) - f(x') over q = 10 .. 100 % of the players, ceil(q k) of them (DeYoung et al., 2020).
+
+    Comprehensiveness where x' lacks the top q, sufficiency where x' is the top q. `curve` (STEPS + 1,) starts at q = 0.
+    """
+    return float(full - curve[1:].mean())
+
+
+def area(curve: np.ndarray, k: int) -> float:
+    """Area under a curve (STEPS + 1,) over the share of the k players moved, by trapezoids (Petsiuk et al., 2018)."""
+    return float(np.trapezoid(curve, path_counts(k) / k))
+
+
+def leave_one_out_tau(support: np.ndarray, lost: np.ndarray) -> float:
+    """Kendall's tau-b of support with the score each player's removal loses; NaN where either is constant."""
+    return float(kendalltau(support, lost).statistic) if varied(support) and varied(lost) else np.nan
+
+
+# ---------------------------------------------------------------------------------------------------- without forwards
+
+
+def completeness(attribution: Attribution, rollout: Rollout) -> dict[str, np.ndarray]:
+    """|score - baseline - sum of credit| (B,), and the same over |score - baseline|.
+
+    NaN where credit is not in score units, or (relative) the score is the baseline to 1e-6.
+    """
+    gap, whole = (_numpy(x.abs()) for x in (attribution.gap, rollout.scores - attribution.baseline))
+    relative = np.divide(gap, whole, out=np.full_like(gap, np.nan), where=whole > 1e-6)
+    return {"gap": gap, "relative_gap": relative}
+
+
+def evenness(attribution: Attribution, rollout: Rollout) -> np.ndarray:
+    """ESS/T (B,) of a share as it is, of any other credit after the paper's softmax: 1 is even, 1/T one token."""
+    credit = attribution.credit
+    weights = credit if attribution.is_share else masked_softmax(credit, rollout.mask)
+    return _numpy(effective_share(weights, rollout.mask))
+
+
+def seed_agreement(first: Attribution, second: Attribution, rollout: Rollout) -> np.ndarray:
+    """Spearman (B,) of a source with itself under another `AttributionParams.seed`: how much of its ranking is noise.
+
+    1 for sources without a draw. NaN where either is constant.
+    """
+    return rank_agreement(first.credit, second.credit, rollout.players)
+
+
+def removal_agreement(by_removal: dict[str, Attribution], rollout: Rollout) -> dict[tuple[str, str], np.ndarray]:
+    """Spearman (B,) of one source with itself, for each pair of ways to remove a token (drop, attention_mask, ..)."""
+    pairs = combinations(by_removal, 2)
+    return {(a, b): seed_agreement(by_removal[a], by_removal[b], rollout) for a, b in pairs}
+
+
+# ---------------------------------------------------------------------------------------------------- gathering
+
+
+@dataclass(frozen=True)
+class _Claim:
+    """What a source says of one response of k players."""
+
+    credit: np.ndarray  # (k,) NaN where not in score units
+    constant: float  # what no player earns: the baseline, and credit of EOS
+    support: np.ndarray  # (k,) in any unit
+
+    @classmethod
+    def of(cls, attribution: Attribution, rollout: Rollout, row: int, group: np.ndarray, sign: float) -> _Claim:
+        credit, players = _numpy(attribution.credit[row]), rollout.players[row].cpu().numpy()
+        phi = np.bincount(group, credit[players])
+        constant = attribution.baseline[row].item() + credit[~players].sum()
+        measured = phi if attribution.gap[row].isfinite() else np.full_like(phi, np.nan)
+        return cls(measured, constant, np.abs(phi) if attribution.is_share else sign * phi)
+
+
+@dataclass(frozen=True)
+class _Case:
+    """One response of k > 1 players: what is said of it, and which coalitions put that to the test."""
+
+    full: float  # f(full)
+    sign: float
+    claims: dict[str, _Claim]
+    questions: dict[Hashable, np.ndarray]  # coalitions (m, k): fresh, leave-one-out, and a path for each order
+
+    @classmethod
+    def of(
+        cls, full: float, sign: float, claims: dict[str, _Claim], k: int, rng: np.random.Generator, fresh: int,
+        orders: int,
+    ) -> _Case:  # fmt: skip
+        questions = {"fresh": fresh_coalitions(k, fresh, rng), "without": ~np.eye(k, dtype=bool)}
+        ties = rng.permutation(k)
+        supports = {(RANDOM, i): rng.random(k) for i in range(orders)}
+        supports |= {source: claim.support for source, claim in claims.items() if varied(claim.support)}
+        paths = {("path", key): np.concatenate(removal_path(values, ties)) for key, values in supports.items()}
+        return cls(full, sign, claims, questions | paths)
+
+    def measures(self, y: dict[Hashable, np.ndarray]) -> dict[tuple[str, str], float]:
+        """Every measure that needs forwards, by source and name, from the scores of the questions."""
+        curves = {key[1]: self.sign * scores.reshape(2, -1) for key, scores in y.items() if key[0] == "path"}
+        chance = np.mean([curve for key, curve in curves.items() if key[0] == RANDOM], axis=0)
+        found = {RANDOM: self._aopc(chance)}
+        for source, claim in self.claims.items():
+            found[source] = self._surrogate(claim, y["fresh"])
+            lost = self.sign * (self.full - y["without"])
+            found[source]["leave_one_out_tau"] = leave_one_out_tau(claim.support, lost)
+            if source in curves:
+                gain = [area(curve, len(claim.support)) for curve in curves[source] - chance]
+                found[source] |= self._aopc(curves[source]) | {"deletion": -gain[0], "insertion": gain[1]}
+        return {(source, name): value for source, values in found.items() for name, value in values.items()}
+
+    def _aopc(self, curves: np.ndarray) -> dict[str, float]:
+        full = self.sign * self.full
+        return {"comprehensiveness": aopc(full, curves[0]), "sufficiency": aopc(full, curves[1])}
+
+    def _surrogate(self, claim: _Claim, y: np.ndarray) -> dict[str, float]:
+        present = self.questions["fresh"]
+        predicted, scores = present @ claim.support, self.sign * y
+        return {
+            "surrogate_r2": surrogate_r2(claim.constant + present @ claim.credit, y),
+            "surrogate_correlation": surrogate_correlation(predicted, scores),
+            "surrogate_beyond_size": surrogate_beyond_size(predicted, scores, present.sum(1)),
+            "infidelity": infidelity(~present @ claim.credit, self.full - y),
+        }
+
+
+def _ask(
+    reward_model: RewardModel, readings: Sequence[Reading], groups: Sequence[np.ndarray],
+    questions: Sequence[dict[Hashable, np.ndarray]], removal: str, progress: Callable = iter,
+) -> list[dict[Hashable, np.ndarray]]:  # fmt: skip
+    """Scores of each block of coalitions of players, every coalition of a response once, in one pass for all."""
+    books, places = [], []
+    for blocks in questions:
+        number: dict[bytes, int] = {}
+        places.append({key: [number.setdefault(mask.tobytes(), len(number)) for mask in masks]
+                       for key, masks in blocks.items()})  # fmt: skip
+        books.append(np.frombuffer(b"".join(number), bool).reshape(len(number), -1))
+    masks = [book[:, group] for book, group in zip(books, groups)]
+    scores = map(_numpy, coalition_scores(reward_model, readings, masks, removal, progress))
+    return [{key: y[rows] for key, rows in place.items()} for y, place in zip(scores, places)]
+
+
+def _numpy(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().cpu().double().numpy()
+
+
+def _check(rollout: Rollout, readings: Sequence[Reading], attributions: dict[str, Attribution]) -> None:
+    if any(reading.spread is not None for reading in readings):
+        raise InputError("the reward model reads other tokens than the policy's, and credit is of the policy's; "
+                         "explain its texts in its own tokens (text_rollout without policy_tokenizer)")  # fmt: skip
+    for source, found in attributions.items():
+        if found.credit.shape != rollout.mask.shape or source == RANDOM:
+            raise InputError(f"credit of {source!r} is {tuple(found.credit.shape)}, wanted {tuple(rollout.mask.shape)} "
+                             f"as the responses, and another name than {RANDOM!r}")  # fmt: skip
+
+
+def faithfulness(
+    reward_model: RewardModel, rollout: Rollout, attributions: dict[str, Attribution], params: AttributionParams,
+    seed: int = 0, fresh: int = 64, orders: int = 4, progress: Callable = iter,
+) -> pd.DataFrame:  # fmt: skip
+    """All `MEASURES` of all sources: columns source, measure, response, value; NaN where undefined.
+
+    Removal and players are those of `params`. Each response is asked, once for all sources, `fresh` coalitions, its
+    leave-one-outs, and 2 (STEPS - 1) of each source and of `orders` random orders; the control `RANDOM` has their mean
+    comprehensiveness and sufficiency. Draws depend on `seed` and the response's tokens alone. A response of fewer than
+    two players is asked nothing. Credit of EOS is taken as always there. Raises `InputError` for a reward model with
+    another tokenizer than the policy's (its tokens are not those that credit is of), and where credit does not fit.
+    """
+    readings = reward_model.readings(rollout)
+    _check(rollout, readings, attributions)
+    if fresh < 2 or orders < 1:
+        raise InputError(f"fresh is {fresh} and orders {orders}, wanted at least 2 and 1; take some 64 and 4")
+    groups = [player_groups(reward_model, reading, params.players) for reading in readings]
+    rows = [row for row, group in enumerate(groups) if group.max(initial=0) > 0]
+    asked = [readings[row] for row in rows], [groups[row] for row in rows]
+    ends = [{"ends": np.array([[False], [True]]).repeat(group.max() + 1, 1)} for group in asked[1]]
+    cases = []
+    for row, reading, group, y in zip(rows, *asked, _ask(reward_model, *asked, ends, params.removal)):
+        empty, full = y["ends"]
+        sign = 1.0 if full >= empty else -1.0
+        claims = {source: _Claim.of(found, rollout, row, group, sign) for source, found in attributions.items()}
+        rng = np.random.default_rng([seed, *reading.response])
+        cases.append(_Case.of(full, sign, claims, group.max() + 1, rng, fresh, orders))
+    answers = _ask(reward_model, *asked, [case.questions for case in cases], params.removal, progress)
+    return _frame(rollout, attributions, {row: case.measures(y) for row, case, y in zip(rows, cases, answers)})
+
+
+def _frame(rollout: Rollout, attributions: dict[str, Attribution], by_row: dict[int, dict]) -> pd.DataFrame:
+    """Long form of what the rows' forwards say, and of what needs none."""
+    import pandas as pd
+
+    B = len(rollout.scores)
+    keys = [(source, name) for source in attributions for name in MEASURES]
+    table = {key: np.full(B, np.nan) for key in [*keys, (RANDOM, "comprehensiveness"), (RANDOM, "sufficiency")]}
+    for source, found in attributions.items():
+        table |= {(source, name): values for name, values in completeness(found, rollout).items()}
+        table[source, "evenness"] = evenness(found, rollout)
+    for row, values in by_row.items():
+        for key, value in values.items():
+            table[key][row] = value
+    frames = [pd.DataFrame({"source": source, "measure": name, "response": range(B), "value": values})
+              for (source, name), values in table.items()]  # fmt: skip
+    return pd.concat(frames, ignore_index=True)
