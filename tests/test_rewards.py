@@ -11,8 +11,9 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
 from dense_rlhf import rewards
+from dense_rlhf.additive import WORD, AdditiveJudge, train_gold_judge
 from dense_rlhf.params import RewardParams
-from dense_rlhf.rewards import WORD, AdditiveJudge, pack_kept, train_gold_judge
+from dense_rlhf.rewards import pack_kept
 from dense_rlhf.types import InputError, LabelledText, PreferencePair
 
 
@@ -121,15 +122,23 @@ def test_an_unreachable_hub_model_raises(tokenizer):
         rewards.load_reward_model([], tokenizer, RewardParams(name="nobody/no-such-reward-model"), "r")
 
 
-def test_a_local_reward_model_is_loaded_and_another_vocabulary_refused(tokenizer, reward_model, subsets, tmp_path):
+def test_a_local_reward_model_is_loaded_whatever_the_policys_vocabulary(tokenizer, reward_model, tmp_path):
     reward_model.model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    loaded = rewards.load_reward_model([], tokenizer, RewardParams(name=str(tmp_path)), "r")
-    assert torch.equal(loaded.score(*subsets), reward_model.score(*subsets))
+    params, text = RewardParams(name=str(tmp_path)), " was good"
+    loaded = rewards.load_reward_model([], tokenizer, params, "r")
+    own = [tokenizer(part)["input_ids"] for part in ("the film", text)]
+    reading = loaded.reading(*own)
+    assert loaded.policy_tokenizer is None and [list(reading.prompt), list(reading.response)] == own
+    assert torch.equal(loaded.score([reading]), reward_model.score([reading]))
     from dense_rlhf.language_model import train_tokenizer
 
-    with pytest.raises(InputError, match="another vocabulary"):
-        rewards.load_reward_model([], train_tokenizer(["zebra zebra"], 262), RewardParams(name=str(tmp_path)), "r")
+    other = train_tokenizer(["zebra zebra"], 262)
+    loaded = rewards.load_reward_model([], other, params, "r")
+    through = loaded.reading(*(other(part)["input_ids"] for part in ("the film", text)))
+    assert loaded.policy_tokenizer is other and (through.prompt, through.response) == (reading.prompt, reading.response)
+    assert torch.equal(loaded.score([through]), reward_model.score([reading]))
+    assert through.spread.shape == (len(own[1]), len(text))  # this policy writes letter by letter
 
 
 def test_a_trained_reward_model_is_found_again(tokenizer, monkeypatch, tmp_path):
