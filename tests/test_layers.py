@@ -14,13 +14,13 @@ LAYERS = {
     "language_model": 1,
     "rollout": 2, "attribution": 2, "shaping": 2, "ppo": 2, "bayesopt": 2, "judge": 2, "toy": 2,
     "bilevel": 3,
-    "runs": 4, "grid": 4, "plots": 4, "display": 4, "report": 4, "__main__": 4,
+    "runs": 4, "grid": 4, "plots": 4, "display": 4, "report": 4, "explain": 4, "__main__": 4,
 }  # fmt: skip
 # within a layer: everyone may raise InputError and read the parameters; the others are spelt out
 SIDEWAYS = {(module, "types") for module in ("params", "masked", "store")} | {
     ("rewards", "data"), ("rewards", "reward_model"), ("reward_model", "alignment"),
     ("additive", "alignment"), ("grid", "runs"), ("report", "display"), ("report", "runs"),
-    ("__main__", "grid"), ("__main__", "report"), ("__main__", "runs"),
+    ("explain", "display"), ("__main__", "grid"), ("__main__", "report"), ("__main__", "runs"),
 }  # fmt: skip
 
 
