@@ -22,12 +22,12 @@ study: env ## run params/reviews.yaml and render reports/reviews/index.html
 smoke: env ## the same study at its smallest, a few minutes
 	$(BIN)/python -m dense_rlhf run params/reviews.yaml --set size=smoke --set study=reviews_smoke
 
-test: env ## all tests
-	$(BIN)/python -m pytest
+test: env ## all tests, one process a core
+	$(BIN)/python -m pytest -n $$(nproc) --dist loadfile --no-loadscope-reorder
 
 lint: env ## style of package, notebooks and tests; notebooks without outputs
 	$(BIN)/ruff check dense_rlhf notebooks tests benchmarks
-	$(BIN)/nbstripout --verify --keep-id notebooks/*.ipynb
+	$(BIN)/nbstripout --verify --keep-id notebooks/*.ipynb notebooks/*/*.ipynb
 
 report: env ## render the reports of the finished runs again
 	$(BIN)/python -m dense_rlhf report params/reviews.yaml

@@ -53,8 +53,8 @@ def _list(arguments: argparse.Namespace) -> int:
     from dense_rlhf.data import DATASETS
     from dense_rlhf.runs import repository_root
 
-    studies = sorted(path.name for path in (repository_root() / "params").glob("*.yaml"))
-    print(f"studies   params/{', params/'.join(studies)}")
+    root = repository_root()
+    print(f"studies   {', '.join(sorted(str(path.relative_to(root)) for path in root.glob('params/**/*.yaml')))}")
     print(f"datasets  {', '.join(DATASETS)}")
     print(f"sources   {', '.join(SOURCES)}")
     return 0

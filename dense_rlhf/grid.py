@@ -19,7 +19,7 @@ from pathlib import Path
 
 from dense_rlhf.attribution import SOURCES
 from dense_rlhf.data import DATASETS
-from dense_rlhf.params import RunParams, ShapeParams, StudyParams
+from dense_rlhf.params import ABLATIONS, RunParams, ShapeParams, StudyParams
 from dense_rlhf.runs import RunFolder, artefacts, provenance, repository_root
 from dense_rlhf.store import PACKAGE, content_key, file_sha256, write_json, write_text
 from dense_rlhf.types import InputError
@@ -57,8 +57,9 @@ def expand(study: StudyParams) -> list[Job]:
         prefix = f"{data.name}-" if len(study.datasets) > 1 else ""
         base = replace(study.run, data=data, seed=study.seeds[0])
         single = {"01_reward_model": 0, "02_attribution": 1, "03_shaping": 1, "06_comparison": 3}
+        single |= dict.fromkeys(ABLATIONS, 1)
         for notebook in [n for n in study.notebooks if n in single]:
-            jobs.append(Job(prefix + notebook, notebook, single[notebook], base))
+            jobs.append(Job(prefix + Path(notebook).name, notebook, single[notebook], base))
         for arm, shape in study.arms.items():
             jobs += _arm_jobs(study, replace(base, arm=arm, shape=shape), prefix)
     # long jobs first within a stage, so that no worker ends up alone with one
@@ -196,7 +197,7 @@ def run_grid(study: StudyParams, say: Callable[[str], None]) -> list[dict]:
 
     def work(job: Job) -> dict:
         at_once = min(study.workers, sum(other.stage == job.stage for other in jobs))
-        threads = max(1, (os.cpu_count() or 1) // at_once)
+        threads = max(1, len(os.sched_getaffinity(0)) // at_once)
         record = run_job(job, folder / job.name, threads, 60 * study.timeout_minutes)
         records.append(record)
         say(f"{len(records):3d}/{len(jobs)}  {record['status']:8s}{record['seconds']:6.0f} s  {job.name}"

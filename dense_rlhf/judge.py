@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its 95 % interval."""
+    """A mean (or another statistic) with its 95 % interval."""
 
     mean: float
     low: float
@@ -37,21 +37,23 @@ def win_rate(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
     return (np.asarray(ours) > np.asarray(theirs)) + 0.5 * (np.asarray(ours) == np.asarray(theirs))
 
 
-def bootstrap(by_seed: Sequence[np.ndarray], repeats: int = 2000, seed: int = 0) -> Interval:
+def bootstrap(
+    by_seed: Sequence[np.ndarray], repeats: int = 2000, seed: int = 0, statistic: Callable = np.mean
+) -> Interval:
     """Mean over seeds with a 95 % interval that resamples seeds, then prompts within each seed (percentiles).
 
-    `by_seed` holds one array of per-prompt values a seed. With two seeds the spread between seeds is known poorly,
+    `statistic` (mean or median) is of the prompts of one seed. `by_seed` holds one array of per-prompt values a seed. With two seeds the spread between seeds is known poorly,
     and the interval is too short for it; the reports show each seed beside it.
     """
     if not by_seed or any(len(values) == 0 for values in by_seed):
         raise InputError("an interval of nothing; wanted at least one seed with at least one value")
     rng = np.random.default_rng(seed)
     arrays = [np.asarray(values, float) for values in by_seed]
-    resampled = np.stack([rng.choice(values, (repeats, len(values))).mean(1) for values in arrays])  # (S, repeats)
+    resampled = np.stack([statistic(rng.choice(values, (repeats, len(values))), axis=1) for values in arrays])  # (S, repeats)
     picks = rng.integers(len(arrays), size=(len(arrays), repeats))
     means = resampled[picks, np.arange(repeats)].mean(0)
     low, high = np.quantile(means, [0.025, 0.975])
-    return Interval(float(np.mean([a.mean() for a in arrays])), float(low), float(high))
+    return Interval(float(np.mean([statistic(a) for a in arrays])), float(low), float(high))
 
 
 def summarise(evaluations: dict[str, list[pd.DataFrame]], column: str) -> dict[str, Interval]:

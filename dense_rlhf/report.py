@@ -143,12 +143,14 @@ def _index_body(
     by_dataset: dict[str, list[RunFolder]] = {}
     for run in done:
         by_dataset.setdefault(run.load_json("run.json")["dataset"], []).append(run)
-    for dataset, runs in by_dataset.items():
+    policies = [r for r in records if r["notebook"] == "04_ppo"]
+    for dataset, runs in by_dataset.items() if policies else ():
         parts.append(f"<h2>Result on {esc(dataset)}</h2>" + _headline(runs))
     single = [r for r in records if r["notebook"] != "04_ppo"]
     items = "".join(f"<li>{esc(r['job'])}: {_link(r, pages)}</li>" for r in single)
     parts.append(f"<h2>Notebooks</h2><ul>{items}</ul>")
-    parts.append(_matrix([r for r in records if r["notebook"] == "04_ppo"], pages))
+    if policies:
+        parts.append(_matrix(policies, pages))
     return "".join(parts)
 
 

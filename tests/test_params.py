@@ -96,7 +96,7 @@ def test_whole_numbers_are_numbers_and_nothing_else_is_converted():
         parse(RunParams, {"seed": "1"}, "")
 
 
-@pytest.mark.parametrize("path", sorted((repository_root() / "params").glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted((repository_root() / "params").rglob("*.yaml")), ids=lambda p: p.stem)
 def test_shipped_studies_parse_at_every_size(path):
     given = yaml.safe_load(path.read_text())
     if "arms" not in given:
