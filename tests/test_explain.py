@@ -110,7 +110,7 @@ def test_a_decoders_scores_are_its_own(kind, source, tokenizer):
     assert found.score == pytest.approx(found.baseline + sum(found.credit) + found.gap, abs=1e-12)
 
 
-@pytest.mark.parametrize("removal", ["drop", "attention_mask"])
+@pytest.mark.parametrize("removal", ["drop", "attention_mask", "replace:[UNK]"])
 @pytest.mark.parametrize("kind", ENCODERS)
 def test_an_encoders_scores_are_its_own(kind, removal, bert_tokenizer):
     model = build(kind, bert_tokenizer)
