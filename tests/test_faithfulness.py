@@ -212,6 +212,20 @@ def test_numbers_by_hand(tokenizer):
     assert table["shap", "surrogate_correlation"] == pytest.approx(np.corrcoef(fresh @ credit, y)[0, 1], abs=1e-4)
 
 
+def test_areas_are_beside_a_random_order(tokenizer):
+    """In tenths of 10 or 20 players trapezoids are plain means, so the areas say what ERASER's two say against it."""
+    model = planted(tokenizer, bonus=0.7)
+    ids = tokenizer(" ".join(SENTENCES))["input_ids"]
+    rollout = text_rollout([tokenizer.decode(ids[:20]), tokenizer.decode(ids[:10])], tokenizer, model)
+    assert rollout.mask.sum(-1).tolist() == [20, 10]
+    table = faithfulness(model, rollout, attribute(model, rollout, ["lime"], PARAMS), PARAMS)
+    value = table.set_index(["source", "measure", "response"])["value"]
+    for row in (0, 1):
+        ours, chance = value["lime"].xs(row, level=1), value[RANDOM].xs(row, level=1)
+        assert ours["deletion"] == pytest.approx(ours["comprehensiveness"] - chance["comprehensiveness"])
+        assert ours["insertion"] == pytest.approx(chance["sufficiency"] - ours["sufficiency"])
+
+
 def test_a_response_below_its_baseline_is_read_the_other_way(tokenizer):
     """Mirroring the model and the credit changes no measure of ranking."""
     model = planted(tokenizer)
@@ -482,10 +496,10 @@ def test_a_broken_tree_is_named_by_file_and_line(bad, tmp_path):
 
 def test_toxic_characters_become_stretches(tmp_path):
     path = tmp_path / "toxic.csv"
-    path.write_text('spans,text\n"[4, 5, 6, 11, 12]","You mad\n of it"\n[],fine\n', encoding="utf-8")
+    path.write_text('spans,text\n"[4, 5, 6, 8, 11, 12]","You mad\n of it"\n[],fine\n', encoding="utf-8")
     first, second = load_toxic_spans(path)
-    assert first == MarkedText("You mad\n of it", [(4, 7), (11, 13)], (1.0, 1.0), first.label) and second.spans == []
-    assert first.marked == {4, 5, 6, 11, 12} and np.isnan(first.label)
+    assert first == MarkedText("You mad\n of it", [(4, 7), (8, 9), (11, 13)], (1.0,) * 3, first.label) and second.spans == []
+    assert first.marked == {4, 5, 6, 8, 11, 12} and np.isnan(first.label)
 
 
 @pytest.mark.parametrize("row", ['"[1, 99]",short', "nonsense,short", '"[""a""]",short', "7,short", "[true],it", "[0]"])
