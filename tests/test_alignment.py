@@ -137,6 +137,15 @@ def test_tokenise_covers_the_middle_and_keeps_the_whole_where_no_token_straddles
     assert parts in (whole, apart)
 
 
+def test_a_token_that_straddles_is_cut_and_one_that_holds_only_white_space_before_is_kept():
+    small = TOKENIZERS["small"]
+    assert small.tokenize(" was") == ["\u0120was"]
+    sides = tokenise(small, "it wa", "s good")
+    assert [sides.before, sides.middle] == [small(part)["input_ids"] for part in ("it wa", "s good")]
+    sides = tokenise(small, "it ", "was")
+    assert sides.middle == small(" was")["input_ids"] and sides.spans == [(0, 3)]
+
+
 # ---------------------------------------------------------------------------------------------------- translating
 
 

@@ -16,7 +16,7 @@ from dense_rlhf.params import AttributionParams
 from dense_rlhf.types import InputError, Message
 
 PROMPT, RESPONSE = "the film", " was good. A bad plot, and awful acting"
-HOSTILE = "<script>alert('x')</script> &amp; $\\frac{ \x00 \u202e film\U0001f642"
+HOSTILE = "<script>alert('x')</script> &amp; $\\frac{$ \x00 \u202e film\U0001f642"
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "<user>", "<assistant>", "<end>"]
 CHAT = (
     "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + '<end>' }}{% endfor %}"
