@@ -498,7 +498,8 @@ def test_toxic_characters_become_stretches(tmp_path):
     path = tmp_path / "toxic.csv"
     path.write_text('spans,text\n"[4, 5, 6, 8, 11, 12]","You mad\n of it"\n[],fine\n', encoding="utf-8")
     first, second = load_toxic_spans(path)
-    assert first == MarkedText("You mad\n of it", [(4, 7), (8, 9), (11, 13)], (1.0,) * 3, first.label) and second.spans == []
+    assert first == MarkedText("You mad\n of it", [(4, 7), (8, 9), (11, 13)], (1.0,) * 3, first.label)
+    assert second.text == "fine" and second.spans == []
     assert first.marked == {4, 5, 6, 8, 11, 12} and np.isnan(first.label)
 
 

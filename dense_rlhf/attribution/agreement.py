@@ -46,8 +46,9 @@ def rank_agreement(credit: Tensor, known: Tensor, players: Tensor) -> np.ndarray
 def average_precision(credit: Tensor, positive: Tensor, players: Tensor) -> np.ndarray:
     """Area under precision and recall of finding the `positive` tokens (B, T) by highest credit.
 
-    Even credit gets the share of positives, which is chance. NaN where no or every player is positive. Where low
-    credit should find them (bad words, a score of goodness), give `-credit`.
+    Even credit gets the share of positives; random orders of few tokens get more, so compare with the source `random`.
+    NaN where no or every player is positive. Where low credit should find them (bad words, a score of goodness), give
+    `-credit`.
     """
     from sklearn.metrics import average_precision_score
 
