@@ -91,6 +91,7 @@ def check_partition(spans, length):
 @pytest.mark.parametrize("name", TOKENIZERS)
 @given(ids=tokens, text=texts)
 @example(ids=[200, 201], text="naïve 日本🙂")
+@example(ids=[258, 390, 400, 400, 390], text="")  # byte fallback: pieces that are not the text
 def test_token_spans_are_those_of_the_prefixes_and_partition_the_text(name, ids, text):
     tokenizer = TOKENIZERS[name]
     for own in (tokenizer(text, add_special_tokens=False)["input_ids"], [t % len(tokenizer) for t in ids]):
@@ -309,7 +310,7 @@ def test_partition_refuses_and_names_a_span(spans):
 
 def test_tile_gives_gaps_to_the_span_behind():
     assert tile([(1, 3), (4, 6), (5, 6), (7, 8)], 10) == [(0, 3), (3, 6), (6, 6), (6, 10)]
-    assert tile([], 4) == []
+    assert tile([], 4) == [] and tile([(0, 3), (1, 2), (3, 4)], 4) == [(0, 3), (3, 3), (3, 4)]
 
 
 # ---------------------------------------------------------------------------------------------------- in PPO
