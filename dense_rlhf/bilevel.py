@@ -18,6 +18,7 @@ from dense_rlhf.additive import AdditiveJudge, load_gold_judge, load_lexicon
 from dense_rlhf.attribution import attribute
 from dense_rlhf.bayesopt import SimplexSearch
 from dense_rlhf.data import Dataset, load_data
+from dense_rlhf.implicit import load_implicit
 from dense_rlhf.judge import win_rate
 from dense_rlhf.models import LanguageModel, PolicyWithValue, default_device, load_policy
 from dense_rlhf.params import AttributionParams, BOParams, DataParams, PolicyParams, PPOParams, RewardParams
@@ -73,7 +74,10 @@ class Task:
 def load_task(
     data: DataParams, policy: PolicyParams, reward: RewardParams, params: PPOParams, progress: Callable = iter
 ) -> Task:
-    """Read the data, load the policy, train or find the proxy reward model, centre it on the reference's responses."""
+    """Read the data, load the policy, train or find the proxy reward model, centre it on the reference's responses.
+
+    Where `reward.dpo_steps` asks for it, train or find the policy whose log-ratio is the source `log_ratio`.
+    """
     dataset, language_model = load_data(data), load_policy(policy)
     reference = PolicyWithValue(language_model.model.requires_grad_(False)).to(default_device()).eval()
     reward_model = load_reward_model(dataset.reward, language_model.tokenizer, reward, dataset.revision,
@@ -84,7 +88,12 @@ def load_task(
     batches = range(0, CALIBRATION_BATCHES * params.rollouts, params.rollouts)
     scores = torch.cat([task.respond(reference, dataset.train_prompts[i : i + params.rollouts], params, seed=i).scores
                         for i in batches])  # fmt: skip
-    return replace(task, reward_model=reward_model.calibrated(scores))
+    reward_model = reward_model.calibrated(scores)
+    if reward.dpo_steps:
+        reward_model = replace(reward_model, implicit=load_implicit(
+            reference, reward_model, dataset.train_prompts, task.tokenizer, reward, params.max_new_tokens,
+            progress=progress))  # fmt: skip
+    return replace(task, reward_model=reward_model)
 
 
 @dataclass(frozen=True)

@@ -66,9 +66,13 @@ class RewardParams:
     max_drop: float = 0.6  # labels: each snippet loses a uniform share of its tokens, up to this
     token_budget: int | None = None  # tokens in one forward pass; by device where none is given
     dtype: str = "float32"  # float32 or bfloat16: the weights when it scores and explains
+    dpo_steps: int = 0  # log_ratio: steps of DPO on the proxy's own preferences; none where 0
+    dpo_beta: float = 0.1  # log_ratio: how strongly DPO holds its policy to the reference
 
     def __post_init__(self):
         _check_dtype("reward.dtype", self.dtype)
+        if self.dpo_steps < 0 or not 0 < self.dpo_beta < math.inf:
+            raise InputError(f"reward.dpo_steps, dpo_beta: {self.dpo_steps}, {self.dpo_beta}; wanted 0 or more, over 0")
 
 
 @dataclass(frozen=True)

@@ -90,24 +90,19 @@ class RewardModel:
             seen = real
             if attended is not None:
                 seen = padded([(*attended[i], *(True for _ in self.suffix)) for i in rows], 0, ids.device)[0].bool()
-            found[rows] = self._read(ids, seen, real.sum(-1) - 1).to(found.dtype)
+            found[rows] = self.read(seen, real.sum(-1) - 1, input_ids=ids).to(found.dtype)
         return found
 
     @property
     def _pad(self) -> int:
         return self.tokenizer.pad_token_id or 0
 
-    def _read(self, ids: Tensor, seen: Tensor, last: Tensor) -> Tensor:
-        """Outputs at the positions `last`; encoders pool by themselves."""
+    def read(self, seen: Tensor, last: Tensor, **tokens: Tensor) -> Tensor:
+        """Raw outputs (N,) of `input_ids` or `inputs_embeds` at the positions `last`; encoders pool by themselves."""
         if not hasattr(self.model, "score"):
-            return self.model(input_ids=ids, attention_mask=seen.long()).logits.squeeze(-1)
-        hidden = self.model.base_model(input_ids=ids, attention_mask=seen.long(), use_cache=False).last_hidden_state
-        return self.model.score(hidden[torch.arange(len(ids), device=ids.device), last]).squeeze(-1)
-
-    @torch.no_grad()
-    def read_attention(self, readings: Sequence[Reading]) -> list[Tensor]:
-        """Last-layer attention of the read position, mean over heads, at each response's tokens (n_i,)."""
-        raise NotImplementedError
+            return self.model(attention_mask=seen.long(), **tokens).logits.squeeze(-1)
+        hidden = self.model.base_model(attention_mask=seen.long(), use_cache=False, **tokens).last_hidden_state
+        return self.model.score(hidden[torch.arange(len(seen), device=seen.device), last]).squeeze(-1)
 
 
 def padded(

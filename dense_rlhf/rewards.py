@@ -138,7 +138,8 @@ def load_reward_model(
             model = train_on_labels(examples, tokenizer, params, seed, progress)
         model.save_pretrained(folder)
 
-    learned = {name: value for name, value in vars(params).items() if name not in ("dtype", "token_budget")}
+    later = ("dtype", "token_budget", "dpo_steps", "dpo_beta")  # what its training does not see
+    learned = {name: value for name, value in vars(params).items() if name not in later}
     key = {
         "data": data_revision, "rows": len(examples), "params": learned, "seed": seed,
         "vocabulary": sorted(tokenizer.get_vocab().items())[:: max(1, len(tokenizer) // 4096)],

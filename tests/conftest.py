@@ -13,6 +13,7 @@ from hypothesis import settings
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dense_rlhf import language_model
+from dense_rlhf.implicit import ImplicitReward
 from dense_rlhf.models import PolicyWithValue
 from dense_rlhf.params import RewardParams
 from dense_rlhf.reward_model import RewardModel
@@ -74,9 +75,12 @@ def policy(tokenizer):
 
 
 @pytest.fixture(scope="session")
-def reward_model(tokenizer):
+def reward_model(tokenizer, reference):
+    """A random proxy; its implicit reward is another's, of a policy that nobody taught."""
     params = RewardParams(hidden=16, layers=2, heads=2)
-    return RewardModel(jitter(_fresh_classifier(params, tokenizer), seed=1), tokenizer)
+    other = PolicyWithValue(make_policy(tokenizer, seed=9)).requires_grad_(False).eval()
+    return RewardModel(jitter(_fresh_classifier(params, tokenizer), seed=1), tokenizer,
+                       implicit=ImplicitReward(other, reference, tokenizer.pad_token_id, 0.1))  # fmt: skip
 
 
 def make_rollout(policy, reference, reward_model, tokenizer, seed=3, T=8, temperature=1.0):

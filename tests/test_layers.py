@@ -13,21 +13,24 @@ LAYERS = {
     "alignment": 1, "data": 1, "models": 1, "reward_model": 1, "rewards": 1, "additive": 1,
     "language_model": 1,
     "rollout": 2, "attribution": 2, "shaping": 2, "ppo": 2, "bayesopt": 2, "judge": 2, "toy": 2,
+    "implicit": 2,
     "bilevel": 3,
     "runs": 4, "grid": 4, "plots": 4, "display": 4, "report": 4, "explain": 4, "__main__": 4,
 }  # fmt: skip
 # within a layer: everyone may raise InputError and read the parameters; the others are spelt out
 SIDEWAYS = {(module, "types") for module in ("params", "masked", "store")} | {
     ("rewards", "data"), ("rewards", "reward_model"), ("reward_model", "alignment"),
-    ("additive", "alignment"), ("grid", "runs"), ("report", "display"), ("report", "runs"),
+    ("additive", "alignment"), ("implicit", "rollout"), ("grid", "runs"), ("report", "display"), ("report", "runs"),
     ("explain", "display"), ("__main__", "grid"), ("__main__", "report"), ("__main__", "runs"),
 }  # fmt: skip
 
 
 def imports(path):
     """Names of this package's modules that a file imports when it runs (not for type checking only)."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    nodes, found = list(ast.walk(ast.parse(path.read_text()))), set()
+    checked = [n for n in nodes if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
+    typing_only = {inner for node in checked for inner in ast.walk(node)}
+    for node in set(nodes) - typing_only:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dense_rlhf"):
             parts = node.module.split(".")
             found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
