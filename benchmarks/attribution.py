@@ -145,8 +145,11 @@ def seconds(work: Callable, *arguments) -> float:
     return time.perf_counter() - start
 
 
-def median_seconds(repeats: int, work: Callable, *arguments) -> float:
-    return statistics.median(seconds(work, *arguments) for _ in range(repeats))
+def timed(repeats: int, work: Callable, *arguments) -> tuple[float, np.ndarray]:
+    """Median seconds, and what the work returned."""
+    found = []
+    taken = [seconds(lambda: found.append(work(*arguments))) for _ in range(repeats)]
+    return statistics.median(taken), found[-1]
 
 
 def line(measure: str, case: str, peer: str, ratio: float | None, repeats: int, ours: float, theirs: float | None,
@@ -192,10 +195,9 @@ def cheapest_of_ours(reward_model, readings, reference, repeats: int) -> tuple[s
     """Our fastest design that agrees: its name, seconds a response, rank correlation."""
     k, found = len(readings[0].response), []
     for name, design in OURS.items():
-        rho = agreement(explain(reward_model, readings, design(k)), reference)
-        if rho >= WANTED_RHO:
-            taken = median_seconds(repeats, explain, reward_model, readings, design(k)) / len(readings)
-            found.append((taken, name, rho))
+        taken, values = timed(repeats, explain, reward_model, readings, design(k))
+        if (rho := agreement(values, reference)) >= WANTED_RHO:
+            found.append((taken / len(readings), name, rho))
     taken, name, rho = min(found)
     return name, taken, rho
 
@@ -209,8 +211,8 @@ def to_agree(reward_model: RewardModel, readings: list[Reading], case: str, few:
     for name, (peer, _, default, budgets) in PEERS.items():
         tried = {}  # budget -> seconds a response, rank correlation
         for budget in (*budgets, default):
-            theirs = (explain_by, peer, reward_model, readings[:few], k, budget)
-            tried[budget] = median_seconds(repeats, *theirs) / few, agreement(theirs[0](*theirs[1:]), reference[:few])
+            taken, values = timed(repeats, explain_by, peer, reward_model, readings[:few], k, budget)
+            tried[budget] = taken / few, agreement(values, reference[:few])
         taken, rho = tried[default]
         line("default", case, name, taken / own, repeats, own, taken, rho=round(rho, 3), budget=default, **more)
         enough = [(taken, budget, rho) for budget, (taken, rho) in tried.items() if rho >= WANTED_RHO]
@@ -224,8 +226,8 @@ def peak(reward_model: RewardModel, readings: list[Reading], case: str, repeats:
     design, square = coalitions.permutation_shap(k, 1, SEED), torch.randn(n, n)
     with FlopCounterMode(display=False) as counter:
         explain(reward_model, readings, design)
-    own = median_seconds(repeats, explain, reward_model, readings, design)
-    product = median_seconds(9, torch.matmul, square, square)
+    own, _ = timed(repeats, explain, reward_model, readings, design)
+    product, _ = timed(9, torch.matmul, square, square)
     ours, most = counter.get_total_flops() / own, 2 * n**3 / product
     line("peak", case, "matrix product", ours / most, repeats, own / len(readings), product,
          gflops=round(ours / 1e9, 1), peak_gflops=round(most / 1e9, 1))  # fmt: skip

@@ -69,8 +69,7 @@ def tokenise(
     """Tokenise three parts of one text as the tokenizer does the whole, with its `special` tokens or without.
 
     White space at the end of `before` may join the first token of `middle`. Where any other token would straddle two
-    parts, each part is tokenised by itself. Raises `InputError` for a tokenizer without offsets and for text that it
-    reads nothing of.
+    parts, each part is tokenised by itself. Raises `InputError` for a tokenizer without offsets.
     """
     if not tokenizer.is_fast:
         raise InputError(f"{type(tokenizer).__name__} reports no character offsets, which finding tokens in a text "
@@ -93,8 +92,6 @@ def tokenise(
     else:
         spans = [(max(a, start) - start, b - start) for a, b in offsets[first:last]]
         sides = Sides(ids[:first], ids[first:last], ids[last:], spans)
-    if middle and not sides.middle:
-        raise InputError(f"the reward model's tokenizer reads nothing in the response {middle[:80]!r}; leave it out")
     return sides
 
 
@@ -103,8 +100,8 @@ def translate(
 ) -> Reading:
     """A policy's tokens as the tokens of a reward model with another vocabulary, aligned by characters.
 
-    Special tokens of the policy are left out of the prompt, those in the response are read as text. Raises
-    `InputError` as `tokenise` does.
+    Special tokens of the policy are left out of the prompt, those in the response are read as text. A response
+    that the reward tokenizer reads nothing of has no token to earn credit. Raises `InputError` as `tokenise` does.
     """
     special = set(policy.all_special_ids)
     prompt = [token for token in prompt if token not in special]

@@ -206,6 +206,8 @@ def _read(
         sides = tokenise(tokenizer, before, response, behind, special)
     except (TypeError, UnicodeError) as error:
         raise InputError("prompt or response is not valid Unicode (a lone surrogate?); decode it anew") from error
+    if not sides.middle:
+        raise InputError(f"the tokenizer reads nothing in the response {response[:80]!r}; wanted text that it knows")
     wrapped = RewardModel(model, tokenizer, suffix=tuple(sides.behind))
     reading = Reading(tuple(sides.before), tuple(sides.middle))
     length, most = _length(wrapped, reading), _most_tokens(model)

@@ -42,14 +42,16 @@ def bootstrap(
 ) -> Interval:
     """Mean over seeds with a 95 % interval that resamples seeds, then prompts within each seed (percentiles).
 
-    `statistic` (mean or median) is of the prompts of one seed. `by_seed` holds one array of per-prompt values a seed. With two seeds the spread between seeds is known poorly,
-    and the interval is too short for it; the reports show each seed beside it.
+    `statistic` (mean or median) is of the prompts of one seed; `by_seed` holds one array of per-prompt values a seed.
+    With two seeds the spread between seeds is known poorly, and the interval is too short for it; the reports show each
+    seed beside it.
     """
     if not by_seed or any(len(values) == 0 for values in by_seed):
         raise InputError("an interval of nothing; wanted at least one seed with at least one value")
     rng = np.random.default_rng(seed)
     arrays = [np.asarray(values, float) for values in by_seed]
-    resampled = np.stack([statistic(rng.choice(values, (repeats, len(values))), axis=1) for values in arrays])  # (S, repeats)
+    draws = (rng.choice(values, (repeats, len(values))) for values in arrays)
+    resampled = np.stack([statistic(draw, axis=1) for draw in draws])  # (S, repeats)
     picks = rng.integers(len(arrays), size=(len(arrays), repeats))
     means = resampled[picks, np.arange(repeats)].mean(0)
     low, high = np.quantile(means, [0.025, 0.975])

@@ -79,7 +79,7 @@ class RewardParams:
 class AttributionParams:
     """Budgets and conventions of explaining a response of k players."""
 
-    permutations: int = 1  # shap: each costs 2 k - 1 evaluations beyond the first
+    permutations: int = 2  # shap: 2 k - 1 evaluations each
     samples_per_token: int = 4  # kernel, leverage: evaluations = this times k
     lime_samples: int = 64
     owen_depth: int | None = None  # levels of the tree; all where none is given, at about 2 k^2 / 3 evaluations
@@ -181,6 +181,8 @@ class EvaluationParams:
     """How policies are judged."""
 
     prompts: int = 300  # held-out prompts, one response each
+    sst_path: str | None = None  # trees of the Stanford Sentiment Treebank, where there are some
+    toxic_path: str | None = None  # a CSV of SemEval-2021 toxic spans, where there is one
 
 
 @dataclass(frozen=True)
@@ -227,6 +229,7 @@ GROUPS: dict[str, type] = {
 }  # fmt: skip
 
 NOTEBOOKS = ("01_reward_model", "02_attribution", "03_shaping", "04_ppo", "05_bayesian_optimisation", "06_comparison")
+ABLATIONS = ("ablations/explainers",)  # run where a study names them
 
 
 @dataclass(frozen=True)
@@ -387,10 +390,11 @@ def _checked(study: StudyParams) -> StudyParams:
         raise InputError(f"seeds is {list(study.seeds)}, wanted at least one, none twice")
     if study.workers < 1 or not study.timeout_minutes > 0:
         raise InputError("workers and timeout_minutes must be above 0")
-    unknown = [n for n in study.notebooks if n not in NOTEBOOKS]
+    known = NOTEBOOKS + ABLATIONS
+    unknown = [n for n in study.notebooks if n not in known]
     if unknown:
-        raise InputError(f"notebooks: {unknown[0]!r} is not one; wanted some of {', '.join(NOTEBOOKS)}")
+        raise InputError(f"notebooks: {unknown[0]!r} is not one; wanted some of {', '.join(known)}")
     for data in study.datasets:
         if data.path is not None and not Path(data.path).is_file():
             raise InputError(f"data.path: no file at {data.path}; give the path of a file that exists")
-    return replace(study, notebooks=tuple(n for n in NOTEBOOKS if n in study.notebooks))
+    return replace(study, notebooks=tuple(n for n in known if n in study.notebooks))

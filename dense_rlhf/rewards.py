@@ -34,16 +34,16 @@ def _fresh_classifier(params: RewardParams, tokenizer: PreTrainedTokenizerBase) 
     return LlamaForSequenceClassification(config)
 
 
-def pack_kept(ids: Tensor, keep: Tensor, eos_id: int) -> tuple[Tensor, Tensor, Tensor]:
+def pack_kept(ids: Tensor, keep: Tensor, eos_id: int) -> tuple[Tensor, Tensor]:
     """Move the kept tokens of each row (N, L) to the front and put EOS behind them.
 
-    Returns packed ids (N, L + 1), lengths (N,) with the EOS, and the original column of each packed one (N, L).
+    Returns packed ids (N, L + 1) and lengths (N,) with the EOS.
     """
     order = torch.argsort(~keep, dim=-1, stable=True)
     packed = F.pad(ids.gather(-1, order), (0, 1), value=eos_id)
     lengths = keep.sum(-1)
     packed[torch.arange(len(ids), device=ids.device), lengths] = eos_id
-    return packed, lengths + 1, order
+    return packed, lengths + 1
 
 
 def _snippets(encoded: list[list[int]], params: RewardParams, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -77,7 +77,7 @@ def train_on_labels(
     for _ in progress(range(params.steps)):
         rows = torch.randint(len(examples), (params.batch,), generator=generator)
         snippets = _snippets([encoded[row] for row in rows], params, generator)
-        packed, lengths, _ = pack_kept(*snippets, tokenizer.eos_token_id)
+        packed, lengths = pack_kept(*snippets, tokenizer.eos_token_id)
         hidden = model.model(input_ids=packed, use_cache=False).last_hidden_state  # causal: right padding is unseen
         logits = model.score(hidden[torch.arange(len(rows)), lengths - 1]).squeeze(-1)
         F.binary_cross_entropy_with_logits(logits, labels[rows]).backward()

@@ -2,6 +2,9 @@
 
 import os
 
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # before any import of torch: a core each, or their threads fight
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker[2:]) % len(cores)]})
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before any import of huggingface_hub: unit tests use no network
 
 import math
@@ -22,6 +25,12 @@ from dense_rlhf.rollout import appraise, respond
 
 settings.register_profile("tests", deadline=None, max_examples=30, derandomize=True, database=None)
 settings.load_profile("tests")
+
+
+def pytest_collection_modifyitems(items):
+    """The notebooks take longest: their file is handed out first."""
+    items.sort(key=lambda item: item.path.name != "test_notebooks.py")
+
 
 SENTENCES = [
     "the film was good and the cast was great",

@@ -117,7 +117,7 @@ def test_entropy_is_that_of_the_sampled_distribution(policy, rollout, tokenizer)
 def test_scores_are_those_of_prompt_and_response_without_eos(rollout, reward_model):
     for row in range(len(rollout.scores)):
         alone = torch.cat([rollout.queries[row][rollout.query_mask[row]], rollout.responses[row][rollout.players[row]]])
-        wanted = reward_model.score(alone[None], torch.ones_like(alone[None]).bool())
+        wanted = reward_model.calibrate(reward_model.outputs([alone.tolist()]))
         assert abs(wanted.item() - rollout.scores[row].item()) < 1e-5
 
 
