@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
 
+from dense_rlhf.attribution import SOURCES
 from dense_rlhf.params import NOTEBOOKS
 from dense_rlhf.runs import RunFolder, repository_root
 
@@ -51,6 +52,27 @@ def pairs(tmp_path_factory):
                      "ppo.updates=2", "ppo.max_new_tokens=8", "arms.sparse=null", "evaluation.prompts=8")  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def explainers(tmp_path_factory):
+    """The ablation, with a few words that people marked."""
+    folder = tmp_path_factory.mktemp("labels")
+    (folder / "trees.txt").write_text("(3 (2 a) (3 (4 good) (2 film)))\n(1 (2 a) (1 (0 bad) (2 film)))\n")
+    (folder / "toxic.csv").write_text('spans,text\n"[2, 3, 4]",a bad film\n"[0, 1, 2, 3, 4]",awful film\n')
+    return run_study("params/ablations/explainers.yaml", "pytest_explainers",
+                     f"evaluation.sst_path={folder}/trees.txt",
+                     f"evaluation.toxic_path={folder}/toxic.csv")  # fmt: skip
+
+
+def test_explainers_are_weighed_against_their_cost_and_human_labels(explainers):
+    run = explainers[0]["explainers"]
+    quality, people = run.load_table("quality"), run.load_table("people")
+    shap = quality[quality.source == "shap"]
+    assert shap.evaluations.is_monotonic_increasing and shap.rho.iloc[-1] > 0.9
+    assert set(quality.source) == set(SOURCES) - {"log_ratio"} and (quality.ms >= 0).all()
+    assert set(people.labels) == {"SST", "toxic spans"} and set(people.texts) == {2}
+    assert run.load_json("metrics.json")["recommended"]["permutations"] >= 1
+
+
 def test_all_notebooks_of_the_study_ran_and_say_so(reviews):
     runs, _ = reviews
     assert {run.load_json("run.json")["notebook"] for run in runs.values()} == set(NOTEBOOKS)
@@ -63,8 +85,11 @@ def test_all_notebooks_of_the_study_ran_and_say_so(reviews):
 def test_what_the_notebooks_measured(reviews):
     runs, _ = reviews
     assert 0.6 < runs["01_reward_model"].load_json("metrics.json")["gold_accuracy"] < 1
-    parity = runs["02_attribution"].load_json("metrics.json")["parity"]
-    assert max(parity.values()) < 1e-4
+    explained = runs["02_attribution"].load_json("metrics.json")
+    assert max(explained["parity"].values()) < 1e-4
+    assert {"shap", "owen", "prefix", "attention", "uniform", "shuffled"} <= set(explained["fresh_r2"])
+    found = [source for kind in ("finds", "weak", "nothing") for source in explained[kind]]
+    assert len(found) == len(set(found)) and {"shap", "attention", "shuffled", "random"} <= set(found)
     shaping = runs["03_shaping"].load_json("metrics.json")
     assert shaping["residual"] < 1e-4 and max(shaping["regret"].values()) < 1e-9
     search = runs["05_bayesian_optimisation-bo-shap"]
@@ -104,7 +129,7 @@ def test_preference_pairs_go_the_same_way(pairs):
     assert runs["04_ppo-shap-signed-seed0"].load_table("evaluation")["kl"].notna().all()
 
 
-@pytest.mark.parametrize("study", ["reviews", "pairs"])
+@pytest.mark.parametrize("study", ["reviews", "pairs", "explainers"])
 def test_reports_open_without_a_network(study, request):
     runs, reports = request.getfixturevalue(study)
     pages = {path.name: path.read_text() for path in reports.glob("*.html")}

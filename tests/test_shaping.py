@@ -37,7 +37,11 @@ def test_every_source_sums_to_the_scores(source, normalise, attributions, rollou
     check_contract(shape_rewards(rollout, attributions, RewardShape((source,), (1.0,), normalise)), rollout)
 
 
-@pytest.mark.parametrize("source", [s for s in SOURCES if s not in ("shap", "lime")])
+def test_shares_are_the_sparse_and_even_baselines_the_random_control_and_attention(attributions):
+    assert {s for s, found in attributions.items() if found.is_share} == {"terminal", "uniform", "random", "attention"}
+
+
+@pytest.mark.parametrize("source", ["terminal", "uniform", "random", "attention"])
 def test_shares_stay_as_they_are_under_every_normaliser(source, attributions, rollout):
     for normalise in NORMALISERS:
         rewards = shape_rewards(rollout, attributions, RewardShape((source,), (1.0,), normalise))

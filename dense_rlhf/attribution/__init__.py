@@ -1,5 +1,5 @@
 """Which tokens earned the score: `attribute` explains a whole rollout; `SOURCES` lists how."""
 
-from dense_rlhf.attribution.sources import SOURCES, attribute
+from dense_rlhf.attribution.sources import SOURCES, attribute, available
 
-__all__ = ["SOURCES", "attribute"]
+__all__ = ["SOURCES", "attribute", "available"]

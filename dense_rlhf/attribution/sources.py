@@ -117,6 +117,11 @@ def attribute(
     return {source: done[source] for source in sources}
 
 
+def available(reward_model: RewardModel) -> list[str]:
+    """The sources that can explain this reward model: all, but `log_ratio` only where DPO has taught a policy."""
+    return [source for source in SOURCES if source != "log_ratio" or reward_model.implicit]
+
+
 SOURCES: dict[str, Designed | Callable[[RewardModel, Rollout, AttributionParams], Attribution]] = {
     "terminal": terminal,
     "uniform": uniform,
