@@ -1,6 +1,7 @@
 """Explaining a batch of responses: ours beside shap, lime and captum in one run. One JSON object a line.
 
-    python benchmarks/attribution.py [--quick] [--model reviews|smollm2|both]
+    python benchmarks/attribution.py [--quick] [--model reviews|smollm2|both] > benchmarks/attribution.jsonl
+    python benchmarks/attribution.py --memory      most memory of 512 prompts of 96 tokens with responses of 256
 
 Real reviews, cut into a prompt and a response. Every peer gets the same value function: a coalition is a text of its
 own, tokens dropped, sorted by length and batched within the same token budget; what the peer decides is which
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import statistics
 import time
 import warnings
@@ -27,16 +29,17 @@ import torch
 from scipy.stats import spearmanr
 from torch.utils.flop_counter import FlopCounterMode
 
-from dense_rlhf.attribution import coalitions
+from dense_rlhf.attribution import attribute, coalitions
 from dense_rlhf.attribution.coalitions import Design
 from dense_rlhf.attribution.engine import coalition_scores
 from dense_rlhf.attribution.library import plain_scores
 from dense_rlhf.data import load_data
 from dense_rlhf.models import load_policy
-from dense_rlhf.params import DataParams, PolicyParams, RewardParams
+from dense_rlhf.params import AttributionParams, DataParams, PolicyParams, RewardParams
 from dense_rlhf.reward_model import RewardModel
 from dense_rlhf.rewards import load_reward_model
-from dense_rlhf.types import Reading
+from dense_rlhf.runs import provenance
+from dense_rlhf.types import Reading, Rollout
 
 Peer = Callable[[Callable, int, int], np.ndarray]  # value function, players, budget -> values
 SEED = 0
@@ -276,12 +279,28 @@ def cases(model: str, quick: bool) -> Iterator[tuple[int, int, int, int, int, di
                     "shap kernel": 8 * T, "lime": 500}  # fmt: skip
 
 
+def memory(reward_model: RewardModel) -> None:
+    """Explain 512 responses of 256 tokens at the default budget: seconds, and the most memory this process has held."""
+    rng, B, P, T = np.random.default_rng(SEED), 512, 96, 256
+    queries, responses = (torch.from_numpy(rng.integers(2, len(reward_model.tokenizer), (B, n))) for n in (P, T))
+    rollout = Rollout(queries, torch.ones(B, P, dtype=torch.bool), responses, torch.ones(B, T, dtype=torch.bool),
+                      *torch.zeros(3, B, T), torch.zeros(B), torch.zeros(B, dtype=torch.bool))  # fmt: skip
+    taken = seconds(attribute, reward_model, rollout, ["shap"], AttributionParams())
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(json.dumps({"benchmark": "attribution/memory", "case": "reviews, prompt 96, response 256, batch 512",
+                      "unit": "GiB", "ours": round(most, 2), "seconds": round(taken, 1)}))  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="end within a minute")
     parser.add_argument("--model", choices=("reviews", "smollm2", "both"), default="both")
+    parser.add_argument("--memory", action="store_true", help="measure memory only")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
+    if arguments.memory:
+        return memory(proxy())
+    print(json.dumps({"benchmark": "attribution/run", "threads": torch.get_num_threads(), **provenance()}), flush=True)
     names = ("reviews",) if arguments.quick else ("reviews", "smollm2")
     for name in [n for n in names if arguments.model in (n, "both")]:
         reward_model = proxy() if name == "reviews" else smollm2()

@@ -159,8 +159,8 @@ class _Batch(NamedTuple):
 def _packed(reward_model, readings, masks, kind, replacement, starts, progress) -> Iterator[tuple[np.ndarray, Tensor]]:
     """Shared prefixes once, batch by batch: where each output belongs, and the outputs."""
     model, prompt = reward_model.model, lambda i: len(readings[i].prompt)
-    nodes = max(128, model.config.hidden_size // 2)  # more would cost more attention, fewer would share less
-    packs = [pack(mask, len(reward_model.suffix), kind, nodes) for mask in masks]
+    width = model.config.hidden_size  # larger packs share more and cost more attention, least for wide models
+    packs = [pack(mask, len(reward_model.suffix), kind, max(width, 128 + 2 * mask.shape[1])) for mask in masks]
     groups = under_budget(sorted(range(len(readings)), key=prompt), prompt, reward_model.budget)
     jobs = [(group, batch) for group in groups for batch in _batches(group, packs, prompt(group[-1]), reward_model)]
     current = prompts = None
