@@ -13,10 +13,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from dense_rlhf.types import InputError, RewardShape
+from dense_rlhf.types import InputError, RewardShape, check_removal
 
 LEARNED = "learned"
 DTYPES = ("float32", "bfloat16")
+PLAYERS = ("tokens", "words", "sentences")
 PLAIN = (bool, int, float, str, list, tuple, type(None))  # what a parameters cell can hold
 
 
@@ -92,10 +93,9 @@ class AttributionParams:
         for name in ("permutations", "samples_per_token", "lime_samples", "ig_steps"):
             if getattr(self, name) < 1:
                 raise InputError(f"attribution.{name} is {getattr(self, name)}, wanted at least 1")
-        if self.removal.partition(":")[0] not in ("drop", "attention_mask", "replace"):
-            raise InputError(f"attribution.removal is {self.removal!r}, wanted drop, attention_mask or replace:TOKEN")
-        if self.players not in ("tokens", "words", "sentences"):
-            raise InputError(f"attribution.players is {self.players!r}, wanted tokens, words or sentences")
+        check_removal(self.removal)
+        if self.players not in PLAYERS:
+            raise InputError(f"attribution.players is {self.players!r}, wanted one of {', '.join(PLAYERS)}")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NORMALISERS = ("softmax", "sum", "signed")
+REMOVALS = ("drop", "attention_mask", "replace")
 
 
 class InputError(ValueError):
@@ -160,3 +161,10 @@ def check_simplex(name: str, weights: Sequence[float], size: int) -> None:
         raise InputError(f"{name} has {len(weights)} numbers for {size} sources, wanted one each")
     if not all(w >= 0 for w in weights) or abs(sum(weights) - 1) > 1e-6:
         raise InputError(f"{name} is {list(weights)}, wanted non-negative numbers that sum to 1")
+
+
+def check_removal(removal: str) -> None:
+    """Raise `InputError` for a way to remove a token that there is not."""
+    kind, _, token = removal.partition(":")
+    if kind not in REMOVALS or bool(token) != (kind == "replace"):
+        raise InputError(f"attribution.removal is {removal!r}, wanted drop, attention_mask or replace:TOKEN")

@@ -82,6 +82,30 @@ def test_eos_is_never_a_player(source, reward_model, rollout):
     assert eos.any() and not explain(source, reward_model, rollout).credit[eos].any()
 
 
+ASKING = [s for s in SOURCES if s not in ("lexicon", "log_ratio")]  # those that read the score
+
+
+def altered(reward_model, value):
+    """The same reward model with every weight of its head set to `value`."""
+    model = copy.deepcopy(reward_model.model)
+    model.score.weight.data.fill_(value)
+    return replace(reward_model, model=model)
+
+
+@pytest.mark.parametrize("source", ASKING)
+def test_scores_that_are_all_equal_earn_nothing(source, reward_model, rollout):
+    flat = altered(reward_model, 0.0)
+    found = explain(source, flat, replace(rollout, scores=torch.zeros_like(rollout.scores)))
+    assert not found.credit.any() and found.gap.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("source", ASKING)
+def test_scores_that_are_not_finite_are_refused(source, bad, reward_model, rollout):
+    with pytest.raises(InputError, match="not finite|the reward model gave"):
+        explain(source, altered(reward_model, bad), replace(rollout, scores=torch.full_like(rollout.scores, bad)))
+
+
 def test_an_unknown_source_raises(reward_model, rollout):
     with pytest.raises(InputError, match="'shapley' not known, wanted some of terminal"):
         attribute(reward_model, rollout, ["terminal", "shapley"], PARAMS)

@@ -18,9 +18,10 @@ from transformers import (
 from dense_rlhf.attribution import engine
 from dense_rlhf.attribution.coalitions import permutation_shap, ridge_lime
 from dense_rlhf.attribution.engine import coalition_scores, is_packed
-from dense_rlhf.attribution.packing import REMOVALS, pack
+from dense_rlhf.attribution.packing import pack
+from dense_rlhf.params import AttributionParams
 from dense_rlhf.reward_model import RewardModel
-from dense_rlhf.types import InputError, Reading
+from dense_rlhf.types import REMOVALS, InputError, Reading
 
 VOCABULARY = 50
 DECODERS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
@@ -118,11 +119,6 @@ def test_packs_share_prefixes():
     nodes = sum(map(len, pack(masks, 1, "drop", 10**6)))
     assert nodes < 0.6 * (masks.sum() + len(masks))  # kept tokens and a suffix, each coalition by itself
     assert sum(map(len, pack(masks, 1, "drop", 128))) < 1.1 * nodes
-
-
-def test_an_unknown_removal_raises():
-    with pytest.raises(InputError, match="removal is 'hide', wanted one of drop, attention_mask, replace"):
-        pack(np.ones((1, 2), bool), 1, "hide", 9)
 
 
 # ---------------------------------------------------------------------------------------------------- exactness
@@ -293,6 +289,16 @@ def test_masks_that_do_not_fit_raise():
         with pytest.raises(InputError, match=r"masks\[0\] is .* wanted bool \(m, 3\)"):
             coalition_scores(reward_model, readings, [mask])
     assert coalition_scores(reward_model, [], []) == []
+
+
+@pytest.mark.parametrize("removal", ["hide", "replace", "replace:", "drop:x", ""])
+def test_an_unknown_removal_raises(removal):
+    wanted = "wanted drop, attention_mask or replace:TOKEN"
+    for model in (random_model(0), random_model(1, "mistral", sliding_window=2)):  # packed and plain
+        with pytest.raises(InputError, match=wanted):
+            coalition_scores(reward_model_of(model), random_readings(0, [(2, 3)]), [np.ones((1, 3), bool)], removal)
+    with pytest.raises(InputError, match=wanted):
+        AttributionParams(removal=removal)
 
 
 def test_a_replacement_must_be_one_token(reward_model, tokenizer):

@@ -17,7 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from dense_rlhf.attribution.packing import Pack, pack
 from dense_rlhf.reward_model import RewardModel, padded, under_budget
-from dense_rlhf.types import InputError, Reading
+from dense_rlhf.types import InputError, Reading, check_removal
 
 PACKED = ("llama", "mistral", "qwen2", "qwen3")  # decoders whose numbers the tests compare with their own forward
 
@@ -36,12 +36,13 @@ def coalition_scores(
 
     `removal`: `drop` closes the gap, `attention_mask` hides the token and keeps positions, `replace:TOKEN` writes
     another token. The prompt and the suffix always stay. Memory is bounded by the model's token budget, whatever the
-    batch. `progress` wraps the list of batches and may raise to cancel. Raises `InputError` where masks do not fit or
-    a score is not finite.
+    batch. `progress` wraps the list of batches and may raise to cancel. Raises `InputError` where masks do not fit,
+    for another removal, and where a score is not finite.
     """
     for row, (reading, mask) in enumerate(zip(readings, masks, strict=True)):
         if mask.dtype != bool or mask.ndim != 2 or mask.shape[1] != len(reading.response):
             raise InputError(f"masks[{row}] is {mask.dtype} {mask.shape}, wanted bool (m, {len(reading.response)})")
+    check_removal(removal)
     kind, _, token = removal.partition(":")
     replacement = _token_id(reward_model, token) if kind == "replace" else -1
     starts = np.cumsum([0, *map(len, masks)])

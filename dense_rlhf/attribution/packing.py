@@ -12,10 +12,6 @@ from functools import lru_cache
 
 import numpy as np
 
-from dense_rlhf.types import InputError
-
-REMOVALS = ("drop", "attention_mask", "replace")
-
 
 @dataclass(frozen=True)
 class Pack:
@@ -36,10 +32,8 @@ def pack(masks: np.ndarray, suffix: int, removal: str, nodes: int) -> tuple[Pack
     """Packs of at most `nodes` nodes (one coalition may need more) that cover the coalitions `masks` (m, k) once.
 
     `suffix` tokens stand behind every coalition; the last of them is read. `drop` closes the gaps, `attention_mask`
-    leaves them empty, `replace` fills them. Raises `InputError` for another removal.
+    leaves them empty, `replace` fills them.
     """
-    if removal not in REMOVALS:
-        raise InputError(f"removal is {removal!r}, wanted one of {', '.join(REMOVALS)}")
     return _pack(np.packbits(masks, axis=1).tobytes(), masks.shape, suffix, removal, nodes)
 
 

@@ -98,7 +98,8 @@ def attribute(
 ) -> dict[str, Attribution]:  # fmt: skip
     """Explain every response of `rollout` by each source; sources that remove tokens share their evaluations.
 
-    `progress` wraps the batches of coalitions and may raise to cancel. Raises `InputError` for an unknown source.
+    `progress` wraps the batches of coalitions and may raise to cancel. Raises `InputError` for an unknown source, and
+    where credit is not finite.
     """
     unknown = [s for s in sources if s not in SOURCES]
     if unknown:
@@ -114,6 +115,10 @@ def attribute(
             start = time.perf_counter()
             found = SOURCES[source](reward_model, rollout, params)
             done[source] = replace(found, seconds=time.perf_counter() - start)
+    for source, found in done.items():
+        if not bool(found.credit.isfinite().all()):
+            raise InputError(f"{source}: credit is not finite, so a score or gradient of the reward model is not; look "
+                             "at its weights and dtype")  # fmt: skip
     return {source: done[source] for source in sources}
 
 
