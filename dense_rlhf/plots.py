@@ -21,8 +21,11 @@ COLOURS = {
     "reference": "#777777", "sparse": "#000000", "terminal": "#000000", "uniform": "#56B4E9", "random": "#999933",
     "attention": "#CC79A7", "shap": "#E69F00", "shap-signed": "#D55E00", "lime": "#009E73", "lime-signed": "#117733",
     "bo": "#882255", "bo-shap": "#0072B2",
+    "owen": "#B8860B", "kernel": "#F0E442", "leverage": "#CC6677", "shared_lime": "#44AA99", "leave_one_out": "#332288",
+    "prefix": "#6699CC", "integrated_gradients": "#AA4499", "gradient_input": "#661100", "lexicon": "#BBBBBB",
+    "log_ratio": "#004488", "shuffled": "#DDCC77",
 }  # fmt: skip
-SPARE = ("#332288", "#44AA99", "#AA4499", "#88CCEE", "#661100")
+SPARE = ("#88CCEE", "#225522", "#663333", "#EE3377", "#0077BB")
 
 
 def colour(method: str) -> str:

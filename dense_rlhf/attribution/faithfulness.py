@@ -36,7 +36,7 @@ STEPS = 10  # of the curves: 10, 20 .. 100 % of the players
 MEASURES = {
     "surrogate_r2": "R² of the credits' sum on fresh coalitions",
     "surrogate_correlation": "correlation of the credits' sum with the score on fresh coalitions",
-    "surrogate_beyond_size": "the same, of coalitions of one size",
+    "surrogate_beyond_size": "the same, given how many tokens are there",
     "infidelity": "squared error of what is removed (score units²; lower is better)",
     "comprehensiveness": "what removing the most supporting tokens loses (score units)",
     "sufficiency": "what the most supporting tokens alone lack (score units; lower is better)",
