@@ -23,6 +23,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dense_rlhf.attribution import attribute, coalitions
 from dense_rlhf.attribution.coalitions import Design
 from dense_rlhf.attribution.engine import coalition_scores
-from dense_rlhf.attribution.library import plain_scores
+from dense_rlhf.attribution.library import lime_values, plain_scores, shap_values
 from dense_rlhf.data import load_data
 from dense_rlhf.models import load_policy
 from dense_rlhf.params import AttributionParams, DataParams, PolicyParams, RewardParams
@@ -45,13 +46,6 @@ Peer = Callable[[Callable, int, int], np.ndarray]  # value function, players, bu
 SEED = 0
 
 # ---------------------------------------------------------------------------------------------------- peers
-
-
-def shap_permutation(scores: Callable, k: int, permutations: int) -> np.ndarray:
-    import shap
-
-    explainer = shap.PermutationExplainer(scores, shap.maskers.Independent(np.zeros((1, k))), seed=SEED)
-    return explainer(np.ones((1, k)), max_evals=permutations * (2 * k + 1), silent=True).values[0]
 
 
 def balanced_tree(k: int) -> np.ndarray:
@@ -85,24 +79,6 @@ def shap_kernel(scores: Callable, k: int, samples: int) -> np.ndarray:
     return explainer.shap_values(np.ones((1, k)), nsamples=samples, l1_reg=False, silent=True)[0]
 
 
-def lime_text(scores: Callable, k: int, samples: int) -> np.ndarray:
-    from lime.lime_text import LimeTextExplainer
-
-    words = [f"w{t}" for t in range(k)]
-
-    def predict(texts: list[str]) -> np.ndarray:
-        present = [set(text.split()) for text in texts]
-        return scores(np.array([[word in kept for word in words] for kept in present]))[:, None]
-
-    explainer = LimeTextExplainer(feature_selection="none", random_state=SEED, split_expression=r"\s+", bow=True)
-    found = explainer.explain_instance(" ".join(words), predict, (0,), num_features=k, num_samples=samples)
-    names = found.domain_mapper.indexed_string.inverse_vocab
-    values = np.zeros(k)
-    for feature, weight in found.local_exp[0]:
-        values[int(names[feature][1:])] = weight
-    return values
-
-
 def captum_sampling(scores: Callable, k: int, permutations: int) -> np.ndarray:
     from captum.attr import ShapleyValueSampling
 
@@ -127,12 +103,14 @@ def captum_design(k: int, permutations: int) -> Design:
 
 PEERS: dict[str, tuple[Peer, Callable[[int, int], Design], int, tuple[int, ...]]] = {
     # peer, the same coalitions with us, its default budget for 24 players, budgets to try
-    "shap permutation": (shap_permutation, lambda k, b: coalitions.permutation_shap(k, b, SEED), 10, (1, 2, 4)),
+    "shap permutation": (partial(shap_values, seed=SEED), lambda k, b: coalitions.permutation_shap(k, b, SEED), 10,
+                         (1, 2, 4)),
     "shap partition": (shap_partition, lambda k, b: coalitions.owen(k), 500, (100, 200, 10**6)),
     "shap kernel": (shap_kernel, lambda k, b: coalitions.kernel_shap(k, b, SEED), 2096, (96, 192, 384, 768)),
-    "lime": (lime_text, lambda k, b: coalitions.ridge_lime(k, b, SEED), 5000, (50, 100, 200, 500, 1000)),
+    "lime": (partial(lime_values, seed=SEED), lambda k, b: coalitions.ridge_lime(k, b, SEED), 5000,
+             (50, 100, 200, 500, 1000)),
     "captum sampling": (captum_sampling, captum_design, 25, (1, 2, 4, 8)),
-}
+}  # fmt: skip
 EQUAL = {"shap permutation": 1, "shap partition": 10**6, "shap kernel": 192, "lime": 200, "captum sampling": 2}
 OURS = {f"shap, {p} permutation{'s' * (p > 1)}": lambda k, p=p: coalitions.permutation_shap(k, p, SEED)
         for p in (1, 2, 3, 4, 8)}  # fmt: skip

@@ -25,52 +25,51 @@ def plain_scores(reward_model: RewardModel, reading: Reading) -> Callable[[np.nd
     return scores
 
 
-def _scorer(reward_model: RewardModel, rollout: Rollout, row: int):
-    reading = reward_model.readings(rollout)[row]
-    return plain_scores(reward_model, reading), len(reading.response)
-
-
-def _padded(values: np.ndarray, rollout: Rollout) -> Tensor:
-    credit = torch.zeros(rollout.mask.shape[1])
-    credit[: len(values)] = torch.from_numpy(np.asarray(values, np.float32))
-    return credit
-
-
-def library_shap(reward_model: RewardModel, rollout: Rollout, row: int, params: AttributionParams) -> Tensor:
-    """`shap.PermutationExplainer` with every token absent as background, (T,). Restores numpy's global state."""
+def shap_values(scores: Callable, k: int, permutations: int, seed: int) -> np.ndarray:
+    """`shap.PermutationExplainer` with every token absent as background, (k,). Restores numpy's global state."""
     import shap
 
-    scores, k = _scorer(reward_model, rollout, row)
     state = np.random.get_state()  # the explainer seeds the global generator
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        masker = shap.maskers.Independent(np.zeros((1, k)))
-        explainer = shap.PermutationExplainer(scores, masker, seed=params.seed)
-        found = explainer(np.ones((1, k)), max_evals=params.permutations * (2 * k + 1), silent=True)
+        explainer = shap.PermutationExplainer(scores, shap.maskers.Independent(np.zeros((1, k))), seed=seed)
+        found = explainer(np.ones((1, k)), max_evals=permutations * (2 * k + 1), silent=True)
     np.random.set_state(state)
-    return _padded(found.values[0], rollout)
+    return found.values[0]
 
 
-def library_lime(reward_model: RewardModel, rollout: Rollout, row: int, params: AttributionParams) -> Tensor:
-    """`lime`'s text explainer with one feature a token, no feature selection, (T,)."""
+def lime_values(scores: Callable, k: int, samples: int, seed: int) -> np.ndarray:
+    """`lime`'s text explainer with one feature a token, no feature selection, (k,)."""
     from lime.lime_text import LimeTextExplainer
 
-    scores, k = _scorer(reward_model, rollout, row)
     words = [f"w{t}" for t in range(k)]  # one word stands for each token
 
     def predict(texts: list[str]) -> np.ndarray:
         present = [set(text.split()) for text in texts]
         return scores(np.array([[word in kept for word in words] for kept in present]))[:, None]
 
-    explainer = LimeTextExplainer(feature_selection="none", random_state=params.seed, split_expression=r"\s+")
-    found = explainer.explain_instance(" ".join(words), predict, (0,), num_features=k, num_samples=params.lime_samples)
-    order = [int(name[1:]) for name in explainer_words(found)]
+    explainer = LimeTextExplainer(feature_selection="none", random_state=seed, split_expression=r"\s+")
+    found = explainer.explain_instance(" ".join(words), predict, (0,), num_features=k, num_samples=samples)
+    names = found.domain_mapper.indexed_string.inverse_vocab  # lime's features in its own order
     values = np.zeros(k)
     for feature, weight in found.local_exp[0]:
-        values[order[feature]] = weight
-    return _padded(values, rollout)
+        values[int(names[feature][1:])] = weight
+    return values
 
 
-def explainer_words(explanation) -> list[str]:
-    """lime's features in its own order."""
-    return list(explanation.domain_mapper.indexed_string.inverse_vocab)
+def library_shap(reward_model: RewardModel, rollout: Rollout, row: int, params: AttributionParams) -> Tensor:
+    """shap's values of one response's tokens, (T,)."""
+    return _of_row(shap_values, reward_model, rollout, row, params.permutations, params.seed)
+
+
+def library_lime(reward_model: RewardModel, rollout: Rollout, row: int, params: AttributionParams) -> Tensor:
+    """lime's values of one response's tokens, (T,)."""
+    return _of_row(lime_values, reward_model, rollout, row, params.lime_samples, params.seed)
+
+
+def _of_row(values: Callable, reward_model: RewardModel, rollout: Rollout, row: int, budget: int, seed: int) -> Tensor:
+    reading = reward_model.readings(rollout)[row]
+    credit = torch.zeros(rollout.mask.shape[1])
+    found = values(plain_scores(reward_model, reading), len(reading.response), budget, seed)
+    credit[: len(found)] = torch.from_numpy(np.asarray(found, np.float32))
+    return credit
