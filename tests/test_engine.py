@@ -235,6 +235,15 @@ def test_prompts_pass_once_and_the_last_layer_only_where_scores_are_read():
     assert 3 * len(masks[0]) <= read < 1.5 * 3 * len(masks[0])  # packs of one batch are padded to a common number
 
 
+def test_packs_of_a_whole_batch_are_small():
+    """They are kept for all responses at once: nothing in them grows with the square of their nodes."""
+    masks = permutation_shap(128, 2, 0).masks.numpy()
+    packs = pack(masks, 1, "drop", 384)
+    held = sum(array.nbytes for one in packs for array in vars(one).values())
+    assert held <= 16 * sum(map(len, packs)) + 4 * len(masks) * 129 + 24 * len(masks)
+    assert held < sum(one.sees.nbytes for one in packs) / 4
+
+
 @pytest.mark.parametrize("budget", [1, 60, 300, 5000])
 def test_no_batch_exceeds_the_token_budget_unless_it_is_one_row(budget):
     model, readings = random_model(2), random_readings(2, [(P, k) for P in (0, 3, 9) for k in (1, 8, 20)])

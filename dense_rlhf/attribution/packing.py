@@ -20,12 +20,21 @@ class Pack:
     column: np.ndarray  # (N,) which token of response + suffix
     absent: np.ndarray  # (N,) bool, the node stands for the removed token's replacement
     position: np.ndarray  # (N,) behind the prompt
-    sees: np.ndarray  # (N, N) bool, itself and its ancestors
+    owner: np.ndarray  # (N,) the coalition, of those of the pack, that made the node
+    path: np.ndarray  # (r, width) the nodes of each coalition, -1 for a token that it lacks
     read: np.ndarray  # (r,) node where each coalition's score is read
     coalition: np.ndarray  # (r,) row of the masks
 
     def __len__(self) -> int:
         return len(self.column)
+
+    @property
+    def sees(self) -> np.ndarray:
+        """(N, N) bool, itself and its ancestors. Made anew when asked for: kept for a whole batch it fills memory."""
+        before = np.arange(self.path.shape[1]) <= self.column[:, None]
+        seen = np.zeros((len(self), len(self) + 1), bool)
+        seen[np.arange(len(self))[:, None], np.where(before, self.path[self.owner], -1)] = True  # -1: the last column
+        return seen[:, :-1]
 
 
 def pack(masks: np.ndarray, suffix: int, removal: str, nodes: int) -> tuple[Pack, ...]:
@@ -71,11 +80,8 @@ def _trie(bits: np.ndarray, present: np.ndarray, differs: np.ndarray, removal: s
     fresh[0] = True
     maker = np.maximum.accumulate(np.where(fresh, np.arange(r)[:, None], 0), 0)  # the coalition that made the node
     number = np.cumsum(fresh & present).reshape(r, width) - 1
-    path = np.where(present, number[maker, columns], -1)  # (r, width) the nodes of each coalition
-    owner, column = np.nonzero(fresh & present)
-    ancestors = np.where(columns <= column[:, None], path[owner], -1)
-    sees = np.zeros((len(owner), len(owner) + 1), bool)
-    sees[np.arange(len(owner))[:, None], ancestors] = True  # the last column takes the -1
-    depth = (present.cumsum(1) - 1)[owner, column]
+    path = np.where(present, number[maker, columns], -1).astype(np.int32)
+    owner, column = (x.astype(np.int32) for x in np.nonzero(fresh & present))
+    depth = (present.cumsum(1, dtype=np.int32) - 1)[owner, column]
     position = depth if removal == "drop" else column
-    return Pack(column, ~bits[owner, column], position, sees[:, :-1], path[:, -1], rows)
+    return Pack(column, ~bits[owner, column], position, owner, path, path[:, -1], rows)
