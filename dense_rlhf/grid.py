@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from dense_rlhf.attribution import SOURCES
 from dense_rlhf.data import DATASETS
 from dense_rlhf.params import ABLATIONS, RunParams, ShapeParams, StudyParams
 from dense_rlhf.runs import RunFolder, artefacts, provenance, repository_root
-from dense_rlhf.store import PACKAGE, content_key, file_sha256, write_json, write_text
+from dense_rlhf.store import content_key, file_sha256, package_sha256, remove_checkpoints, write_json, write_text
 from dense_rlhf.types import InputError
 
 
@@ -85,9 +86,8 @@ def runs_folder(study: StudyParams) -> Path:
 
 def job_key(job: Job, flat: dict, upstream: list[str]) -> str:
     """Changes when the notebook, its parameters, any source file of the package, or a run that it reads changes."""
-    sources = sorted(p for p in PACKAGE.rglob("*") if p.suffix in (".py", ".safetensors"))
     notebook = file_sha256(repository_root() / "notebooks" / f"{job.notebook}.ipynb")
-    return content_key([flat, notebook, upstream, [(p.name, file_sha256(p)) for p in sources]])
+    return content_key([flat, notebook, upstream, package_sha256()])
 
 
 def prepare(job: Job, folder: Path, threads: int) -> str:
@@ -111,8 +111,7 @@ def prepare(job: Job, folder: Path, threads: int) -> str:
     if run.load_json("run.json").get("key") == key and run.load_json("run.json").get("status") == "ok":
         return "ok"
     if (run.file("key.txt").read_text() if run.file("key.txt").exists() else "") != key:
-        for path in folder.glob("*"):
-            path.unlink()
+        shutil.rmtree(folder, ignore_errors=True)
     run.file("run.json").unlink(missing_ok=True)
     write_text(run.file("params.yaml"), yaml.safe_dump(flat, sort_keys=False, allow_unicode=True))
     write_text(run.file("key.txt"), key)
@@ -171,6 +170,8 @@ def run_job(job: Job, folder: Path, threads: int, timeout: float) -> dict:
     except InputError as problem:
         folder.mkdir(parents=True, exist_ok=True)
         status, error = "failed", str(problem)
+    if status == "ok":
+        remove_checkpoints(folder)
     key = (folder / "key.txt").read_text() if (folder / "key.txt").exists() else ""
     record = {
         "job": job.name, "notebook": job.notebook, "arm": job.params.arm, "seed": job.params.seed, "status": status,
@@ -244,6 +245,7 @@ def quick_study(params: RunParams, folder: Path, progress: Callable = iter) -> N
         run = RunFolder(folder / f"04_ppo-{arm}-seed{params.seed}")
         trained = train_policy(task, shape.reward_shape(), params.ppo, params.attribution, params.seed, progress)
         run.save_table("history", trained.history)
+        run.save_table("seconds", trained.seconds)
         run.save_table("evaluation", judge_against_reference(task, trained.policy, prompts, params.ppo, params.seed))
         record = {"notebook": "04_ppo", "arm": arm, "seed": params.seed, "dataset": params.data.name, "status": "ok"}
         write_json(run.file("run.json"), record)

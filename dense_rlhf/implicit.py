@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dense_rlhf.models import PolicyWithValue
-from dense_rlhf.params import RewardParams
+from dense_rlhf.data import render
+from dense_rlhf.params import PPOParams, RewardParams
+from dense_rlhf.policy import PolicyWithValue
 from dense_rlhf.reward_model import RewardModel
-from dense_rlhf.rollout import appraise, prompt_batches, render, respond
+from dense_rlhf.rollout import appraise, prompt_batches, respond
 from dense_rlhf.store import cached_folder, content_key, source_sha256
 from dense_rlhf.types import InputError, Prompt, Rollout
 
@@ -32,12 +33,11 @@ class ImplicitReward:
 
     policy: PolicyWithValue
     reference: PolicyWithValue
-    pad_id: int
     beta: float
 
     def __call__(self, rollout: Rollout) -> Tensor:
         """(B, T), beta times nats, of both policies at temperature 1; zero on EOS and padding."""
-        read = appraise(self.policy, self.reference, rollout, 1.0, self.pad_id)
+        read = appraise(self.policy, self.reference, rollout, 1.0)
         return self.beta * (read.logprobs - read.ref_logprobs).masked_fill(~rollout.players, 0)
 
 
@@ -50,9 +50,10 @@ def preferences(
     Rows of token ids, `prompt_ids`, `chosen_ids` and `rejected_ids`, each response with its EOS where it has one.
     """
     generator = torch.Generator(next(reference.parameters()).device).manual_seed(seed)
+    params = PPOParams(max_new_tokens=T)  # temperature 1
     size, rows = min(SAMPLED, pairs, len(prompts)), []
     for batch in progress(list(islice(prompt_batches(prompts, size, seed), -(-pairs // size)))):
-        sides = [respond(reference, reward_model, batch, tokenizer, T, 1.0, generator) for _ in range(2)]
+        sides = [respond(reference, reward_model, batch, tokenizer, params, generator) for _ in range(2)]
         better = (sides[0].scores > sides[1].scores).tolist()
         texts = [[ids[keep].tolist() for ids, keep in zip(side.responses, side.mask)] for side in sides]
         queries = [ids[keep].tolist() for ids, keep in zip(sides[0].queries, sides[0].query_mask)]
@@ -111,11 +112,11 @@ def load_implicit(
         "reference": _weights_sha256(reference.lm), "reward": _weights_sha256(reward_model.model),
         "suffix": reward_model.suffix, "prompts": content_key([render(prompt, tokenizer) for prompt in prompts]),
         "steps": params.dpo_steps, "beta": params.dpo_beta, "tokens": T, "seed": seed, "torch": torch.__version__,
-        "trl": trl.__version__, "code": source_sha256("implicit.py", "rollout.py", "models.py"),
+        "trl": trl.__version__, "code": source_sha256("implicit.py", "rollout.py", "policy.py"),
     }  # fmt: skip
     folder, policy = cached_folder("implicit", key, build), copy.deepcopy(reference).float()
     load_model(policy.lm, str(folder / "model.safetensors"))
-    return ImplicitReward(policy.requires_grad_(False).eval(), reference, tokenizer.pad_token_id, params.dpo_beta)
+    return ImplicitReward(policy.requires_grad_(False).eval(), reference, params.dpo_beta)
 
 
 def _weights_sha256(model: PreTrainedModel) -> str:

@@ -75,13 +75,19 @@ def arm_table(evaluations: dict[str, list[pd.DataFrame]]) -> pd.DataFrame:
 
 
 def gold_at_kl(history: pd.DataFrame, level: float, smooth: int = 5) -> pd.DataFrame:
-    """Update, gold and proxy score where each run's KL (running mean of `smooth` updates) first reaches `level`."""
+    """Update, gold and proxy score where each run's KL first reaches `level`: running means of `smooth` updates, on a
+    straight line between two of them, so that a run in large steps is not judged at a larger KL."""
     import pandas as pd
 
-    rows = []
+    rows, columns = [], ["kl", "gold", "proxy"]
     for (arm, seed), run in history.groupby(["arm", "seed"], sort=False):
-        path = run.sort_values("update")[["kl", "gold", "proxy"]].rolling(smooth, min_periods=1).mean()
-        reached = path[path["kl"] >= level - 1e-9]
-        if len(reached):
-            rows.append({"arm": arm, "seed": seed, "update": run.loc[reached.index[0], "update"], **reached.iloc[0]})
-    return pd.DataFrame(rows, columns=["arm", "seed", "update", "kl", "gold", "proxy"])
+        run = run.sort_values("update")
+        path = run[columns].rolling(smooth, min_periods=1).mean().assign(update=run["update"])
+        reached = (path["kl"] >= level - 1e-9).to_numpy()
+        if reached.any():
+            after = path.iloc[reached.argmax()]
+            before = path.iloc[max(0, reached.argmax() - 1)]
+            rise = after["kl"] - before["kl"]
+            share = (level - before["kl"]) / rise if rise > 0 else 1.0
+            rows.append({"arm": arm, "seed": seed} | dict(before + share * (after - before)))
+    return pd.DataFrame(rows, columns=["arm", "seed", "update", *columns])

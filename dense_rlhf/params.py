@@ -7,16 +7,20 @@ This module imports nothing heavy, so that a wrong parameter is refused at once.
 from __future__ import annotations
 
 import math
-import types
 import typing
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from dense_rlhf.strict import cast, kind, merge, parse, parse_settings, read_yaml
 from dense_rlhf.types import InputError, RewardShape, check_removal
 
 LEARNED = "learned"
 DTYPES = ("float32", "bfloat16")
+CRITICS = ("shared", "detached", "separate")
+VALUE_STARTS = ("zero", "score")
+KL_ESTIMATORS = ("k1", "k2", "k3")
+SAMPLERS = ("cache", "generate", "vllm")
 PLAYERS = ("tokens", "words", "sentences")
 PLAIN = (bool, int, float, str, list, tuple, type(None))  # what a parameters cell can hold
 
@@ -45,10 +49,21 @@ class PolicyParams:
     name: str = "tiny"  # tiny, smollm2, a hub id or a local folder
     revision: str | None = None  # of a hub id; what it resolves to is recorded
     trainable_layers: int | None = None  # only the last n layers learn; all parameters where none is given
-    dtype: str = "float32"  # float32 or bfloat16: the weights of the frozen reference
+    dtype: str = "float32"  # float32; or bfloat16: frozen weights and arithmetic, learning weights stay float32
+
+    critic: str = "shared"  # shared: a head on the policy's trunk; detached: no gradient into it; separate: its own
+    value_start: str = "zero"  # zero; or score: a shared or detached head starts by saying the score so far
+    lora_rank: int | None = None  # adapters of this rank learn in place of the weights; none where none is given
+    lora_alpha: float = 32.0  # adapters are scaled by alpha / rank
 
     def __post_init__(self):
         _check_dtype("policy.dtype", self.dtype)
+        for name, known in (("critic", CRITICS), ("value_start", VALUE_STARTS)):
+            if getattr(self, name) not in known:
+                raise InputError(f"policy.{name} is {getattr(self, name)!r}, wanted one of {', '.join(known)}")
+        for name in ("trainable_layers", "lora_rank"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise InputError(f"policy.{name} is {getattr(self, name)}, wanted at least 1, or nothing")
 
 
 @dataclass(frozen=True)
@@ -133,11 +148,15 @@ class PPOParams:
     rollouts: int = 64  # responses an update
     max_new_tokens: int = 24
     temperature: float = 1.0
+    sampler: str = "cache"  # cache: our loop; generate: transformers' own, compiled on CUDA; vllm: the extra
     epochs: int = 1  # passes over each batch of rollouts
     minibatch: int = 32  # responses an optimiser step
     lr: float = 1e-4  # falls linearly to a tenth
     value_lr: float = 1e-3  # of the value head
-    kl_coef: float = 0.05
+    kl_coef: float = 0.05  # where it starts, if kl_target is given
+    kl_estimator: str = "k1"  # of the penalty: k1 is unbiased, also in gradient; k2 and k3 vary less
+    kl_target: float | None = None  # nats a response; kl_coef then follows it
+    kl_horizon: float = 10_000.0  # responses in which kl_coef can change by a factor of about e
     gamma: float = 1.0
     lam: float = 0.95
     clip: float = 0.2
@@ -146,20 +165,34 @@ class PPOParams:
     max_grad_norm: float = 1.0
     missing_eos_penalty: float = 0.0
     whiten_rewards: bool = False
-    micro_batch: int = 64  # responses a forward pass
+    scale_rewards: bool = False  # divide by the running standard deviation of the scores
+    clip_rewards: float | None = None  # the most a token's shaped reward may be, either sign; the share cut is logged
+    micro_batch: int = 16  # responses of similar length in a forward pass, in each process
+    checkpoint_every: int = 10  # updates; a training that was cut short goes on from there
 
     def __post_init__(self):
-        for name in ("updates", "rollouts", "max_new_tokens", "epochs", "minibatch", "micro_batch", "temperature"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"ppo.{name} is {getattr(self, name)}, wanted a number above 0")
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"ppo.{name} is {getattr(self, name)}, wanted a number from 0 to 1")
-        for name in ("lr", "value_lr", "clip", "value_clip", "max_grad_norm"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise InputError(f"ppo.{name} is {getattr(self, name)}, wanted a number above 0")
+        for name in POSITIVE:
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise InputError(f"ppo.{name} is {value}, wanted a number above 0")
+        for name in ("kl_coef", "missing_eos_penalty", "value_coef"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"ppo.{name} is {getattr(self, name)}, wanted 0 or more")
+        for name, known in (("kl_estimator", KL_ESTIMATORS), ("sampler", SAMPLERS)):
+            if getattr(self, name) not in known:
+                raise InputError(f"ppo.{name} is {getattr(self, name)!r}, wanted one of {', '.join(known)}")
+        if self.kl_target is not None and not self.kl_coef > 0:
+            raise InputError(f"ppo.kl_coef is {self.kl_coef}, wanted a number above 0, which ppo.kl_target multiplies")
         if self.rollouts % self.minibatch:
             raise InputError(f"ppo.rollouts is {self.rollouts}, wanted a multiple of ppo.minibatch = {self.minibatch}")
+
+
+POSITIVE = ("updates", "rollouts", "max_new_tokens", "epochs", "minibatch", "micro_batch", "checkpoint_every",
+            "temperature", "lr", "value_lr", "clip", "value_clip", "max_grad_norm", "kl_target", "kl_horizon",
+            "clip_rewards")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -181,6 +214,7 @@ class EvaluationParams:
     """How policies are judged."""
 
     prompts: int = 300  # held-out prompts, one response each
+    seeds: int = 3  # trainings of each arm, in ablations that train
     sst_path: str | None = None  # trees of the Stanford Sentiment Treebank, where there are some
     toxic_path: str | None = None  # a CSV of SemEval-2021 toxic spans, where there is one
 
@@ -229,7 +263,7 @@ GROUPS: dict[str, type] = {
 }  # fmt: skip
 
 NOTEBOOKS = ("01_reward_model", "02_attribution", "03_shaping", "04_ppo", "05_bayesian_optimisation", "06_comparison")
-ABLATIONS = ("ablations/explainers",)  # run where a study names them
+ABLATIONS = ("ablations/explainers", "ablations/ppo", "ablations/baselines")  # run where a study names them
 
 
 @dataclass(frozen=True)
@@ -251,99 +285,18 @@ class StudyParams:
 STUDY_KEYS = ("study", "arms", "seeds", "notebooks", "workers", "timeout_minutes", "size", "sizes", *GROUPS)
 
 
-def _kind(value: object) -> str:
-    return {str: "text", bool: "yes/no", int: "a whole number", float: "a number", list: "a list", dict: "a mapping",
-            type(None): "nothing"}.get(type(value), type(value).__name__)  # fmt: skip
-
-
-def _cast(value: object, wanted: object, name: str) -> object:
-    """`value` as the annotated type; the only conversions are whole numbers to numbers and lists to tuples."""
-    options = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
-    for option in options:
-        if option is float and type(value) in (int, float):
-            return float(value)
-        if option in (int, str, bool, type(None)) and type(value) is option:
-            return value
-        if typing.get_origin(option) is tuple and isinstance(value, (list, tuple)):
-            inner = typing.get_args(option)[0]
-            return tuple(_cast(item, inner, f"{name}[{i}]") for i, item in enumerate(value))
-    hint = ""
-    if isinstance(value, str) and float in options:
-        hint = "; YAML reads 1e-4 as text, write 1.0e-4"
-    names = " or ".join(getattr(o, "__name__", None) or str(o) for o in options).replace("NoneType", "nothing")
-    raise InputError(f"{name} is {value!r} ({_kind(value)}), wanted {names}{hint}")
-
-
-def parse(cls: type, given: object, where: str):
-    """Build the dataclass `cls` from a mapping. Raises `InputError` for unknown keys and wrong types."""
-    if not isinstance(given, Mapping):
-        raise InputError(f"{where or 'the file'} is {_kind(given)}, wanted a mapping of {cls.__name__}")
-    hints = typing.get_type_hints(cls)
-    prefix = f"{where}." if where else ""
-    unknown = [key for key in given if key not in hints]
-    if unknown:
-        raise InputError(f"{prefix}{unknown[0]} is not a parameter; wanted one of {', '.join(hints)}")
-    values = {}
-    for key, value in given.items():
-        is_group = isinstance(hints[key], type) and key in GROUPS
-        values[key] = parse(hints[key], value, prefix + key) if is_group else _cast(value, hints[key], prefix + key)
-    return cls(**values)
-
-
-def _merge(base: dict, over: Mapping) -> dict:
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
-
-
-def read_yaml(path: Path) -> dict:
-    """A YAML mapping, safely; `InputError` for a missing or broken file."""
-    import yaml
-
-    if not path.is_file():
-        raise InputError(f"no file at {path}; give the path of a study, such as params/reviews.yaml")
-    try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path} holds {_kind(value)}, wanted a mapping of parameters")
-    return value
-
-
-def _settings(pairs: typing.Iterable[str]) -> dict:
-    """`["ppo.lr=0.1", "size=smoke"]` as nested mappings, values read as YAML."""
-    import yaml
-
-    nested: dict = {}
-    for pair in pairs:
-        key, equals, text = pair.partition("=")
-        if not equals or not key:
-            raise InputError(f"--set {pair!r}: wanted key=value, such as ppo.lr=1.0e-4")
-        try:
-            value: object = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise InputError(f"--set {pair!r}: the value is not YAML") from error
-        for part in reversed(key.split(".")):
-            value = {part: value}
-        nested = _merge(nested, value)
-    return nested
-
-
 def load_study(path: Path, settings: typing.Iterable[str] = ()) -> StudyParams:
     """Read a study: its YAML, then what its `sizes` hold for the chosen `size`, then `--set key=value`.
 
     Mappings merge, so `arms.shap=null` leaves one arm out and the others stay.
     Raises `InputError` in one line for anything that is not a parameter, of another type, or impossible.
     """
-    given, over = read_yaml(path), _settings(settings)
+    given, over = read_yaml(path), parse_settings(settings)
     size = over.get("size", given.get("size", "full"))
     sizes = given.get("sizes", {})
     if size != "full" and size not in sizes:
         raise InputError(f"size is {size!r}, wanted one of {', '.join(['full', *sizes])}")
-    merged = _merge(_merge(given, sizes.get(size) or {}), over)
+    merged = merge(merge(given, sizes.get(size) or {}), over)
     unknown = [key for key in merged if key not in STUDY_KEYS]
     if unknown:
         raise InputError(f"{unknown[0]} is not a parameter; wanted one of {', '.join(STUDY_KEYS)}")
@@ -359,7 +312,7 @@ def _study(merged: dict, path: Path) -> StudyParams:
         raise InputError("shape belongs to an arm: write arms: {my-arm: {sources: [...], weights: [...]}}")
     arms = merged.get("arms", {"sparse": {}})
     if not isinstance(arms, Mapping) or not arms:
-        raise InputError(f"arms is {_kind(arms)}, wanted a mapping of names to sources and weights")
+        raise InputError(f"arms is {kind(arms)}, wanted a mapping of names to sources and weights")
     shapes = {}
     for name, arm in arms.items():
         if arm is None:  # a size can leave an arm out
@@ -370,7 +323,7 @@ def _study(merged: dict, path: Path) -> StudyParams:
             raise InputError(str(error).replace("shape.", f"arms.{name}.")) from error
     plain = {key: merged[key] for key in ("seeds", "notebooks", "workers", "timeout_minutes") if key in merged}
     hints = typing.get_type_hints(StudyParams)
-    options = {key: _cast(value, hints[key], key) for key, value in plain.items()}
+    options = {key: cast(value, hints[key], key) for key, value in plain.items()}
     study = StudyParams(_name(merged.get("study", path.stem), "study"), shapes, parsed,
                         parse(RunParams, groups, ""), **options)  # fmt: skip
     return _checked(study)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from IPython.display import display
@@ -24,6 +24,8 @@ COLOURS = {
     "owen": "#B8860B", "kernel": "#F0E442", "leverage": "#CC6677", "shared_lime": "#44AA99", "leave_one_out": "#332288",
     "prefix": "#6699CC", "integrated_gradients": "#AA4499", "gradient_input": "#661100", "lexicon": "#BBBBBB",
     "log_ratio": "#004488", "shuffled": "#DDCC77",
+    "ppo": "#222255", "rloo": "#66CCEE", "rloo_to_go": "#4477AA", "grpo": "#EE6677", "grpo_to_go": "#AA3377",
+    "dpo": "#228833", "best_of_n": "#CCBB44",
 }  # fmt: skip
 SPARE = ("#88CCEE", "#225522", "#663333", "#EE3377", "#0077BB")
 
@@ -42,13 +44,28 @@ def axes(width: float = 6.5, height: float = 3.6) -> Axes:
     return plt.subplots(figsize=(width, height), layout="constrained")[1]
 
 
+def panels(names: Sequence[str], width: float = 9.5, height: float = 3.8) -> list[Axes]:
+    """Empty axes side by side, one a name, with one scale of y."""
+    import matplotlib.pyplot as plt
+    import seaborn as sns
+
+    sns.set_theme(style="whitegrid", context="notebook", font_scale=0.85)
+    found = plt.subplots(1, len(names), figsize=(width, height), layout="constrained", sharey=True)[1]
+    for ax, name in zip(found, names):
+        ax.set_title(name, loc="right", fontsize="small")
+    return list(found)
+
+
 def show(ax: Axes, alt: str) -> None:
-    """Display the figure of `ax` as a PNG with its alt text, and close it."""
+    """Display the figure of `ax` as a PNG with its alt text, and close it; the title of one panel is that of all."""
     import matplotlib.pyplot as plt
 
     title = ax.get_title()
     ax.set_title("")
-    ax.set_title(textwrap.fill(title, 80), loc="left", fontsize="medium")
+    if len(ax.figure.axes) > 1:
+        ax.figure.suptitle(textwrap.fill(title, 115), x=0.01, ha="left", fontsize="medium")
+    else:
+        ax.set_title(textwrap.fill(title, 80), loc="left", fontsize="medium")
     buffer = io.BytesIO()
     ax.figure.savefig(buffer, format="png", dpi=100, bbox_inches="tight", metadata={"Software": None})
     plt.close(ax.figure)
@@ -68,14 +85,40 @@ def curves(ax: Axes, history: pd.DataFrame, y: str, ylabel: str, smooth: int = 5
     return ax
 
 
-def point_ranges(ax: Axes, intervals: Mapping[str, Interval], xlabel: str) -> Axes:
-    """A point with its 95 % interval for each method, one a line."""
+def point_ranges(ax: Axes, intervals: Mapping[str, Interval], xlabel: str, tint: str | None = None) -> Axes:
+    """A point with its 95 % interval for each method, one a line; all in the colour `tint` where given."""
     for row, (name, interval) in enumerate(intervals.items()):
-        ax.plot([interval.low, interval.high], [row, row], color=colour(name), lw=3, solid_capstyle="round")
-        ax.plot(interval.mean, row, "o", color=colour(name), ms=8)
+        hue = tint or colour(name)
+        ax.plot([interval.low, interval.high], [row, row], color=hue, lw=3, solid_capstyle="round")
+        ax.plot(interval.mean, row, "o", color=hue, ms=8)
     ax.set_yticks(range(len(intervals)), list(intervals))
-    ax.invert_yaxis()
-    ax.set(xlabel=xlabel)
+    ax.set(xlabel=xlabel, ylim=(len(intervals) - 0.5, -0.5))
+    return ax
+
+
+def bands(ax: Axes, x: Sequence[float], intervals: Mapping[str, Sequence[Interval]], xlabel: str, ylabel: str) -> Axes:
+    """A line with its 95 % band for each method, one interval at every `x`; the values of x evenly apart."""
+    places = range(len(x))
+    for name, found in intervals.items():
+        ax.plot(places, [i.mean for i in found], "o-", ms=4, color=colour(name), label=name)
+        ax.fill_between(places, [i.low for i in found], [i.high for i in found], color=colour(name), alpha=0.15)
+    ax.axhline(0, color="0.5", ls=":")
+    ax.set_xticks(places, [f"{value:g}" for value in x])
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.label_outer()
+    return ax
+
+
+def over_tokens(ax: Axes, tokens: Sequence[str], series: Mapping[str, Sequence[float]], ylabel: str) -> Axes:
+    """A line a method over the tokens of one response, which are written below."""
+    places = range(len(tokens))
+    for name, values in series.items():
+        ax.plot(places, values, "o-", ms=4, color=colour(name), label=name)
+    ax.axhline(0, color="0.5", ls=":")
+    shown = [token.strip() or "␣" for token in tokens]
+    ax.set_xticks(places, shown, rotation=60, ha="right", fontsize="x-small", parse_math=False)
+    ax.set(ylabel=ylabel)
+    ax.legend(fontsize="small")
     return ax
 
 

@@ -71,6 +71,19 @@ def footer(record: dict) -> str:
                f"{record.get('machine')} cores, {versions}")  # fmt: skip
 
 
+def warned(run: RunFolder, in_full: bool) -> str:
+    """The named warnings of a training, each name once: when it was first met, how often, `in_full` what it said."""
+    met: dict[str, list[dict]] = {}
+    for warning in run.load_json("metrics.json").get("warnings") or ():
+        met.setdefault(str(warning.get("name")), []).append(warning)
+    items = ""
+    for name, times in met.items():
+        more = f" and {len(times) - 1} more" if len(times) > 1 else ""
+        said = f": {times[0].get('text', '')}" if in_full else ""
+        items += f"<li>{esc(name)}, update {esc(times[0].get('update', '–'))}{more}{esc(said)}</li>"
+    return f"<ul class='warned' aria-label='warnings'>{items}</ul>" if items else ""
+
+
 def write_run_page(record: dict, run: RunFolder, target: Path) -> bool:
     """Render one run; False where its notebook never came to be."""
     if not run.file("notebook.ipynb").exists():
@@ -79,15 +92,17 @@ def write_run_page(record: dict, run: RunFolder, target: Path) -> bool:
              f'<a href="../../runs/{esc(run.path.parent.name)}/{esc(run.path.name)}/notebook.ipynb">notebook</a> · '
              f'<a href="../../runs/{esc(run.path.parent.name)}/{esc(run.path.name)}/params.yaml">parameters</a></p>')
     failed = f"<p class='failed'>{esc(record['status'])}: {esc(record['error'])}</p>" if record["error"] else ""
-    write_text(target, page(record["job"], links + failed + notebook_body(run.file("notebook.ipynb")), footer(record)))
+    write_text(target, page(record["job"], links + failed + warned(run, in_full=True)
+                            + notebook_body(run.file("notebook.ipynb")), footer(record)))  # fmt: skip
     return True
 
 
-def _matrix(records: list[dict], pages: set[str]) -> str:
-    """Arms down, seeds across: status and link of every policy."""
+def _matrix(records: list[dict], pages: set[str], runs_root: Path) -> str:
+    """Arms down, seeds across: status, link and warnings of every policy."""
     arms = list(dict.fromkeys((r["dataset"], r["arm"]) for r in records))
     seeds = sorted({r["seed"] for r in records})
-    cells = {(r["dataset"], r["arm"], r["seed"]): _link(r, pages) for r in records}
+    cells = {(r["dataset"], r["arm"], r["seed"]): _link(r, pages)
+             + warned(RunFolder(runs_root / r["job"]), in_full=False) for r in records}  # fmt: skip
     head = "".join(f"<th scope='col'>seed {seed}</th>" for seed in seeds)
     rows = "".join(f"<tr><th scope='row'>{esc(arm)} ({esc(data)})</th>"
                    + "".join(f"<td>{cells.get((data, arm, s), '–')}</td>" for s in seeds) + "</tr>"
@@ -150,7 +165,7 @@ def _index_body(
     items = "".join(f"<li>{esc(r['job'])}: {_link(r, pages)}</li>" for r in single)
     parts.append(f"<h2>Notebooks</h2><ul>{items}</ul>")
     if policies:
-        parts.append(_matrix(policies, pages))
+        parts.append(_matrix(policies, pages, repository_root() / "runs" / study.study))
     return "".join(parts)
 
 

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dense_rlhf.alignment import translate
-from dense_rlhf.types import InputError, Reading, Rollout
-
-if TYPE_CHECKING:
-    from dense_rlhf.rollout import Responses
+from dense_rlhf.types import InputError, Reading, Responses, Rollout
 
 
 @dataclass(frozen=True)
@@ -32,6 +28,7 @@ class RewardModel:
     policy_tokenizer: PreTrainedTokenizerBase | None = None  # where the policy's tokens are others than the model's
     suffix: tuple[int, ...] = ()
     implicit: Callable[[Rollout], Tensor] | None = None  # per-token reward of a DPO-trained policy, (B, T)
+    revision: str = ""  # of what was read: the hub's commit, or a hash of weights or of what they were trained on
 
     def __post_init__(self):
         if not self.suffix:
@@ -66,7 +63,7 @@ class RewardModel:
             return Reading(tuple(prompt), tuple(response))
         return translate(self.policy_tokenizer, self.tokenizer, prompt, response)
 
-    def readings(self, texts: Rollout | Responses) -> list[Reading]:
+    def readings(self, texts: Responses) -> list[Reading]:
         """A reading of every response, without its EOS."""
         queries = (ids[keep].tolist() for ids, keep in zip(texts.queries.cpu(), texts.query_mask.cpu()))
         responses = (ids[keep].tolist() for ids, keep in zip(texts.responses.cpu(), texts.players.cpu()))

@@ -18,10 +18,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from dense_rlhf.data import prompt_text
+from dense_rlhf.data import render
 from dense_rlhf.params import RewardParams
 from dense_rlhf.reward_model import RewardModel
-from dense_rlhf.store import cached_folder, source_sha256
+from dense_rlhf.store import cached_folder, commit_of, source_sha256, weights_sha256
 from dense_rlhf.types import InputError, LabelledText, PreferencePair
 
 
@@ -90,8 +90,9 @@ def train_on_labels(
 
 def pair_ids(pair: PreferencePair, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """Token ids of prompt + chosen and prompt + rejected, each with EOS: what the reward model reads."""
-    prompt = tokenizer(prompt_text(pair.prompt), add_special_tokens=False)["input_ids"]
-    sides = tokenizer([" " + pair.chosen, " " + pair.rejected], add_special_tokens=False)["input_ids"]
+    prompt = tokenizer(render(pair.prompt, tokenizer), add_special_tokens=False)["input_ids"]
+    space = "" if tokenizer.chat_template and not isinstance(pair.prompt, str) else " "
+    sides = tokenizer([space + pair.chosen, space + pair.rejected], add_special_tokens=False)["input_ids"]
     return tuple(prompt + side + [tokenizer.eos_token_id] for side in sides)
 
 
@@ -147,23 +148,30 @@ def load_reward_model(
     }  # fmt: skip
     folder = cached_folder("reward", key, build)
     model = LlamaForSequenceClassification.from_pretrained(folder, use_safetensors=True)
-    return RewardModel(model.eval().to(getattr(torch, params.dtype)), tokenizer, token_budget=params.token_budget)
+    return RewardModel(model.eval().to(getattr(torch, params.dtype)), tokenizer, token_budget=params.token_budget,
+                       revision=folder.name)  # fmt: skip
 
 
 def _hub_reward_model(params: RewardParams, tokenizer: PreTrainedTokenizerBase) -> RewardModel:
     try:
-        model = AutoModelForSequenceClassification.from_pretrained(
-            params.name, revision=params.revision or "main", use_safetensors=True
-        )
-        own = AutoTokenizer.from_pretrained(params.name, revision=params.revision or "main")
+        commit = commit_of(params.name, params.revision)
+        at = {"revision": commit or "main"}
+        model = AutoModelForSequenceClassification.from_pretrained(params.name, use_safetensors=True, **at)
+        own = AutoTokenizer.from_pretrained(params.name, **at)
     except (OSError, ValueError) as error:
         raise InputError(f"reward.name: cannot load {params.name!r} ({type(error).__name__}). Wanted 'scratch', a "
                          "local folder or a hub id that is reachable") from error  # fmt: skip
     if model.config.num_labels != 1:
         raise InputError(f"reward.name: {params.name!r} has {model.config.num_labels} outputs, wanted one")
-    other = tokenizer if own.get_vocab() != tokenizer.get_vocab() else None
     model = model.eval().to(getattr(torch, params.dtype))
-    return RewardModel(model, own, token_budget=params.token_budget, policy_tokenizer=other)
+    revision = commit or weights_sha256(Path(params.name))
+    other = None if shares_tokens(tokenizer, own) else tokenizer
+    return RewardModel(model, own, token_budget=params.token_budget, policy_tokenizer=other, revision=revision)
+
+
+def shares_tokens(policy: PreTrainedTokenizerBase, reward: PreTrainedTokenizerBase) -> bool:
+    """Whether every token of the policy is the same token of the reward model, which may have more."""
+    return policy.get_vocab().items() <= reward.get_vocab().items()
 
 
 def proxy_correct(

@@ -2,35 +2,41 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from torch.nn import functional as F
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
 
-from dense_rlhf.data import prompt_text
-from dense_rlhf.models import PolicyWithValue, allowed, logprobs_values_entropy, position_ids
-from dense_rlhf.reward_model import RewardModel
-from dense_rlhf.types import InputError, Prompt, Rollout, players
+from dense_rlhf.data import render
+from dense_rlhf.params import PPOParams
+from dense_rlhf.policy import PolicyWithValue, allowed, micro_batches, position_ids
+from dense_rlhf.reward_model import RewardModel, padded
+from dense_rlhf.types import InputError, Prompt, Responses, Rollout
 
-
-def render(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A prompt as this policy wants it: dialogues through its chat template where it has one."""
-    if isinstance(prompt, str) or not tokenizer.chat_template:
-        return prompt_text(prompt)
-    messages = [vars(message) for message in prompt]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+VLLM_SHARE = 0.3  # of the GPU's memory, for vLLM's weights and key-value cache
+_engines: WeakKeyDictionary = WeakKeyDictionary()  # of vLLM, one a model that samples
+PREFILL = 16  # prompts of similar length read together
+COMPACT = 0.75  # rows that still go on, at which those that have ended leave the batch
 
 
 def encode_prompts(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
-    """Left-padded token ids (B, P) and their mask; nothing is cut."""
+    """Left-padded token ids (B, P) and their mask; nothing is cut. Raises `InputError` for a prompt of no tokens."""
     batch = tokenizer(
         [render(p, tokenizer) for p in prompts], add_special_tokens=False, padding=True, padding_side="left",
         return_tensors="pt",
     )  # fmt: skip
-    return batch["input_ids"], batch["attention_mask"].bool()
+    mask = batch["attention_mask"].bool()
+    if mask.shape[1] == 0 or not bool(mask[:, -1].all()):
+        empty = mask.any(-1).tolist().index(False)
+        raise InputError(f"prompt {prompts[empty]!r} has no tokens, wanted at least one for a response to follow")
+    return batch["input_ids"], mask
 
 
 def prompt_batches(prompts: Sequence[Prompt], size: int, seed: int) -> Iterator[list[Prompt]]:
@@ -52,86 +58,182 @@ def sample(
     """Sample at most T tokens a row from the full softmax: responses (B, T) padded after EOS, and their mask.
 
     Logits are divided by `temperature`; no top-k or top-p, so the recomputed log-probabilities are the sampler's.
-    `pad_id` itself is never sampled.
+    `pad_id` itself is never sampled. Rows that have ended leave the batch.
     """
-    mask, cache, ids = query_mask, DynamicCache(config=lm.config), queries
     responses = torch.full((len(queries), T), pad_id, device=queries.device)
-    alive = torch.ones(len(queries), dtype=torch.bool, device=queries.device)
+    rows, alive = torch.arange(len(queries), device=queries.device), torch.ones_like(query_mask[:, 0])
+    (cache, logits), mask = _prefill(lm, queries, query_mask), query_mask
     for t in range(T):
-        out = lm(
-            input_ids=ids, attention_mask=mask.long(), position_ids=position_ids(mask)[:, -ids.shape[1] :],
-            past_key_values=cache, use_cache=True, logits_to_keep=1,
-        )  # fmt: skip
-        probabilities = allowed(out.logits[:, -1].float() / temperature, pad_id).softmax(-1)
-        token = _draw(probabilities, generator)
-        responses[:, t] = torch.where(alive, token, pad_id)
+        at = torch.rand(len(queries), 1, generator=generator, device=queries.device, dtype=torch.float64)[rows]
+        token = _draw(allowed(logits.float() / temperature, pad_id).softmax(-1), at)
+        responses[rows, t] = token = torch.where(alive, token, pad_id)
         alive = alive & (token != eos_id)
-        if not bool(alive.any()):
+        going = int(alive.sum())
+        if not going or t == T - 1:
             break
-        ids = torch.where(alive, token, pad_id)[:, None]
-        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], -1)
-    ended = (responses == eos_id).long()
-    return responses, (ended.cumsum(-1) - ended) == 0
+        ids, mask = token[:, None], torch.cat([mask, torch.ones_like(mask[:, :1])], -1)
+        if going <= COMPACT * len(rows):
+            kept = alive.nonzero().squeeze(-1)
+            cache.batch_select_indices(kept)
+            ids, mask, rows, alive = ids[kept], mask[kept], rows[kept], alive[kept]
+        logits = _read(lm, ids, mask, cache)
+    return responses, until_eos(responses, eos_id)
 
 
-def _draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
-    """One index a row of (B, V) by inverting the distribution function; a third of multinomial's time."""
+def _read(lm: PreTrainedModel, ids: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
+    """Logits (B, V) behind `ids`, which are added to the cache; `mask` covers both."""
+    positions = position_ids(mask)[:, -ids.shape[1] :]
+    return lm(input_ids=ids, attention_mask=mask.long(), position_ids=positions, past_key_values=cache, use_cache=True,
+              logits_to_keep=1).logits[:, -1]  # fmt: skip
+
+
+def _prefill(lm: PreTrainedModel, queries: Tensor, query_mask: Tensor) -> tuple[DynamicCache, Tensor]:
+    """Key-value cache of left-padded prompts, and logits (B, V) behind them; read in groups of similar length."""
+    lengths, whole = query_mask.sum(-1), DynamicCache(config=lm.config)
+    if any(type(layer) is not DynamicLayer for layer in whole.layers):  # sliding windows keep a part: not to be padded
+        return whole, _read(lm, queries, query_mask, whole)
+    order, caches, logits = lengths.argsort(), [], []
+    for rows in order.split(PREFILL):
+        P = int(lengths[rows].max())
+        caches.append(DynamicCache(config=lm.config))
+        logits.append(_read(lm, queries[rows, -P:], query_mask[rows, -P:], caches[-1]))
+    for i, parts in enumerate(zip(*(cache.layers for cache in caches))):
+        keys, values = (torch.cat([_left_padded(x, queries.shape[1]) for x in some])[order.argsort()]
+                        for some in ([part.keys for part in parts], [part.values for part in parts]))  # fmt: skip
+        whole.update(keys, values, i)
+    return whole, torch.cat(logits)[order.argsort()]
+
+
+def _left_padded(states: Tensor, width: int) -> Tensor:
+    """Keys or values (B, heads, P, size) with zeros before them, up to `width`."""
+    return F.pad(states, (0, 0, width - states.shape[2], 0))
+
+
+def _draw(probabilities: Tensor, at: Tensor) -> Tensor:
+    """One index a row of (N, V) where the distribution function reaches `at` (N, 1); a third of multinomial's time."""
     cdf = probabilities.double().cumsum(-1)
-    at = torch.rand(len(cdf), 1, generator=generator, device=cdf.device, dtype=torch.float64) * cdf[:, -1:]
-    return torch.searchsorted(cdf, at, right=True).squeeze(-1)  # right: an entry of probability zero is never hit
+    # right: an entry of probability zero is never hit
+    return torch.searchsorted(cdf, at * cdf[:, -1:], right=True).squeeze(-1)
 
 
-@dataclass(frozen=True)
-class Responses:
-    """Scored responses, before any policy has been asked how likely they are."""
+def until_eos(responses: Tensor, eos_id: int) -> Tensor:
+    """(B, T) bool: true through the first EOS of each row."""
+    ended = (responses == eos_id).long()
+    return (ended.cumsum(-1) - ended) == 0
 
-    queries: Tensor  # (B, P)
-    query_mask: Tensor  # (B, P)
-    responses: Tensor  # (B, T)
-    mask: Tensor  # (B, T)
-    scores: Tensor  # (B,)
-    ended: Tensor  # (B,)
 
-    @property
-    def players(self) -> Tensor:
-        """(B, T) bool: the response without its EOS."""
-        return players(self.mask, self.ended)
+def draw(
+    policy: PolicyWithValue, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, params: PPOParams,
+    generator: torch.Generator,
+) -> Responses:  # fmt: skip
+    """A response to each prompt, by one of `SAMPLERS`, whose scores are still 0."""
+    device = next(policy.parameters()).device
+    queries, query_mask = (x.to(device) for x in encode_prompts(prompts, tokenizer))
+    eos_id = tokenizer.eos_token_id
+    responses, mask = SAMPLERS[params.sampler](
+        policy.sampling_model(), queries, query_mask, params.max_new_tokens, params.temperature, eos_id,
+        tokenizer.pad_token_id, generator,
+    )  # fmt: skip
+    unscored = torch.zeros(len(queries), device=device)
+    return Responses(queries, query_mask, responses, mask, unscored, (responses == eos_id).any(-1))
 
 
 def respond(
     policy: PolicyWithValue, reward_model: RewardModel, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase,
-    T: int, temperature: float, generator: torch.Generator,
+    params: PPOParams, generator: torch.Generator,
 ) -> Responses:  # fmt: skip
-    """Sample a response to each prompt and score it."""
-    device = next(policy.parameters()).device
-    queries, query_mask = (x.to(device) for x in encode_prompts(prompts, tokenizer))
-    pad_id, eos_id = tokenizer.pad_token_id, tokenizer.eos_token_id
-    responses, mask = sample(policy.lm, queries, query_mask, T, temperature, eos_id, pad_id, generator)
-    found = Responses(queries, query_mask, responses, mask, queries.new_zeros(len(queries), dtype=torch.float32),
-                      (responses == eos_id).any(-1))  # fmt: skip
+    """A scored response to each prompt."""
+    found = draw(policy, prompts, tokenizer, params, generator)
     return replace(found, scores=reward_model.score(reward_model.readings(found)))
 
 
 @torch.no_grad()
 def appraise(
-    policy: PolicyWithValue, reference: PolicyWithValue, found: Responses, temperature: float, pad_id: int,
-    micro_batch: int = 64,
-) -> Rollout:  # fmt: skip
-    """Log-probabilities of policy and reference and the policy's values, by the training forward."""
-    ids = torch.cat([found.queries, found.responses], -1)
-    whole = torch.cat([found.query_mask, found.mask], -1)
+    policy: PolicyWithValue, reference: PolicyWithValue, found: Responses, temperature: float, micro_batch: int = 64
+) -> Rollout:
+    """Log-probabilities of policy and reference and the policy's values, by the training forward.
 
-    def read(model: PolicyWithValue) -> tuple[Tensor, Tensor]:
-        chunks = zip(ids.split(micro_batch), whole.split(micro_batch), found.mask.split(micro_batch))
-        parts = [logprobs_values_entropy(model, *chunk, temperature, pad_id)[:2] for chunk in chunks]
-        return tuple(torch.cat(part) for part in zip(*parts))
+    A trunk that both share is computed once, and kept for the update.
+    """
+    fields = {f.name: getattr(found, f.name) for f in dataclasses.fields(Responses)}
+    texts = Responses(**fields | {"trunk": _trunk(policy, found, micro_batch)})
+    logprobs, values = _said(policy, texts, temperature, micro_batch)
+    below = texts if policy.shares_trunk(reference) else replace(texts, trunk=None)
+    ref_logprobs = logprobs if policy is reference else _said(reference, below, temperature, micro_batch)[0]
+    return Rollout(**texts.tensors(), logprobs=logprobs, ref_logprobs=ref_logprobs, values=values)
 
-    logprobs, values = read(policy)
-    ref_logprobs = logprobs if policy is reference else read(reference)[0]
-    return Rollout(found.queries, found.query_mask, found.responses, found.mask, logprobs, ref_logprobs, values,
-                   found.scores, found.ended)  # fmt: skip
+
+def _said(policy: PolicyWithValue, texts: Responses, temperature: float, micro_batch: int) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and values (B, T), in micro-batches of similar length."""
+    logprobs = torch.zeros_like(texts.mask, dtype=torch.float32)
+    values = torch.zeros_like(logprobs)
+    for rows, some in micro_batches(texts, torch.arange(len(logprobs), device=logprobs.device), micro_batch):
+        made, T = policy(some, temperature), some.mask.shape[1]
+        logprobs[rows, :T], values[rows, :T] = made[0], made[1]
+    return logprobs, values
+
+
+def _trunk(policy: PolicyWithValue, texts: Responses, micro_batch: int) -> Tensor | None:
+    parts = [policy.trunk(part) for part in texts.rows()[0].split(micro_batch)]
+    return None if parts[0] is None else torch.cat(parts)
 
 
 def response_texts(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Each response as text, without EOS and padding."""
     return [tokenizer.decode(ids[keep].tolist()) for ids, keep in zip(rollout.responses, rollout.players)]
+
+
+def generate(
+    lm: PreTrainedModel, queries: Tensor, query_mask: Tensor, T: int, temperature: float, eos_id: int, pad_id: int,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As `sample`, by transformers' own loop over a static cache, which it compiles on CUDA."""
+    seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
+    devices = [queries.device] if queries.is_cuda else []
+    own, lm.generation_config = lm.generation_config, GenerationConfig()  # its own may penalise or cut tokens
+    try:
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(seed)
+            whole = lm.generate(
+                queries, attention_mask=query_mask.long(), max_new_tokens=T, do_sample=True, temperature=temperature,
+                top_k=0, top_p=1.0, suppress_tokens=[pad_id], eos_token_id=eos_id, pad_token_id=pad_id,
+                cache_implementation="static",
+            )  # fmt: skip
+    finally:
+        lm.generation_config = own
+    drawn = whole[:, queries.shape[1] :]
+    responses = F.pad(drawn, (0, T - drawn.shape[1]), value=pad_id)
+    return responses, until_eos(responses, eos_id)
+
+
+def by_vllm(
+    lm: PreTrainedModel, queries: Tensor, query_mask: Tensor, T: int, temperature: float, eos_id: int, pad_id: int,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As `sample`, by vLLM on the same GPU, which gets the weights at each call. Never run: there was no GPU.
+
+    `lm` must come from a folder or the hub. The padding token is made unlikely (e^-100), not ruled out. Raises
+    `InputError` where vLLM is not installed.
+    """
+    engine = _engines.get(lm) or _engines.setdefault(lm, _start_vllm(lm))
+    seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
+    engine.temperature, engine.max_completion_length = temperature, T
+    engine.generation_kwargs = {"seed": seed, "stop_token_ids": [eos_id], "logit_bias": {pad_id: -100.0}}
+    engine.sync_weights()
+    prompts = [ids[keep].tolist() for ids, keep in zip(queries, query_mask)]
+    drawn = engine.generate(prompts=prompts, images=None, num_generations=1)[1]
+    responses = padded([tokens + [pad_id] * (T - len(tokens)) for tokens in drawn], pad_id, queries.device)[0]
+    return responses, until_eos(responses, eos_id)
+
+
+def _start_vllm(lm: PreTrainedModel):
+    from accelerate import Accelerator
+    from trl.generation.vllm_generation import VLLMGeneration
+    from trl.import_utils import is_vllm_available
+
+    if not is_vllm_available():
+        raise InputError("ppo.sampler is 'vllm', which is not here: pip install 'dense-rlhf[vllm]', or take 'cache'")
+    return VLLMGeneration(lm, Accelerator(), None, gpu_memory_utilization=VLLM_SHARE)
+
+
+SAMPLERS = {"cache": sample, "generate": generate, "vllm": by_vllm}

@@ -139,10 +139,10 @@ def evaluations(runs: list[RunFolder]) -> dict[str, list[pd.DataFrame]]:
     return found
 
 
-def histories(runs: list[RunFolder]) -> pd.DataFrame:
-    """Training metrics of all policies among `runs`, a row an update, with columns arm and seed."""
+def histories(runs: list[RunFolder], table: str = "history") -> pd.DataFrame:
+    """Training metrics (or `seconds`) of all policies among `runs`, a row an update, with columns arm and seed."""
     import pandas as pd
 
     records = [(run, run.load_json("run.json")) for run in runs]
-    return pd.concat([run.load_table("history").assign(arm=record["arm"], seed=record["seed"])
+    return pd.concat([run.load_table(table).assign(arm=record["arm"], seed=record["seed"])
                       for run, record in records if record.get("notebook") == "04_ppo"], ignore_index=True)  # fmt: skip

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 from dense_rlhf.types import InputError
@@ -33,12 +34,33 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def weights_sha256(folder: Path) -> str:
+    """One hash of the safetensors in a folder: its revision, where no hub gives it a commit."""
+    return content_key([file_sha256(path) for path in sorted(folder.glob("*.safetensors"))])
+
+
+def commit_of(name: str, revision: str | None) -> str | None:
+    """The commit that a branch or tag of a hub model is at now; None for a local folder. Raises OSError without one."""
+    from transformers.utils.hub import cached_file, extract_commit_hash
+
+    if Path(name).is_dir():
+        return None
+    return extract_commit_hash(cached_file(name, "config.json", revision=revision or "main"), None)
+
+
 def source_sha256(*names: str) -> str:
     """Hash of the package's own source files, so that a cache forgets what older code made."""
     digest = hashlib.sha256()
     for name in names:
         digest.update((PACKAGE / name).read_bytes())
     return digest.hexdigest()
+
+
+@cache
+def package_sha256() -> str:
+    """Hash of all that this package is, its code and the weights it ships; as it was when first asked."""
+    files = sorted(path for path in PACKAGE.rglob("*") if path.suffix in (".py", ".safetensors"))
+    return content_key([(path.name, file_sha256(path)) for path in files])
 
 
 def write_text(path: Path, text: str) -> None:
@@ -53,6 +75,13 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: object) -> None:
     """`write_text` of indented JSON; raises ValueError on NaN, which JSON does not have."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def remove_checkpoints(folder: Path, but: Path | None = None) -> None:
+    """Remove the checkpoints in `folder`, drafts too: nobody goes on from the middle of a training with results."""
+    for path in (*folder.glob("checkpoint-*"), *folder.glob(".checkpoint-*")):
+        if path != but:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def cached_folder(kind: str, key: object, build: Callable[[Path], None]) -> Path:

@@ -6,8 +6,8 @@ Letters: `B` batch, `P` prompt tokens, `T` response tokens, `K` sources.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,26 +59,21 @@ def check_right_padded(name: str, mask: Tensor) -> None:
 
     if mask.dtype != torch.bool or mask.dim() != 2:
         raise InputError(f"{name} is {mask.dtype} of {mask.dim()} dimensions, wanted a boolean (B, T)")
-    if not bool(mask[:, 0].all()) or bool((mask[:, 1:] & ~mask[:, :-1]).any()):
-        raise InputError(f"{name} must be true through the last response token and false after it, in every row")
+    if mask.shape[1] == 0 or not bool(mask[:, 0].all()) or bool((mask[:, 1:] & ~mask[:, :-1]).any()):
+        raise InputError(f"{name} must be true through the last of at least one token and false after it, in every row")
 
 
 @dataclass(frozen=True)
-class Rollout:
-    """A batch of sampled responses with what the policy and the reward model said of them.
-
-    Index t is the act of emitting response token t; `values[:, t]` is the estimate before it.
-    """
+class Responses:
+    """Scored responses, before any policy has been asked how likely they are."""
 
     queries: Tensor  # (B, P) token ids, left-padded
     query_mask: Tensor  # (B, P) bool
     responses: Tensor  # (B, T) token ids, right-padded
     mask: Tensor  # (B, T) bool, true through EOS
-    logprobs: Tensor  # (B, T) nats, zero where mask is false
-    ref_logprobs: Tensor  # (B, T) nats, zero where mask is false
-    values: Tensor  # (B, T) score units, zero where mask is false
     scores: Tensor  # (B,) one per sequence
     ended: Tensor  # (B,) bool, the response ends with EOS
+    trunk: Tensor | None = field(default=None, kw_only=True)  # (B, L, hidden) states of `rows` under what learns
 
     def __post_init__(self):
         if self.responses.dim() != 2 or self.queries.dim() != 2:
@@ -86,16 +81,70 @@ class Rollout:
         B, T = self.responses.shape
         _check("queries", self.queries, (B, self.queries.shape[1]))
         _check("query_mask", self.query_mask, tuple(self.queries.shape))
-        for name in ("mask", "logprobs", "ref_logprobs", "values"):
-            _check(name, getattr(self, name), (B, T))
         for name in ("scores", "ended"):
             _check(name, getattr(self, name), (B,))
+        _check("mask", self.mask, (B, T))
         check_right_padded("mask", self.mask)
+        if bool((self.query_mask[:, :-1] & ~self.query_mask[:, 1:]).any()):
+            raise InputError("query_mask is false behind a token; wanted queries padded on the left only")
+        if self.trunk is not None:
+            _check("trunk", self.trunk, (B, int(self.lengths.max()), self.trunk.shape[-1]))
+
+    @property
+    def lengths(self) -> Tensor:
+        """(B,) tokens of prompt and response together."""
+        return self.query_mask.sum(-1) + self.mask.sum(-1)
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Prompt and response of each row side by side, padded on the right only: ids (B, L), and where (B, T) is read.
+
+        Row b, column `at[b, t]` holds the token before response token t. A causal decoder needs no mask for them.
+        Raises `InputError` for a prompt of no tokens.
+        """
+        import torch
+
+        prompts = self.query_mask.sum(-1, keepdim=True)
+        if not bool(prompts.all()):
+            raise InputError("a prompt has no tokens, so nothing comes before its response; give it at least one")
+        left = self.queries.shape[1] - prompts
+        ids = torch.cat([self.queries, self.responses], -1)
+        columns = left + torch.arange(int(self.lengths.max()), device=ids.device)
+        at = prompts - 1 + torch.arange(self.mask.shape[1], device=ids.device)
+        return ids.gather(1, columns.clamp(max=ids.shape[1] - 1)), at.clamp(max=columns.shape[1] - 1)
 
     @property
     def players(self) -> Tensor:
         """(B, T) bool: the tokens that attribution explains, the response without its EOS."""
         return players(self.mask, self.ended)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields that there are, by name."""
+        return {f.name: x for f in fields(self) if (x := getattr(self, f.name)) is not None}
+
+    def take(self, rows: Tensor) -> Self:
+        """Some of the rows, without the padding that they do not need."""
+        P, T = (int(mask[rows].sum(-1).max()) for mask in (self.query_mask, self.mask))
+        prompt = slice(self.queries.shape[1] - P, None)
+        columns = {"queries": prompt, "query_mask": prompt, "trunk": slice(int(self.lengths[rows].max()))}
+        return type(self)(**{name: x[rows] if x.dim() == 1 else x[rows, columns.get(name, slice(T))]
+                             for name, x in self.tensors().items()})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Rollout(Responses):
+    """Responses with what the policy said of them.
+
+    Index t is the act of emitting response token t; `values[:, t]` is the estimate before it.
+    """
+
+    logprobs: Tensor  # (B, T) nats, zero where mask is false
+    ref_logprobs: Tensor  # (B, T) nats, zero where mask is false
+    values: Tensor  # (B, T) score units, zero where mask is false
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("logprobs", "ref_logprobs", "values"):
+            _check(name, getattr(self, name), tuple(self.mask.shape))
 
 
 @dataclass(frozen=True)

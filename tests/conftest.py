@@ -17,8 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dense_rlhf import language_model
 from dense_rlhf.implicit import ImplicitReward
-from dense_rlhf.models import PolicyWithValue
-from dense_rlhf.params import RewardParams
+from dense_rlhf.params import PPOParams, RewardParams
+from dense_rlhf.policy import PolicyWithValue
 from dense_rlhf.reward_model import RewardModel
 from dense_rlhf.rewards import _fresh_classifier
 from dense_rlhf.rollout import appraise, respond
@@ -39,6 +39,7 @@ SENTENCES = [
     "what a waste of time, the acting was bad",
 ]
 PROMPTS = ["the film", "a", "I loved the music of this", "what a waste of", "the story was slow but", "bad plot"]
+ROOT = Path(__file__).parent.parent
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 
 
@@ -89,13 +90,14 @@ def reward_model(tokenizer, reference):
     params = RewardParams(hidden=16, layers=2, heads=2)
     other = PolicyWithValue(make_policy(tokenizer, seed=9)).requires_grad_(False).eval()
     return RewardModel(jitter(_fresh_classifier(params, tokenizer), seed=1), tokenizer,
-                       implicit=ImplicitReward(other, reference, tokenizer.pad_token_id, 0.1))  # fmt: skip
+                       implicit=ImplicitReward(other, reference, 0.1))  # fmt: skip
 
 
 def make_rollout(policy, reference, reward_model, tokenizer, seed=3, T=8, temperature=1.0):
     generator = torch.Generator().manual_seed(seed)
-    found = respond(policy, reward_model, PROMPTS, tokenizer, T, temperature, generator)
-    return appraise(policy, reference, found, temperature, tokenizer.pad_token_id)
+    params = PPOParams(max_new_tokens=T, temperature=temperature)
+    found = respond(policy, reward_model, PROMPTS, tokenizer, params, generator)
+    return appraise(policy, reference, found, temperature)
 
 
 @pytest.fixture(scope="session")

@@ -71,7 +71,7 @@ def test_a_response_of_eos_alone_is_explained(source, reward_model, rollout, tok
 
 @pytest.mark.parametrize("source", [s for s in SOURCES if s not in ("random", "shuffled")])  # drawn for the batch
 def test_rows_do_not_depend_on_each_other(source, reward_model, rollout):
-    fields = {name: getattr(rollout, name).flip(0) for name in vars(rollout)}
+    fields = {name: x.flip(0) for name, x in rollout.tensors().items()}
     flipped = explain(source, reward_model, replace(rollout, **fields))
     assert torch.allclose(flipped.credit.flip(0), explain(source, reward_model, rollout).credit, atol=1e-5)
 

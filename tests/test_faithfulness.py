@@ -307,7 +307,7 @@ def test_forwards_are_shared_and_counted(additive):
 def test_rows_and_sources_do_not_depend_on_each_other(additive):
     model, rollout, sources, table = additive
     few = torch.tensor([5, 1])
-    part = replace(rollout, **{name: value[few] for name, value in vars(rollout).items()})
+    part = replace(rollout, **{name: value[few] for name, value in rollout.tensors().items()})
     shap = sources["shap"]
     shap = replace(shap, credit=shap.credit[few], baseline=shap.baseline[few], gap=shap.gap[few])
     alone = faithfulness(model, part, {"shap": shap}, PARAMS)

@@ -1,8 +1,10 @@
 """The grid: what is expanded, what is run again, what survives a failure."""
 
 import json
+import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -37,8 +39,6 @@ def test_learned_weights_want_the_search():
 
 
 def test_dry_run_and_help_answer_at_once():
-    import subprocess
-
     for arguments in (["run", str(REVIEWS), "--dry-run"], ["--help"]):
         start = time.monotonic()
         done = subprocess.run([sys.executable, "-m", "dense_rlhf", *arguments], capture_output=True, text=True)
@@ -66,8 +66,9 @@ def fake_repository(tmp_path, monkeypatch):
     launch = [sys.executable, "-c", "import sys, pathlib; from dense_rlhf import grid, runs; "
               f"grid.repository_root = runs.repository_root = lambda: pathlib.Path({str(tmp_path)!r}); "
               "from dense_rlhf.__main__ import main; sys.exit(main(sys.argv[1:]))"]
-    popen = grid.subprocess.Popen
-    monkeypatch.setattr(grid.subprocess, "Popen", lambda command, **options: popen(launch + command[3:], **options))
+    # of this module only: whoever imported the patched Popen meanwhile, as jupyter_client does, would keep it
+    ours = vars(subprocess) | {"Popen": lambda command, **options: subprocess.Popen(launch + command[3:], **options)}
+    monkeypatch.setattr(grid, "subprocess", SimpleNamespace(**ours))
     (tmp_path / "params" / "s.yaml").write_text(yaml.safe_dump({
         "study": "s", "notebooks": ["04_ppo"], "ppo": {"lr": 0.5},
         "arms": {"good": {"sources": ["uniform"]}, "bad": {"sources": ["terminal"]}},

@@ -201,7 +201,7 @@ def test_bfloat16_gives_about_the_same(source, exact, rollout):
 
 def test_the_lexicon_gives_each_word_its_valence(reward_model, rollout, tokenizer):
     ids = torch.tensor(tokenizer(" the film was good, the acting was awful")["input_ids"])[None]
-    spoken = replace(rollout, **{name: getattr(rollout, name)[:1] for name in vars(rollout)})
+    spoken = rollout.take(torch.tensor([0]))
     zeros = torch.zeros(ids.shape)
     spoken = replace(spoken, responses=ids, mask=zeros == 0, ended=torch.tensor([False]), logprobs=zeros,
                      ref_logprobs=zeros, values=zeros)  # fmt: skip
@@ -320,7 +320,7 @@ def test_load_task_teaches_only_where_it_is_asked(reference, reward_model, token
     monkeypatch.setattr(bilevel, "load_gold_judge", lambda *args: None)
     monkeypatch.setattr(bilevel, "load_implicit", lambda *args, **options: asked.append(args[1].scale) or len)
     params = bilevel.PPOParams(rollouts=6, minibatch=6, max_new_tokens=4)
-    tasks = [bilevel.load_task(None, None, r, params).reward_model for r in (RewardParams(), DPO)]
+    tasks = [bilevel.load_task(None, bilevel.PolicyParams(), r, params).reward_model for r in (RewardParams(), DPO)]
     assert [one.implicit for one in tasks] == [None, len] and asked == [tasks[1].scale] and asked[0] != 1
 
 

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from dense_rlhf import ppo
-from dense_rlhf.models import PolicyWithValue, logprobs_values_entropy
 from dense_rlhf.params import PPOParams
 from dense_rlhf.types import InputError
 
@@ -92,8 +91,7 @@ def test_policy_loss_is_the_naive_loop(batch, clip):
         losses.append(-min(ratio * a, kept * a))
         bound.append(kept * a < ratio * a)
     loss, clipped = ppo.policy_loss(new, old, advantages, mask, clip)
-    assert loss.item() == pytest.approx(sum(losses) / len(losses), abs=1e-9)
-    assert clipped.item() == pytest.approx(sum(bound) / len(bound), abs=1e-6)
+    assert loss.item() == pytest.approx(sum(losses), abs=1e-9) and clipped.item() == sum(bound)
 
 
 @given(batches(), st.floats(0.01, 2))
@@ -103,7 +101,7 @@ def test_value_loss_takes_the_worse_of_plain_and_clipped(batch, clip):
     for v, o, r in zip(values[mask].tolist(), old[mask].tolist(), returns[mask].tolist()):
         near = min(max(v, o - clip), o + clip)
         losses.append(0.5 * max((v - r) ** 2, (near - r) ** 2))
-    assert ppo.value_loss(values, old, returns, mask, clip).item() == pytest.approx(sum(losses) / len(losses))
+    assert ppo.value_loss(values, old, returns, mask, clip).item() == pytest.approx(sum(losses))
 
 
 def test_explained_variance():
@@ -126,15 +124,6 @@ def test_the_kl_penalty_is_on_every_token(rollout):
     assert torch.allclose(ppo.sequence_kl(rollout), torch.tensor(kl), atol=1e-5)
 
 
-def test_a_missing_eos_costs_at_the_last_token(rollout):
-    params = replace(PARAMS, missing_eos_penalty=3.0, kl_coef=0.0)
-    rewards = ppo.token_rewards(rollout, torch.zeros(rollout.mask.shape), params)
-    for row, ended in enumerate(rollout.ended.tolist()):
-        wanted = torch.zeros(rollout.mask.shape[1])
-        wanted[rollout.mask[row].sum() - 1] = 0.0 if ended else -3.0
-        assert torch.equal(rewards[row], wanted)
-
-
 def test_whitened_rewards_keep_their_mean(rollout):
     shaped = torch.randn(rollout.mask.shape, generator=torch.Generator().manual_seed(0)) * 5 + 3
     rewards = ppo.token_rewards(rollout, shaped, replace(PARAMS, whiten_rewards=True, kl_coef=0.0))
@@ -149,7 +138,10 @@ def test_rewards_of_another_shape_raise(rollout, policy):
         run_update(policy, rollout, torch.zeros(rollout.mask.shape)[:, :-1])
 
 
-@pytest.mark.parametrize("change", [{"rollouts": 7}, {"minibatch": 4}, {"temperature": 0.0}, {"updates": 0}])
+@pytest.mark.parametrize("change", [
+    {"rollouts": 7}, {"minibatch": 4}, {"temperature": 0.0}, {"updates": 0}, {"kl_target": 6.0, "kl_coef": 0.0},
+    {"kl_coef": -0.1},
+])  # fmt: skip
 def test_params_are_checked(change):
     with pytest.raises(InputError, match="ppo."):
         replace(PARAMS, **change)
@@ -158,15 +150,12 @@ def test_params_are_checked(change):
 # ---------------------------------------------------------------------------------------------------- update
 
 
-def run_update(policy, rollout, rewards, params=PARAMS, optimizer=None, seed=0):
-    optimizer = optimizer or ppo.make_optimizer(policy, params)
-    generator = torch.Generator().manual_seed(seed)
-    return ppo.update(policy, optimizer, rollout, rewards, params, policy.lm.config.pad_token_id, generator)
+def run_update(policy, rollout, rewards, params=PARAMS, learner=None, seed=0):
+    return ppo.update(learner or ppo.make_learner(policy, params, seed), rollout, rewards, params)
 
 
 def current(policy, rollout):
-    ids, whole = torch.cat([rollout.queries, rollout.responses], -1), torch.cat([rollout.query_mask, rollout.mask], -1)
-    return logprobs_values_entropy(policy, ids, whole, rollout.mask, 1.0, policy.lm.config.pad_token_id)
+    return policy(rollout, 1.0)
 
 
 @pytest.fixture
@@ -175,20 +164,6 @@ def fresh(policy, reference, reward_model, tokenizer):
     made = make_rollout(policy, reference, reward_model, tokenizer)
     noise = torch.randn(made.mask.shape, generator=torch.Generator().manual_seed(2))
     return made, noise.masked_fill(~made.mask, 0)
-
-
-def test_the_ratio_is_one_on_the_first_pass(policy, fresh):
-    logs = run_update(policy, *fresh)
-    assert logs["first_ratio_error"] < 1e-5  # float32 sums in another order
-    assert logs["clipped"] == 0 and abs(logs["step_kl"]) < 1e-6
-    again = run_update(policy, *fresh)  # the policy has moved on
-    assert again["first_ratio_error"] > 1e-3
-
-
-def test_the_ratio_is_exactly_one_on_the_same_batch(policy, fresh):
-    rollout, _ = fresh
-    with torch.no_grad():
-        assert torch.equal(current(policy, rollout)[0], rollout.logprobs)
 
 
 @pytest.mark.parametrize("micro_batch", [1, 4])
@@ -215,56 +190,19 @@ def test_one_step_lowers_the_loss_that_it_reports(policy, fresh):
     rollout, rewards = fresh
     advantages = ppo.gae(rewards, rollout.values, rollout.mask, PARAMS.gamma, PARAMS.lam)
     white = ppo.masked_whiten(advantages, rollout.mask)
-    before = ppo.policy_loss(current(policy, rollout)[0], rollout.logprobs, white, rollout.mask, 0.2)[0].item()
+    n = int(rollout.mask.sum())
+    before = ppo.policy_loss(current(policy, rollout)[0], rollout.logprobs, white, rollout.mask, 0.2)[0].item() / n
     logs = run_update(policy, rollout, rewards, replace(PARAMS, lr=1e-3))
-    after = ppo.policy_loss(current(policy, rollout)[0], rollout.logprobs, white, rollout.mask, 0.2)[0].item()
+    after = ppo.policy_loss(current(policy, rollout)[0], rollout.logprobs, white, rollout.mask, 0.2)[0].item() / n
     assert logs["policy_loss"] == pytest.approx(before, abs=1e-5) and after < before - 1e-3
-
-
-def test_eos_and_every_response_token_get_gradient_and_padding_none(rollout, policy):
-    logprobs = current(policy, rollout)[0].detach().requires_grad_()
-    advantages = torch.ones(rollout.mask.shape)
-    ppo.policy_loss(logprobs, logprobs.detach(), advantages, rollout.mask, 0.2)[0].backward()
-    assert torch.equal(logprobs.grad != 0, rollout.mask)
-
-
-def test_a_rewarded_eos_becomes_likelier(policy, fresh):
-    rollout, _ = fresh
-    eos = rollout.mask & ~rollout.players
-    before = current(policy, rollout)[0][eos].mean().item()
-    run_update(policy, rollout, eos.float())
-    assert current(policy, rollout)[0][eos].mean().item() > before + 0.01
-
-
-def test_a_nan_reward_raises_and_leaves_the_policy_as_it_was(policy, fresh):
-    rollout, rewards = fresh
-    before, optimizer = copy.deepcopy(policy.state_dict()), ppo.make_optimizer(policy, PARAMS)
-    bad = rewards.clone()
-    bad[2, 0] = float("nan")
-    with pytest.raises(InputError, match="not finite"):
-        run_update(policy, rollout, bad, optimizer=optimizer)
-    assert all(torch.equal(before[name], now) for name, now in policy.state_dict().items())
-    run_update(policy, rollout, rewards, optimizer=optimizer)  # nothing of it stays in the gradients
-    assert all(p.isfinite().all() for p in policy.parameters())
-
-
-def test_only_the_last_layers_learn_where_asked(policy, fresh):
-    partial = PolicyWithValue(copy.deepcopy(policy.lm), trainable_layers=1)
-    before = copy.deepcopy(partial.state_dict())
-    run_update(partial, *fresh)
-    changed = {name for name, now in partial.state_dict().items() if not torch.equal(now, before[name])}
-    assert changed and all("layers.1." in name or "value_head" in name for name in changed)
-    for layers in (0, 3):
-        with pytest.raises(InputError, match="trainable_layers"):
-            PolicyWithValue(copy.deepcopy(policy.lm), trainable_layers=layers)
 
 
 @pytest.mark.parametrize("dense", [False, True], ids=["sparse", "dense"])
 def test_ppo_makes_a_rewarded_token_likelier(dense, policy, reference, reward_model, tokenizer):
     """A bandit: one reward for each 'good' token in a response, at the token or all at the end."""
     wanted = tokenizer(" was", add_special_tokens=False)["input_ids"][0]
-    params = replace(PARAMS, lr=3e-3, kl_coef=0.0, epochs=2)
-    optimizer, shares = ppo.make_optimizer(policy, params), []
+    params = replace(PARAMS, updates=1000, lr=3e-3, kl_coef=0.0, epochs=2)
+    learner, shares = ppo.make_learner(policy, params, 0), []
     with torch.no_grad():
         policy.lm.lm_head.bias[wanted] = 3.0
     for step in range(25):
@@ -274,5 +212,5 @@ def test_ppo_makes_a_rewarded_token_likelier(dense, policy, reference, reward_mo
         if not dense:
             last = F.one_hot(rollout.mask.sum(-1) - 1, rollout.mask.shape[1])
             rewards = last * rewards.sum(-1, keepdim=True)
-        run_update(policy, rollout, rewards, params, optimizer, seed=step)
+        run_update(policy, rollout, rewards, params, learner)
     assert sum(shares[-5:]) / 5 > sum(shares[:5]) / 5 + 0.2

@@ -65,6 +65,7 @@ def test_gold_at_kl_takes_the_first_crossing():
     history = pd.DataFrame({"arm": "a", "seed": 0, "update": range(4), "kl": [0, 1, 3, 2.0], "gold": [0, 1, 2, 3.0],
                             "proxy": 0.0})  # fmt: skip
     assert gold_at_kl(history, 1.0, smooth=1)[["update", "gold"]].values.tolist() == [[1, 1.0]]
+    assert gold_at_kl(history, 2.0, smooth=1)[["update", "gold", "kl"]].values.tolist() == [[1.5, 1.5, 2.0]]
     assert gold_at_kl(history, 9.0, smooth=1).empty
 
 
@@ -86,3 +87,51 @@ def test_toy_rewards_sum_to_the_score_and_telescoping_keeps_the_gradient():
         assert mdp.regret(dense, 1.0) < 1e-9
     assert toy.cosine(mdp.expected_advantage(rewards["prefix differences"], 1.0, 0.5), true) > 0.999
     assert toy.cosine(mdp.expected_advantage(rewards["Shapley"], 1.0, 1.0), true) < 0.99
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """A study of two PPO runs, `calm` without and `wild` with warnings; returns index and page of the wild one."""
+    from dense_rlhf.params import load_study
+    from dense_rlhf.runs import RunFolder, repository_root
+
+    study = load_study(repository_root() / "params" / "reviews.yaml", ["study=s"])
+    monkeypatch.setattr(report, "repository_root", lambda: tmp_path)
+
+    def write(warnings):
+        records = []
+        for arm in ("calm", "wild"):
+            run = RunFolder(tmp_path / "runs" / "s" / f"04_ppo-{arm}-seed0")
+            run.save_metrics({"gold": 1.0} | ({"warnings": warnings} if arm == "wild" else {}))
+            nbformat.write(nbformat.v4.new_notebook(), run.file("notebook.ipynb"))
+            records.append({"job": run.path.name, "notebook": "04_ppo", "arm": arm, "seed": 0, "dataset": "reviews",
+                            "status": "failed", "error": "", "seconds": 1.0, "started": 0})  # fmt: skip
+        index = report.write_reports(study, records)
+        return index.read_text(), (index.parent / "04_ppo-wild-seed0.html").read_text()
+
+    return write
+
+
+def test_warnings_stand_beside_their_run(study):
+    index, page = study([{"update": 3, "name": "KLBlowUp", "text": "KL is 41 nats"},
+                         {"update": 4, "name": "KLBlowUp", "text": "KL is 50 nats"},
+                         {"update": 9, "name": "EntropyCollapse", "text": "entropy is 0.01"}])  # fmt: skip
+    cells = BeautifulSoup(index, "html.parser").find_all("td")
+    assert [[item.text for item in cell.find_all("li")] for cell in cells] == [
+        [], ["KLBlowUp, update 3 and 1 more", "EntropyCollapse, update 9"]]  # fmt: skip
+    said = [item.text for item in BeautifulSoup(page, "html.parser").select(".warned li")]
+    assert said == ["KLBlowUp, update 3 and 1 more: KL is 41 nats", "EntropyCollapse, update 9: entropy is 0.01"]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_warnings_stay_text(study, text):
+    pages = study([{"update": text, "name": text, "text": text}])
+    for page in pages:
+        inside = BeautifulSoup(page, "html.parser").select_one(".warned li")
+        assert not inside.find_all() and len(inside.text) > len(text)
+        assert "<script" not in page and "<img" not in page and not any(c in page for c in "\x00\u202e\u200b")
+
+
+@pytest.mark.parametrize("warnings", [[], None])
+def test_a_healthy_run_has_no_column(study, warnings):
+    assert all("class='warned'" not in page for page in study(warnings))

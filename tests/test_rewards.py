@@ -1,5 +1,6 @@
 """The proxy reward model: how it reads, learns and is loaded."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -10,8 +11,8 @@ from hypothesis import strategies as st
 from dense_rlhf import rewards
 from dense_rlhf.params import RewardParams
 from dense_rlhf.reward_model import RewardModel, under_budget
-from dense_rlhf.rewards import pack_kept
-from dense_rlhf.types import InputError, LabelledText, PreferencePair, Reading
+from dense_rlhf.rewards import pack_kept, pair_ids
+from dense_rlhf.types import InputError, LabelledText, Message, PreferencePair, Reading
 
 
 @pytest.fixture(scope="module")
@@ -149,3 +150,14 @@ def test_a_trained_reward_model_is_found_again(tokenizer, monkeypatch, tmp_path)
     monkeypatch.setattr(rewards, "train_on_labels", None)  # a second training would fail
     second = rewards.load_reward_model(texts, tokenizer, params, "r")
     assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), second.model.parameters()))
+
+
+def test_a_reward_model_reads_dialogues_as_its_policy_does(tokenizer):
+    """In training and in judgement: through the chat template where the tokenizer has one."""
+    pair = PreferencePair((Message("user", "hi"),), "good", "bad")
+    with_template = copy.deepcopy(tokenizer)
+    with_template.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
+    for of, wanted in ((tokenizer, "\n\nHuman: hi\n\nAssistant: good"), (with_template, "[user]hi[assistant]good")):
+        chosen, rejected = pair_ids(pair, of)
+        assert tokenizer.decode(chosen[:-1]) == wanted and chosen[-1] == tokenizer.eos_token_id
+        assert tokenizer.decode(rejected[:-1]) == wanted[:-4] + "bad"

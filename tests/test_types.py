@@ -45,6 +45,19 @@ def test_rollout_refuses_a_mask_that_is_not_right_padded(row):
         tiny_rollout(mask=mask)
 
 
+def test_rollout_refuses_queries_that_are_not_left_padded():
+    query_mask = tiny_rollout().query_mask.clone()
+    query_mask[1] = torch.tensor([1, 0]).bool()
+    with pytest.raises(InputError, match="padded on the left only"):
+        tiny_rollout(query_mask=query_mask)
+
+
+def test_a_response_to_nothing_can_be_explained_but_not_read_by_a_policy():
+    nothing = tiny_rollout(query_mask=torch.zeros(3, 2, dtype=torch.bool))
+    with pytest.raises(InputError, match="a prompt has no tokens"):
+        nothing.rows()
+
+
 def test_rollout_refuses_a_mask_that_is_not_boolean():
     with pytest.raises(InputError, match="boolean"):
         tiny_rollout(mask=tiny_rollout().mask.long())

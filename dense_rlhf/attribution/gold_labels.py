@@ -146,7 +146,7 @@ def text_rollout(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, rewar
                          "none empty")  # fmt: skip
     responses, mask = padded(ids, tokenizer.pad_token_id or 0, reward_model.model.device)
     nothing, none = responses[:, :0], torch.zeros(mask.shape, device=mask.device)
-    made = Rollout(nothing, nothing.bool(), responses, mask, none, none, none, none[:, 0], mask.new_zeros(len(mask)))
+    made = Rollout(nothing, nothing.bool(), responses, mask, none[:, 0], mask.new_zeros(len(mask)), none, none, none)
     return replace(made, scores=reward_model.score(reward_model.readings(made)))
 
 

@@ -1,0 +1,115 @@
+"""Train one policy of a study outside a notebook, in one process or in several that accelerate started."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dense_rlhf.params import RunParams, StudyParams, load_study
+from dense_rlhf.runs import RunFolder, finite, provenance, repository_root
+from dense_rlhf.store import remove_checkpoints, write_json
+from dense_rlhf.types import InputError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from dense_rlhf.bilevel import Task, TrainedPolicy
+
+
+def one_run(study: StudyParams, arm: str, seed: int) -> RunParams:
+    """The parameters of one policy of a study. Raises `InputError` for an arm that it lacks or must first learn."""
+    if arm not in study.arms:
+        raise InputError(f"--arm is {arm!r}, wanted one of {', '.join(study.arms)}")
+    if study.arms[arm].is_learned:
+        raise InputError(f"arms.{arm}.weights are learned by the outer loop; run the study, or give them: "
+                         f"--set 'arms.{arm}.weights=[0.5, 0.5]'")  # fmt: skip
+    if len(study.datasets) != 1:
+        raise InputError(f"the study has {len(study.datasets)} datasets; choose one with --set 'data={{name: ...}}'")
+    return replace(study.run, data=study.datasets[0], arm=arm, seed=seed, shape=study.arms[arm])
+
+
+def train_folder(study: StudyParams, arm: str, seed: int) -> RunFolder:
+    return RunFolder(repository_root() / "runs" / "train" / f"{study.study}-{arm}-seed{seed}")
+
+
+def train(study: StudyParams, arm: str, seed: int, tensorboard: bool = False) -> RunFolder:
+    """Train, judge and keep one policy: `runs/train/STUDY-ARM-seedN`.
+
+    Holds history.csv, seconds.csv, evaluation.csv, metrics.json, run.json, and `policy/`, a Hugging Face folder with
+    adapters merged. Started again after a kill it goes on from its checkpoint and ends with the same metrics.
+    """
+    import torch
+
+    from dense_rlhf.bilevel import judge_against_reference, load_task, train_policy
+    from dense_rlhf.live import watcher
+    from dense_rlhf.processes import these
+
+    params, processes = one_run(study, arm, seed), these()
+    run = train_folder(study, arm, seed)
+    torch.set_num_threads(params.threads or torch.get_num_threads())
+    with processes.one_after_another():  # the first fills the caches
+        task = load_task(params.data, params.policy, params.reward, params.ppo)
+    board = run.path / "tensorboard" if tensorboard else None
+    shape, explain = params.shape.reward_shape(), params.attribution
+    where = {"folder": run.path, "processes": processes}
+    with nullcontext() if processes.rank else watcher(params.ppo.updates, f"{arm} seed {seed}", board) as watch:
+        trained = train_policy(task, shape, params.ppo, explain, seed, watch=watch, **where)
+    prompts = task.data.validation_prompts[: params.evaluation.prompts]
+    judged = judge_against_reference(task, trained.policy, prompts, params.ppo, seed)
+    if not processes.rank:
+        _write(run, task, trained, judged, params, processes.world)
+    return run
+
+
+def _write(
+    run: RunFolder, task: Task, trained: TrainedPolicy, judged: pd.DataFrame, params: RunParams, world: int
+) -> None:
+    """Write all that is left of a training; the checkpoint goes last."""
+    for name, table in {"history": trained.history, "seconds": trained.seconds, "evaluation": judged}.items():
+        run.save_table(name, table)
+    means = judged[["proxy", "gold", "kl", "win", "reference_gold"]].mean().to_dict()
+    warnings = [sign._asdict() for sign in trained.warnings]
+    run.save_metrics(means | {"warnings": warnings, "revisions": task.revisions})
+    save_policy(task, trained, run.path / "policy")
+    write_json(run.file("run.json"), {
+        "job": run.path.name, "notebook": "train", "arm": params.arm, "seed": params.seed, "status": "ok",
+        "dataset": params.data.name, "processes": world, "params": finite(params.flat()), **provenance()})  # fmt: skip
+    remove_checkpoints(run.path)
+
+
+def save_policy(task: Task, trained: TrainedPolicy, folder: Path) -> None:
+    """The trained policy with its tokenizer, adapters merged: what `from_pretrained` and `policy.name` can read."""
+    trained.policy.sampling_model().save_pretrained(folder)
+    task.tokenizer.save_pretrained(folder)
+
+
+def launch(
+    study: str | Path, arm: str, seed: int = 0, processes: int = 1, settings: Iterable[str] = (),
+    config: str | Path | None = None,
+) -> RunFolder:  # fmt: skip
+    """Call `train` in `processes` new processes, from a notebook: what this one holds of a GPU is not in their way.
+
+    `config` is an accelerate file, such as `params/accelerate/fsdp.yaml`; without one each process has a copy of the
+    policy. Raises `InputError` with the reason of a training that failed.
+    """
+    wanted, last = load_study(Path(study), settings), ""
+    one_run(wanted, arm, seed)
+    accelerate = ["accelerate.commands.launch", "--config_file", str(config), "--num_processes", str(processes)]
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]  # on a CPU the only one
+    command = [sys.executable, "-m", *(accelerate if config else torchrun)]
+    command += ["-m", "dense_rlhf", "train", str(study), "--arm", arm, "--seed", str(seed)]
+    for pair in settings:
+        command += ["--set", pair]
+    piped = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    child = subprocess.Popen(command, cwd=repository_root(), **piped)
+    for line in child.stdout:
+        last = line.strip() if line.startswith("error: ") or not last.startswith("error: ") else last
+        print(line, end="", flush=True)
+    if child.wait():
+        raise InputError(f"the training ended with code {child.returncode}: {last}")
+    return train_folder(wanted, arm, seed)
