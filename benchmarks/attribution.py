@@ -262,7 +262,7 @@ def memory(reward_model: RewardModel) -> None:
     rng, B, P, T = np.random.default_rng(SEED), 512, 96, 256
     queries, responses = (torch.from_numpy(rng.integers(2, len(reward_model.tokenizer), (B, n))) for n in (P, T))
     rollout = Rollout(queries, torch.ones(B, P, dtype=torch.bool), responses, torch.ones(B, T, dtype=torch.bool),
-                      *torch.zeros(3, B, T), torch.zeros(B), torch.zeros(B, dtype=torch.bool))  # fmt: skip
+                      torch.zeros(B), torch.zeros(B, dtype=torch.bool), *torch.zeros(3, B, T))  # fmt: skip
     taken = seconds(attribute, reward_model, rollout, ["shap"], AttributionParams())
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(json.dumps({"benchmark": "attribution/memory", "case": "reviews, prompt 96, response 256, batch 512",
