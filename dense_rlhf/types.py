@@ -5,6 +5,7 @@ Letters: `B` batch, `P` prompt tokens, `T` response tokens, `K` sources.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Self
@@ -187,12 +188,17 @@ class Attribution:
 
 @dataclass(frozen=True)
 class RewardShape:
-    """How attributions become rewards: `weights` on the simplex over `sources`, and how each source is normalised."""
+    """How attributions become rewards: `weights` on the simplex over `sources`, and how each source is normalised.
+
+    With `features` phi(t) of each token in [-1, 1] the log-weight of source k gains slopes[k] . phi(t).
+    """
 
     sources: tuple[str, ...]
     weights: tuple[float, ...]
     normalise: str = "softmax"
-    temperature: float = 1.0
+    temperature: float | tuple[float, ...] = 1.0  # of all sources, or one each
+    features: tuple[str, ...] = ()
+    slopes: tuple[tuple[float, ...], ...] = ()  # (K, F)
 
     def __post_init__(self):
         check_simplex("shape.weights", self.weights, len(self.sources))
@@ -200,8 +206,26 @@ class RewardShape:
             raise InputError(f"shape.sources names a source twice: {list(self.sources)}")
         if self.normalise not in NORMALISERS:
             raise InputError(f"shape.normalise is {self.normalise!r}, wanted one of {', '.join(NORMALISERS)}")
-        if not self.temperature > 0:
-            raise InputError(f"shape.temperature is {self.temperature}, wanted a number above 0")
+        K, given = len(self.sources), self.temperatures
+        if len(given) != K or not all(0 < t < math.inf for t in given):
+            raise InputError(f"shape.temperature is {self.temperature}, wanted a number above 0, or {K} of them")
+        if len(set(self.features)) != len(self.features):
+            raise InputError(f"shape.features names a feature twice: {list(self.features)}")
+        rows, F = [list(row) for row in self.slopes], len(self.features)
+        if len(rows) != (K if F else 0) or not all(len(row) == F and all(map(math.isfinite, row)) for row in rows):
+            raise InputError(f"shape.slopes is {rows}, wanted a row for each of {K} sources, a finite number for each "
+                             f"of {F} features; none without features")  # fmt: skip
+
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        """One a source."""
+        one = isinstance(self.temperature, (int, float))
+        return (self.temperature,) * len(self.sources) if one else tuple(self.temperature)
+
+    @property
+    def is_contextual(self) -> bool:
+        """Whether the weights differ from token to token."""
+        return any(any(row) for row in self.slopes)
 
 
 def check_simplex(name: str, weights: Sequence[float], size: int) -> None:
