@@ -206,7 +206,8 @@ class RewardShape:
             raise InputError(f"shape.sources names a source twice: {list(self.sources)}")
         if self.normalise not in NORMALISERS:
             raise InputError(f"shape.normalise is {self.normalise!r}, wanted one of {', '.join(NORMALISERS)}")
-        K, given = len(self.sources), self.temperatures
+        one, K = isinstance(self.temperature, (int, float)), len(self.sources)
+        given = (self.temperature,) * K if one else self.temperature
         if len(given) != K or not all(0 < t < math.inf for t in given):
             raise InputError(f"shape.temperature is {self.temperature}, wanted a number above 0, or {K} of them")
         if len(set(self.features)) != len(self.features):
@@ -216,11 +217,18 @@ class RewardShape:
             raise InputError(f"shape.slopes is {rows}, wanted a row for each of {K} sources, a finite number for each "
                              f"of {F} features; none without features")  # fmt: skip
 
+    def temperature_of(self, source: str) -> float:
+        """Of one source; of any where there is one for all. Raises `InputError` for a source that has none."""
+        if isinstance(self.temperature, (int, float)):
+            return self.temperature
+        if source not in self.sources:
+            raise InputError(f"shape.temperature: none for {source!r}, the sources are {', '.join(self.sources)}")
+        return self.temperature[self.sources.index(source)]
+
     @property
-    def temperatures(self) -> tuple[float, ...]:
-        """One a source."""
-        one = isinstance(self.temperature, (int, float))
-        return (self.temperature,) * len(self.sources) if one else tuple(self.temperature)
+    def weighted(self) -> tuple[str, ...]:
+        """The sources that have weight."""
+        return tuple(source for source, weight in zip(self.sources, self.weights) if weight > 0)
 
     @property
     def is_contextual(self) -> bool:
