@@ -15,7 +15,7 @@ from dense_rlhf.types import InputError, Rollout
 if TYPE_CHECKING:
     from torch import Tensor
 
-PART = 1 / 3  # of a response is its opening, and as much its ending
+PARTS = 3  # of a response: opening, middle, ending
 MIDDLE = 3.0  # nats; a token of this surprisal, one in twenty, is neither expected nor surprising
 
 
@@ -33,13 +33,13 @@ def position(rollout: Rollout) -> Tensor:
 def opening(rollout: Rollout) -> Tensor:
     """1 in the first third of the response, 0 after it; the first token always belongs."""
     t, n = _places(rollout)
-    return (t < PART * n).float()
+    return (PARTS * t < n).float()
 
 
 def ending(rollout: Rollout) -> Tensor:
     """1 in the last third of the response, 0 before it; the last token always belongs."""
     t, n = _places(rollout)
-    return (n - 1 - t < PART * n).float()
+    return (PARTS * (n - 1 - t) < n).float()
 
 
 def surprisal(rollout: Rollout) -> Tensor:

@@ -102,6 +102,7 @@ class AttributionParams:
     ig_steps: int = 16  # integrated gradients
     removal: str = "drop"  # drop, attention_mask, or replace:TOKEN
     players: str = "tokens"  # tokens, words or sentences: what is removed together and shares its credit evenly
+    rationale_path: str | None = None  # rationale: a file of texts in which people marked words
     seed: int = 0
 
     def __post_init__(self):
@@ -263,7 +264,8 @@ GROUPS: dict[str, type] = {
 }  # fmt: skip
 
 NOTEBOOKS = ("01_reward_model", "02_attribution", "03_shaping", "04_ppo", "05_bayesian_optimisation", "06_comparison")
-ABLATIONS = ("ablations/explainers", "ablations/ppo", "ablations/baselines")  # run where a study names them
+ABLATIONS = ("ablations/explainers", "ablations/ppo", "ablations/baselines", "ablations/contextual",
+             "ablations/human")  # fmt: skip  # run where a study names them
 
 
 @dataclass(frozen=True)
@@ -347,7 +349,8 @@ def _checked(study: StudyParams) -> StudyParams:
     unknown = [n for n in study.notebooks if n not in known]
     if unknown:
         raise InputError(f"notebooks: {unknown[0]!r} is not one; wanted some of {', '.join(known)}")
-    for data in study.datasets:
-        if data.path is not None and not Path(data.path).is_file():
-            raise InputError(f"data.path: no file at {data.path}; give the path of a file that exists")
+    paths = [("data.path", data.path) for data in study.datasets]
+    for name, path in (*paths, ("attribution.rationale_path", study.run.attribution.rationale_path)):
+        if path is not None and not Path(path).is_file():
+            raise InputError(f"{name}: no file at {path}; give the path of a file that exists")
     return replace(study, notebooks=tuple(n for n in known if n in study.notebooks))

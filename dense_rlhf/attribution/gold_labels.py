@@ -43,7 +43,8 @@ class MarkedText:
         return {i for (start, end), value in zip(self.spans, self.values) if value for i in range(start, end)}
 
 
-def _read(path: str | Path) -> str:
+def read_text(path: str | Path) -> str:
+    """A whole file as UTF-8 text. Raises `InputError` where there is none."""
     try:
         return Path(path).read_bytes().decode("utf-8-sig")
     except FileNotFoundError as error:
@@ -73,7 +74,7 @@ def parse_tree(tree: str) -> MarkedText:
 def load_sst_trees(path: str | Path) -> list[MarkedText]:
     """`parse_tree` of every line. Raises `InputError` that names file and line."""
     found = []
-    for number, line in enumerate(_read(path).rstrip("\n").split("\n"), 1):
+    for number, line in enumerate(read_text(path).rstrip("\n").split("\n"), 1):
         try:
             found.append(parse_tree(line))
         except InputError as error:
@@ -94,7 +95,7 @@ def load_toxic_spans(path: str | Path) -> list[MarkedText]:
     Posts without a toxic character stay, without a span. Raises `InputError` that names file and line (the last of
     the row).
     """
-    reader = csv.DictReader(io.StringIO(_read(path), newline=""))
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
     if not {"spans", "text"} <= set(reader.fieldnames or ()):
         raise InputError(f"{path}, line 1: columns {reader.fieldnames}, wanted spans and text")
     found = []

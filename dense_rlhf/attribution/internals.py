@@ -16,9 +16,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from dense_rlhf.additive import load_lexicon
+from dense_rlhf.additive import AdditiveJudge, load_lexicon
 from dense_rlhf.attribution.agreement import known_credit
 from dense_rlhf.attribution.engine import coalition_scores
+from dense_rlhf.attribution.rationales import load_rationale_judge
 from dense_rlhf.attribution.removal import on_policy_tokens
 from dense_rlhf.attribution.sources import share
 from dense_rlhf.params import AttributionParams
@@ -214,8 +215,23 @@ def lexicon(reward_model: RewardModel, rollout: Rollout, params: AttributionPara
 
     Not in score units. The reward model is not asked; of negation and phrases the lexicon knows nothing.
     """
+    return _by_words("lexicon", load_lexicon(), reward_model, rollout)
+
+
+def rationale(reward_model: RewardModel, rollout: Rollout, params: AttributionParams) -> Attribution:
+    """What people marked in other texts: the mean value of each word in `rationale_path`, evenly over its tokens.
+
+    In the unit of that file, shrunk where a word is rare; words that are not in it have none. The reward model is not
+    asked. Raises `InputError` where no file is given, or one that is not as it should be.
+    """
+    if params.rationale_path is None:
+        raise InputError("rationale needs texts in which people marked words; set attribution.rationale_path to a file")
+    return _by_words("rationale", load_rationale_judge(params.rationale_path), reward_model, rollout)
+
+
+def _by_words(source: str, judge: AdditiveJudge, reward_model: RewardModel, rollout: Rollout) -> Attribution:
     tokenizer = reward_model.policy_tokenizer or reward_model.tokenizer
-    return _in_other_units("lexicon", known_credit(load_lexicon(), rollout, tokenizer).to(rollout.scores), 0)
+    return _in_other_units(source, known_credit(judge, rollout, tokenizer).to(rollout.scores), 0)
 
 
 def log_ratio(reward_model: RewardModel, rollout: Rollout, params: AttributionParams) -> Attribution:

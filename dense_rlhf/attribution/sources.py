@@ -122,9 +122,11 @@ def attribute(
     return {source: done[source] for source in sources}
 
 
-def available(reward_model: RewardModel) -> list[str]:
-    """The sources that can explain this reward model: all, but `log_ratio` only where DPO has taught a policy."""
-    return [source for source in SOURCES if source != "log_ratio" or reward_model.implicit]
+def available(reward_model: RewardModel, params: AttributionParams | None = None) -> list[str]:
+    """The sources that can explain this reward model: all, but `log_ratio` only where DPO has taught a policy, and
+    `rationale` only where `params` name a file."""
+    missing = {"log_ratio": reward_model.implicit is None, "rationale": not (params and params.rationale_path)}
+    return [source for source in SOURCES if not missing.get(source)]
 
 
 SOURCES: dict[str, Designed | Callable[[RewardModel, Rollout, AttributionParams], Attribution]] = {
@@ -144,5 +146,6 @@ SOURCES: dict[str, Designed | Callable[[RewardModel, Rollout, AttributionParams]
     "gradient_input": Internal("internals", "gradient_input"),
     "integrated_gradients": Internal("internals", "integrated_gradients"),
     "lexicon": Internal("internals", "lexicon"),
+    "rationale": Internal("internals", "rationale"),
     "log_ratio": Internal("internals", "log_ratio"),
 }
