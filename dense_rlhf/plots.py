@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-    from dense_rlhf.bayesopt import SimplexSearch
     from dense_rlhf.judge import Interval
 
 # Wong (2011) and Tol's muted set: told apart with every common colour blindness
@@ -131,31 +130,4 @@ def frontier(ax: Axes, history: pd.DataFrame, x: str = "kl", y: str = "gold", sm
     handles, labels = ax.get_legend_handles_labels()
     ax.legend(*zip(*{label: (handle, label) for handle, label in zip(handles, labels)}.values()))
     ax.set(xlabel="KL from the reference (nats a response)", ylabel="gold score (log-odds)")
-    return ax
-
-
-def trace(ax: Axes, search: SimplexSearch, errors: list[float]) -> Axes:
-    """Observed value of each trial with its standard error over prompts, and the incumbent's posterior mean +- 2 sd."""
-    trials = list(range(len(search.values)))
-    ax.errorbar(trials, search.values, yerr=errors, fmt="o", color=colour("bo-shap"), label="observed ± SE (prompts)")
-    ax.axvspan(-0.5, search.initial - 0.5, color="0.93", label="Sobol start")
-    _, mean, sd = search.incumbent()
-    ax.axhspan(mean - 2 * sd, mean + 2 * sd, color=colour("shap"), alpha=0.2, label="incumbent ± 2 sd (posterior)")
-    ax.axhline(mean, color=colour("shap"))
-    ax.set(xlabel="trial (1 PPO seed each)", ylabel="validation reward (sd of reference)", xticks=trials)
-    ax.legend(fontsize="small")
-    return ax
-
-
-def posterior_line(ax: Axes, search: SimplexSearch, sources: tuple[str, ...]) -> Axes:
-    """For two sources: the posterior over the weight of the first, mean +- 2 sd, with the observations."""
-    import numpy as np
-
-    grid = np.linspace(0, 1, 51)
-    mean, sd = search.posterior([(w, 1 - w) for w in grid])
-    ax.fill_between(grid, mean - 2 * sd, mean + 2 * sd, color=colour("bo-shap"), alpha=0.2, label="posterior ± 2 sd")
-    ax.plot(grid, mean, color=colour("bo-shap"))
-    ax.plot([w[0] for w in search.weights], search.values, "o", color="0.3", label="trials")
-    ax.set(xlabel=f"weight of {sources[0]} (the rest: {sources[1]})", ylabel="validation reward (sd of reference)")
-    ax.legend(fontsize="small")
     return ax

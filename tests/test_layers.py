@@ -14,8 +14,9 @@ LAYERS = {
     "language_model": 1,
     "rollout": 2, "attribution": 2, "shaping": 2, "ppo": 2, "checkpoint": 2, "health": 2, "bayesopt": 2,
     "judge": 2, "toy": 2, "implicit": 2,
-    "bilevel": 3, "baselines": 3, "budget": 3,
+    "bilevel": 3, "baselines": 3, "budget": 3, "audit": 3,
     "runs": 4, "grid": 4, "plots": 4, "display": 4, "report": 4, "explain": 4, "live": 4, "train": 4, "check": 4,
+    "plots_search": 4,
     "__main__": 4,
 }  # fmt: skip
 # within a layer: everyone may raise InputError and read the parameters; the others are spelt out
@@ -24,7 +25,7 @@ SIDEWAYS = {(module, "types") for module in ("strict", "params", "masked", "stor
     ("policy", "reward_model"), ("checkpoint", "ppo"), ("baselines", "bilevel"),
     ("rewards", "data"), ("rewards", "reward_model"), ("reward_model", "alignment"),
     ("additive", "alignment"), ("implicit", "rollout"), ("grid", "runs"), ("report", "display"), ("report", "runs"),
-    ("explain", "display"), ("live", "display"), ("live", "plots"),
+    ("explain", "display"), ("live", "display"), ("live", "plots"), ("plots_search", "plots"),
     ("train", "live"), ("train", "runs"),
     ("__main__", "check"), ("__main__", "grid"), ("__main__", "report"), ("__main__", "runs"), ("__main__", "train"),
 }  # fmt: skip

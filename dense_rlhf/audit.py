@@ -1,0 +1,354 @@
+"""Audit of a search: does it know when it cannot tell? A `Search` in; tables, checks and a verdict out.
+
+`names` are those of the search's weights, in their order. Numbers beyond the weights are held at the incumbent's.
+Values, and all that is in their unit, are in the unit of what was observed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy.linalg import helmert
+from scipy.spatial.distance import cdist
+from scipy.stats import norm, ttest_ind
+
+from dense_rlhf.bayesopt import Point, Search
+from dense_rlhf.judge import Interval
+from dense_rlhf.types import InputError
+
+LEVEL = 0.05  # false alarms of "the weights can be told apart"
+LENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0)  # length-scales of the test, in median distances between the points
+SHARES = (0.1, 0.3, 0.5, 0.7, 0.9, 0.97)  # of the variance that is signal
+TOLERANCE = 0.25, 0.05  # regret not worth a trial: a share of one observation's sd, and of the posterior's range
+JUMP, OFTEN = 0.25, 0.25  # oscillation: of all weight, moved in one step; and the share of such steps
+EVEN = 0.95  # ESS/T from which credit is an even spread in all but name
+PER_DIMENSION = 6  # trials
+FEW = 6  # pairs, below which a rank correlation has no interval
+CONVERGED, MORE, FLAT = "converged", "needs more trials", "cannot be told apart"
+
+
+# ---------------------------------------------------------------------------------------------------- tables
+
+
+def until(search: Search, n: int) -> Search:
+    """The search as it stood after its first `n` observations."""
+    return replace(search, points=search.points[:n], values=search.values[:n], errors=search.errors[:n])
+
+
+def moved(search: Search, a: Point, b: Point) -> float:
+    """Total variation distance between the weights of two points: the share of weight that moved."""
+    return float(np.abs(np.subtract(a, b)[: search.space.d]).sum() / 2)
+
+
+def trace(search: Search) -> pd.DataFrame:
+    """What the search would have answered after each trial n, from the second on: the incumbent and its 95 % interval.
+
+    Columns n, point, mean, low, high, and `moved`: the share of weight that the step moved.
+    """
+    rows = []
+    for n in range(2, len(search.values) + 1):
+        point, mean, sd = until(search, n).incumbent()
+        step = moved(search, point, rows[-1]["point"]) if rows else np.nan
+        rows.append({"n": n, "point": point, "mean": mean, "low": mean - 1.96 * sd, "high": mean + 1.96 * sd,
+                     "moved": step})  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def phases(search: Search) -> np.ndarray:
+    """Who chose each trial (N,): "anchor", "quasi-random" or "chosen" by the model."""
+    n, start = len(search.values), len(search.start)
+    anchors, chosen = start - search.initial, "quasi-random" if search.strategy in ("sobol", "random") else "chosen"
+    return np.array((["anchor"] * anchors + ["quasi-random"] * search.initial + [chosen] * max(0, n - start))[:n])
+
+
+def quasi_random_band(search: Search, seed: int = 0) -> Interval:
+    """What one trial at a Sobol point would show: mean and 95 % interval over points, posterior and noise."""
+    mean, sd = search.posterior(search.space.sobol(256, seed))
+    scatter = np.sqrt(sd**2 + noise_variance(search).mean())
+    draws = mean[:, None] + scatter[:, None] * norm.ppf((np.arange(100) + 0.5) / 100)
+    return Interval(float(mean.mean()), *map(float, np.quantile(draws, [0.025, 0.975])))
+
+
+def gain_over_quasi_random(search: Search) -> Interval | None:
+    """Mean value of the chosen trials less that of the Sobol trials, 95 % (Welch); None with fewer than two of either.
+
+    It compares observations and asks no model. Anchors are neither.
+    """
+    values, phase = np.array(search.values), phases(search)
+    chosen, drawn = values[phase == "chosen"], values[phase == "quasi-random"]
+    if min(len(chosen), len(drawn)) < 2:
+        return None
+    interval = ttest_ind(chosen, drawn, equal_var=False).confidence_interval()
+    return Interval(float(chosen.mean() - drawn.mean()), float(interval.low), float(interval.high))
+
+
+def noise_variance(search: Search) -> np.ndarray:
+    """The variance of each observation (N,), as the search's model takes it."""
+    model = search.model()
+    variance = model.likelihood.noise * model.outcome_transform.stdvs.squeeze(-1) ** 2
+    return np.broadcast_to(variance.detach().numpy().reshape(-1, variance.shape[-1]).mean(0), len(search.values))
+
+
+def leave_one_out(search: Search) -> pd.DataFrame:
+    """Each observation predicted from all others: columns observed, mean, sd (of an observation) and z.
+
+    Hyper-parameters are held, and have seen it. In closed form (Rasmussen & Williams, 2006, eq. 5.12), by botorch.
+    """
+    from botorch.cross_validation import loo_cv
+
+    found, values = loo_cv(search.model()).posterior, np.array(search.values)
+    of = "mixture_" if hasattr(found, "mixture_mean") else ""  # of an ensemble
+    mean, variance = (getattr(found, of + part).detach().numpy().reshape(len(values)) for part in ("mean", "variance"))
+    sd = np.sqrt(variance)
+    return pd.DataFrame({"observed": values, "mean": mean, "sd": sd, "z": (values - mean) / sd})
+
+
+def q_squared(left_out: pd.DataFrame) -> float:
+    """1 - PRESS / SS: how much better than the mean of the others; 1 is perfect, 0 no better, below 0 worse."""
+    y = left_out["observed"]
+    others = (y.sum() - y) / (len(y) - 1)
+    total = float(((y - others) ** 2).sum())
+    return 1 - float(((y - left_out["mean"]) ** 2).sum()) / total if total else math.nan
+
+
+def coverage(left_out: pd.DataFrame) -> float:
+    """The share of observations within the 95 % interval that the others predict."""
+    return float((left_out["z"].abs() <= 1.96).mean())
+
+
+# ---------------------------------------------------------------------------------------------------- can it tell?
+
+
+def p_flat(search: Search, repeats: int = 999, seed: int = 0) -> float:
+    """Permutation p-value of "the points make no difference", which needs no level of noise.
+
+    If so, values are exchangeable over the points. Statistic: the most log marginal likelihood (restricted) that a
+    Gaussian process gains over a constant, over `LENGTHS` and `SHARES`. Points that were chosen after seeing values are
+    not quite exchangeable; on flat functions the false alarms stayed below `LEVEL`. With k trials it is at least 1/k!.
+    """
+    points, values = search.space.to_unit(search.points), np.array(search.values)
+    distances = cdist(points, points)
+    if np.ptp(values) == 0 or not distances.any():
+        return 1.0
+    rng = np.random.default_rng(seed)
+    shuffled = np.stack([values, *(rng.permutation(values) for _ in range(repeats))])
+    lengths = np.median(distances[distances > 0]) * np.array(LENGTHS)
+    gains = np.max([_gain(np.exp(-0.5 * (distances / length) ** 2), shuffled) for length in lengths], 0)
+    return float((gains >= gains[0] - 1e-9).mean())
+
+
+def _gain(kernel: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """The most log likelihood that each row of values (R, N) gains from a kernel (N, N) over independent noise: (R,).
+
+    Of the N - 1 contrasts, which no constant touches; their scale is maximised out.
+    """
+    contrasts = helmert(len(kernel))
+    eigenvalues, vectors = np.linalg.eigh(contrasts @ kernel @ contrasts.T)
+    eigenvalues = eigenvalues.clip(min=0) / eigenvalues.mean()
+    squares = np.square(values @ contrasts.T @ vectors)
+    variances = np.array([share * eigenvalues + 1 - share for share in SHARES])
+    ratio = (squares[:, None] / variances).mean(-1) / squares.mean(-1, keepdims=True)
+    return (-0.5 * squares.shape[1] * np.log(ratio) - 0.5 * np.log(variances).sum(-1)).max(-1)
+
+
+def baselines(search: Search, names: Sequence[str]) -> dict[str, Point]:
+    """Equal weights, and each source alone; the source `terminal` alone is sparse reward."""
+    d, beyond = search.space.d, search.incumbent()[0][search.space.d :]
+    if len(names) != d:
+        raise InputError(f"{len(names)} names for {d} weights: {', '.join(names)}; wanted one for each weight")
+    labels = ["equal weights", *(f"{name} alone" + " (sparse)" * (name == "terminal") for name in names)]
+    weights = [(1 / d,) * d, *map(tuple, np.eye(d).tolist())]
+    return {label: point + tuple(beyond) for label, point in zip(labels, weights)}
+
+
+def beats(search: Search, names: Sequence[str]) -> pd.DataFrame:
+    """Is the incumbent better than each of `baselines`? From the joint posterior.
+
+    Columns against, difference, low, high (95 %) and probability; NaN where the incumbent is that baseline.
+    """
+    best, others = search.incumbent()[0], baselines(search, names)
+    mean, covariance = search.joint([best, *others.values()])
+    variance = covariance[0, 0] + covariance.diagonal()[1:] - 2 * covariance[0, 1:]
+    same = np.array([np.allclose(best, point, atol=1e-9) for point in others.values()])
+    difference = np.where(same, np.nan, mean[0] - mean[1:])
+    sd = np.sqrt(np.maximum(variance, 1e-300))
+    return pd.DataFrame({"against": list(others), "difference": difference, "low": difference - 1.96 * sd,
+                         "high": difference + 1.96 * sd, "probability": norm.cdf(difference / sd)})  # fmt: skip
+
+
+class Regret(NamedTuple):
+    """What the best of all points may have over the incumbent, by the posterior."""
+
+    expected: float
+    high: float  # 95 %
+    spread: float  # range of the posterior mean over all points
+
+
+def regret(search: Search, draws: int = 2000, seed: int = 0) -> Regret:
+    """E[max f - f(incumbent)], by joint draws of the posterior at the trials, the anchors and 256 Sobol points."""
+    points = [search.incumbent()[0], *search.points, *search.space.anchors(), *search.space.sobol(256, seed)]
+    mean, covariance = search.joint(points)
+    eigenvalues, vectors = np.linalg.eigh(covariance)
+    factor = vectors * np.sqrt(eigenvalues.clip(min=0))
+    found = mean + np.random.default_rng(seed).standard_normal((draws, len(points))) @ factor.T
+    short = found.max(1) - found[:, 0]
+    return Regret(float(short.mean()), float(np.quantile(short, 0.95)), float(np.ptp(mean)))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One of `CONVERGED`, `MORE` and `FLAT`, in words, with the numbers that the words hold."""
+
+    kind: str
+    text: str
+    p: float  # of no difference
+    regret: Regret
+    tolerance: float
+    noise: float  # standard deviation of one observation
+    more: int  # trials, by the law that regret falls with the root of their number
+
+    @property
+    def winner(self) -> bool:
+        """Whether a winner is claimed."""
+        return self.kind != FLAT
+
+
+def verdict(search: Search, names: Sequence[str], unit: str = "") -> Verdict:
+    """Converged, about n more trials, or the weights cannot be told apart at this noise.
+
+    Told apart: `p_flat` below `LEVEL`. Converged: told apart, and the expected regret is within a quarter of one
+    observation's standard deviation or a twentieth of the posterior's range, whichever is more: nobody would see
+    a smaller one, or it does not matter.
+    """
+    n, p, left = len(search.values), p_flat(search), regret(search)
+    noise = float(np.sqrt(noise_variance(search).mean()))
+    tolerance = max(TOLERANCE[0] * noise, TOLERANCE[1] * left.spread)
+    more = max(0, math.ceil(n * ((left.expected / tolerance) ** 2 - 1)))
+    more = more if more < 10 else 5 * math.ceil(more / 5)  # a rough law deserves no more digits
+    kind = FLAT if p >= LEVEL else MORE if more else CONVERGED
+    found = Verdict(kind, "", p, left, tolerance, noise, more)
+    return replace(found, text=_said(found, search, names, f" {unit}" if unit else ""))
+
+
+def _said(found: Verdict, search: Search, names: Sequence[str], unit: str) -> str:
+    n, left = len(search.values), found.regret
+    test = f"permutation test over {n} trials, p = {found.p:.3f}, level {LEVEL:g}"
+    if found.kind == FLAT:
+        return (f"The weights cannot be told apart at this noise ({test}). One observation scatters by "
+                f"{found.noise:.2g}{unit} (sd); over all weights the posterior mean moves by {left.spread:.2g}. "
+                "No winner is claimed.")  # fmt: skip
+    bound = f"{found.tolerance:.2g} (a quarter of one observation's sd or a twentieth of the posterior's range)"
+    if found.kind == CONVERGED:
+        head = f"Converged: the best weights are expected to gain another {left.expected:.2g}{unit}, within {bound}. "
+    else:
+        head = (f"Needs about {found.more} more trials: the best weights are expected to gain another "
+                f"{left.expected:.2g}{unit}, more than {bound}. ")  # fmt: skip
+    return f"{head}The weights can be told apart ({test}). {_compared(search, names)}"
+
+
+def _compared(search: Search, names: Sequence[str]) -> str:
+    """The incumbent and its chances, in words."""
+    best, chances = search.incumbent()[0], beats(search, names)
+    mixture = ", ".join(f"{name} {weight:.2f}" for name, weight in zip(names, best))
+    of = [f"{row.against} {row.probability:.2f}" for row in chances.itertuples() if row.probability == row.probability]
+    return f"Probability that the incumbent ({mixture}) is better than: {', '.join(of)}."
+
+
+# ---------------------------------------------------------------------------------------------------- signatures
+
+
+class Check(NamedTuple):
+    """A failure signature: found, not found, or None where it cannot be told."""
+
+    name: str
+    found: bool | None
+    number: float
+    text: str
+
+
+def oscillation(path: pd.DataFrame) -> Check:
+    """Does the incumbent still jump in the last third of a `trace`?"""
+    steps = path["moved"].iloc[len(path) - len(path) // 3 :]
+    share = float((steps > JUMP).mean()) if len(steps) else math.nan
+    text = (f"of the last {len(steps)} steps {share:.0%} moved more than {JUMP:.0%} of the weight" if len(steps) >= 3
+            else f"{len(path)} steps are too few")  # fmt: skip
+    return Check("oscillation", share > OFTEN if len(steps) >= 3 else None, share, text)
+
+
+def rank_correlation(a: Sequence[float], b: Sequence[float]) -> Interval:
+    """Spearman's correlation with its 95 % interval by Fieller's (1957) normal approximation; NaN below `FEW` pairs."""
+    rho = float(pd.Series(a, dtype=float).corr(pd.Series(b, dtype=float), method="spearman"))
+    if len(a) < FEW or math.isnan(rho):
+        return Interval(rho, math.nan, math.nan)
+    z, half = math.atanh(np.clip(rho, -0.999, 0.999)), 1.96 * math.sqrt(1.06 / (len(a) - 3))
+    return Interval(rho, math.tanh(z - half), math.tanh(z + half))
+
+
+def overfitting(search: Search, trials: Sequence[Mapping]) -> Check:
+    """Does gold fall where the proxy rises, over all trials or the better half? `trials` hold point, proxy, gold."""
+    table = pd.DataFrame({name: [t[name] for t in trials] for name in ("proxy", "gold")}, dtype=float)
+    if len(table) < FEW:
+        return Check("reward overfitting", None, math.nan, f"{len(table)} trials are too few")
+    best = table[table["proxy"] >= table["proxy"].median()]
+    rho, top = rank_correlation(table["proxy"], table["gold"]), rank_correlation(best["proxy"], best["gold"])
+    here = [t["gold"] for t in trials if tuple(t["point"]) == search.incumbent()[0]]
+    text = (f"rank correlation of proxy and gold {rho} over {len(table)} trials, {top} over the {len(best)} of higher "
+            f"proxy; gold at the incumbent {np.mean(here):.2f}, best trial {table['gold'].max():.2f}")  # fmt: skip
+    found = True if rho.high < 0 or top.high < 0 else False if rho.low > 0 else None
+    return Check("reward overfitting", found, rho.mean, text)
+
+
+def dimension(search: Search, q2: float) -> Check:
+    """Four numbers or more, and a model that predicts nothing or fewer than `PER_DIMENSION` trials for each?"""
+    n, size = len(search.values), search.space.size
+    found = size >= 4 and (not q2 > 0 or n < PER_DIMENSION * size)
+    return Check("too many dimensions", found, float(size), f"{n} trials for {size} numbers; leave-one-out Q² {q2:.2f}")
+
+
+def misalignment(search: Search, names: Sequence[str], agreement: Mapping[str, Interval]) -> Check:
+    """Does the heaviest source explain no better than chance? `agreement`: rank correlation with known credit."""
+    source = names[int(np.argmax(search.incumbent()[0][: search.space.d]))]
+    if source not in agreement:
+        return Check("misaligned explanations", None, math.nan, f"{source}, the heaviest source, ranks no tokens")
+    with_known = agreement[source]
+    text = f"credit of {source}, the heaviest source, agrees with known credit at {with_known}"
+    return Check("misaligned explanations", not with_known.low > 0, with_known.mean, text)
+
+
+def evenness(search: Search, names: Sequence[str], trials: Sequence[Mapping]) -> pd.DataFrame:
+    """How even each source's pay was, ESS/T: mean over the trials that paid it, and at the incumbent; 1 is even.
+
+    `trials` hold point and ess (a share a source); a source without weight is not paid.
+    """
+    best = search.incumbent()[0]
+    here = [t["ess"] for t in trials if tuple(t["point"]) == best]
+
+    def mean(found: Sequence[Mapping], source: str) -> float:
+        return float(pd.Series([ess.get(source) for ess in found], dtype=float).mean())
+
+    rows = [(name, mean([t["ess"] for t in trials], name), mean(here, name)) for name in names]
+    return pd.DataFrame(rows, columns=["source", "ESS/T", "at the incumbent"])
+
+
+def sameness(even: pd.DataFrame) -> Check:
+    """Is a source of `evenness` an even spread in all but name? Two such sources are one."""
+    credited = even[(even["source"] != "uniform") & even["ESS/T"].notna()]
+    flat = credited[credited["ESS/T"] > EVEN]
+    text = ", ".join(f"{source} {share:.2f}" for source, share in zip(credited["source"], credited["ESS/T"]))
+    most = float(credited["ESS/T"].max())
+    return Check("even in all but name", len(flat) > 0 if len(credited) else None, most,
+                 f"ESS/T {text or 'not known'}; from {EVEN:g} on a source is an even spread")  # fmt: skip
+
+
+def checks(
+    search: Search, names: Sequence[str], trials: Sequence[Mapping], path: pd.DataFrame, left_out: pd.DataFrame,
+    agreement: Mapping[str, Interval] | None = None,
+) -> list[Check]:  # fmt: skip
+    """Every failure signature, by name. `trials`: point, proxy, gold and ess of each; `path`: `trace`."""
+    return [oscillation(path), overfitting(search, trials), dimension(search, q_squared(left_out)),
+            misalignment(search, names, agreement or {}), sameness(evenness(search, names, trials))]  # fmt: skip
