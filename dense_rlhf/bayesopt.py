@@ -1,115 +1,312 @@
-"""Bayesian optimisation on the simplex. It knows vectors and floats, and nothing of what they mean."""
+"""Bayesian optimisation of weights on the simplex. It knows vectors and floats, and nothing of what they mean."""
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import product
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dense_rlhf.types import InputError, check_simplex
 
+if TYPE_CHECKING:
+    from botorch.models.model import Model
+    from torch import Tensor
 
-@dataclass
-class SimplexSearch:
-    """Maximise a noisy function of d weights on the simplex: `suggest`, evaluate, `observe`, repeat.
+Point = tuple[float, ...]
+SAMPLES = 128  # of the posterior, in the acquisition function
 
-    The first `initial` points are scrambled Sobol on the simplex; then a Gaussian process and log noisy expected
-    improvement (Ament et al., 2023; Letham et al., 2019). Its noise is the pooled standard error where every
-    observation came with one, else inferred. Same seed and observations give the same suggestion, so a search is
-    resumed by observing its record again.
+
+@dataclass(frozen=True)
+class Space:
+    """What is searched: `d` weights on the simplex, then numbers within `bounds`; of these, `switches` are 0 or 1.
+
+    Raises `InputError` where there is nothing to choose.
     """
 
     d: int
-    initial: int = 5
-    seed: int = 0
-    weights: list[tuple[float, ...]] = field(default_factory=list)
-    values: list[float] = field(default_factory=list)
-    errors: list[float | None] = field(default_factory=list)
+    bounds: tuple[tuple[float, float], ...] = ()
+    switches: tuple[int, ...] = ()  # places in `bounds`
 
     def __post_init__(self):
-        if self.d < 2:
+        if self.d < 1 or self.size < 2:
             raise InputError(f"a search over {self.d} weight has nothing to choose; wanted at least 2 sources")
+        if not all(-math.inf < low < high < math.inf for low, high in self.bounds):
+            raise InputError(f"bounds are {list(self.bounds)}, wanted pairs of finite numbers, the lower first")
+        if any(self.bounds[i : i + 1] != ((0, 1),) for i in self.switches):
+            raise InputError(f"switches are {list(self.switches)}, wanted places of bounds (0, 1) in {self.bounds}")
 
-    def observe(self, weights: tuple[float, ...], value: float, error: float | None = None) -> None:
+    @property
+    def size(self) -> int:
+        """Numbers in a point."""
+        return self.d + len(self.bounds)
+
+    def check(self, point: Sequence[float]) -> None:
+        """Raise `InputError` for a point that is not of this space."""
+        if len(point) != self.size:
+            raise InputError(f"a point has {len(point)} numbers, wanted {self.size}")
+        check_simplex("weights of a point", point[: self.d], self.d)
+        for number, (low, high) in zip(point[self.d :], self.bounds):
+            if not low <= number <= high:
+                raise InputError(f"{number} of a point is not within {low} and {high}")
+        if any(point[self.d + i] not in (0, 1) for i in self.switches):
+            raise InputError(f"a point is {list(point)}, wanted 0 or 1 at its switches")
+
+    def to_unit(self, points: Sequence[Point]) -> np.ndarray:
+        """Points (N, size) with every number between 0 and 1."""
+        low, high = self._box()
+        return (np.asarray(points, float).reshape(-1, self.size) - low) / (high - low)
+
+    def from_unit(self, unit: np.ndarray) -> Point:
+        """One row of `to_unit` back, exactly on the simplex and at the switches' ends."""
+        low, high = self._box()
+        unit = np.clip(unit, 0, 1)
+        unit[[self.d + i for i in self.switches]] = unit[[self.d + i for i in self.switches]] >= 0.5
+        point = low + unit * (high - low)
+        point[: self.d] /= point[: self.d].sum()
+        return tuple(point.tolist())
+
+    def _box(self) -> tuple[np.ndarray, np.ndarray]:
+        box = np.array([*[(0.0, 1.0)] * self.d, *self.bounds])
+        return box[:, 0], box[:, 1]
+
+    def anchors(self) -> list[Point]:
+        """The vertices and the centroid, everything else halfway: mixtures that a study compares in any case."""
+        rows = [*np.eye(self.d), np.full(self.d, 1 / self.d)][: self.d + (self.d > 1)]
+        return [self.from_unit(np.concatenate([row, np.full(len(self.bounds), 0.5)])) for row in rows]
+
+    def sobol(self, n: int, seed: int) -> list[Point]:
+        """`n` scrambled Sobol points, uniform on the simplex through the gaps between sorted coordinates."""
+        from scipy.stats import qmc
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # n need not be a power of two
+            cube = qmc.Sobol(max(self.size - 1, 1), seed=seed).random(n)
+        return [self._spread(row) for row in cube]
+
+    def random(self, rng: np.random.Generator) -> Point:
+        """One uniform point, Dirichlet(1) on the simplex."""
+        return self._spread(rng.random(self.size - 1))
+
+    def _spread(self, cube: np.ndarray) -> Point:
+        weights = np.diff(np.sort(cube[: self.d - 1]), prepend=0, append=1)
+        return self.from_unit(np.concatenate([weights, cube[self.d - 1 :]]))
+
+
+@dataclass(frozen=True)
+class Noise:
+    """How much one observation scatters."""
+
+    variance: float | None  # of an observation; none where nothing says
+    between: float  # of it, beyond the observations' own standard errors: what another seed changes
+    degrees: int  # of freedom of the repeated points that told
+
+
+@dataclass
+class Search:
+    """Maximise a noisy function over a `Space`: `suggest`, evaluate, `observe`, repeat.
+
+    First come the `anchors`, each `replicates` times, and `initial` scrambled Sobol points; then a Gaussian process
+    and log noisy expected improvement (Ament et al., 2023; Letham et al., 2019), or another of `STRATEGIES`.
+    There is no hidden state: same settings, observations and pending points give the same suggestion, so a search is
+    resumed by observing its record again.
+    """
+
+    space: Space
+    strategy: str = "gp"
+    initial: int = 5
+    anchors: bool = True
+    replicates: int = 1
+    seed: int = 0
+    points: list[Point] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
+    errors: list[float | None] = field(default_factory=list)
+    _fitted: tuple[int, Model] | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self):
+        if self.strategy not in STRATEGIES:
+            raise InputError(f"strategy is {self.strategy!r}, wanted one of {', '.join(STRATEGIES)}")
+        if self.initial < 0 or self.replicates < 1:
+            raise InputError(f"initial is {self.initial}, replicates {self.replicates}; wanted at least 0 and 1")
+
+    def observe(self, point: Point, value: float, error: float | None = None) -> None:
         """Record one evaluation and, where known, its standard error.
 
-        Raises `InputError` off the simplex, for a value that is not finite, or an error that is not above zero.
+        Raises `InputError` for a point off the space, a value that is not finite, or an error that is not above zero.
         """
-        check_simplex("observed weights", weights, self.d)
+        self.space.check(point)
         if not np.isfinite(value):
             raise InputError(f"observed value is {value}, wanted a finite number")
         if error is not None and not 0 < error < np.inf:
             raise InputError(f"observed standard error is {error}, wanted a finite number above 0, or None")
-        self.errors.append(error)
-        self.weights.append(tuple(weights))
+        self.points.append(tuple(point))
         self.values.append(float(value))
+        self.errors.append(error)
 
-    def suggest(self) -> tuple[float, ...]:
-        """The weights to try next."""
-        n = len(self.values)
-        return self._sobol()[n] if n < self.initial else self._most_promising()
+    @property
+    def start(self) -> list[Point]:
+        """The points that are tried before any model: anchors, then Sobol points."""
+        anchors = self.space.anchors() * self.replicates if self.anchors else []
+        return anchors + self.space.sobol(self.initial, self.seed)
 
-    def incumbent(self) -> tuple[tuple[float, ...], float, float]:
-        """The evaluated weights with the highest posterior mean, that mean, and its standard deviation.
+    def suggest(self, pending: Sequence[Point] = ()) -> Point:
+        """The point to try next, while `pending` ones run, or have failed."""
+        n, start = len(self.points) + len(pending), self.start
+        return start[n] if n < len(start) else STRATEGIES[self.strategy](self, list(pending))
+
+    def incumbent(self) -> tuple[Point, float, float]:
+        """The evaluated point with the highest posterior mean, that mean, and its standard deviation.
 
         Not the best observed value, which rewards lucky noise. Wants at least two observations.
         """
-        mean, sd = self.posterior(self.weights)
+        mean, sd = self.posterior(self.points)
         best = int(mean.argmax())
-        return self.weights[best], float(mean[best]), float(sd[best])
+        return self.points[best], float(mean[best]), float(sd[best])
 
-    def posterior(self, points: list[tuple[float, ...]]) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and standard deviation (N,) of the noise-free function at `points` (N, d)."""
+    def posterior(self, points: Sequence[Point]) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation (N,) of the noise-free function at `points` (N, size)."""
+        mean, covariance = self.joint(points)
+        return mean, np.sqrt(covariance.diagonal())
+
+    def joint(self, points: Sequence[Point]) -> tuple[np.ndarray, np.ndarray]:
+        """Mean (N,) and covariance (N, N) of the noise-free function at `points`; of an ensemble, its mixture's."""
         import torch
 
-        model = self._model()
+        model = self.model()
         with torch.no_grad():
-            found = model.posterior(torch.tensor(points, dtype=torch.float64))
-            return found.mean.squeeze(-1).numpy(), found.variance.squeeze(-1).sqrt().numpy()
+            found = model.posterior(torch.from_numpy(self.space.to_unit(points)))
+            mean = found.mean.reshape(-1, len(points)).numpy()
+            covariance = found.distribution.covariance_matrix.reshape(-1, len(points), len(points)).numpy()
+        apart = mean - mean.mean(0)
+        return mean.mean(0), covariance.mean(0) + apart.T @ apart / len(mean)
 
-    def _sobol(self) -> list[tuple[float, ...]]:
-        import torch
-        from botorch.utils.sampling import sample_simplex
+    def noise(self) -> Noise:
+        """Variance of one observation: pooled over repeated points, and at least the mean squared standard error.
 
-        points = sample_simplex(self.d, self.initial, qmc=True, seed=self.seed, dtype=torch.float64)
-        return [tuple(point) for point in (points / points.sum(-1, keepdim=True)).tolist()]
+        What repeats scatter beyond their standard errors is variance between seeds, and belongs to every observation.
+        """
+        groups = defaultdict(list)
+        for i, point in enumerate(self.points):
+            groups[point].append(i)
+        repeated = [i for group in groups.values() if len(group) > 1 for i in group]
+        degrees = len(repeated) - sum(len(group) > 1 for group in groups.values())
+        squares = [error**2 if error else 0.0 for error in self.errors]
+        within = float(np.mean(squares)) if squares else 0.0
+        if not degrees:
+            return Noise(within if squares and None not in self.errors else None, 0.0, 0)
+        scatter = sum(np.var([self.values[i] for i in group]) * len(group) for group in groups.values()) / degrees
+        between = max(float(scatter - np.mean([squares[i] for i in repeated])), 0.0)
+        return Noise(within + between, between, degrees)
 
-    def _model(self):
-        import torch
-        from botorch.fit import fit_gpytorch_mll
-        from botorch.models import SingleTaskGP
-        from botorch.models.utils.gpytorch_modules import get_gaussian_likelihood_with_gamma_prior
-        from gpytorch.mlls import ExactMarginalLogLikelihood
-
+    def model(self) -> Model:
+        """The strategy's Gaussian process, fitted to all observations."""
         if len(self.values) < 2:
             raise InputError(f"{len(self.values)} observations cannot fit a model; wanted at least 2")
-        X = torch.tensor(self.weights, dtype=torch.float64)
-        Y = torch.tensor(self.values, dtype=torch.float64)[:, None]
-        if None in self.errors:  # the default noise prior expects far quieter functions than a reward after PPO
-            model = SingleTaskGP(X, Y, likelihood=get_gaussian_likelihood_with_gamma_prior())
-        else:  # left to itself, a model of a dozen points takes their noise for signal
-            model = SingleTaskGP(X, Y, train_Yvar=torch.full_like(Y, np.mean(np.square(self.errors))))
-        fit_gpytorch_mll(ExactMarginalLogLikelihood(model.likelihood, model))
-        return model
+        if self._fitted is None or self._fitted[0] != len(self.values):
+            self._fitted = len(self.values), MODELS.get(self.strategy, _plain)(self, *self._tensors())
+        return self._fitted[1]
 
-    def _most_promising(self) -> tuple[float, ...]:
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Unit points (N, size), values (N, 1) and their variances (N, 1), if known."""
         import torch
-        from botorch.acquisition.logei import qLogNoisyExpectedImprovement
-        from botorch.optim import optimize_acqf
-        from botorch.sampling import SobolQMCNormalSampler
 
-        seed = self.seed * 1000 + len(self.values)
-        with torch.random.fork_rng(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # numerical chatter of the inner optimiser
-            torch.manual_seed(seed)
-            X = torch.tensor(self.weights, dtype=torch.float64)
-            sampler = SobolQMCNormalSampler(torch.Size([128]), seed=seed)
-            acquisition = qLogNoisyExpectedImprovement(self._model(), X, sampler=sampler, prune_baseline=True)
-            one = torch.ones(self.d, dtype=torch.float64)
-            candidate, _ = optimize_acqf(
-                acquisition, bounds=torch.stack([0 * one, one]), q=1, num_restarts=8, raw_samples=128,
-                equality_constraints=[(torch.arange(self.d), one, 1.0)], options={"seed": seed, "n_burnin": 200},
-            )  # fmt: skip
-        point = candidate[0].clamp(0, 1)
-        return tuple((point / point.sum()).tolist())
+        X = torch.from_numpy(self.space.to_unit(self.points))
+        Y = torch.tensor(self.values, dtype=torch.float64)[:, None]
+        noise = self.noise()
+        if noise.variance is None:
+            return X, Y, None
+        own = [noise.variance - noise.between if e is None else e**2 for e in self.errors]
+        return X, Y, torch.tensor(own, dtype=torch.float64)[:, None] + noise.between
+
+
+# ---------------------------------------------------------------------------------------------------- models
+
+
+def _kernel(size: int):
+    """A smooth function of weights between 0 and 1: length-scales near 1, where the default expects some 4 sqrt(d)."""
+    from gpytorch.kernels import RBFKernel
+    from gpytorch.priors import LogNormalPrior
+
+    kernel = RBFKernel(ard_num_dims=size, lengthscale_prior=LogNormalPrior(0.0, 0.5))
+    kernel.initialize(lengthscale=1.0)
+    return kernel
+
+
+def _plain(search: Search, X: Tensor, Y: Tensor, variance: Tensor | None) -> Model:
+    from botorch.fit import fit_gpytorch_mll
+    from botorch.models import SingleTaskGP
+    from botorch.models.utils.gpytorch_modules import get_gaussian_likelihood_with_gamma_prior
+    from gpytorch.mlls import ExactMarginalLogLikelihood
+
+    # the default noise prior expects far quieter functions than a reward after PPO
+    likelihood = get_gaussian_likelihood_with_gamma_prior() if variance is None else None
+    model = SingleTaskGP(X, Y, variance, likelihood=likelihood, covar_module=_kernel(X.shape[-1]))
+    fit_gpytorch_mll(ExactMarginalLogLikelihood(model.likelihood, model))
+    return model
+
+
+def _sparse(name: str, search: Search, X: Tensor, Y: Tensor, variance: Tensor | None) -> Model:
+    """For many weights of which few matter: length-scales under sparse priors (Eriksson & Jankowiak, 2021), by MAP."""
+    import torch
+    from botorch.fit import fit_gpytorch_mll
+    from botorch.models import map_saas
+    from gpytorch.mlls import ExactMarginalLogLikelihood
+
+    with torch.random.fork_rng():
+        torch.manual_seed(search.seed)  # the priors' scales are drawn
+        model = getattr(map_saas, name)(X, Y, variance)
+        fit_gpytorch_mll(ExactMarginalLogLikelihood(model.likelihood, model))
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------- strategies
+
+
+def _most_promising(search: Search, pending: list[Point]) -> Point:
+    """The point of the highest log noisy expected improvement."""
+    import torch
+    from botorch.acquisition.logei import qLogNoisyExpectedImprovement
+    from botorch.optim import optimize_acqf_mixed
+    from botorch.sampling import SobolQMCNormalSampler
+
+    space, seed = search.space, search.seed * 1000 + len(search.points) + len(pending)
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # numerical chatter of the inner optimiser
+        torch.manual_seed(seed)
+        sampler = SobolQMCNormalSampler(torch.Size([SAMPLES]), seed=seed)
+        X = torch.from_numpy(space.to_unit(search.points))
+        running = torch.from_numpy(space.to_unit(pending)) if pending else None
+        acquisition = qLogNoisyExpectedImprovement(search.model(), X, sampler, X_pending=running, prune_baseline=True)
+        ends = [dict(zip([space.d + i for i in space.switches], chosen))
+                for chosen in product((0.0, 1.0), repeat=len(space.switches))]  # fmt: skip
+        candidate, _ = optimize_acqf_mixed(
+            acquisition, bounds=torch.stack([torch.zeros(space.size), torch.ones(space.size)]).double(), q=1,
+            fixed_features_list=ends, num_restarts=8, raw_samples=128, options={"seed": seed, "n_burnin": 200},
+            equality_constraints=[(torch.arange(space.d), torch.ones(space.d).double(), 1.0)],
+        )  # fmt: skip
+    return space.from_unit(candidate[0].numpy())
+
+
+def _random(search: Search, pending: list[Point]) -> Point:
+    n = len(search.points) + len(pending)
+    return search.space.random(np.random.default_rng([search.seed, n]))
+
+
+def _sobol(search: Search, pending: list[Point]) -> Point:
+    n = len(search.points) + len(pending) - len(search.start) + search.initial
+    return search.space.sobol(n + 1, search.seed)[n]
+
+
+MODELS: dict[str, Callable] = {
+    "saas": partial(_sparse, "EnsembleMapSaasSingleTaskGP"),
+    "additive": partial(_sparse, "AdditiveMapSaasSingleTaskGP"),
+}  # every other strategy's is plain
+STRATEGIES: dict[str, Callable[[Search, list[Point]], Point]] = {
+    "gp": _most_promising, "saas": _most_promising, "additive": _most_promising, "random": _random, "sobol": _sobol,
+}  # fmt: skip
