@@ -91,3 +91,23 @@ def gold_at_kl(history: pd.DataFrame, level: float, smooth: int = 5) -> pd.DataF
             share = (level - before["kl"]) / rise if rise > 0 else 1.0
             rows.append({"arm": arm, "seed": seed} | dict(before + share * (after - before)))
     return pd.DataFrame(rows, columns=["arm", "seed", "update", *columns])
+
+
+def difference(ours: Sequence[pd.DataFrame], theirs: Sequence[pd.DataFrame], column: str = "gold") -> Interval:
+    """Mean of `column` of one arm less that of another on the same prompts, both one table of judgements a seed."""
+    if [len(table) for table in ours] != [len(table) for table in theirs]:
+        raise InputError(f"{len(ours)} and {len(theirs)} seeds, or other numbers of prompts; judge both arms alike")
+    return bootstrap([a[column].to_numpy() - b[column].to_numpy() for a, b in zip(ours, theirs)])
+
+
+def difference_at_kl(history: pd.DataFrame, ours: str, theirs: str, smooth: int = 3) -> Interval:
+    """Gold of arm `ours` less that of `theirs` where both paths first reach the largest KL that both know.
+
+    A value a seed: with one seed the interval has no width.
+    """
+    gaps = []
+    for _, both in history[history["arm"].isin((ours, theirs))].groupby("seed"):
+        ends = both.groupby("arm")["kl"].apply(lambda kl: kl.rolling(smooth, min_periods=1).mean().max())
+        gold = gold_at_kl(both, ends.min(), smooth).set_index("arm")["gold"]
+        gaps.append(np.array([gold[ours] - gold[theirs]]))
+    return bootstrap(gaps)

@@ -40,6 +40,7 @@ SENTENCES = [
 ]
 PROMPTS = ["the film", "a", "I loved the music of this", "what a waste of", "the story was slow but", "bad plot"]
 ROOT = Path(__file__).parent.parent
+RATIONALES = str(Path(__file__).parent / "rationales.jsonl")  # some of SENTENCES, with made-up marks
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 
 

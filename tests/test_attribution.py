@@ -8,6 +8,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
+from conftest import RATIONALES
 
 from dense_rlhf.additive import AdditiveJudge
 from dense_rlhf.attribution import SOURCES, attribute
@@ -18,7 +19,7 @@ from dense_rlhf.params import AttributionParams
 from dense_rlhf.types import InputError
 
 SHARES = ("terminal", "uniform", "random", "attention")
-PARAMS = AttributionParams(permutations=1, lime_samples=32, seed=4)
+PARAMS = AttributionParams(permutations=1, lime_samples=32, rationale_path=RATIONALES, seed=4)
 
 
 def explain(source, reward_model, rollout, params=PARAMS):
@@ -44,9 +45,9 @@ def test_contract(source, reward_model, rollout):
     assert found.source == source and found.credit.shape == rollout.mask.shape
     assert found.baseline.shape == found.gap.shape == rollout.scores.shape
     assert not found.credit[~rollout.mask].any() and found.credit.isfinite().all()
-    assert found.credit.any() or source == "lexicon"  # made-up words have no valence
+    assert found.credit.any() or source in ("lexicon", "rationale")  # made-up words have no valence
     gap = rollout.scores - found.baseline - found.credit.sum(-1)
-    in_score_units = source not in ("lexicon", "log_ratio")
+    in_score_units = source not in ("lexicon", "rationale", "log_ratio")
     assert torch.allclose(found.gap, gap, atol=1e-5) if in_score_units else found.gap.isnan().all()
     assert not found.complete or found.gap.abs().max() <= 1e-5
     assert found.is_share == (source in SHARES) and (found.complete or not found.is_share)
@@ -82,7 +83,7 @@ def test_eos_is_never_a_player(source, reward_model, rollout):
     assert eos.any() and not explain(source, reward_model, rollout).credit[eos].any()
 
 
-ASKING = [s for s in SOURCES if s not in ("lexicon", "log_ratio")]  # those that read the score
+ASKING = [s for s in SOURCES if s not in ("lexicon", "rationale", "log_ratio")]  # those that read the score
 
 
 def altered(reward_model, value):

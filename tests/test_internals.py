@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import PROMPTS, SENTENCES, jitter
+from conftest import PROMPTS, RATIONALES, SENTENCES, jitter
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from dense_rlhf import bilevel, implicit
@@ -19,8 +19,8 @@ from dense_rlhf.reward_model import RewardModel
 from dense_rlhf.rollout import response_texts
 from dense_rlhf.types import InputError, Reading
 
-PARAMS = AttributionParams(ig_steps=8)
-INTERNAL = ("attention", "prefix", "gradient_input", "integrated_gradients", "lexicon", "log_ratio")
+PARAMS = AttributionParams(ig_steps=8, rationale_path=RATIONALES)
+INTERNAL = ("attention", "prefix", "gradient_input", "integrated_gradients", "lexicon", "rationale", "log_ratio")
 DPO = RewardParams(dpo_steps=3, dpo_beta=0.5)
 
 

@@ -49,6 +49,7 @@ def test_notebook_globals_may_hold_other_things_but_no_misspelt_parameter():
     (["arms.sparse=null"], "arms: all are left out"),
     (["data.name=nope"], "data.name is 'nope'"),
     (["data.path=nowhere.jsonl"], "no file at nowhere.jsonl"),
+    (["attribution.rationale_path=nowhere.jsonl"], "attribution.rationale_path: no file at nowhere.jsonl"),
     (["size=huge"], "size is 'huge'"),
     (["seeds=[]"], "seeds is []"),
     (["seeds=[1, 1]"], "none twice"),

@@ -85,9 +85,23 @@ def test_shape_refuses_weights_off_the_simplex(weights):
 
 @pytest.mark.parametrize(
     "change, word",
-    [({"normalise": "l2"}, "normalise"), ({"temperature": 0.0}, "temperature"), ({"sources": ("a", "a")}, "twice")],
-)
+    [({"normalise": "l2"}, "normalise"), ({"sources": ("a", "a")}, "sources names a source twice"),
+     *(({"temperature": t}, "shape.temperature is .* or 2 of them")
+       for t in (0.0, float("nan"), float("inf"), (), (1.0,), (1.0, 0.0), (1.0, 1.0, 1.0))),
+     ({"features": ("p", "p"), "slopes": ((1.0, 1.0),) * 2}, "features names a feature twice"),
+     *(({"features": ("p", "q"), "slopes": slopes}, "shape.slopes is .* each of 2 sources, .* each of 2 features")
+       for slopes in ((), ((1.0, 1.0),), ((1.0, 1.0), (1.0,)), ((1.0, 1.0), (1.0, float("nan"))),
+                      ((1.0, 1.0), (float("inf"), 1.0)), ((1.0, 1.0),) * 3)),
+     ({"slopes": ((1.0,), (1.0,))}, "none without features")],
+)  # fmt: skip
 def test_shape_refuses(change, word):
     good = RewardShape(("shap", "terminal"), (0.25, 0.75))
     with pytest.raises(InputError, match=word):
         replace(good, **change)
+
+
+def test_a_shape_depends_on_context_where_a_slope_is_not_zero():
+    good = RewardShape(("shap", "terminal"), (0.0, 1.0), "softmax", (1.0, 2.0), ("p", "q"), ((0.0, 0.0),) * 2)
+    assert not good.is_contextual and replace(good, slopes=((0.0, 0.0), (0.0, -1.0))).is_contextual
+    assert good.weighted == ("terminal",) and good.temperature_of("terminal") == 2
+    assert replace(good, temperature=3.0).temperature_of("another") == 3

@@ -1,0 +1,65 @@
+"""Shapes trained side by side: from the same reference, with the same updates, prompts and seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from dense_rlhf.bilevel import Task, _training_key, append_line, judge_against_reference, read_ledger, train_policy
+from dense_rlhf.params import RunParams
+from dense_rlhf.store import content_key
+from dense_rlhf.types import Prompt, RewardShape
+
+KEPT = ["update", "gold", "proxy", "kl", "length", "value_loss"]  # of a training's history
+JUDGED = ["gold", "proxy", "kl", "win", "reference_gold", "reference_proxy"]
+
+
+@dataclass(frozen=True)
+class Arms:
+    """What each arm reached on held-out prompts, and how it came there."""
+
+    judged: dict[str, list[pd.DataFrame]]  # arm, the reference first: a table a seed, columns gold, proxy, kl, win
+    history: pd.DataFrame  # `KEPT`, a row an update, with columns arm and seed
+    warnings: dict[str, list[str]]  # arm: names of the signs of ill health
+
+
+def train_arms(
+    task: Task, shapes: Mapping[str, RewardShape], params: RunParams, seeds: Sequence[int],
+    prompts: Sequence[Prompt], ledger: Path, progress: Callable = iter,
+) -> Arms:  # fmt: skip
+    """Train a policy for each shape and seed, judge its answers to held-out `prompts` beside the reference's.
+
+    Each training is a line of `ledger`: a comparison that was cut short goes on behind the last. Seeds are outermost,
+    so that what is there is comparable. Shapes of the same content are trained once.
+    """
+    done = {line["key"]: line for line in read_ledger(ledger)}
+    lines = []
+    for seed, arm in progress([(seed, arm) for seed in seeds for arm in shapes]):
+        settings = (shapes[arm], params.ppo, params.attribution, seed)
+        key = content_key([_training_key(task, *settings), [str(prompt) for prompt in prompts]])
+        if key not in done:
+            trained = train_policy(task, *settings)
+            judged = judge_against_reference(task, trained.policy, prompts, params.ppo, seed)
+            done[key] = {"key": key, "history": trained.history[KEPT].to_dict("list"),
+                         "warnings": [sign.name for sign in trained.warnings],
+                         "judged": judged[JUDGED].to_dict("list")}  # fmt: skip
+            append_line(ledger, done[key] | {"arm": arm, "seed": seed})
+        lines.append(done[key] | {"arm": arm, "seed": seed})
+    return _collect(lines)
+
+
+def _collect(lines: list[dict]) -> Arms:
+    judged: dict[str, list[pd.DataFrame]] = {"reference": []}
+    first = lines[0]["arm"]
+    for line in lines:
+        table = pd.DataFrame(line["judged"])
+        judged.setdefault(line["arm"], []).append(table)
+        if line["arm"] == first:  # the reference answers alike beside every arm
+            before = table[["reference_gold", "reference_proxy"]].set_axis(["gold", "proxy"], axis=1)
+            judged["reference"].append(before.assign(kl=0.0, win=0.5))
+    history = [pd.DataFrame(line["history"]).assign(arm=line["arm"], seed=line["seed"]) for line in lines]
+    warnings = {arm: sorted({w for line in lines if line["arm"] == arm for w in line["warnings"]}) for arm in judged}
+    return Arms(judged, pd.concat(history, ignore_index=True), warnings)
