@@ -1,9 +1,10 @@
 """Win rates and intervals."""
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from dense_rlhf.judge import Interval, bootstrap, win_rate
+from dense_rlhf.judge import Interval, bootstrap, difference, difference_at_kl, win_rate
 from dense_rlhf.types import InputError
 
 
@@ -59,3 +60,32 @@ def test_intervals_that_overlap_are_not_apart():
     assert Interval(0, -1, 1).apart(Interval(3, 2, 4)) and Interval(3, 2, 4).apart(Interval(0, -1, 1))
     assert not Interval(0, -1, 1).apart(Interval(1.5, 0.5, 2))
     assert str(Interval(0.123, -1, 1)) == "0.12 [-1.00, 1.00]"
+
+
+def test_a_difference_is_paired_by_seed_and_prompt():
+    """What prompts and seeds have in common cancels."""
+    rng = np.random.default_rng(0)
+    theirs = [pd.DataFrame({"gold": rng.normal(shift, 5, 40), "kl": 0.0}) for shift in (0, 9, -9)]
+    ours = [table + 0.5 for table in theirs]
+    found = difference(ours, theirs)
+    assert (found.mean, found.low, found.high) == pytest.approx((0.5, 0.5, 0.5))
+    assert difference(theirs, ours).mean == pytest.approx(-0.5) and difference(ours, theirs, "kl").mean == 0.5
+    with pytest.raises(InputError, match="judge both arms alike"):
+        difference(ours, theirs[:2])
+    with pytest.raises(InputError, match="judge both arms alike"):
+        difference(ours, [table[1:] for table in theirs])
+
+
+def path(arm, seed, kl, gold):
+    return pd.DataFrame({"arm": arm, "seed": seed, "update": range(len(kl)), "kl": kl, "gold": gold, "proxy": 0.0})
+
+
+def test_a_difference_at_kl_is_at_the_largest_that_both_know():
+    fast, slow = path("fast", 0, [0, 2, 4, 8], [0, 2, 4, 8]), path("slow", 0, [0, 1, 2, 4], [0.0, 0.5, 1, 2])
+    other = path("other", 0, [0, 9, 9, 9], [0, 9, 9, 9])
+    found = difference_at_kl(pd.concat([fast, slow, other]), "fast", "slow", smooth=1)
+    assert (found.mean, found.low, found.high) == (2, 2, 2)  # at 4 nats: 4 against 2
+    again = [fast.assign(seed=1), path("slow", 1, [0, 1, 2, 2], [0.0, 0.5, 2, 2])]
+    both = difference_at_kl(pd.concat([fast, slow, *again]), "fast", "slow", smooth=1)
+    assert both.mean == pytest.approx(1) and both.low == pytest.approx(0) and both.high == pytest.approx(2)
+    assert difference_at_kl(pd.concat([fast, slow]), "slow", "fast", smooth=1).mean == -2
