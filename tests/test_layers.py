@@ -22,7 +22,8 @@ LAYERS = {
 # within a layer: everyone may raise InputError and read the parameters; the others are spelt out
 SIDEWAYS = {(module, "types") for module in ("strict", "params", "masked", "store")} | {
     ("params", "strict"),
-    ("policy", "reward_model"), ("checkpoint", "ppo"), ("shaping", "context"), ("baselines", "bilevel"), ("arms", "bilevel"),
+    ("policy", "reward_model"), ("checkpoint", "ppo"), ("shaping", "context"), ("baselines", "bilevel"),
+    ("arms", "bilevel"),
     ("rewards", "data"), ("rewards", "reward_model"), ("reward_model", "alignment"),
     ("additive", "alignment"), ("implicit", "rollout"), ("grid", "runs"), ("report", "display"), ("report", "runs"),
     ("explain", "display"), ("live", "display"), ("live", "plots"), ("plots_search", "plots"),
