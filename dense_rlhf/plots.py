@@ -25,6 +25,8 @@ COLOURS = {
     "log_ratio": "#004488", "shuffled": "#DDCC77",
     "ppo": "#222255", "rloo": "#66CCEE", "rloo_to_go": "#4477AA", "grpo": "#EE6677", "grpo_to_go": "#AA3377",
     "dpo": "#228833", "best_of_n": "#CCBB44",
+    "rationale": "#38A6A5", "shap + lexicon": "#5F4690", "shap + rationale": "#0F8554",
+    "static": "#1D6996", "contextual": "#CC503E",
 }  # fmt: skip
 SPARE = ("#88CCEE", "#225522", "#663333", "#EE3377", "#0077BB")
 

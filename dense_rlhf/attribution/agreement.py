@@ -23,6 +23,15 @@ def known_credit(judge: AdditiveJudge, rollout: Rollout, tokenizer: PreTrainedTo
     return credit
 
 
+def score_unit(credit: Tensor, scores: Tensor) -> tuple[float, float]:
+    """Score units in one unit of `credit` (B, T), and R^2: least squares of the scores (B,) on each response's sum.
+
+    score_b = a + unit * sum_t credit_b,t. NaN where the sums, or the scores, are all the same.
+    """
+    x, y = (values - values.mean() for values in (credit.double().sum(-1), scores.double()))
+    return float(x @ y / (x @ x)), float((x @ y) ** 2 / ((x @ x) * (y @ y)))
+
+
 def varied(values: np.ndarray) -> bool:
     """Whether values (n,) differ by more than the rounding of float32."""
     return len(values) > 1 and bool(np.ptp(values) > 1e-5 * np.abs(values).max() + 1e-9)
