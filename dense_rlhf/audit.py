@@ -7,6 +7,7 @@ Values, and all that is in their unit, are in the unit of what was observed.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -29,6 +30,7 @@ JUMP, OFTEN = 0.25, 0.25  # oscillation: of all weight, moved in one step; and t
 EVEN = 0.95  # ESS/T from which credit is an even spread in all but name
 PER_DIMENSION = 6  # trials
 FEW = 6  # pairs, below which a rank correlation has no interval
+CHOOSING = ("gp", "saas", "additive")  # strategies whose model chooses
 CONVERGED, MORE, FLAT = "converged", "needs more trials", "cannot be told apart"
 
 
@@ -59,11 +61,15 @@ def trace(search: Search) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def phases(search: Search) -> np.ndarray:
-    """Who chose each trial (N,): "anchor", "quasi-random" or "chosen" by the model."""
-    n, start = len(search.values), len(search.start)
-    anchors, chosen = start - search.initial, "quasi-random" if search.strategy in ("sobol", "random") else "chosen"
-    return np.array((["anchor"] * anchors + ["quasi-random"] * search.initial + [chosen] * max(0, n - start))[:n])
+def phases(search: Search) -> list[str]:
+    """Who chose each trial: "anchor", "quasi-random", or "chosen" by the model."""
+    left, anchors, found = Counter(search.start), set(search.space.anchors()), []
+    later = "chosen" if search.strategy in CHOOSING else "quasi-random"
+    for point in search.points:
+        planned = left[point] > 0
+        left[point] -= planned
+        found.append(("anchor" if point in anchors else "quasi-random") if planned else later)
+    return found
 
 
 def quasi_random_band(search: Search, seed: int = 0) -> Interval:
@@ -79,7 +85,7 @@ def gain_over_quasi_random(search: Search) -> Interval | None:
 
     It compares observations and asks no model. Anchors are neither.
     """
-    values, phase = np.array(search.values), phases(search)
+    values, phase = np.array(search.values), np.array(phases(search))
     chosen, drawn = values[phase == "chosen"], values[phase == "quasi-random"]
     if min(len(chosen), len(drawn)) < 2:
         return None
@@ -92,6 +98,17 @@ def noise_variance(search: Search) -> np.ndarray:
     model = search.model()
     variance = model.likelihood.noise * model.outcome_transform.stdvs.squeeze(-1) ** 2
     return np.broadcast_to(variance.detach().numpy().reshape(-1, variance.shape[-1]).mean(0), len(search.values))
+
+
+def noise_parts(search: Search) -> pd.DataFrame:
+    """How much one observation scatters: columns noise, sd, and `known by`. NaN where nothing tells."""
+    noise, errors = search.noise(), [error for error in search.errors if error]
+    within = math.sqrt(np.mean(np.square(errors))) if errors else math.nan
+    between = math.sqrt(noise.between) if noise.degrees else math.nan
+    rows = [("prompts and responses", within, f"standard errors of {len(errors)} trials"),
+            ("another seed, beyond that", between, f"{noise.degrees} repeats of a point"),
+            ("one observation", math.sqrt(noise_variance(search).mean()), "what the model takes")]  # fmt: skip
+    return pd.DataFrame(rows, columns=["noise", "sd", "known by"])
 
 
 def leave_one_out(search: Search) -> pd.DataFrame:
@@ -236,19 +253,18 @@ def verdict(search: Search, names: Sequence[str], unit: str = "") -> Verdict:
 
 
 def _said(found: Verdict, search: Search, names: Sequence[str], unit: str) -> str:
-    n, left = len(search.values), found.regret
+    left, n = found.regret, len(search.values)
     test = f"permutation test over {n} trials, p = {found.p:.3f}, level {LEVEL:g}"
-    if found.kind == FLAT:
-        return (f"The weights cannot be told apart at this noise ({test}). One observation scatters by "
-                f"{found.noise:.2g}{unit} (sd); over all weights the posterior mean moves by {left.spread:.2g}. "
-                "No winner is claimed.")  # fmt: skip
     bound = f"{found.tolerance:.2g} (a quarter of one observation's sd or a twentieth of the posterior's range)"
-    if found.kind == CONVERGED:
-        head = f"Converged: the best weights are expected to gain another {left.expected:.2g}{unit}, within {bound}. "
-    else:
-        head = (f"Needs about {found.more} more trials: the best weights are expected to gain another "
-                f"{left.expected:.2g}{unit}, more than {bound}. ")  # fmt: skip
-    return f"{head}The weights can be told apart ({test}). {_compared(search, names)}"
+    gain = f"the best weights are expected to gain another {left.expected:.2g}{unit}, "
+    told = f"The weights can be told apart ({test}). {_compared(search, names)}"
+    unsaid = "" if search.noise().degrees else " No point was tried twice: what another seed changes is not counted."
+    return {
+        FLAT: f"The weights cannot be told apart at this noise ({test}). One observation scatters by {found.noise:.2g}"
+              f"{unit} (sd); over all weights the posterior mean moves by {left.spread:.2g}. No winner is claimed.",
+        MORE: f"Needs about {found.more} more trials: {gain}more than {bound}. {told}",
+        CONVERGED: f"Converged: {gain}within {bound}. {told}",
+    }[found.kind] + unsaid  # fmt: skip
 
 
 def _compared(search: Search, names: Sequence[str]) -> str:
@@ -297,8 +313,9 @@ def overfitting(search: Search, trials: Sequence[Mapping]) -> Check:
     best = table[table["proxy"] >= table["proxy"].median()]
     rho, top = rank_correlation(table["proxy"], table["gold"]), rank_correlation(best["proxy"], best["gold"])
     here = [t["gold"] for t in trials if tuple(t["point"]) == search.incumbent()[0]]
+    at_best = f"{np.mean(here):.2f}" if here else "not known"
     text = (f"rank correlation of proxy and gold {rho} over {len(table)} trials, {top} over the {len(best)} of higher "
-            f"proxy; gold at the incumbent {np.mean(here):.2f}, best trial {table['gold'].max():.2f}")  # fmt: skip
+            f"proxy; gold at the incumbent {at_best}, best trial {table['gold'].max():.2f}")  # fmt: skip
     found = True if rho.high < 0 or top.high < 0 else False if rho.low > 0 else None
     return Check("reward overfitting", found, rho.mean, text)
 

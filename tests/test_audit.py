@@ -52,7 +52,7 @@ def known():
 @pytest.fixture(scope="module")
 def early():
     """The same bowl after few and noisier trials."""
-    return on_simplex(3, 8, bowl, 0.06, seed=1)
+    return on_simplex(3, 8, bowl, 0.15, seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -155,8 +155,8 @@ def test_repeats_of_a_point_count_as_observations():
     """Two points, five times each: apart they are told apart, mixed they are not; two values never are."""
     points = [(1.0, 0.0)] * 5 + [(0.0, 1.0)] * 5
     jitter = 0.1 * np.random.default_rng(0).normal(size=10)
-    assert audit.p_flat(with_values(points, jitter + [1] * 5 + [0] * 5)) < audit.LEVEL
-    assert audit.p_flat(with_values(points, jitter + [1, 0] * 5)) > audit.LEVEL
+    assert audit.p_flat(with_values(points, jitter + np.repeat([1, 0], 5))) < audit.LEVEL
+    assert audit.p_flat(with_values(points, jitter + np.tile([1, 0], 5))) > audit.LEVEL
     assert audit.p_flat(with_values(points[4:6], [0, 1])) == 1
 
 
@@ -261,9 +261,9 @@ def test_leaving_one_out_is_conditioning_on_the_others(early):
     found, model = audit.leave_one_out(early), early.model()
     with torch.no_grad():
         prior = model.forward(model.train_inputs[0])
-    m, K = prior.mean.numpy(), prior.covariance_matrix.numpy()
+        m, K = prior.mean.numpy(), prior.covariance_matrix.numpy()
     center, scale = np.mean(early.values), np.std(early.values, ddof=1)
-    y, noise = (np.array(early.values) - center) / scale, (0.06 / scale) ** 2
+    y, noise = (np.array(early.values) - center) / scale, (0.15 / scale) ** 2
     for i in range(len(y)):
         rest = [j for j in range(len(y)) if j != i]
         gain = np.linalg.solve(K[np.ix_(rest, rest)] + noise * np.eye(len(rest)), K[rest, i])
@@ -283,12 +283,12 @@ def test_other_models_are_audited_alike(strategy):
 
 
 def test_unknown_noise_is_the_models_own(early):
-    np.testing.assert_allclose(audit.noise_variance(early), 0.06**2)
+    np.testing.assert_allclose(audit.noise_variance(early), 0.15**2)
     search = Search(early.space)
     for point, value in zip(early.points, early.values):
         search.observe(point, value)
     variance = audit.noise_variance(search)
-    assert variance.shape == (12,) and np.ptp(variance) == 0 and 0.02 < math.sqrt(variance[0]) < 0.3
+    assert variance.shape == (12,) and np.ptp(variance) == 0 and 0.04 < math.sqrt(variance[0]) < 0.5
 
 
 def test_q_squared_compares_with_the_mean_of_the_others():
@@ -309,10 +309,29 @@ def test_good_predictions_are_told_from_bad_ones(known, nothing):
 
 def test_phases_follow_the_start_of_the_search():
     search = on_simplex(3, 6, bowl, 0.1, initial=4)
-    assert audit.phases(search).tolist() == ["anchor"] * 4 + ["quasi-random"] * 4 + ["chosen"] * 2
-    assert audit.phases(audit.until(search, 5)).tolist() == ["anchor"] * 4 + ["quasi-random"]
+    assert audit.phases(search) == ["anchor"] * 4 + ["quasi-random"] * 4 + ["chosen"] * 2
+    assert audit.phases(audit.until(search, 5)) == ["anchor"] * 4 + ["quasi-random"]
     drawn = on_simplex(3, 6, bowl, 0.1, initial=4, strategy="sobol", anchors=False)
     assert set(audit.phases(drawn)) == {"quasi-random"} and len(audit.phases(drawn)) == 10
+    again = searched(Space(2), [*Space(2).anchors() * 2, (1.0, 0.0)], flat, 0.1, replicates=2, initial=0)
+    assert audit.phases(again) == ["anchor"] * 6 + ["chosen"]  # a vertex once more
+
+
+def test_noise_is_split_into_prompts_and_seeds(early):
+    parts = audit.noise_parts(early).set_index("noise")["sd"]
+    assert parts["prompts and responses"] == pytest.approx(0.15) == parts["one observation"]
+    assert math.isnan(parts["another seed, beyond that"]) and "another seed" in audit.verdict(early, NAMES).text
+    search, rng = Search(Space(2), replicates=10), np.random.default_rng(0)
+    for point in search.start[:30]:
+        search.observe(point, point[0] + 0.4 * rng.normal(), 0.3)
+    table = audit.noise_parts(search).set_index("noise")
+    within, between, one = table["sd"]
+    assert within == pytest.approx(0.3) and one == pytest.approx(0.4, abs=0.08)
+    assert one == pytest.approx(math.hypot(within, between))
+    assert table["known by"].tolist()[:2] == ["standard errors of 30 trials", "27 repeats of a point"]
+    assert "tried twice" not in audit.verdict(search, NAMES[:2]).text
+    unknown = with_values(early.points, early.values)
+    assert math.isnan(audit.noise_parts(unknown)["sd"][0]) and audit.noise_parts(unknown)["sd"][2] > 0
 
 
 def test_chosen_trials_are_compared_with_quasi_random_ones():

@@ -120,7 +120,7 @@ def test_calibration_tells_what_its_intervals_miss(pair):
     assert counts == {"holds it": len(left_out) - misses, "misses it": misses} and misses >= 1
     points, _, (bars,) = ax.containers[0].lines
     inside = left_out[left_out["z"].abs() <= 1.96]
-    np.testing.assert_allclose(points.get_ydata(), inside["mean"])
+    np.testing.assert_allclose(points.get_ydata().astype(float), inside["mean"])
     assert np.ptp(bars.get_segments()[0][:, 1]) == pytest.approx(2 * 1.96 * inside["sd"].iloc[0])
 
 
