@@ -1,10 +1,12 @@
-"""python -m dense_rlhf run|train|check|report|list"""
+"""python -m dense_rlhf run|search|train|check|report|list"""
 
 from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from dense_rlhf.types import InputError
@@ -58,6 +60,24 @@ def _train(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _search(arguments: argparse.Namespace) -> int:
+    from dense_rlhf.params import load_study
+    from dense_rlhf.train import search
+
+    def said(trials: range) -> Iterator[int]:
+        for done in trials:
+            print(f"{done} of {trials.stop} trials have ended", flush=True)
+            yield done
+
+    study = load_study(Path(arguments.study), arguments.set or ())
+    run, learned = search(study, arguments.arm, said)
+    if learned:
+        print(f"incumbent: {', '.join(f'{s} {w:.3f}' for s, w in zip(learned.sources, learned.weights))}")
+    again = shlex.join(["run", arguments.study, *(part for pair in arguments.set or () for part in ("--set", pair))])
+    print(f"in {run.path}; audited, and trained with, by\n  python -m dense_rlhf {again}")
+    return 0
+
+
 def _report(arguments: argparse.Namespace) -> int:
     from dense_rlhf.grid import expand, runs_folder
     from dense_rlhf.params import load_study
@@ -107,13 +127,15 @@ def main(argv: list[str] | None = None) -> int:
     for name, act, text in (("run", _run, "run a study's grid of notebooks and render its reports"),
                             ("check", _check, "resolve all that a study needs except weights; its memory and time"),
                             ("train", _train, "train one policy of a study; also under accelerate launch"),
+                            ("search", _search, "learn an arm's weights; any number of these share the trials"),
                             ("report", _report, "render the reports of a study's finished runs again")):  # fmt: skip
         command = commands.add_parser(name, help=text)
         command.add_argument("study", help="a YAML file, such as params/reviews.yaml")
         command.add_argument("--set", action="append", metavar="KEY=VALUE", help="override one parameter; repeatable")
         command.set_defaults(act=act)
-        if name == "train":
+        if name in ("train", "search"):
             command.add_argument("--arm", required=True, help="the reward shape, one of the study's")
+        if name == "train":
             command.add_argument("--seed", type=int, default=0)
             command.add_argument("--tensorboard", action="store_true", help="write events beside the run")
         if name == "run":

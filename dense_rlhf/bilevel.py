@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import json
-import os
+import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 
 from dense_rlhf import ppo
 from dense_rlhf.additive import AdditiveJudge, load_gold_judge, load_lexicon
 from dense_rlhf.attribution import attribute
-from dense_rlhf.bayesopt import SimplexSearch
-from dense_rlhf.checkpoint import keep, resume, save_failure
+from dense_rlhf.bayesopt import Point, Search, Space
+from dense_rlhf.checkpoint import keep, resume, save_failure, save_policy
 from dense_rlhf.data import Dataset, load_data
 from dense_rlhf.health import Sign, diagnose
 from dense_rlhf.implicit import load_implicit
 from dense_rlhf.judge import win_rate
+from dense_rlhf.ledger import Halfway, Ledger, lock
 from dense_rlhf.models import LanguageModel, default_device, load_policy
 from dense_rlhf.params import AttributionParams, BOParams, DataParams, PolicyParams, PPOParams, RewardParams
 from dense_rlhf.policy import PolicyWithValue, trainable_copy, value_probe
@@ -32,7 +35,7 @@ from dense_rlhf.reward_model import RewardModel
 from dense_rlhf.rewards import load_reward_model
 from dense_rlhf.rollout import appraise, prompt_batches, respond, response_texts
 from dense_rlhf.shaping import shape_diagnostics, shape_rewards
-from dense_rlhf.store import content_key, package_sha256
+from dense_rlhf.store import content_key, package_sha256, remove_checkpoints, write_folder, write_json
 from dense_rlhf.types import InputError, Prompt, Responses, RewardShape, Rollout
 
 OTHERS = 1_000_000_007  # between the sampling seeds of two processes
@@ -121,12 +124,13 @@ class TrainedPolicy:
 def train_policy(
     task: Task, shape: RewardShape, params: PPOParams, attribution: AttributionParams, seed: int,
     progress: Callable = iter, watch: Callable[[dict], None] | None = None, folder: Path | None = None,
-    processes: Alone | None = None,
+    processes: Alone | None = None, until: Callable[[list[dict]], bool] | None = None,
 ) -> TrainedPolicy:  # fmt: skip
     """Inner loop: sample, explain, shape, improve. Same arguments give the same history on one machine.
 
     `watch` is called with each row of metrics. A training that was cut short goes on from its checkpoint in `folder`,
-    and one that meets a number that is not finite leaves its rollout there and raises `Diverged`.
+    and one that meets a number that is not finite leaves its rollout there and raises `Diverged`. `until` is asked
+    before every update, with the rows so far, whether to end there; where and why is no part of a checkpoint.
     """
     torch.manual_seed(seed)
     learner = ppo.make_learner(task.fresh_policy(), params, seed, processes)
@@ -134,6 +138,8 @@ def train_policy(
     history, seconds = resume(folder, key, learner)
     batches = islice(prompt_batches(task.data.train_prompts, params.rollouts, seed), len(history), None)
     for step in progress(range(len(history), params.updates)):
+        if until and until(history):
+            break
         try:
             row, took = _improve(task, learner, shape, params, attribution, next(batches), step, seed)
         except ppo.Diverged as error:
@@ -153,10 +159,14 @@ def train_policy(
 
 def _training_key(task: Task, shape: RewardShape, params: PPOParams, attribution: AttributionParams, seed: int) -> str:
     """What decides a training: a checkpoint of another is not resumed."""
-    settings = [asdict(part) for part in (shape, replace(params, checkpoint_every=1), attribution, task.policy)]
+    return content_key([asdict(shape), *_decisive(task, params, attribution), seed, package_sha256()])
+
+
+def _decisive(task: Task, params: PPOParams, attribution: AttributionParams) -> list:
+    """What decides a training beside its shape, its seed and the code."""
+    settings = [asdict(part) for part in (replace(params, checkpoint_every=1), attribution, task.policy)]
     proxy = task.reward_model.offset, task.reward_model.scale, str(task.reward_model.dtype)
-    prompts = [str(prompt) for prompt in task.data.train_prompts]
-    return content_key([*settings, seed, task.revisions, proxy, prompts, package_sha256()])
+    return [*settings, task.revisions, proxy, [str(prompt) for prompt in task.data.train_prompts]]
 
 
 def _improve(
@@ -168,8 +178,7 @@ def _improve(
     policy = together.unwrap(learner.policy)
     mine = task.roll(policy, together.share(prompts), params, seed * 100_003 + step + OTHERS * together.rank)
     clock.append(time.perf_counter())
-    sources = [source for source, weight in zip(shape.sources, shape.weights) if weight > 0]
-    attributions = attribute(task.reward_model, mine, sources, attribution)
+    attributions = attribute(task.reward_model, mine, list(shape.weighted), attribution)
     shaped = shape_rewards(mine, attributions, shape)
     diagnostics = together.average(shape_diagnostics(mine, attributions, shape))
     clock.append(time.perf_counter())
@@ -223,50 +232,156 @@ def judge_against_reference(
 # ---------------------------------------------------------------------------------------------------- outer loop
 
 
-def append_line(path: Path, event: dict) -> None:
-    """Append one JSON line and force it to disk, in place of a last line that a crash cut short."""
-    line = json.dumps(event, allow_nan=False) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab+") as file:
-        file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
-        file.write(line.encode())
-        file.flush()
-        os.fsync(file.fileno())
+def search_space(shape: RewardShape, bo: BOParams) -> Space:
+    """Points are the weights of the sources, then, where searched, log temperatures, the sign switch, and slopes.
+
+    Slopes are a row a source, a number a feature; the last source's are zero, since only differences matter.
+    Raises `InputError` where numbers are searched that change nothing.
+    """
+    bo.check(shape)
+    K = len(shape.sources)
+    temperatures = {"fixed": 0, "shared": 1, "each": K}[bo.temperature]
+    bounds = ((math.log(bo.temperature_low), math.log(bo.temperature_high)),) * temperatures
+    slopes = ((-bo.slope, bo.slope),) * ((K - 1) * len(bo.features))
+    return Space(K, bounds + ((0.0, 1.0),) * bo.signs + slopes, (temperatures,) * bo.signs)
 
 
-def read_ledger(path: Path) -> list[dict]:
-    """The complete lines of a ledger; a last line that a crash cut short is left out."""
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
+def shape_at(shape: RewardShape, bo: BOParams, point: Point) -> RewardShape:
+    """The shape that a point of `search_space` stands for; what is not searched is the given shape's."""
+    K, F, extras = len(shape.sources), len(bo.features), list(point[len(shape.sources) :])
+    found = {"weights": tuple(point[:K])}
+    if bo.temperature != "fixed":
+        n = K if bo.temperature == "each" else 1
+        logs, extras = extras[:n], extras[n:]
+        found["temperature"] = tuple(map(math.exp, logs)) if n == K else math.exp(logs[0])
+    if bo.signs:
+        found["normalise"] = "signed" if extras.pop(0) else "softmax"
+    if F:
+        rows = [tuple(extras[i * F : (i + 1) * F]) for i in range(K - 1)]
+        found |= {"features": bo.features, "slopes": (*rows, (0.0,) * F)}
+    return replace(shape, **found)
 
 
 def search_shape(
     task: Task, shape: RewardShape, bo: BOParams, params: PPOParams, attribution: AttributionParams,
     prompts: Sequence[Prompt], ledger: Path, seed: int, progress: Callable = iter,
-) -> tuple[RewardShape, SimplexSearch]:  # fmt: skip
-    """Outer loop: propose weights, train a policy from the reference, observe its proxy score on held-out `prompts`.
+    objective: Callable[[pd.DataFrame], Sequence[float]] | None = None,
+) -> tuple[RewardShape, Search]:  # fmt: skip
+    """Outer loop: propose a shape, train a policy from the reference, observe its score on held-out `prompts`.
 
-    The standard error is over prompts and responses; how PPO varies from seed to seed comes on top and is not known.
-    `shape` gives sources and normalisation; its weights are ignored. Every trial is a line of `ledger`, and a search
-    that finds lines there goes on behind them. Returns the incumbent's shape and the search.
+    The score is `bo.objective`, or an `objective` that makes a number a prompt of the table of `evaluate`; its standard
+    error is over prompts and responses, and how PPO varies from seed to seed comes on top. The weights of `shape` are
+    ignored. Any number of processes may search on one `ledger` (see `dense_rlhf.ledger`); each goes on with what it
+    finds there, and ends when all trials have. Returns the incumbent's shape and the search, and leaves the incumbent's
+    policy in the folder `policy` beside the ledger. Raises `InputError` for the ledger of another search.
     """
-    search, trial_params = SimplexSearch(len(shape.sources), bo.initial, seed), replace(params, updates=bo.updates)
-    settings = [asdict(shape) | {"weights": None}, asdict(trial_params), asdict(attribution)]
-    key = content_key([*settings, bo.initial, seed, len(prompts), task.revisions])
-    for event in read_ledger(ledger):
-        if event["search"] != key:
-            raise InputError(f"{ledger} is of another search, of sources {event['sources']}; move it away")
-        search.observe(tuple(event["weights"]), event["value"], event["standard_error"])
-    for trial in progress(range(len(search.values), bo.trials)):
-        weights, start = search.suggest(), time.perf_counter()
-        trained = train_policy(task, replace(shape, weights=weights), trial_params, attribution, seed + 1000 * trial)
-        judged = evaluate(task, trained.policy, prompts, params, seed + 1000 * trial)
-        value, error = float(judged["proxy"].mean()), float(judged["proxy"].sem())
-        search.observe(weights, value, error)
-        append_line(ledger, {
-            "search": key, "trial": trial, "sources": list(shape.sources), "weights": list(weights), "value": value,
-            "standard_error": error, "gold": float(judged["gold"].mean()),
-            "kl": float(judged["kl"].mean()), "seed": seed + 1000 * trial, "seconds": time.perf_counter() - start,
-        })  # fmt: skip
-    return replace(shape, weights=search.incumbent()[0]), search
+    params = replace(params, updates=bo.updates)
+    key = _search_key(task, shape, bo, params, attribution, prompts, seed, objective)
+    empty = partial(Search, search_space(shape, bo), bo.strategy, bo.initial, bo.anchors, bo.replicates, seed)
+    book = Ledger(ledger, empty, bo.trials, seed, {"search": key, "sources": list(shape.sources)})
+    judge = objective or partial(OBJECTIVES[bo.objective], bo)
+    trials = Trials(task, shape, bo, params, attribution, tuple(prompts), judge, book)
+    search = book.run(trials.run, trials.ended, progress)
+    trials.keep_incumbent(search)
+    return shape_at(shape, bo, search.incumbent()[0]), search
+
+
+def _search_key(
+    task: Task, shape: RewardShape, bo: BOParams, params: PPOParams, attribution: AttributionParams,
+    prompts: Sequence[Prompt], seed: int, objective: Callable | None,
+) -> str:  # fmt: skip
+    """What decides a search beside the code, which every line of its ledger names; more trials make no other search."""
+    settings = [asdict(shape) | {"weights": None}, asdict(bo) | {"trials": None}, seed, list(map(str, prompts))]
+    return content_key([*settings, *_decisive(task, params, attribution), getattr(objective, "__qualname__", None)])
+
+
+@dataclass(frozen=True)
+class Trials:
+    """What a trial of a search is, and what is kept of it."""
+
+    task: Task
+    shape: RewardShape
+    bo: BOParams
+    params: PPOParams  # of a trial
+    attribution: AttributionParams
+    prompts: tuple[Prompt, ...]
+    objective: Callable[[pd.DataFrame], Sequence[float]]
+    book: Ledger
+
+    def __post_init__(self):
+        if len(self.prompts) < 2:
+            raise InputError(f"{len(self.prompts)} held-out prompts tell no standard error; wanted at least 2")
+
+    @property
+    def policy(self) -> Path:
+        """The folder of the incumbent's policy."""
+        return self.book.path.with_name("policy")
+
+    def train(self, row: dict, until: Callable[[list[dict]], bool] | None = None) -> TrainedPolicy:
+        """The policy of a trial, from the reference, at its point and with its seed."""
+        shape = shape_at(self.shape, self.bo, row["point"])
+        return train_policy(self.task, shape, self.params, self.attribution, row["seed"], folder=self._folder(row),
+                            until=until)  # fmt: skip
+
+    def run(self, row: dict) -> tuple[dict, TrainedPolicy | None]:
+        """Train and judge one trial: its event in the ledger, and its policy."""
+        halfway, rung = Halfway.of(self.book.rows()), max(self.params.updates // 2, 1)
+        stops = self.bo.stop_early and row["point"] not in self.book.empty().space.anchors()  # whose repeats tell noise
+        until = (lambda history: len(history) == rung and halfway.stops(history[-1]["proxy"])) if stops else None
+        try:
+            trained = self.train(row, until)
+        except ppo.Diverged as error:
+            return {"event": "failed", "reason": str(error)}, None
+        means, proxy = trained.history.mean(), list(trained.history["proxy"])
+        ess = {name.removeprefix("ess/"): mean for name, mean in means.items() if name.startswith("ess/")}
+        about = {"updates": len(proxy), "history": proxy, "rung": proxy[rung - 1], "ess": ess}
+        if len(proxy) == self.params.updates:
+            return {"event": "observed"} | self.judge(trained.policy, row["seed"]) | about, trained
+        value, error = halfway.foretell(about["rung"])
+        about |= {"value": value, "standard_error": error, "correlation": halfway.correlation}
+        return {"event": "stopped"} | about, trained
+
+    def judge(self, policy: PolicyWithValue, seed: int) -> dict[str, float | None]:
+        """The value of a policy, its standard error over prompts, and the judgements that it is not made of."""
+        judged = evaluate(self.task, policy, self.prompts, self.params, seed)
+        each = np.asarray(self.objective(judged), dtype=float)
+        if each.shape != (len(judged),):
+            raise InputError(f"the objective gave shape {each.shape}, wanted a number for each of {len(judged)}")
+        error, means = float(each.std(ddof=1) / len(each) ** 0.5), dict(judged[["proxy", "gold", "kl"]].mean())
+        return {"value": float(each.mean()), "standard_error": error or None} | means
+
+    def ended(self, row: dict, trained: TrainedPolicy | None) -> None:
+        """Forget the checkpoints of a trial that is recorded, and keep its policy where its point leads the search."""
+        remove_checkpoints(self._folder(row))
+        search = self.book.replay()
+        if row["status"] == "observed" and len(search.values) > 1 and search.incumbent()[0] == row["point"]:
+            self._keep(row, trained)
+
+    def keep_incumbent(self, search: Search) -> None:
+        """Train the incumbent's policy again where another trial's took its place in between."""
+        leads = [row for row in self.book.rows() if "value" in row and row["point"] == search.incumbent()[0]]
+        with lock(self.book.folder / "policy.lock"):
+            kept = self.policy / "trial.json"
+            if not kept.exists() or json.loads(kept.read_text()) not in map(_identity, leads):
+                self._keep(leads[0], self.train(leads[0]))
+                remove_checkpoints(self._folder(leads[0]))
+
+    def _keep(self, row: dict, trained: TrainedPolicy) -> None:
+        def fill(folder: Path) -> None:
+            save_policy(trained.policy, self.task.tokenizer, folder)
+            write_json(folder / "trial.json", _identity(row))
+
+        write_folder(self.policy, fill)
+
+    def _folder(self, row: dict) -> Path:
+        return self.book.folder / f"{row['trial']:03d}"
+
+
+def _identity(row: dict) -> dict:
+    return {"point": list(row["point"])} | {name: row[name] for name in ("search", "trial", "seed")}
+
+
+OBJECTIVES: dict[str, Callable[[BOParams, pd.DataFrame], pd.Series]] = {
+    "proxy": lambda bo, judged: judged["proxy"], "gold": lambda bo, judged: judged["gold"],
+    "penalised": lambda bo, judged: judged["proxy"] - bo.kl_weight * judged["kl"],
+}  # fmt: skip

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,10 +12,13 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from dense_rlhf.ppo import Diverged
-from dense_rlhf.store import remove_checkpoints, write_json
+from dense_rlhf.store import remove_checkpoints, write_folder, write_json
 from dense_rlhf.types import InputError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from dense_rlhf.policy import PolicyWithValue
     from dense_rlhf.ppo import Learner
     from dense_rlhf.processes import Alone
 
@@ -93,18 +94,14 @@ def save_failure(folder: Path | None, step: int, error: Diverged, processes: Alo
 
 
 def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], plain: dict) -> None:
-    """Write `folder/checkpoint-STEP` under another name, rename it, then remove what is older."""
-    folder.mkdir(parents=True, exist_ok=True)
-    target, draft = folder / f"checkpoint-{step:06d}", folder / f".checkpoint-{step:06d}"
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir()
-    save_file(tensors, draft / "tensors.safetensors")
-    (draft / "state.json").write_text(json.dumps(plain), encoding="utf-8")
-    for path in (*draft.iterdir(), draft):
-        _to_disk(path)
-    shutil.rmtree(target, ignore_errors=True)  # left by other parameters
-    os.rename(draft, target)
-    _to_disk(folder)
+    """Write `folder/checkpoint-STEP`, whole or not at all, then remove what is older."""
+    target = folder / f"checkpoint-{step:06d}"
+
+    def fill(draft: Path) -> None:
+        save_file(tensors, draft / "tensors.safetensors")
+        (draft / "state.json").write_text(json.dumps(plain), encoding="utf-8")
+
+    write_folder(target, fill)
     remove_checkpoints(folder, but=target)
 
 
@@ -120,9 +117,7 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict] | None:
         raise InputError(f"{newest} cannot be read ({type(error).__name__}); remove it to train anew") from error
 
 
-def _to_disk(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def save_policy(policy: PolicyWithValue, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """The trained policy with its tokenizer, adapters merged: what `from_pretrained` and `policy.name` can read."""
+    policy.sampling_model().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -15,15 +15,20 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from dense_rlhf.attribution import SOURCES
+from dense_rlhf.context import check_features
 from dense_rlhf.data import DATASETS
+from dense_rlhf.ledger import is_live, lock, trial_seed
 from dense_rlhf.params import ABLATIONS, RunParams, ShapeParams, StudyParams
 from dense_rlhf.runs import RunFolder, artefacts, provenance, repository_root
 from dense_rlhf.store import content_key, file_sha256, package_sha256, remove_checkpoints, write_json, write_text
+from dense_rlhf.strict import parse
 from dense_rlhf.types import InputError
+
+LEARNED = ("weights", "normalise", "temperature", "features", "slopes")  # of a shape, by its search's metrics.json
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class Job:
 
 
 def check_names(study: StudyParams) -> None:
-    """Raise `InputError` for a dataset or a source that no registry has."""
+    """Raise `InputError` for a dataset, source or feature that no registry has, and for a seed that is a trial's."""
     for data in study.datasets:
         if data.name not in DATASETS:
             raise InputError(f"data.name is {data.name!r}, wanted one of {', '.join(DATASETS)}")
@@ -46,8 +51,13 @@ def check_names(study: StudyParams) -> None:
         unknown = [source for source in shape.sources if source not in SOURCES]
         if unknown:
             raise InputError(f"arms.{arm}.sources: {unknown[0]!r} is not known, wanted some of {', '.join(SOURCES)}")
+        check_features(f"arms.{arm}.features", shape.features)
         if shape.is_learned and not {"04_ppo", "05_bayesian_optimisation"} <= set(study.notebooks):
             raise InputError(f"arms.{arm} learns its weights: notebooks must name 04_ppo and 05_bayesian_optimisation")
+        trials = [trial_seed(study.seeds[0], trial) for trial in range(study.run.bo.trials)] if shape.is_learned else []
+        if known := [seed for seed in study.seeds if seed in trials]:
+            raise InputError(f"seeds: {known[0]} is a trial's of the search for arms.{arm}; policies want fresh seeds")
+    check_features("bo.features", study.run.bo.features)
 
 
 def expand(study: StudyParams) -> list[Job]:
@@ -90,32 +100,64 @@ def job_key(job: Job, flat: dict, upstream: list[str]) -> str:
     return content_key([flat, notebook, upstream, package_sha256()])
 
 
+def learned_params(job: Job, runs: Path) -> RunParams:
+    """The job's parameters, with the shape that its search among `runs` has learned, where it has one."""
+    if not job.weights_from:
+        return job.params
+    metrics = RunFolder(runs / job.weights_from).load_json("metrics.json")
+    if not metrics.get("weights"):
+        raise InputError(f"{job.name} needs the weights of {job.weights_from}, which did not finish")
+    learned = {name: metrics[name] for name in LEARNED if name in metrics}
+    return replace(job.params, shape=parse(ShapeParams, asdict(job.params.shape) | learned, "shape"))
+
+
 def prepare(job: Job, folder: Path, threads: int) -> str:
     """Write the run's `params.yaml` and return its status: `ok` where the same run is finished, else `pending`.
 
     A folder left by other parameters or other code is emptied; one left by the same is kept, and with it the ledger
-    of a search that was cut short.
+    of a search that was cut short. Raises `InputError` where that would empty a search that is running.
     """
     import yaml
 
-    params = job.params
-    if job.weights_from:
-        learned = RunFolder(folder.parent / job.weights_from).load_json("metrics.json").get("weights")
-        if not learned:
-            raise InputError(f"{job.name} needs the weights of {job.weights_from}, which did not finish")
-        params = replace(params, shape=replace(params.shape, weights=tuple(learned)))
-    flat = params.flat() | {"threads": params.threads or threads, "run_dir": str(folder)}
+    params, run = learned_params(job, folder.parent), RunFolder(folder)
+    flat = params.flat() | {"threads": params.threads or threads}
     reads = sorted(folder.parent.glob("*/key.txt")) if job.notebook == "06_comparison" else []
     upstream = [path.read_text() for path in reads if path.parent != folder]
-    key, run = job_key(job, flat, upstream), RunFolder(folder)
-    if run.load_json("run.json").get("key") == key and run.load_json("run.json").get("status") == "ok":
-        return "ok"
-    if (run.file("key.txt").read_text() if run.file("key.txt").exists() else "") != key:
-        shutil.rmtree(folder, ignore_errors=True)
-    run.file("run.json").unlink(missing_ok=True)
-    write_text(run.file("params.yaml"), yaml.safe_dump(flat, sort_keys=False, allow_unicode=True))
-    write_text(run.file("key.txt"), key)
+    with lock(folder / ".lock"):
+        left = run.file("key.txt").read_text() if run.file("key.txt").exists() else ""
+        if params.threads is None:
+            flat = _as_begun(job, flat, upstream, run, left)
+        key = job_key(job, flat, upstream)
+        if run.load_json("run.json").get("key") == key and run.load_json("run.json").get("status") == "ok":
+            return "ok"
+        if left != key:
+            _empty(folder)
+        run.file("run.json").unlink(missing_ok=True)
+        flat |= {"run_dir": str(folder)}
+        write_text(run.file("params.yaml"), yaml.safe_dump(flat, sort_keys=False, allow_unicode=True))
+        write_text(run.file("key.txt"), key)
     return "pending"
+
+
+def _as_begun(job: Job, flat: dict, upstream: list[str], run: RunFolder, left: str) -> dict:
+    """The same parameters with the threads that the folder's run began with, if it is the same run otherwise."""
+    import yaml
+
+    path = run.file("params.yaml")
+    threads = yaml.safe_load(path.read_text(encoding="utf-8"))["threads"] if path.exists() else flat["threads"]
+    begun = flat | {"threads": threads}
+    return begun if job_key(job, begun, upstream) == left else flat
+
+
+def _empty(folder: Path) -> None:
+    """Remove all but the lock."""
+    if is_live(folder / "trials.jsonl"):
+        raise InputError(f"{folder} has a search of other parameters or code that is running; end it first")
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != ".lock":
+            path.unlink()
 
 
 def execute_notebook(notebook: str, folder: Path) -> None:
@@ -197,9 +239,7 @@ def run_grid(study: StudyParams, say: Callable[[str], None]) -> list[dict]:
     start = time.time()
 
     def work(job: Job) -> dict:
-        at_once = min(study.workers, sum(other.stage == job.stage for other in jobs))
-        threads = max(1, len(os.sched_getaffinity(0)) // at_once)
-        record = run_job(job, folder / job.name, threads, 60 * study.timeout_minutes)
+        record = run_job(job, folder / job.name, threads_of(job, jobs, study.workers), 60 * study.timeout_minutes)
         records.append(record)
         say(f"{len(records):3d}/{len(jobs)}  {record['status']:8s}{record['seconds']:6.0f} s  {job.name}"
             + (f": {record['error']}" if record["error"] else "") + _left(len(records), len(jobs), start))  # fmt: skip
@@ -213,6 +253,12 @@ def run_grid(study: StudyParams, say: Callable[[str], None]) -> list[dict]:
     finally:
         pool.shutdown(cancel_futures=True)
     return sorted(records, key=lambda record: record["job"])
+
+
+def threads_of(job: Job, jobs: list[Job], workers: int) -> int:
+    """A job's share of the cores among those of its stage that run at once."""
+    at_once = min(workers, sum(other.stage == job.stage for other in jobs))
+    return max(1, len(os.sched_getaffinity(0)) // at_once)
 
 
 def _left(done: int, total: int, start: float) -> str:

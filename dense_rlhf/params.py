@@ -22,6 +22,9 @@ VALUE_STARTS = ("zero", "score")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 SAMPLERS = ("cache", "generate", "vllm")
 PLAYERS = ("tokens", "words", "sentences")
+STRATEGIES = ("gp", "saas", "additive", "random", "sobol")
+OBJECTIVES = ("proxy", "gold", "penalised")
+TEMPERATURES = ("fixed", "shared", "each")
 PLAIN = (bool, int, float, str, list, tuple, type(None))  # what a parameters cell can hold
 
 
@@ -121,7 +124,9 @@ class ShapeParams:
     sources: tuple[str, ...] = ("terminal",)
     weights: tuple[float, ...] | str = (1.0,)
     normalise: str = "softmax"
-    temperature: float = 1.0
+    temperature: float | tuple[float, ...] = 1.0  # of softmax; or a list, one a source
+    features: tuple[str, ...] = ()  # of tokens, that the weights depend on
+    slopes: tuple[tuple[float, ...], ...] = ()  # a row a source, a number a feature
 
     def __post_init__(self):
         if self.is_learned:
@@ -138,7 +143,8 @@ class ShapeParams:
     def reward_shape(self) -> RewardShape:
         """The shape; even weights where they are still to be learned."""
         even = (1 / len(self.sources),) * len(self.sources)
-        return RewardShape(self.sources, even if self.is_learned else self.weights, self.normalise, self.temperature)
+        return RewardShape(self.sources, even if self.is_learned else self.weights, self.normalise, self.temperature,
+                           self.features, self.slopes)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -201,13 +207,43 @@ class BOParams:
     """The outer loop."""
 
     trials: int = 25
-    initial: int = 5  # quasi-random points before the model chooses
+    initial: int = 5  # quasi-random points before the model chooses, behind the anchors
     updates: int = 10  # PPO updates a trial
+    anchors: bool = True  # start with each source alone and with all in equal parts
+    replicates: int = 1  # trials of each anchor, which tell how much another seed changes
+    strategy: str = "gp"
+    objective: str = "proxy"  # proxy; gold; or penalised: proxy less kl_weight times the KL, of held-out responses
+    kl_weight: float = 0.1  # proxy's sd a nat
+    stop_early: bool = False  # halfway, where trials so far show that halfway foretells the end
+    temperature: str = "fixed"  # fixed: the arm's; or searched, shared: one for all sources, each: one a source
+    temperature_low: float = 0.01
+    temperature_high: float = 1.0
+    signs: bool = False  # search also whether credit keeps its sign: signed against softmax
+    features: tuple[str, ...] = ()  # of tokens, whose slopes in the weights are searched, in place of the arm's
+    slope: float = 2.0  # slopes are searched from minus this to this
 
     def __post_init__(self):
-        if self.trials < 2 or self.initial < 2 or self.updates < 1:
-            raise InputError(f"bo has trials {self.trials}, initial {self.initial}, updates {self.updates}; "
-                             "wanted at least 2, 2 and 1")  # fmt: skip
+        least = {"trials": 2, "initial": 0 if self.anchors else 2, "updates": 4 if self.stop_early else 1,
+                 "replicates": 1, "kl_weight": 0}  # fmt: skip
+        for name, low in least.items():
+            if not low <= getattr(self, name) < math.inf:
+                raise InputError(f"bo.{name} is {getattr(self, name)}, wanted at least {low}")
+        for name, known in (("strategy", STRATEGIES), ("objective", OBJECTIVES), ("temperature", TEMPERATURES)):
+            if getattr(self, name) not in known:
+                raise InputError(f"bo.{name} is {getattr(self, name)!r}, wanted one of {', '.join(known)}")
+        low, high = self.temperature_low, self.temperature_high
+        if not 0 < low < high < math.inf:
+            raise InputError(f"bo.temperature_low, temperature_high: {low}, {high}; wanted numbers above 0, rising")
+        if not 0 < self.slope < math.inf:
+            raise InputError(f"bo.slope is {self.slope}, wanted a number above 0")
+        if len(set(self.features)) != len(self.features):
+            raise InputError(f"bo.features names a feature twice: {list(self.features)}")
+
+    def check(self, shape: ShapeParams | RewardShape) -> None:
+        """Raise `InputError` where numbers are searched that change nothing in this shape."""
+        if self.temperature != "fixed" and not self.signs and shape.normalise != "softmax":
+            raise InputError(f"bo.temperature is {self.temperature!r} for an arm with normalise {shape.normalise!r}, "
+                             "which has none; wanted 'fixed', or normalise 'softmax'")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -241,7 +277,7 @@ class RunParams:
         plain: dict[str, object] = {"arm": self.arm, "seed": self.seed, "threads": self.threads}
         for group in GROUPS:
             for name, value in asdict(getattr(self, group)).items():
-                plain[f"{group}_{name}"] = list(value) if isinstance(value, tuple) else value
+                plain[f"{group}_{name}"] = _lists(value)
         return plain
 
     @classmethod
@@ -256,6 +292,10 @@ class RunParams:
             if group in GROUPS and key and isinstance(value, PLAIN):
                 nested.setdefault(group, {})[key] = value
         return parse(cls, nested, "")
+
+
+def _lists(value: object) -> object:
+    return [_lists(item) for item in value] if isinstance(value, tuple) else value
 
 
 GROUPS: dict[str, type] = {
@@ -284,7 +324,8 @@ class StudyParams:
 
 # ---------------------------------------------------------------------------------------------------- reading
 
-STUDY_KEYS = ("study", "arms", "seeds", "notebooks", "workers", "timeout_minutes", "size", "sizes", *GROUPS)
+OPTIONS = ("seeds", "notebooks", "workers", "timeout_minutes")
+STUDY_KEYS = ("study", "arms", *OPTIONS, "threads", "size", "sizes", *GROUPS)
 
 
 def load_study(path: Path, settings: typing.Iterable[str] = ()) -> StudyParams:
@@ -309,7 +350,7 @@ def _study(merged: dict, path: Path) -> StudyParams:
     datasets = merged.get("data", {})
     datasets = datasets if isinstance(datasets, list) else [datasets]
     parsed = tuple(parse(DataParams, one, "data") for one in datasets)
-    groups = {name: merged[name] for name in GROUPS if name in merged and name != "data"}
+    groups = {name: merged[name] for name in (*GROUPS, "threads") if name in merged and name != "data"}
     if "shape" in groups:
         raise InputError("shape belongs to an arm: write arms: {my-arm: {sources: [...], weights: [...]}}")
     arms = merged.get("arms", {"sparse": {}})
@@ -323,7 +364,7 @@ def _study(merged: dict, path: Path) -> StudyParams:
             shapes[_name(name, "arms")] = parse(ShapeParams, arm, f"arms.{name}")
         except InputError as error:
             raise InputError(str(error).replace("shape.", f"arms.{name}.")) from error
-    plain = {key: merged[key] for key in ("seeds", "notebooks", "workers", "timeout_minutes") if key in merged}
+    plain = {key: merged[key] for key in OPTIONS if key in merged}
     hints = typing.get_type_hints(StudyParams)
     options = {key: cast(value, hints[key], key) for key, value in plain.items()}
     study = StudyParams(_name(merged.get("study", path.stem), "study"), shapes, parsed,
@@ -343,8 +384,10 @@ def _checked(study: StudyParams) -> StudyParams:
         raise InputError("arms: all are left out, wanted at least one")
     if not study.seeds or len(set(study.seeds)) != len(study.seeds):
         raise InputError(f"seeds is {list(study.seeds)}, wanted at least one, none twice")
-    if study.workers < 1 or not study.timeout_minutes > 0:
-        raise InputError("workers and timeout_minutes must be above 0")
+    if not min(study.workers, study.timeout_minutes, math.inf if study.run.threads is None else study.run.threads) > 0:
+        raise InputError("workers, threads and timeout_minutes must be above 0")
+    for shape in [shape for shape in study.arms.values() if shape.is_learned]:
+        study.run.bo.check(shape)
     known = NOTEBOOKS + ABLATIONS
     unknown = [n for n in study.notebooks if n not in known]
     if unknown:

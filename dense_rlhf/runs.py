@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import subprocess
@@ -16,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dense_rlhf.store import PACKAGE, file_sha256, write_json, write_text
+from dense_rlhf.store import PACKAGE, file_sha256, finite, write_json, write_text
 from dense_rlhf.types import InputError
 
 if TYPE_CHECKING:
@@ -53,17 +52,6 @@ class RunFolder:
         """A JSON file of this run, empty where it is not there."""
         path = self.file(name)
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def finite(value: object) -> object:
-    """The same value with NaN and infinities, which JSON lacks, as None."""
-    if isinstance(value, dict):
-        return {str(key): finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    if hasattr(value, "item") and not isinstance(value, (str, bytes)):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def repository_root() -> Path:

@@ -1,19 +1,21 @@
-"""Train one policy of a study outside a notebook, in one process or in several that accelerate started."""
+"""Train one policy of a study, or search for an arm's weights, outside a notebook: in one process or in several."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dense_rlhf.params import RunParams, StudyParams, load_study
-from dense_rlhf.runs import RunFolder, finite, provenance, repository_root
-from dense_rlhf.store import remove_checkpoints, write_json
-from dense_rlhf.types import InputError
+from dense_rlhf.grid import expand, prepare, runs_folder, threads_of
+from dense_rlhf.params import RunParams, ShapeParams, StudyParams, load_study
+from dense_rlhf.runs import RunFolder, provenance, repository_root
+from dense_rlhf.store import finite, remove_checkpoints, write_json
+from dense_rlhf.strict import read_yaml
+from dense_rlhf.types import InputError, RewardShape
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,14 +25,19 @@ if TYPE_CHECKING:
 
 def one_run(study: StudyParams, arm: str, seed: int) -> RunParams:
     """The parameters of one policy of a study. Raises `InputError` for an arm that it lacks or must first learn."""
-    if arm not in study.arms:
-        raise InputError(f"--arm is {arm!r}, wanted one of {', '.join(study.arms)}")
-    if study.arms[arm].is_learned:
+    if _known(study, arm).is_learned:
         raise InputError(f"arms.{arm}.weights are learned by the outer loop; run the study, or give them: "
                          f"--set 'arms.{arm}.weights=[0.5, 0.5]'")  # fmt: skip
+    return replace(study.run, data=study.datasets[0], arm=arm, seed=seed, shape=study.arms[arm])
+
+
+def _known(study: StudyParams, arm: str) -> ShapeParams:
+    """An arm of a study of one dataset."""
+    if arm not in study.arms:
+        raise InputError(f"--arm is {arm!r}, wanted one of {', '.join(study.arms)}")
     if len(study.datasets) != 1:
         raise InputError(f"the study has {len(study.datasets)} datasets; choose one with --set 'data={{name: ...}}'")
-    return replace(study.run, data=study.datasets[0], arm=arm, seed=seed, shape=study.arms[arm])
+    return study.arms[arm]
 
 
 def train_folder(study: StudyParams, arm: str, seed: int) -> RunFolder:
@@ -70,22 +77,48 @@ def _write(
     run: RunFolder, task: Task, trained: TrainedPolicy, judged: pd.DataFrame, params: RunParams, world: int
 ) -> None:
     """Write all that is left of a training; the checkpoint goes last."""
+    from dense_rlhf.checkpoint import save_policy
+
     for name, table in {"history": trained.history, "seconds": trained.seconds, "evaluation": judged}.items():
         run.save_table(name, table)
     means = judged[["proxy", "gold", "kl", "win", "reference_gold"]].mean().to_dict()
     warnings = [sign._asdict() for sign in trained.warnings]
     run.save_metrics(means | {"warnings": warnings, "revisions": task.revisions})
-    save_policy(task, trained, run.path / "policy")
+    save_policy(trained.policy, task.tokenizer, run.path / "policy")
     write_json(run.file("run.json"), {
         "job": run.path.name, "notebook": "train", "arm": params.arm, "seed": params.seed, "status": "ok",
         "dataset": params.data.name, "processes": world, "params": finite(params.flat()), **provenance()})  # fmt: skip
     remove_checkpoints(run.path)
 
 
-def save_policy(task: Task, trained: TrainedPolicy, folder: Path) -> None:
-    """The trained policy with its tokenizer, adapters merged: what `from_pretrained` and `policy.name` can read."""
-    trained.policy.sampling_model().save_pretrained(folder)
-    task.tokenizer.save_pretrained(folder)
+def search(study: StudyParams, arm: str, progress: Callable = iter) -> tuple[RunFolder, RewardShape | None]:
+    """Learn an arm's weights where the study's notebook 05 looks for them; the shape is None where that has ended.
+
+    The ledger is `trials.jsonl` of the folder, the incumbent's policy `policy/`. Any number of these may be started, on
+    machines that share the checkout, also while the study runs: each takes the next trial until none is left. All take
+    the threads that the first began with. Raises `InputError` for an arm that learns nothing.
+    """
+    if not _known(study, arm).is_learned:
+        learned = ", ".join(name for name, shape in study.arms.items() if shape.is_learned)
+        raise InputError(f"arms.{arm}.weights are given, nothing is to be learned; these are: {learned or 'none'}")
+    jobs = expand(study)
+    job = next(job for job in jobs if (job.notebook, job.params.arm) == ("05_bayesian_optimisation", arm))
+    run = RunFolder(runs_folder(study) / job.name)
+    if prepare(job, run.path, threads_of(job, jobs, study.workers)) == "ok":
+        return run, None
+    return run, _search(RunParams.from_flat(read_yaml(run.file("params.yaml"))), run, progress)
+
+
+def _search(params: RunParams, run: RunFolder, progress: Callable) -> RewardShape:
+    import torch
+
+    from dense_rlhf.bilevel import load_task, search_shape
+
+    torch.set_num_threads(params.threads)
+    task = load_task(params.data, params.policy, params.reward, params.ppo)
+    prompts, shape = task.data.validation_prompts[: params.evaluation.prompts], params.shape.reward_shape()
+    return search_shape(task, shape, params.bo, params.ppo, params.attribution, prompts, run.file("trials.jsonl"),
+                        params.seed, progress)[0]  # fmt: skip
 
 
 def launch(

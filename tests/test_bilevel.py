@@ -1,4 +1,4 @@
-"""The two loops on a task small enough to train in a second."""
+"""The inner loop on a task small enough to train in a second."""
 
 from dataclasses import replace
 
@@ -10,12 +10,12 @@ from conftest import PROMPTS
 from dense_rlhf import bilevel, ppo
 from dense_rlhf.additive import AdditiveJudge
 from dense_rlhf.attribution import attribute
-from dense_rlhf.bilevel import Task, append_line, evaluate, read_ledger, search_shape, train_policy
+from dense_rlhf.bilevel import Task, evaluate, train_policy
 from dense_rlhf.data import Dataset
 from dense_rlhf.models import LanguageModel
-from dense_rlhf.params import AttributionParams, BOParams, PolicyParams, PPOParams
+from dense_rlhf.params import AttributionParams, PolicyParams, PPOParams
 from dense_rlhf.shaping import shape_rewards
-from dense_rlhf.types import InputError, LabelledText, RewardShape
+from dense_rlhf.types import LabelledText, RewardShape
 
 PARAMS = PPOParams(updates=3, rollouts=4, max_new_tokens=6, minibatch=2, lr=1e-2)
 EXPLAIN = AttributionParams(lime_samples=8)
@@ -101,89 +101,3 @@ def test_evaluate_judges_one_response_a_prompt(task):
     assert table["gold"].tolist() == [task.gold.score(text) for text in table["response"]]
     assert table["kl"].abs().max() < 1e-5 and table["proxy"].nunique() > 1
     pd.testing.assert_frame_equal(table, evaluate(task, task.reference, PROMPTS, PARAMS, seed=0), check_exact=True)
-
-
-# ---------------------------------------------------------------------------------------------------- outer loop
-
-BO = BOParams(trials=5, initial=3, updates=1)
-
-
-def search(task, ledger, trials=5, shape=MIXED):
-    return search_shape(task, shape, replace(BO, trials=trials), PARAMS, EXPLAIN, PROMPTS[:4], ledger, seed=1)
-
-
-@pytest.fixture(scope="module")
-def unbroken(task, tmp_path_factory):
-    path = tmp_path_factory.mktemp("search") / "ledger.jsonl"
-    return search(task, path), path
-
-
-def weights_of(path):
-    return [event["weights"] for event in read_ledger(path)]
-
-
-def test_search_writes_a_line_a_trial_and_returns_an_evaluated_shape(unbroken):
-    (shape, found), path = unbroken
-    events = read_ledger(path)
-    assert [event["trial"] for event in events] == list(range(5)) and len(set(map(str, weights_of(path)))) == 5
-    assert shape.weights in found.weights and replace(shape, weights=MIXED.weights) == MIXED
-    assert [event["value"] for event in events] == found.values
-    assert all(event["standard_error"] > 0 for event in events)
-
-
-def test_every_trial_has_a_seed_of_its_own_and_can_be_repeated(task, unbroken):
-    event = read_ledger(unbroken[1])[3]
-    assert event["seed"] == 3001
-    shape = replace(MIXED, weights=tuple(event["weights"]))
-    trained = train_policy(task, shape, replace(PARAMS, updates=1), EXPLAIN, event["seed"])
-    judged = evaluate(task, trained.policy, PROMPTS[:4], PARAMS, event["seed"])
-    assert judged["proxy"].mean() == event["value"]
-
-
-@pytest.mark.parametrize("done", [2, 4])
-def test_a_resumed_search_proposes_what_an_unbroken_one_does(task, unbroken, tmp_path, done):
-    lines = unbroken[1].read_text().splitlines(keepends=True)
-    path = tmp_path / "ledger.jsonl"
-    path.write_text("".join(lines[:done]))
-    shape, found = search(task, path)
-    assert weights_of(path) == weights_of(unbroken[1])
-    assert found.values == unbroken[0][1].values and shape == unbroken[0][0]
-
-
-def test_a_line_cut_by_a_crash_is_done_again(task, unbroken, tmp_path):
-    text = unbroken[1].read_text()
-    path = tmp_path / "ledger.jsonl"
-    path.write_text(text[:-40])
-    assert len(read_ledger(path)) == 4
-    search(task, path)
-    assert weights_of(path) == weights_of(unbroken[1])  # and the ledger can be read again
-
-
-def test_append_after_a_cut_line_keeps_the_ledger_readable(tmp_path):
-    path = tmp_path / "folder" / "ledger.jsonl"
-    append_line(path, {"a": 1})
-    with open(path, "a") as file:
-        file.write('{"a": 2, "b')
-    append_line(path, {"a": 3})
-    append_line(path, {"a": 4})
-    assert read_ledger(path) == [{"a": 1}, {"a": 3}, {"a": 4}]
-
-
-def test_a_ledger_refuses_nan_and_a_missing_one_is_empty(tmp_path):
-    assert read_ledger(tmp_path / "none.jsonl") == []
-    with pytest.raises(ValueError):
-        append_line(tmp_path / "ledger.jsonl", {"value": float("nan")})
-    assert read_ledger(tmp_path / "ledger.jsonl") == []
-
-
-def test_a_ledger_of_other_sources_raises(task, unbroken):
-    before = unbroken[1].read_text()
-    with pytest.raises(InputError, match="another search"):
-        search(task, unbroken[1], shape=RewardShape(("lime", "uniform", "terminal"), (0.5, 0.25, 0.25)))
-    assert unbroken[1].read_text() == before
-
-
-def test_a_finished_search_trains_nothing(task, unbroken, monkeypatch):
-    monkeypatch.setattr(bilevel, "train_policy", None)
-    shape, found = search(task, unbroken[1])
-    assert shape == unbroken[0][0] and len(found.values) == 5

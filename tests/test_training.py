@@ -90,7 +90,7 @@ def test_a_checkpoint_that_cannot_be_read_says_so(task, tmp_path):
 
 
 def test_half_a_checkpoint_is_never_seen(task, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint.os, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("os.rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         train_policy(task, SPARSE, PARAMS, EXPLAIN, 0, folder=tmp_path)
     assert checkpoint.load_checkpoint(tmp_path) is None
