@@ -5,6 +5,7 @@ import math
 import os
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import RATIONALES
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dense_rlhf.attribution import attribute, available
+from dense_rlhf.attribution.agreement import score_unit
 from dense_rlhf.attribution.gold_labels import MarkedText, parse_tree, text_rollout
 from dense_rlhf.attribution.rationales import PRIOR, fit_words, load_rationale_judge, load_rationales
 from dense_rlhf.params import AttributionParams
@@ -137,3 +139,15 @@ def test_without_a_file_it_is_not_available(reward_model, rollout):
     assert "log_ratio" not in available(replace(reward_model, implicit=None), PARAMS)
     with pytest.raises(InputError, match="set attribution.rationale_path"):
         attribute(reward_model, rollout, ["rationale"], AttributionParams())
+
+
+def test_a_unit_is_the_slope_of_the_score_on_the_sums():
+    credit = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(40, generator=torch.Generator().manual_seed(1))
+    scores = 3 - 0.5 * credit.sum(-1) + noise
+    unit, r2 = score_unit(credit, scores)
+    sums = credit.sum(-1).numpy()
+    assert unit == pytest.approx(np.polyfit(sums, scores.numpy(), 1)[0], abs=1e-5)
+    assert r2 == pytest.approx(np.corrcoef(sums, scores.numpy())[0, 1] ** 2, abs=1e-5)
+    assert score_unit(credit, 2 * credit.sum(-1) + 1) == pytest.approx((2, 1), abs=1e-5)
+    assert all(np.isnan(score_unit(0 * credit, scores)))

@@ -90,6 +90,15 @@ def test_signed_keeps_differences_of_credit(rollout):
         assert torch.allclose(rewards[row][keep].diff(), credit[row][keep].diff(), atol=1e-5)
 
 
+@given(st.floats(0, 1))
+def test_a_mixture_with_an_even_spread_scales_signed_credit(attributions, rollout, unit):
+    """So credit in other units, such as people's, is brought into score units by its weight."""
+    credit, shape = attributions["shap"].credit, RewardShape(("shap", "uniform"), (unit, 1 - unit), "signed")
+    rewards = shape_rewards(rollout, attributions, shape)
+    rest = (rollout.scores - unit * credit.sum(-1)) / rollout.mask.sum(-1)
+    assert torch.allclose(rewards, (unit * credit + rest[:, None]) * rollout.mask, atol=1e-5)
+
+
 def test_sum_is_the_share_of_the_score(rollout):
     credit = torch.rand(rollout.mask.shape, generator=torch.Generator().manual_seed(1)) + 0.1
     shape = RewardShape(("x",), (1.0,), "sum")
