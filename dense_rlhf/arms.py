@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from dense_rlhf.bilevel import Task, _training_key, append_line, judge_against_reference, read_ledger, train_policy
+from dense_rlhf.bilevel import Task, _training_key, judge_against_reference, train_policy
+from dense_rlhf.ledger import append_line, read_ledger
 from dense_rlhf.params import RunParams
 from dense_rlhf.store import content_key
 from dense_rlhf.types import Prompt, RewardShape
