@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 ENDS = ("observed", "stopped", "failed")
 FAILURES = 3  # one after another end a search
 COMPLETE, CORRELATION = 5, 0.7  # trials, and their rank correlation of halfway and end, that let others stop halfway
+ALONE = "ledger.lock"
 Left = TypeVar("Left")  # what a trial leaves beside its numbers, such as a policy
 
 
@@ -109,10 +110,14 @@ def trials(path: Path) -> list[dict]:
 
 
 def is_live(path: Path) -> bool:
-    """Whether a process is at work on this ledger now."""
-    found = [lock(held, wait=False) for held in path.with_suffix(".d").glob("*.lock")]
-    for file in filter(None, found):
-        file.close()
+    """Whether a process runs a trial of this ledger now."""
+    folder = path.with_suffix(".d")
+    if not folder.exists():
+        return False
+    with lock(folder / ALONE):  # nobody takes a trial meanwhile
+        found = [lock(held, wait=False) for held in folder.glob("*.lock") if held.name != ALONE]
+        for file in filter(None, found):
+            file.close()
     return None in found
 
 
@@ -151,7 +156,7 @@ class Ledger:
         search = self.empty()
         for row in self.rows():
             if "value" in row:
-                search.observe(row["point"], row["value"], row["standard_error"])
+                search.observe(row["point"], row["value"], row.get("standard_error"))
         return search
 
     def run(
@@ -183,16 +188,11 @@ class Ledger:
                 for row in running:
                     if held := self._hold(row["trial"], wait=False):
                         return row, held
-                if len(rows) < self.number and not (running and self._starved(rows)):
+                if len(rows) < self.number:
                     return self._propose(rows), self._hold(len(rows))
             if not running:
                 return None
             self._hold(running[0]["trial"]).close()
-
-    def _starved(self, rows: list[dict]) -> bool:
-        """Whether the next proposal wants a model, and too little is known for one."""
-        search = self.replay()
-        return len(rows) >= len(search.start) and len(search.values) < 2
 
     def _propose(self, rows: list[dict]) -> dict:
         """A new trial: its point follows from what was observed, and from what runs or has failed."""
@@ -227,7 +227,7 @@ class Ledger:
 
     def alone(self) -> IO:
         """The lock under which the ledger is read and added to."""
-        return lock(self.folder / "ledger.lock")
+        return lock(self.folder / ALONE)
 
     def _hold(self, trial: int, wait: bool = True) -> IO | None:
         return lock(self.folder / f"{trial:03d}.lock", wait)
