@@ -4,6 +4,9 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 
 import nbformat
@@ -12,7 +15,8 @@ import yaml
 
 from dense_rlhf import grid
 from dense_rlhf.__main__ import main
-from dense_rlhf.params import load_study
+from dense_rlhf.ledger import append_line, lock
+from dense_rlhf.params import ShapeParams, load_study
 from dense_rlhf.runs import RunFolder, finished_runs, repository_root
 from dense_rlhf.types import InputError
 
@@ -121,6 +125,110 @@ def test_learned_weights_reach_the_policy_as_plain_parameters(fake_repository):
     assert [r["status"] for r in records] == ["ok", "ok"]
     flat = yaml.safe_load((fake_repository / "runs" / "s" / "04_ppo-bo-seed0" / "params.yaml").read_text())
     assert flat["shape_weights"] == [0.5, 0.5]
+
+
+def test_all_that_is_learned_reaches_the_policy(tmp_path):
+    """A temperature a source, features and slopes too; the arm keeps what its search did not learn."""
+    settings = ["arms={bo: {sources: [shap, terminal], weights: learned, temperature: 0.5}}"]
+    job = next(job for job in grid.expand(load_study(REVIEWS, settings)) if job.weights_from and job.params.arm == "bo")
+    found = {"weights": [0.25, 0.75], "normalise": "signed", "temperature": [0.1, 2.0], "features": ["position"],
+             "slopes": [[1.0], [0.0]], "mean": 3.0}  # fmt: skip
+    RunFolder(tmp_path / job.weights_from).save_metrics(found)
+    wanted = ("shap", "terminal"), (0.25, 0.75), "signed", (0.1, 2.0), ("position",), ((1.0,), (0.0,))
+    assert grid.learned_params(job, tmp_path).shape == ShapeParams(*wanted)
+    RunFolder(tmp_path / job.weights_from).save_metrics({"weights": [0.25, 0.75]})
+    assert grid.learned_params(job, tmp_path).shape == replace(job.params.shape, weights=(0.25, 0.75))
+    RunFolder(tmp_path / job.weights_from).save_metrics({})
+    with pytest.raises(InputError, match="needs the weights of 05_bayesian_optimisation-bo, which did not finish"):
+        grid.learned_params(job, tmp_path)
+
+
+@pytest.fixture
+def search_job():
+    return next(job for job in grid.expand(load_study(REVIEWS)) if job.notebook.startswith("05"))
+
+
+def test_a_search_goes_on_with_the_threads_that_it_began_with(search_job, tmp_path):
+    """A machine with other cores, or mounted elsewhere, joins; other parameters, code or chosen threads start anew."""
+    folder = tmp_path / "a" / search_job.name
+    other = replace(search_job, params=replace(search_job.params, seed=9))
+    chosen = replace(search_job, params=replace(search_job.params, threads=4))
+
+    def threads():
+        return yaml.safe_load((folder / "params.yaml").read_text())["threads"]
+
+    for job, share, kept, wanted in ((search_job, 2, False, 2), (search_job, 5, True, 2), (other, 5, False, 5),
+                                     (other, 2, True, 5), (chosen, 5, False, 4), (chosen, 5, True, 4)):  # fmt: skip
+        assert grid.prepare(job, folder, share) == "pending"
+        assert ((folder / "trials.jsonl").exists(), threads()) == (kept, wanted)
+        (folder / "trials.jsonl").touch()
+        (folder / "trials.d").mkdir(exist_ok=True)
+    (tmp_path / "a").rename(tmp_path / "b")
+    folder = tmp_path / "b" / search_job.name
+    assert grid.prepare(chosen, folder, 5) == "pending" and (folder / "trials.jsonl").exists()
+
+
+def test_a_search_that_runs_is_not_emptied(search_job, tmp_path):
+    folder = tmp_path / search_job.name
+    assert grid.prepare(search_job, folder, 1) == "pending"
+    other = replace(search_job, params=replace(search_job.params, seed=9))
+    with lock(folder / "trials.d" / "003.lock"):
+        assert grid.prepare(search_job, folder, 1) == "pending"
+        with pytest.raises(InputError, match="has a search of other parameters or code that is running; end it first"):
+            grid.prepare(other, folder, 1)
+    assert grid.prepare(other, folder, 1) == "pending" and not (folder / "trials.d").exists()
+
+
+def test_only_one_of_two_that_start_together_empties_the_folder(search_job, tmp_path):
+    folder, results = tmp_path / search_job.name, []
+    folder.mkdir()
+    (folder / "left.txt").touch()
+    with lock(folder / ".lock"):
+        starts = [Thread(target=lambda: results.append(grid.prepare(search_job, folder, 1))) for _ in range(2)]
+        for start in starts:
+            start.start()
+        time.sleep(0.2)
+        assert (folder / "left.txt").exists() and not results
+    for start in starts:
+        start.join(20)
+    assert results == ["pending"] * 2
+    assert sorted(path.name for path in folder.iterdir()) == [".lock", "key.txt", "params.yaml"]
+
+
+def test_the_search_command_fills_the_ledger_that_the_notebook_looks_for(fake_repository, capsys, monkeypatch):
+    """It prepares the notebook's own folder and searches there; the study then finds the ledger and goes on."""
+    from dense_rlhf import bilevel, train
+
+    def search_shape(task, shape, bo, ppo, attribution, prompts, ledger, seed, progress):
+        assert (task.name, shape.sources, bo.trials, prompts, seed) == ("task", ("shap", "terminal"), 7, [0, 1, 2], 5)
+        for _ in progress(range(5, 7)):
+            append_line(ledger, {"trial": 0})
+        return replace(shape, weights=(0.25, 0.75)), None
+
+    task = SimpleNamespace(name="task", data=SimpleNamespace(validation_prompts=list(range(9))))
+    monkeypatch.setattr(bilevel, "load_task", lambda *_: task)
+    monkeypatch.setattr(bilevel, "search_shape", search_shape)
+    monkeypatch.setattr("torch.set_num_threads", lambda threads: None)
+    settings = ["arms={bo: {sources: [shap, terminal], weights: learned}, good: null, bad: null}", "seeds=[5]",
+                "notebooks=[04_ppo, 05_bayesian_optimisation]", "bo.trials=7", "evaluation.prompts=3"]  # fmt: skip
+    study = str(fake_repository / "params" / "s.yaml")
+    options = [part for setting in settings for part in ("--set", setting)]
+    assert main(["search", study, "--arm", "bo", *options]) == 0
+    out = capsys.readouterr().out
+    assert "5 of 7 trials have ended" in out and "incumbent: shap 0.250, terminal 0.750" in out
+    assert f"python -m dense_rlhf run {study} --set 'arms={{bo:" in out
+    run = RunFolder(fake_repository / "runs" / "s" / "05_bayesian_optimisation-bo")
+    wanted = load_study(Path(study), settings)
+    jobs = grid.expand(wanted)
+    assert grid.prepare(jobs[0], run.path, grid.threads_of(jobs[0], jobs, wanted.workers)) == "pending"
+    assert jobs[0].name == run.path.name and len(run.file("trials.jsonl").read_text().splitlines()) == 2
+    run.file("run.json").write_text(json.dumps({"key": run.file("key.txt").read_text(), "status": "ok"}))
+    assert train.search(wanted, "bo")[1] is None, "the notebook has ended too"
+    for arm, message in (("nope", "--arm is 'nope', wanted one of bo"), ("bo", "")):
+        assert main(["search", study, "--arm", arm, *options]) == (2 if message else 0)
+        assert message in capsys.readouterr().err
+    assert main(["search", study, "--arm", "good"]) == 2
+    assert "arms.good.weights are given, nothing is to be learned; these are: none" in capsys.readouterr().err
 
 
 def test_arms_that_left_the_study_leave_its_comparison(fake_repository):

@@ -1,15 +1,20 @@
 """Parameters: strict, typed, the same from YAML, command line and notebook."""
 
+from dataclasses import replace
+
 import pytest
 import yaml
 
 from dense_rlhf.__main__ import main
-from dense_rlhf.params import NOTEBOOKS, RunParams, ShapeParams, load_study
+from dense_rlhf.params import NOTEBOOKS, BOParams, RunParams, ShapeParams, load_study
 from dense_rlhf.runs import repository_root
 from dense_rlhf.strict import parse
-from dense_rlhf.types import InputError
+from dense_rlhf.types import InputError, RewardShape
 
 STUDY = {"study": "x", "arms": {"sparse": {"sources": ["terminal"], "weights": [1.0]}}, "ppo": {"updates": 3}}
+
+
+LEARNS = "{sources: [shap, terminal], weights: learned}"
 
 
 @pytest.fixture
@@ -23,8 +28,16 @@ def study_file(tmp_path):
 
 
 def test_flat_goes_round_trip_through_yaml():
-    params = RunParams(shape=ShapeParams(("shap", "terminal"), (0.25, 0.75), "signed"), seed=7)
+    shape = ShapeParams(("shap", "terminal"), (0.25, 0.75), "signed", (0.1, 2.0), ("position",), ((1.0,), (0.0,)))
+    params = RunParams(shape=shape, bo=BOParams(features=("length",), initial=0), seed=7, threads=3)
     assert RunParams.from_flat(yaml.safe_load(yaml.safe_dump(params.flat()))) == params
+    assert params.shape.reward_shape() == RewardShape(**vars(shape))
+    learned = replace(shape, weights="learned").reward_shape()
+    assert learned == RewardShape(**vars(shape) | {"weights": (0.5, 0.5)})
+
+
+def test_threads_are_a_parameter_of_the_study(study_file):
+    assert load_study(study_file(threads=3)).run.threads == 3 and load_study(study_file()).run.threads is None
 
 
 def test_notebook_globals_may_hold_other_things_but_no_misspelt_parameter():
@@ -60,7 +73,32 @@ def test_notebook_globals_may_hold_other_things_but_no_misspelt_parameter():
     (["nonsense"], "wanted key=value"),
     (["ppo.lr={"], "the value is not YAML"),
     (["workers=0"], "must be above 0"),
-    (["bo.trials=1"], "wanted at least 2, 2 and 1"),
+    (["threads=0"], "must be above 0"),
+    (["threads=two"], "threads is 'two' (text), wanted int or nothing"),
+    (["bo.trials=1"], "bo.trials is 1, wanted at least 2"),
+    (["bo.initial=-1"], "bo.initial is -1, wanted at least 0"),
+    (["bo.initial=1", "bo.anchors=false"], "bo.initial is 1, wanted at least 2"),
+    (["bo.updates=0"], "bo.updates is 0, wanted at least 1"),
+    (["bo.updates=3", "bo.stop_early=true"], "bo.updates is 3, wanted at least 4"),
+    (["bo.replicates=0"], "bo.replicates is 0, wanted at least 1"),
+    (["bo.kl_weight=-0.1"], "bo.kl_weight is -0.1, wanted at least 0"),
+    (["bo.kl_weight=.nan"], "bo.kl_weight is nan, wanted at least 0"),
+    (["bo.kl_weight=.inf"], "bo.kl_weight is inf, wanted at least 0"),
+    (["bo.strategy=grid"], "bo.strategy is 'grid', wanted one of gp, "),
+    (["bo.objective=loss"], "bo.objective is 'loss', wanted one of proxy, gold, penalised"),
+    (["bo.temperature=free"], "bo.temperature is 'free', wanted one of fixed, shared, each"),
+    (["bo.temperature=0.5"], "bo.temperature is 0.5 (a number), wanted str"),
+    (["bo.temperature_low=0"], "bo.temperature_low, temperature_high: 0.0, 1.0; wanted numbers above 0, rising"),
+    (["bo.temperature_high=0.01"], "bo.temperature_low, temperature_high: 0.01, 0.01; wanted numbers above 0, rising"),
+    (["bo.temperature_high=.inf"], "bo.temperature_low, temperature_high: 0.01, inf; wanted numbers above 0, rising"),
+    (["bo.slope=0"], "bo.slope is 0.0, wanted a number above 0"),
+    (["bo.features=[position, position]"], "bo.features names a feature twice"),
+    (["bo.features=[nope]"], "bo.features: 'nope' is not known, wanted some of position, "),
+    (["bo.temperature=each", f"arms.bo={LEARNS}", "arms.bo.normalise=signed"], "normalise 'signed', which has none"),
+    ([f"arms.bo={LEARNS}", "seeds=[3, 2003]"], "seeds: 2003 is a trial's of the search for arms.bo"),
+    (["arms.sparse.temperature=[0.5, 1.0]"], "arms.sparse.temperature is (0.5, 1.0), wanted a number above 0, or 1 of"),
+    (["arms.sparse.features=[position]"], "arms.sparse.slopes is [], wanted a row for each of 1 sources"),
+    (["arms.sparse.features=[nope]", "arms.sparse.slopes=[[1.0]]"], "arms.sparse.features: 'nope' is not known"),
 ])  # fmt: skip
 def test_bad_input_is_one_line_exit_2_and_starts_nothing(study_file, capsys, settings, message):
     before = {p.name for p in (repository_root() / "runs").glob("*")}
