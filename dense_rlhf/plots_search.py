@@ -28,8 +28,13 @@ def trials(ax: Axes, search: Search, phases: Sequence[str], unit: str) -> Axes:
         errors = [search.errors[i] or 0.0 for i in places]
         ax.errorbar([i + 1 for i in places], [search.values[i] for i in places], yerr=errors, fmt=mark, ms=5, color=hue,
                     label=f"{phase} ± SE")  # fmt: skip
-    ax.set(xlabel="trial (1 training each)", ylabel=f"value ({unit})")
-    ax.legend(fontsize="small")
+    ax.set(xlabel="trial (1 training each, its own seed)", ylabel=f"value ({unit})")
+    return _key(ax)
+
+
+def _key(ax: Axes) -> Axes:
+    """The legend, beside the axes: trials are everywhere."""
+    ax.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     return ax
 
 
@@ -38,16 +43,14 @@ def trace(ax: Axes, path: pd.DataFrame) -> Axes:
     hue = colour("shap")
     ax.fill_between(path["n"], path["low"], path["high"], color=hue, alpha=0.2, step="mid", label="95 % (posterior)")
     ax.step(path["n"], path["mean"], where="mid", color=hue, label="incumbent")
-    ax.legend(fontsize="small")
-    return ax
+    return _key(ax)
 
 
 def band(ax: Axes, interval: Interval) -> Axes:
     """Where one trial in 20 at quasi-random points would fall outside."""
-    ax.axhspan(interval.low, interval.high, color="0.5", alpha=0.15, label="95 % of Sobol trials (predicted)")
+    ax.axhspan(interval.low, interval.high, color="0.5", alpha=0.15, label="95 % of Sobol trials\n(predicted)")
     ax.axhline(interval.mean, color="0.5", ls=":")
-    ax.legend(fontsize="small")
-    return ax
+    return _key(ax)
 
 
 def posterior_line(ax: Axes, search: Search, names: Sequence[str], unit: str) -> Axes:
@@ -112,9 +115,8 @@ def calibration(ax: Axes, left_out: pd.DataFrame, unit: str) -> Axes:
     for inside, hue in ((True, colour("bo-shap")), (False, colour("shap-signed"))):
         shown = left_out[(left_out["z"].abs() <= 1.96) == inside]
         ax.errorbar(shown["observed"], shown["mean"], yerr=1.96 * shown["sd"], fmt="o", ms=4, color=hue,
-                    label="holds it" if inside else "misses it")  # fmt: skip
+                    label="interval holds it" if inside else "interval misses it")  # fmt: skip
     ends = left_out["observed"].min(), left_out["observed"].max()
     ax.plot(ends, ends, color="0.5", ls=":")
     ax.set(xlabel=f"observed value ({unit})", ylabel="predicted from the others, 95 %")
-    ax.legend(fontsize="small", title="interval")
-    return ax
+    return _key(ax)

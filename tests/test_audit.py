@@ -468,6 +468,15 @@ def test_rank_correlation_has_no_order_and_turns_with_its_sign(found):
     assert (turned.mean, turned.low) == (pytest.approx(-rho.mean), pytest.approx(-rho.high))
 
 
+def test_rank_correlation_is_as_sure_as_fieller_says():
+    """By hand: twelve pairs, atanh(rho) within 1.96 sqrt(1.06 / 9)."""
+    found = audit.rank_correlation(range(12), [3, 9, 1, 7, 0, 11, 4, 8, 2, 10, 6, 5])
+    half = (math.atanh(found.high) - math.atanh(found.low)) / 2
+    assert half == pytest.approx(0.6727, abs=1e-4)
+    assert math.isnan(audit.rank_correlation(range(5), range(5)).low)
+    assert math.isnan(audit.rank_correlation(range(9), [1] * 9).mean)
+
+
 @given(st.integers(0, 99))
 def test_moved_weight_is_a_distance(seed):
     a, b, c = Space(3).sobol(3, seed)

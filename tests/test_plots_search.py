@@ -34,10 +34,6 @@ def band_of(ax):
     return x, np.array([e.min() for e in ends]), np.array([e.max() for e in ends])
 
 
-def words(ax):
-    return " ".join(text.get_text() for text in (*ax.texts, *(ax.get_legend() or ax).findobj(matplotlib.text.Text)))
-
-
 def test_trials_are_marked_by_who_chose_them(pair):
     phases = audit.phases(pair)
     ax = plots_search.trials(plots.axes(), pair, phases, "sd")
@@ -117,7 +113,7 @@ def test_calibration_tells_what_its_intervals_miss(pair):
     ax = plots_search.calibration(plots.axes(), left_out, "sd")
     counts = {found.get_label(): len(found.lines[0].get_xdata()) for found in ax.containers}
     misses = int((left_out["z"].abs() > 1.96).sum())
-    assert counts == {"holds it": len(left_out) - misses, "misses it": misses} and misses >= 1
+    assert counts == {"interval holds it": len(left_out) - misses, "interval misses it": misses} and misses >= 1
     points, _, (bars,) = ax.containers[0].lines
     inside = left_out[left_out["z"].abs() <= 1.96]
     np.testing.assert_allclose(points.get_ydata().astype(float), inside["mean"])
