@@ -66,7 +66,7 @@ def _search(arguments: argparse.Namespace) -> int:
 
     def said(trials: range) -> Iterator[int]:
         for done in trials:
-            print(f"{done} of {trials.stop} trials have ended", flush=True)
+            print(f"{done - trials.start} trials run here, of {len(trials)} that were left", flush=True)
             yield done
 
     study = load_study(Path(arguments.study), arguments.set or ())
