@@ -288,12 +288,13 @@ class Check(NamedTuple):
 
 
 def oscillation(path: pd.DataFrame) -> Check:
-    """Does the incumbent still jump in the last third of a `trace`?"""
+    """Does the incumbent still jump in the last third of a `trace`, more than once and in many of its steps?"""
     steps = path["moved"].iloc[len(path) - len(path) // 3 :]
-    share = float((steps > JUMP).mean()) if len(steps) else math.nan
-    text = (f"of the last {len(steps)} steps {share:.0%} moved more than {JUMP:.0%} of the weight" if len(steps) >= 3
-            else f"{len(path)} steps are too few")  # fmt: skip
-    return Check("oscillation", share > OFTEN if len(steps) >= 3 else None, share, text)
+    if len(steps) < 3:
+        return Check("oscillation", None, math.nan, f"{len(path)} steps are too few")
+    jumps = int((steps > JUMP).sum())
+    text = f"{jumps} of the last {len(steps)} steps moved more than {JUMP:.0%} of the weight"
+    return Check("oscillation", jumps > max(1, OFTEN * len(steps)), jumps / len(steps), text)
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> Interval:

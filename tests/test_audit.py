@@ -371,7 +371,9 @@ def test_oscillation_is_movement_that_does_not_end():
     assert audit.oscillation(restless)[:3] == ("oscillation", True, pytest.approx(2 / 3))
     assert audit.oscillation(steps(0.9, 0.9, 0.9)).found is None
     assert audit.oscillation(steps(*[0.25] * 12)).found is False  # more than a quarter, not a quarter
-    assert audit.oscillation(steps(*[0] * 8, 0, 0, 0, 0.9)).found is False  # one of four
+    assert audit.oscillation(steps(*[0] * 6, 0, 0, 0.9)).found is False  # one jump is a correction
+    assert audit.oscillation(steps(*[0] * 15, *[0.9] * 2, *[0] * 6)).found is False  # a quarter of eight
+    assert audit.oscillation(steps(*[0] * 15, *[0.9] * 3, *[0] * 5)).found is True
 
 
 def ledger(search, proxy, gold, ess=None):

@@ -12,6 +12,7 @@ import pytest
 from bs4 import BeautifulSoup
 
 from dense_rlhf.attribution import SOURCES
+from dense_rlhf.ledger import trials
 from dense_rlhf.params import NOTEBOOKS
 from dense_rlhf.runs import RunFolder, repository_root
 
@@ -127,8 +128,11 @@ def test_what_the_notebooks_measured(reviews):
     shaping = runs["03_shaping"].load_json("metrics.json")
     assert shaping["residual"] < 1e-4 and max(shaping["regret"].values()) < 1e-9
     search = runs["05_bayesian_optimisation-bo-shap"]
-    weights = search.load_json("metrics.json")["weights"]
-    assert abs(sum(weights) - 1) < 1e-6 and len(search.file("trials.jsonl").read_text().splitlines()) == 3
+    metrics = search.load_json("metrics.json")
+    assert abs(sum(metrics["weights"]) - 1) < 1e-6 and metrics["shape"]["weights"] == metrics["weights"]
+    assert [trial["status"] for trial in trials(search.file("trials.jsonl"))] == ["observed"] * 3
+    assert metrics["verdict"] == "cannot be told apart" and not metrics["winner"]  # three trials tell nothing
+    assert len(metrics["checks"]) == 5 and set(metrics["probabilities"]) > {"equal weights", "shap alone"}
     assert set(runs["06_comparison"].load_json("metrics.json")["gold"]) == {"reference", "sparse", "bo-shap"}
 
 

@@ -84,8 +84,11 @@ def test_three_sources_are_a_triangle():
         np.testing.assert_allclose(ax.lines[1].get_xydata()[0], np.array(search.incumbent()[0]) @ plots_search.CORNERS)
     bars = [ax.get_ylabel() for ax in axes[0].figure.axes[2:]]
     assert bars == ["posterior mean (sd)", "half its 95 % interval (sd)"]
-    mean = axes[0].collections[0].get_array()
-    assert mean[-1] > mean[0]
+    corners = [tuple(float(i == k) for i in range(3)) for k in range(3)]
+    mean, sd = search.posterior([*search.space.sobol(256, 1), *corners])
+    for ax, shown in zip(axes, (mean, 1.96 * sd)):
+        filled = ax.collections[0]
+        assert (filled.zmin, filled.zmax) == (pytest.approx(shown.min(), abs=0.05), pytest.approx(shown.max(), abs=0.05))
     sides = np.linalg.norm(plots_search.CORNERS - np.roll(plots_search.CORNERS, 1, 0), axis=1)
     np.testing.assert_allclose(sides, 1)
 
