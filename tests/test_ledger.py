@@ -133,6 +133,21 @@ def test_lines_of_two_processes_stay_whole_and_in_their_order(tmp_path):
     assert [event["name"] for event in events] not in (["a"] * count + ["b"] * count, ["b"] * count + ["a"] * count)
 
 
+def test_a_line_waits_until_another_process_has_written_its_own(tmp_path):
+    """Half a line of a process that lives is not a crash's."""
+    path = tmp_path / "trials.jsonl"
+    with lock(path) as file:
+        file.write(b'{"a": ')
+        file.flush()
+        other = threading.Thread(target=append_line, args=(path, {"b": 2}))
+        other.start()
+        time.sleep(0.2)
+        assert other.is_alive() and path.read_bytes() == b'{"a": '
+        file.write(b"1}\n")
+    other.join(20)
+    assert read_ledger(path) == [{"a": 1}, {"b": 2}]
+
+
 def test_a_ledger_refuses_nan_and_a_missing_one_is_empty(tmp_path):
     assert read_ledger(tmp_path / "none.jsonl") == [] == trials(tmp_path / "none.jsonl")
     with pytest.raises(ValueError):
