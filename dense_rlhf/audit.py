@@ -48,12 +48,13 @@ def moved(search: Search, a: Point, b: Point) -> float:
 
 
 def trace(search: Search) -> pd.DataFrame:
-    """What the search would have answered after each trial n, from the second on: the incumbent and its 95 % interval.
+    """What the search would have answered after each trial n: the incumbent and its 95 % interval.
 
+    From one trial more than a point has numbers, where there are so many: two that happen to agree would look sure.
     Columns n, point, mean, low, high, and `moved`: the share of weight that the step moved.
     """
     rows = []
-    for n in range(2, len(search.values) + 1):
+    for n in range(min(search.space.size + 1, len(search.values)), len(search.values) + 1):
         point, mean, sd = until(search, n).incumbent()
         step = moved(search, point, rows[-1]["point"]) if rows else np.nan
         rows.append({"n": n, "point": point, "mean": mean, "low": mean - 1.96 * sd, "high": mean + 1.96 * sd,

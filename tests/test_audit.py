@@ -244,8 +244,8 @@ def test_regret_is_what_joint_draws_say(early, known):
 
 def test_the_trace_is_what_the_search_would_have_answered(early):
     path = audit.trace(early)
-    assert path["n"].tolist() == list(range(2, len(early.values) + 1)) and math.isnan(path["moved"].iloc[0])
-    for n in (2, 5, len(early.values)):
+    assert path["n"].tolist() == list(range(4, len(early.values) + 1)) and math.isnan(path["moved"].iloc[0])
+    for n in (4, 7, len(early.values)):
         row, (point, mean, sd) = path.set_index("n").loc[n], audit.until(early, n).incumbent()
         assert row["point"] == point and row["mean"] == pytest.approx(mean)
         assert row["high"] - row["mean"] == pytest.approx(1.96 * sd) == pytest.approx(row["mean"] - row["low"])
