@@ -14,7 +14,6 @@ from conftest import RATIONALES
 
 from dense_rlhf.attribution import SOURCES
 from dense_rlhf.ledger import read_ledger, trials
-from dense_rlhf.ledger import trials
 from dense_rlhf.params import NOTEBOOKS
 from dense_rlhf.runs import RunFolder, repository_root
 
