@@ -389,6 +389,8 @@ def test_overfitting_is_gold_that_falls_as_the_proxy_rises(early):
     assert along.found is False and along.number == pytest.approx(1)
     best = early.points.index(early.incumbent()[0])
     assert f"gold at the incumbent {rising[best]:.2f}, best trial 11.00" in along.text
+    nine = audit.overfitting(early, ledger(early, rising, rising)[:9])
+    assert "1.00 over the 5 of higher proxy" in nine.text and "nan" not in nine.text
     unrelated = [3, 9, 1, 7, 0, 11, 4, 8, 2, 10, 6, 5]
     assert audit.overfitting(early, ledger(early, rising, unrelated)).found is None
     bent = np.where(rising < 6, rising, 20 - rising)  # good until the proxy is high
