@@ -317,8 +317,8 @@ def overfitting(search: Search, trials: Sequence[Mapping]) -> Check:
     here = [t["gold"] for t in trials if tuple(t["point"]) == search.incumbent()[0]]
     among = f"{top.mean:.2f}" if math.isnan(top.high) else top  # too few for an interval
     at_best = f"{np.mean(here):.2f}" if here else "not known"
-    text = (f"rank correlation of proxy and gold {rho} over {len(table)} trials, {among} over the {len(best)} of higher "
-            f"proxy; gold at the incumbent {at_best}, best trial {table['gold'].max():.2f}")  # fmt: skip
+    text = (f"rank correlation of proxy and gold {rho} over {len(table)} trials, {among} over the {len(best)} of "
+            f"higher proxy; gold at the incumbent {at_best}, best trial {table['gold'].max():.2f}")  # fmt: skip
     found = True if rho.high < 0 or top.high < 0 else False if rho.low > 0 else None
     return Check("reward overfitting", found, rho.mean, text)
 
