@@ -82,7 +82,7 @@ def path(arm, seed, kl, gold):
 
 def test_a_difference_at_kl_is_at_the_largest_that_both_know():
     fast, slow = path("fast", 0, [0, 2, 4, 8], [0, 2, 4, 8]), path("slow", 0, [0, 1, 2, 4], [0.0, 0.5, 1, 2])
-    other = path("other", 0, [0, 9, 9, 9], [0, 9, 9, 9])
+    other = path("other", 0, [0, 1, 1, 1], [0, 9, 9, 9])
     found = difference_at_kl(pd.concat([fast, slow, other]), "fast", "slow", smooth=1)
     assert (found.mean, found.low, found.high) == (2, 2, 2)  # at 4 nats: 4 against 2
     again = [fast.assign(seed=1), path("slow", 1, [0, 1, 2, 2], [0.0, 0.5, 2, 2])]
