@@ -28,8 +28,6 @@ from dense_rlhf.store import content_key, file_sha256, package_sha256, remove_ch
 from dense_rlhf.strict import parse
 from dense_rlhf.types import InputError
 
-LEARNED = ("weights", "normalise", "temperature", "features", "slopes")  # of a shape, by its search's metrics.json
-
 
 @dataclass(frozen=True)
 class Job:
@@ -101,13 +99,12 @@ def job_key(job: Job, flat: dict, upstream: list[str]) -> str:
 
 
 def learned_params(job: Job, runs: Path) -> RunParams:
-    """The job's parameters, with the shape that its search among `runs` has learned, where it has one."""
+    """The job's parameters, with what its search among `runs` has learned: `shape` of the search's metrics."""
     if not job.weights_from:
         return job.params
-    metrics = RunFolder(runs / job.weights_from).load_json("metrics.json")
-    if not metrics.get("weights"):
+    learned = RunFolder(runs / job.weights_from).load_json("metrics.json").get("shape")
+    if not learned:
         raise InputError(f"{job.name} needs the weights of {job.weights_from}, which did not finish")
-    learned = {name: metrics[name] for name in LEARNED if name in metrics}
     return replace(job.params, shape=parse(ShapeParams, asdict(job.params.shape) | learned, "shape"))
 
 

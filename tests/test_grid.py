@@ -58,7 +58,8 @@ def fake_repository(tmp_path, monkeypatch):
     cells = [nbformat.v4.new_code_cell("arm = 'x'; seed = 0; run_dir = '.'", metadata={"tags": ["parameters"]}),
              nbformat.v4.new_code_cell(
                  "import json, pathlib\nif arm == 'bad': raise ValueError('<script>alert(1)</script>')\n"
-                 "pathlib.Path(run_dir, 'metrics.json').write_text(json.dumps({'lr': ppo_lr, 'weights': [0.5, 0.5]}))\n"
+                 "found = {'lr': ppo_lr, 'shape': {'weights': [0.5, 0.5]}}\n"
+                 "pathlib.Path(run_dir, 'metrics.json').write_text(json.dumps(found))\n"
                  "pathlib.Path(run_dir, 'evaluation.csv').write_text("
                  "'gold,proxy,kl,win,reference_gold,reference_proxy\\n1,1,1,1,0,0\\n2,2,2,1,0,0\\n')")]
     notebook = nbformat.v4.new_notebook(cells=cells)
@@ -132,13 +133,13 @@ def test_all_that_is_learned_reaches_the_policy(tmp_path):
     settings = ["arms={bo: {sources: [shap, terminal], weights: learned, temperature: 0.5}}"]
     job = next(job for job in grid.expand(load_study(REVIEWS, settings)) if job.weights_from and job.params.arm == "bo")
     found = {"weights": [0.25, 0.75], "normalise": "signed", "temperature": [0.1, 2.0], "features": ["position"],
-             "slopes": [[1.0], [0.0]], "mean": 3.0}  # fmt: skip
-    RunFolder(tmp_path / job.weights_from).save_metrics(found)
+             "slopes": [[1.0], [0.0]]}  # fmt: skip
+    RunFolder(tmp_path / job.weights_from).save_metrics({"shape": found, "mean": 3.0})
     wanted = ("shap", "terminal"), (0.25, 0.75), "signed", (0.1, 2.0), ("position",), ((1.0,), (0.0,))
     assert grid.learned_params(job, tmp_path).shape == ShapeParams(*wanted)
-    RunFolder(tmp_path / job.weights_from).save_metrics({"weights": [0.25, 0.75]})
+    RunFolder(tmp_path / job.weights_from).save_metrics({"shape": {"weights": [0.25, 0.75]}})
     assert grid.learned_params(job, tmp_path).shape == replace(job.params.shape, weights=(0.25, 0.75))
-    RunFolder(tmp_path / job.weights_from).save_metrics({})
+    RunFolder(tmp_path / job.weights_from).save_metrics({"weights": [0.25, 0.75]})
     with pytest.raises(InputError, match="needs the weights of 05_bayesian_optimisation-bo, which did not finish"):
         grid.learned_params(job, tmp_path)
 
