@@ -79,7 +79,7 @@ def read_ledger(path: Path) -> list[dict]:
 def _parsed(line: bytes, where: str) -> dict:
     try:
         event = json.loads(line)
-    except ValueError:  # of JSON, or of its letters
+    except (ValueError, RecursionError):  # of JSON, of its letters, of its depth
         event = None
     if not isinstance(event, dict):
         raise InputError(f"{where} is no JSON object; mend it, or move the ledger away")
@@ -103,7 +103,8 @@ def trials(path: Path) -> list[dict]:
     rows: dict[int, dict] = {}
     for event in read_ledger(path):
         kind, trial = event.get("event"), event.get("trial")
-        if trial != len(rows) if kind == "proposed" else not (trial in rows and kind in ("running", *ENDS)):
+        begins = kind == "proposed" and trial == len(rows) and isinstance(event.get("point"), list)
+        if not begins and not (kind in ("running", *ENDS) and trial in list(rows)):
             raise InputError(f"{path} is not the ledger of a search; move it away")
         rows.setdefault(trial, {}).update({"status": kind} | event)
     return [row | {"point": tuple(row["point"])} for row in rows.values()]

@@ -155,7 +155,7 @@ def test_a_ledger_refuses_nan_and_a_missing_one_is_empty(tmp_path):
     assert read_ledger(tmp_path / "trials.jsonl") == []
 
 
-@pytest.mark.parametrize("line", ["{", "[]", "1", "\xff", '{"a": 1} x', ""])
+@pytest.mark.parametrize("line", ["{", "[]", "1", "\xff", '{"a": 1} x', "", "[" * 100_000], ids=range(7))
 def test_a_line_that_is_no_object_is_named(tmp_path, line):
     path = tmp_path / "trials.jsonl"
     path.write_bytes(b'{"a": 1}\n' + line.encode("latin-1") + b"\n")
@@ -348,7 +348,8 @@ def test_a_ledger_of_something_else_is_refused_and_left_alone(unbroken, tmp_path
     assert unbroken.read_bytes() == before
     lines = before.decode().splitlines(keepends=True)
     for text in ('{"trial": 0}\n', '{"key": "x"}\n', lines[1], lines[0] * 2, lines[0] + lines[3] + lines[3],
-                 lines[0] + lines[1].replace("running", "resting"), lines[3]):  # fmt: skip
+                 lines[0] + lines[1].replace("running", "resting"), lines[3], lines[0].replace("point", "paint"),
+                 lines[0] + '{"trial": [0], "event": "running"}\n'):  # fmt: skip
         (tmp_path / "x.jsonl").write_text(text)
         with pytest.raises(InputError, match="x.jsonl is not the ledger of a search; move it away"):
             trials(tmp_path / "x.jsonl")
