@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 Point = tuple[float, ...]
 SAMPLES = 128  # of the posterior, in the acquisition function
+RESTARTS = 3
 
 
 @dataclass(frozen=True)
@@ -156,9 +157,10 @@ class Search:
         return anchors + self.space.sobol(self.initial, self.seed)
 
     def suggest(self, pending: Sequence[Point] = ()) -> Point:
-        """The point to try next, while `pending` ones run, or have failed."""
+        """The point to try next, while `pending` ones run, or have failed; below two observations a Sobol point."""
         n, start = len(self.points) + len(pending), self.start
-        return start[n] if n < len(start) else STRATEGIES[self.strategy](self, list(pending))
+        strategy = self.strategy if len(self.values) > 1 else "sobol"
+        return start[n] if n < len(start) else STRATEGIES[strategy](self, list(pending))
 
     def incumbent(self) -> tuple[Point, float, float]:
         """The evaluated point with the highest posterior mean, that mean, and its standard deviation.
@@ -269,28 +271,45 @@ def _sparse(name: str, search: Search, X: Tensor, Y: Tensor, variance: Tensor | 
 
 
 def _most_promising(search: Search, pending: list[Point]) -> Point:
-    """The point of the highest log noisy expected improvement."""
+    """The point of the highest log noisy expected improvement: the best of a pool, then uphill from there."""
     import torch
     from botorch.acquisition.logei import qLogNoisyExpectedImprovement
-    from botorch.optim import optimize_acqf_mixed
+    from botorch.optim import optimize_acqf
     from botorch.sampling import SobolQMCNormalSampler
 
     space, seed = search.space, search.seed * 1000 + len(search.points) + len(pending)
+    X, running = (torch.from_numpy(space.to_unit(points)) for points in (search.points, pending))
+    pool = torch.from_numpy(space.to_unit(_pool(search, seed)))[:, None]
+    bounds = torch.stack([torch.zeros(space.size), torch.ones(space.size)]).double()
+    found = []
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # numerical chatter of the inner optimiser
         torch.manual_seed(seed)
-        sampler = SobolQMCNormalSampler(torch.Size([SAMPLES]), seed=seed)
-        X = torch.from_numpy(space.to_unit(search.points))
-        running = torch.from_numpy(space.to_unit(pending)) if pending else None
-        acquisition = qLogNoisyExpectedImprovement(search.model(), X, sampler, X_pending=running, prune_baseline=True)
-        ends = [dict(zip([space.d + i for i in space.switches], chosen))
-                for chosen in product((0.0, 1.0), repeat=len(space.switches))]  # fmt: skip
-        candidate, _ = optimize_acqf_mixed(
-            acquisition, bounds=torch.stack([torch.zeros(space.size), torch.ones(space.size)]).double(), q=1,
-            fixed_features_list=ends, num_restarts=8, raw_samples=128, options={"seed": seed, "n_burnin": 200},
-            equality_constraints=[(torch.arange(space.d), torch.ones(space.d).double(), 1.0)],
+        acquisition = qLogNoisyExpectedImprovement(
+            search.model(), X, SobolQMCNormalSampler(torch.Size([SAMPLES]), seed=seed),
+            X_pending=running if pending else None, prune_baseline=True,
         )  # fmt: skip
-    return space.from_unit(candidate[0].numpy())
+        for ends in product((0.0, 1.0), repeat=len(space.switches)):
+            fixed = {space.d + i: end for i, end in zip(space.switches, ends)}
+            for column, end in fixed.items():
+                pool[..., column] = end
+            with torch.no_grad():
+                tops = acquisition(pool).topk(RESTARTS).indices
+            found.append(optimize_acqf(
+                acquisition, bounds, q=1, num_restarts=RESTARTS, batch_initial_conditions=pool[tops],
+                fixed_features=fixed or None, options={"maxiter": 20},
+                equality_constraints=[(torch.arange(space.d), torch.ones(space.d).double(), 1.0)],
+            ))  # fmt: skip
+    return space.from_unit(max(found, key=lambda one: float(one[1]))[0][0].numpy())
+
+
+def _pool(search: Search, seed: int) -> list[Point]:
+    """Where to look for the best point: everywhere, at the anchors, and between those points that look best now."""
+    mean, _ = search.posterior(search.points)
+    best = search.space.to_unit(search.points)[np.argsort(-mean)[:5]]
+    share = np.random.default_rng(seed).dirichlet(np.full(len(best), 0.5), 64)
+    everywhere = search.space.sobol(256, seed) + search.space.anchors()
+    return everywhere + [search.space.from_unit(row) for row in share @ best]
 
 
 def _random(search: Search, pending: list[Point]) -> Point:
