@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dense_rlhf.bayesopt import STRATEGIES, Search, Space
+from dense_rlhf.bayesopt import Search, Space
 from dense_rlhf.types import InputError, check_simplex
 
 BEST = np.array([0.15, 0.55, 0.3])
