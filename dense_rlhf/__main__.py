@@ -14,7 +14,7 @@ from dense_rlhf.types import InputError
 
 def _run(arguments: argparse.Namespace) -> int:
     from dense_rlhf.grid import describe, expand, run_grid
-    from dense_rlhf.params import load_study
+    from dense_rlhf.study import load_study
 
     study = load_study(Path(arguments.study), arguments.set or ())
     jobs = expand(study)
@@ -38,7 +38,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace) -> int:
     from dense_rlhf.grid import expand
-    from dense_rlhf.params import load_study
+    from dense_rlhf.study import load_study
 
     study = load_study(Path(arguments.study), arguments.set or ())
     jobs = expand(study)
@@ -50,7 +50,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from dense_rlhf.params import load_study
+    from dense_rlhf.study import load_study
     from dense_rlhf.train import train
 
     study = load_study(Path(arguments.study), arguments.set or ())
@@ -61,7 +61,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _search(arguments: argparse.Namespace) -> int:
-    from dense_rlhf.params import load_study
+    from dense_rlhf.study import load_study
     from dense_rlhf.train import search
 
     def said(trials: range) -> Iterator[int]:
@@ -80,9 +80,9 @@ def _search(arguments: argparse.Namespace) -> int:
 
 def _report(arguments: argparse.Namespace) -> int:
     from dense_rlhf.grid import expand, runs_folder
-    from dense_rlhf.params import load_study
     from dense_rlhf.report import write_reports
     from dense_rlhf.runs import RunFolder
+    from dense_rlhf.study import load_study
 
     study = load_study(Path(arguments.study), arguments.set or ())
     folders = (RunFolder(runs_folder(study) / job.name) for job in expand(study))

@@ -7,12 +7,10 @@ This module imports nothing heavy, so that a wrong parameter is refused at once.
 from __future__ import annotations
 
 import math
-import typing
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
 
-from dense_rlhf.strict import cast, kind, merge, parse, parse_settings, read_yaml
+from dense_rlhf.strict import parse
 from dense_rlhf.types import InputError, RewardShape, check_removal
 
 LEARNED = "learned"
@@ -25,6 +23,7 @@ PLAYERS = ("tokens", "words", "sentences")
 STRATEGIES = ("gp", "saas", "additive", "random", "sobol")
 OBJECTIVES = ("proxy", "gold", "penalised")
 TEMPERATURES = ("fixed", "shared", "each")
+LANDSCAPES = ("interior", "vertex", "face", "ridge", "flat")
 PLAIN = (bool, int, float, str, list, tuple, type(None))  # what a parameters cell can hold
 
 
@@ -257,6 +256,32 @@ class EvaluationParams:
 
 
 @dataclass(frozen=True)
+class DimensionParams:
+    """The ablation that asks how many trials more sources need."""
+
+    d: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)  # numbers of weights of the synthetic searches
+    trials: int = 100  # of each
+    seeds: int = 10  # of each
+    landscapes: tuple[str, ...] = LANDSCAPES
+    strategies: tuple[str, ...] = STRATEGIES
+    snr: tuple[float, ...] = (1.0,)  # sd of the function over sd of an observation's noise
+    goal: float = 0.25  # regret that is low enough, in sd of the function
+    sources: tuple[str, ...] = ("shap", "terminal", "lime", "attention")  # of the real searches: the first 2, 3, ...
+    normalise: str = "signed"  # and what their credit is normalised by
+
+    def __post_init__(self):
+        for name, known in (("landscapes", LANDSCAPES), ("strategies", STRATEGIES)):
+            if unknown := [word for word in getattr(self, name) if word not in known]:
+                raise InputError(f"dimension.{name}: {unknown[0]!r} is not one; wanted some of {', '.join(known)}")
+        least = {"d": min(self.d, default=0), "trials": self.trials, "sources": len(self.sources)}
+        for name, number in least.items():
+            if number < 2:
+                raise InputError(f"dimension.{name} is {getattr(self, name)}, wanted at least 2")
+        if self.seeds < 1 or not self.goal > 0 or not min(self.snr, default=0) > 0:
+            raise InputError(f"dimension.seeds, goal, snr: {self.seeds}, {self.goal}, {self.snr}; wanted above 0")
+
+
+@dataclass(frozen=True)
 class RunParams:
     """What one notebook run is given."""
 
@@ -271,6 +296,7 @@ class RunParams:
     ppo: PPOParams = field(default_factory=PPOParams)
     bo: BOParams = field(default_factory=BOParams)
     evaluation: EvaluationParams = field(default_factory=EvaluationParams)
+    dimension: DimensionParams = field(default_factory=DimensionParams)
 
     def flat(self) -> dict[str, object]:
         """One level, `group_field`, plain YAML values: what papermill takes with `-f`."""
@@ -301,11 +327,12 @@ def _lists(value: object) -> object:
 GROUPS: dict[str, type] = {
     "data": DataParams, "policy": PolicyParams, "reward": RewardParams, "attribution": AttributionParams,
     "shape": ShapeParams, "ppo": PPOParams, "bo": BOParams, "evaluation": EvaluationParams,
+    "dimension": DimensionParams,
 }  # fmt: skip
 
 NOTEBOOKS = ("01_reward_model", "02_attribution", "03_shaping", "04_ppo", "05_bayesian_optimisation", "06_comparison")
 ABLATIONS = ("ablations/explainers", "ablations/ppo", "ablations/baselines", "ablations/contextual",
-             "ablations/human")  # fmt: skip  # run where a study names them
+             "ablations/human", "ablations/dimension")  # fmt: skip  # run where a study names them
 
 
 @dataclass(frozen=True)
@@ -320,80 +347,3 @@ class StudyParams:
     notebooks: tuple[str, ...] = NOTEBOOKS
     workers: int = 1  # runs at a time; the cores are divided among them
     timeout_minutes: float = 240.0  # for one run
-
-
-# ---------------------------------------------------------------------------------------------------- reading
-
-OPTIONS = ("seeds", "notebooks", "workers", "timeout_minutes")
-STUDY_KEYS = ("study", "arms", *OPTIONS, "threads", "size", "sizes", *GROUPS)
-
-
-def load_study(path: Path, settings: typing.Iterable[str] = ()) -> StudyParams:
-    """Read a study: its YAML, then what its `sizes` hold for the chosen `size`, then `--set key=value`.
-
-    Mappings merge, so `arms.shap=null` leaves one arm out and the others stay.
-    Raises `InputError` in one line for anything that is not a parameter, of another type, or impossible.
-    """
-    given, over = read_yaml(path), parse_settings(settings)
-    size = over.get("size", given.get("size", "full"))
-    sizes = given.get("sizes", {})
-    if size != "full" and size not in sizes:
-        raise InputError(f"size is {size!r}, wanted one of {', '.join(['full', *sizes])}")
-    merged = merge(merge(given, sizes.get(size) or {}), over)
-    unknown = [key for key in merged if key not in STUDY_KEYS]
-    if unknown:
-        raise InputError(f"{unknown[0]} is not a parameter; wanted one of {', '.join(STUDY_KEYS)}")
-    return _study(merged, path)
-
-
-def _study(merged: dict, path: Path) -> StudyParams:
-    datasets = merged.get("data", {})
-    datasets = datasets if isinstance(datasets, list) else [datasets]
-    parsed = tuple(parse(DataParams, one, "data") for one in datasets)
-    groups = {name: merged[name] for name in (*GROUPS, "threads") if name in merged and name != "data"}
-    if "shape" in groups:
-        raise InputError("shape belongs to an arm: write arms: {my-arm: {sources: [...], weights: [...]}}")
-    arms = merged.get("arms", {"sparse": {}})
-    if not isinstance(arms, Mapping) or not arms:
-        raise InputError(f"arms is {kind(arms)}, wanted a mapping of names to sources and weights")
-    shapes = {}
-    for name, arm in arms.items():
-        if arm is None:  # a size can leave an arm out
-            continue
-        try:
-            shapes[_name(name, "arms")] = parse(ShapeParams, arm, f"arms.{name}")
-        except InputError as error:
-            raise InputError(str(error).replace("shape.", f"arms.{name}.")) from error
-    plain = {key: merged[key] for key in OPTIONS if key in merged}
-    hints = typing.get_type_hints(StudyParams)
-    options = {key: cast(value, hints[key], key) for key, value in plain.items()}
-    study = StudyParams(_name(merged.get("study", path.stem), "study"), shapes, parsed,
-                        parse(RunParams, groups, ""), **options)  # fmt: skip
-    return _checked(study)
-
-
-def _name(name: object, where: str) -> str:
-    """A name that is safe as part of a file name."""
-    if not isinstance(name, str) or not name or not all(c.isalnum() or c in "-_" for c in name) or not name.isascii():
-        raise InputError(f"{where}: {name!r} is not a name; wanted letters, digits, - and _")
-    return name
-
-
-def _checked(study: StudyParams) -> StudyParams:
-    if not study.arms:
-        raise InputError("arms: all are left out, wanted at least one")
-    if not study.seeds or len(set(study.seeds)) != len(study.seeds):
-        raise InputError(f"seeds is {list(study.seeds)}, wanted at least one, none twice")
-    if not min(study.workers, study.timeout_minutes, math.inf if study.run.threads is None else study.run.threads) > 0:
-        raise InputError("workers, threads and timeout_minutes must be above 0")
-    for shape in [shape for shape in study.arms.values() if shape.is_learned]:
-        study.run.bo.check(shape)
-    known = NOTEBOOKS + ABLATIONS
-    unknown = [n for n in study.notebooks if n not in known]
-    if unknown:
-        raise InputError(f"notebooks: {unknown[0]!r} is not one; wanted some of {', '.join(known)}")
-    paths = [("data.path", data.path) for data in study.datasets]
-    for name, path in (*paths, ("attribution.rationale_path", study.run.attribution.rationale_path)):
-        if path is not None and not Path(path).is_file():
-            raise InputError(f"{name}: no file at {path}; give the path of a file that exists")
-    return replace(study, notebooks=tuple(n for n in known if n in study.notebooks))

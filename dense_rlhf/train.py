@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dense_rlhf.grid import expand, prepare, runs_folder, threads_of
-from dense_rlhf.params import RunParams, ShapeParams, StudyParams, load_study
+from dense_rlhf.params import RunParams, ShapeParams, StudyParams
 from dense_rlhf.runs import RunFolder, provenance, repository_root
 from dense_rlhf.store import finite, remove_checkpoints, write_json
 from dense_rlhf.strict import read_yaml
+from dense_rlhf.study import load_study
 from dense_rlhf.types import InputError, RewardShape
 
 if TYPE_CHECKING:

@@ -16,11 +16,12 @@ from conftest import PROMPTS, jitter, make_policy, make_rollout
 from dense_rlhf import bilevel, language_model, ppo
 from dense_rlhf.attribution import attribute
 from dense_rlhf.models import load_tokenizer
-from dense_rlhf.params import AttributionParams, PolicyParams, PPOParams, load_study
+from dense_rlhf.params import AttributionParams, PolicyParams, PPOParams
 from dense_rlhf.policy import PolicyWithValue, trainable_copy
 from dense_rlhf.processes import Alone
 from dense_rlhf.rollout import appraise, encode_prompts, generate, prompt_batches, respond, sample
 from dense_rlhf.shaping import shape_rewards
+from dense_rlhf.study import load_study
 from dense_rlhf.types import InputError, RewardShape
 
 PARAMS = PPOParams(updates=4, rollouts=6, max_new_tokens=8, minibatch=3, epochs=2, lr=1e-2, kl_coef=0.1)

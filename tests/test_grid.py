@@ -16,8 +16,9 @@ import yaml
 from dense_rlhf import grid
 from dense_rlhf.__main__ import main
 from dense_rlhf.ledger import append_line, lock
-from dense_rlhf.params import ShapeParams, load_study
+from dense_rlhf.params import ShapeParams
 from dense_rlhf.runs import RunFolder, finished_runs, repository_root
+from dense_rlhf.study import load_study
 from dense_rlhf.types import InputError
 
 REVIEWS = repository_root() / "params" / "reviews.yaml"

@@ -9,21 +9,21 @@ import pytest
 from dense_rlhf.store import PACKAGE
 
 LAYERS = {
-    "types": 0, "strict": 0, "params": 0, "masked": 0, "store": 0,
+    "types": 0, "strict": 0, "params": 0, "study": 0, "masked": 0, "store": 0,
     "alignment": 1, "data": 1, "models": 1, "policy": 1, "processes": 1, "reward_model": 1, "rewards": 1, "additive": 1,
     "language_model": 1,
     "rollout": 2, "attribution": 2, "context": 2, "shaping": 2, "ppo": 2, "checkpoint": 2, "health": 2, "bayesopt": 2,
     "judge": 2, "toy": 2, "implicit": 2, "ledger": 2, "landscapes": 2,
-    "bilevel": 3, "arms": 3, "baselines": 3, "budget": 3, "audit": 3,
+    "bilevel": 3, "arms": 3, "baselines": 3, "budget": 3, "audit": 3, "dimension": 3,
     "runs": 4, "grid": 4, "plots": 4, "display": 4, "report": 4, "explain": 4, "live": 4, "train": 4, "check": 4,
     "plots_search": 4,
     "__main__": 4,
 }  # fmt: skip
 # within a layer: everyone may raise InputError and read the parameters; the others are spelt out
-SIDEWAYS = {(module, "types") for module in ("strict", "params", "masked", "store")} | {
-    ("params", "strict"),
+SIDEWAYS = {(module, "types") for module in ("strict", "params", "study", "masked", "store")} | {
+    ("params", "strict"), ("study", "params"), ("study", "strict"),
     ("policy", "reward_model"), ("checkpoint", "ppo"), ("shaping", "context"), ("baselines", "bilevel"),
-    ("arms", "bilevel"),
+    ("arms", "bilevel"), ("dimension", "audit"),
     ("rewards", "data"), ("rewards", "reward_model"), ("reward_model", "alignment"),
     ("additive", "alignment"), ("implicit", "rollout"), ("grid", "runs"), ("report", "display"), ("report", "runs"),
     ("explain", "display"), ("live", "display"), ("live", "plots"), ("plots_search", "plots"),
@@ -68,7 +68,7 @@ def test_files_are_short():
 
 
 def test_validation_needs_nothing_heavy():
-    code = ("import sys, dense_rlhf.grid, dense_rlhf.params, dense_rlhf.__main__; "
+    code = ("import sys, dense_rlhf.grid, dense_rlhf.study, dense_rlhf.__main__; "
             "print([m for m in ('torch', 'transformers', 'numpy', 'pandas', 'trl') if m in sys.modules])")  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -6,9 +6,10 @@ import pytest
 import yaml
 
 from dense_rlhf.__main__ import main
-from dense_rlhf.params import NOTEBOOKS, BOParams, RunParams, ShapeParams, load_study
+from dense_rlhf.params import NOTEBOOKS, BOParams, RunParams, ShapeParams
 from dense_rlhf.runs import repository_root
 from dense_rlhf.strict import parse
+from dense_rlhf.study import load_study
 from dense_rlhf.types import InputError, RewardShape
 
 STUDY = {"study": "x", "arms": {"sparse": {"sources": ["terminal"], "weights": [1.0]}}, "ppo": {"updates": 3}}

@@ -92,8 +92,8 @@ def test_toy_rewards_sum_to_the_score_and_telescoping_keeps_the_gradient():
 @pytest.fixture
 def study(tmp_path, monkeypatch):
     """A study of two PPO runs, `calm` without and `wild` with warnings; returns index and page of the wild one."""
-    from dense_rlhf.params import load_study
     from dense_rlhf.runs import RunFolder, repository_root
+    from dense_rlhf.study import load_study
 
     study = load_study(repository_root() / "params" / "reviews.yaml", ["study=s"])
     monkeypatch.setattr(report, "repository_root", lambda: tmp_path)

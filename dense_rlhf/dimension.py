@@ -1,0 +1,180 @@
+"""How many trials do more weights need? Searches of functions whose best is known, each a line of a ledger."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from dense_rlhf import audit
+from dense_rlhf.bayesopt import Search, Space
+from dense_rlhf.judge import Interval, bootstrap
+from dense_rlhf.landscapes import Landscape, landscape
+from dense_rlhf.ledger import append_line, read_ledger
+from dense_rlhf.params import DimensionParams
+from dense_rlhf.store import content_key, source_sha256
+
+CHECKPOINTS = (10, 15, 20, 25, 30, 40, 50, 60, 80, 100)  # trials after which a search is asked for its answer
+OBSERVED = ("random", "sobol")  # strategies without a model: they answer with the best they saw
+AUDITED = "gp"
+MODULES = ("audit.py", "bayesopt.py", "dimension.py", "landscapes.py")  # that decide a search
+
+
+@dataclass(frozen=True)
+class Case:
+    """One search: a landscape over `d` weights, seen through normal noise of standard deviation 1 / `snr`."""
+
+    landscape: str
+    d: int
+    snr: float
+    strategy: str
+    seed: int  # of the landscape, the noise and the search
+
+
+def cases(params: DimensionParams) -> list[Case]:
+    """Every search that the parameters ask for. Seeds are outermost, so that what is there is comparable.
+
+    On a flat landscape, where all answers are right, only the audit is asked.
+    """
+    return [Case(name, d, snr, strategy, seed) for seed in range(params.seeds) for snr in params.snr
+            for d in params.d for name in params.landscapes for strategy in params.strategies
+            if name != "flat" or strategy == AUDITED]  # fmt: skip
+
+
+def checkpoints(trials: int) -> list[int]:
+    return [n for n in CHECKPOINTS if n < trials] + [trials]
+
+
+def search_known(case: Case, trials: int) -> list[dict]:
+    """Run one search, and ask it after each of `checkpoints`: a row a method, whose `regret` is without noise.
+
+    Without a model the answer is the best observation, else the incumbent. `gp on sobol` is the incumbent of the model
+    on Sobol's points: what is left of the lead of `gp` over it is due to choosing them. The noise of trial n is the
+    same for every strategy, and its size is known to the search, as replicates would tell it.
+    """
+    truth, search = landscape(case.landscape, case.d, case.seed), Search(Space(case.d), case.strategy, seed=case.seed)
+    noise = np.random.default_rng([case.seed, 7]).standard_normal(trials) / case.snr
+    rows, asked = [], checkpoints(trials)
+    for n in range(1, trials + 1):
+        point = search.suggest()
+        search.observe(point, float(truth.function(np.array(point)) + noise[n - 1]), 1 / case.snr)
+        if n in asked:
+            rows += [{"n": n} | row for row in _answers(search, truth)]
+    return rows
+
+
+def _answers(search: Search, truth: Landscape) -> list[dict]:
+    """What a search answers now, by method."""
+    rows = []
+    if search.strategy in OBSERVED:
+        seen = search.points[int(np.argmax(search.values))]
+        rows.append({"method": search.strategy, "regret": _regret(truth, seen)})
+    if search.strategy != "random":
+        method = "gp on sobol" if search.strategy == "sobol" else search.strategy
+        rows.append({"method": method, "regret": _regret(truth, search.incumbent()[0])})
+    if search.strategy == AUDITED:
+        found = audit.verdict(search, [f"source {i}" for i in range(search.space.d)])
+        rows[-1] |= {"kind": found.kind, "p": found.p, "expected": found.regret.expected,
+                     "tolerance": found.tolerance, "more": found.more}  # fmt: skip
+    return rows
+
+
+def _regret(truth: Landscape, point: Sequence[float]) -> float:
+    return max(float(truth.regret(np.array(point))), 0.0)
+
+
+def run_searches(params: DimensionParams, ledger: Path, progress: Callable = iter) -> pd.DataFrame:
+    """Every search of `cases`, a row a method and checkpoint: landscape, d, snr, seed, n, method, regret, verdict.
+
+    Each search is a line of `ledger`: a comparison that was cut short goes on behind the last.
+    """
+    done = {line["key"]: line for line in read_ledger(ledger)}
+    code, tables = source_sha256(*MODULES), []
+    for case in progress(cases(params)):
+        key = content_key([asdict(case), params.trials, CHECKPOINTS, code])
+        if key not in done:
+            start = time.perf_counter()
+            rows = search_known(case, params.trials)
+            done[key] = {"key": key} | asdict(case) | {"rows": rows, "seconds": time.perf_counter() - start}
+            append_line(ledger, done[key])
+        about = {name: done[key][name] for name in ("landscape", "d", "snr", "seed")}
+        tables.append(pd.DataFrame(done[key]["rows"]).assign(**about))
+    return pd.concat(tables, ignore_index=True)
+
+
+# ---------------------------------------------------------------------------------------------------- tables
+
+
+def unsearched(params: DimensionParams) -> pd.DataFrame:
+    """What no search at all would fall short: columns landscape, d, equal weights, best source, random weights.
+
+    Means over the seeds' landscapes.
+    """
+    rows = []
+    for name in [name for name in params.landscapes if name != "flat"]:
+        for d in params.d:
+            truths = [landscape(name, d, seed) for seed in range(params.seeds)]
+            drawn = np.random.default_rng(0).dirichlet(np.ones(d), 1024)
+            found = [(t.regret(np.full(d, 1 / d)), t.regret(np.eye(d)).min(), t.regret(drawn).mean()) for t in truths]
+            rows.append([name, d, *np.mean(found, 0)])
+    return pd.DataFrame(rows, columns=["landscape", "d", "equal weights", "best source", "random weights"])
+
+
+def regrets(found: pd.DataFrame) -> pd.DataFrame:
+    """Mean regret over landscapes: columns d, snr, method, seed, n, regret."""
+    sloped = found[found["landscape"] != "flat"]
+    return sloped.groupby(["d", "snr", "method", "seed", "n"], sort=False)["regret"].mean().reset_index()
+
+
+def curve(means: pd.DataFrame) -> list[Interval]:
+    """Regret after each checkpoint with its 95 % interval over seeds, of one d, snr and method of `regrets`."""
+    table = means.pivot(index="seed", columns="n", values="regret")
+    return [bootstrap([np.array([value]) for value in table[n]]) for n in table]
+
+
+def needed(means: pd.DataFrame, goal: float, repeats: int = 1000) -> Interval:
+    """Trials until the mean regret is at most `goal`, of one d, snr and method of `regrets`; infinity where it is not.
+
+    On a straight line between checkpoints; the first stands for all before it. 95 % bootstrap interval over seeds.
+    """
+    table = means.pivot(index="seed", columns="n", values="regret")
+    seeds, n = table.to_numpy(), table.columns.to_numpy()
+    picks = np.random.default_rng(0).integers(len(seeds), size=(repeats, len(seeds)))
+    drawn = [_reached(n, seeds[pick].mean(0), goal) for pick in picks]
+    low, high = np.quantile(drawn, [0.025, 0.975], method="inverted_cdf")  # of infinities there is no mean
+    return Interval(_reached(n, seeds.mean(0), goal), float(low), float(high))
+
+
+def _reached(n: np.ndarray, regret: np.ndarray, goal: float) -> float:
+    below = regret <= goal
+    if not below.any():
+        return np.inf
+    i = int(below.argmax())
+    if i == 0:
+        return float(n[0])
+    return float(n[i - 1] + (n[i] - n[i - 1]) * (regret[i - 1] - goal) / (regret[i - 1] - regret[i]))
+
+
+def growth(d: Sequence[int], trials: Sequence[float]) -> float:
+    """Trials that each further source costs: least squares over those d that reach the goal; NaN below two of them."""
+    reached = [(x, y) for x, y in zip(d, trials) if np.isfinite(y)]
+    return float(np.polyfit(*zip(*reached), 1)[0]) if len(reached) > 1 else np.nan
+
+
+def verdicts(found: pd.DataFrame) -> pd.DataFrame:
+    """How often the audit says what: a row d, n and `flat` (or not), with the share of each kind, and `searches`.
+
+    `true`: of those that say converged, the share whose regret is within the tolerance that the audit named.
+    """
+    audited = found[found["method"] == AUDITED].assign(flat=lambda t: t["landscape"] == "flat")
+    rows = []
+    for (d, n, flat), group in audited.groupby(["d", "n", "flat"]):
+        said = group[group["kind"] == audit.CONVERGED]
+        shares = {kind: (group["kind"] == kind).mean() for kind in (audit.CONVERGED, audit.MORE, audit.FLAT)}
+        true = (said["regret"] <= said["tolerance"]).mean() if len(said) else np.nan
+        rows.append({"d": d, "n": n, "flat": flat} | shares | {"true": true, "searches": len(group)})
+    return pd.DataFrame(rows)

@@ -1,0 +1,90 @@
+"""Read a study: its YAML, the size that is asked for, and settings on top; strict, one line of error.
+
+It imports nothing heavy, as `params`.
+"""
+
+from __future__ import annotations
+
+import math
+import typing
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from dense_rlhf.params import ABLATIONS, GROUPS, NOTEBOOKS, DataParams, RunParams, ShapeParams, StudyParams
+from dense_rlhf.strict import cast, kind, merge, parse, parse_settings, read_yaml
+from dense_rlhf.types import InputError
+
+OPTIONS = ("seeds", "notebooks", "workers", "timeout_minutes")
+STUDY_KEYS = ("study", "arms", *OPTIONS, "threads", "size", "sizes", *GROUPS)
+
+
+def load_study(path: Path, settings: typing.Iterable[str] = ()) -> StudyParams:
+    """Read a study: its YAML, then what its `sizes` hold for the chosen `size`, then `--set key=value`.
+
+    Mappings merge, so `arms.shap=null` leaves one arm out and the others stay.
+    Raises `InputError` in one line for anything that is not a parameter, of another type, or impossible.
+    """
+    given, over = read_yaml(path), parse_settings(settings)
+    size = over.get("size", given.get("size", "full"))
+    sizes = given.get("sizes", {})
+    if size != "full" and size not in sizes:
+        raise InputError(f"size is {size!r}, wanted one of {', '.join(['full', *sizes])}")
+    merged = merge(merge(given, sizes.get(size) or {}), over)
+    unknown = [key for key in merged if key not in STUDY_KEYS]
+    if unknown:
+        raise InputError(f"{unknown[0]} is not a parameter; wanted one of {', '.join(STUDY_KEYS)}")
+    return _study(merged, path)
+
+
+def _study(merged: dict, path: Path) -> StudyParams:
+    datasets = merged.get("data", {})
+    datasets = datasets if isinstance(datasets, list) else [datasets]
+    parsed = tuple(parse(DataParams, one, "data") for one in datasets)
+    groups = {name: merged[name] for name in (*GROUPS, "threads") if name in merged and name != "data"}
+    if "shape" in groups:
+        raise InputError("shape belongs to an arm: write arms: {my-arm: {sources: [...], weights: [...]}}")
+    arms = merged.get("arms", {"sparse": {}})
+    if not isinstance(arms, Mapping) or not arms:
+        raise InputError(f"arms is {kind(arms)}, wanted a mapping of names to sources and weights")
+    shapes = {}
+    for name, arm in arms.items():
+        if arm is None:  # a size can leave an arm out
+            continue
+        try:
+            shapes[_name(name, "arms")] = parse(ShapeParams, arm, f"arms.{name}")
+        except InputError as error:
+            raise InputError(str(error).replace("shape.", f"arms.{name}.")) from error
+    plain = {key: merged[key] for key in OPTIONS if key in merged}
+    hints = typing.get_type_hints(StudyParams)
+    options = {key: cast(value, hints[key], key) for key, value in plain.items()}
+    study = StudyParams(_name(merged.get("study", path.stem), "study"), shapes, parsed,
+                        parse(RunParams, groups, ""), **options)  # fmt: skip
+    return _checked(study)
+
+
+def _name(name: object, where: str) -> str:
+    """A name that is safe as part of a file name."""
+    if not isinstance(name, str) or not name or not all(c.isalnum() or c in "-_" for c in name) or not name.isascii():
+        raise InputError(f"{where}: {name!r} is not a name; wanted letters, digits, - and _")
+    return name
+
+
+def _checked(study: StudyParams) -> StudyParams:
+    if not study.arms:
+        raise InputError("arms: all are left out, wanted at least one")
+    if not study.seeds or len(set(study.seeds)) != len(study.seeds):
+        raise InputError(f"seeds is {list(study.seeds)}, wanted at least one, none twice")
+    if not min(study.workers, study.timeout_minutes, math.inf if study.run.threads is None else study.run.threads) > 0:
+        raise InputError("workers, threads and timeout_minutes must be above 0")
+    for shape in [shape for shape in study.arms.values() if shape.is_learned]:
+        study.run.bo.check(shape)
+    known = NOTEBOOKS + ABLATIONS
+    unknown = [n for n in study.notebooks if n not in known]
+    if unknown:
+        raise InputError(f"notebooks: {unknown[0]!r} is not one; wanted some of {', '.join(known)}")
+    paths = [("data.path", data.path) for data in study.datasets]
+    for name, path in (*paths, ("attribution.rationale_path", study.run.attribution.rationale_path)):
+        if path is not None and not Path(path).is_file():
+            raise InputError(f"{name}: no file at {path}; give the path of a file that exists")
+    return replace(study, notebooks=tuple(n for n in known if n in study.notebooks))
