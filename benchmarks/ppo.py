@@ -200,6 +200,10 @@ def take_turns(trainer, turns: Callable) -> None:
     ppo_trainer.batch_generation, ppo_trainer.masked_whiten = generation, whitening
 
 
+def the_task(critic: str, params: PPOParams) -> Task:
+    return load_task(DataParams(), PolicyParams(critic=critic, value_start="score"), RewardParams(), params)
+
+
 def work(side: str, updates: int, seeds: int) -> None:
     """Be one side: an update at a time, or (`seeds` above 0) trained and judged once a seed."""
     channel = os.fdopen(os.dup(1), "w")
@@ -211,7 +215,7 @@ def work(side: str, updates: int, seeds: int) -> None:
     warnings.simplefilter("ignore")
     params, train = replace(PARAMS, updates=updates), trl if side in PEERS else ours
     critic, what = "separate" if side in ("trl", "separate") else "shared", SOURCES.get(side, side)
-    task = load_task(DataParams(), PolicyParams(critic=critic, value_start="score"), RewardParams(), params)
+    task = the_task(critic, params)
     answer({"start": peak_memory()})
     if not seeds:
         train(task, params, 0, what, Turns(answer))
@@ -237,10 +241,10 @@ def trl_folder() -> Path:
 class Side:
     """A process that trains; asked by `next`."""
 
-    def __init__(self, name: str, updates: int, seeds: int = 0):
+    def __init__(self, name: str, updates: int, seeds: int = 0, threads: int = 0):
         paths = [str(trl_folder())] * (name in PEERS) + [str(Path(__file__).parent.parent)]
         more = {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1",
-                "OMP_NUM_THREADS": str(torch.get_num_threads())}  # fmt: skip
+                "OMP_NUM_THREADS": str(threads or torch.get_num_threads())}  # fmt: skip
         command = [sys.executable, __file__, "--side", name, "--updates", str(updates), "--seeds", str(seeds)]
         self.errors = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,
@@ -276,9 +280,10 @@ def rounded(values: dict[str, float], digits: int = 3) -> dict[str, float]:
 
 def updates(pairs: tuple, repeats: int) -> None:
     """Seconds and memory: every side makes an update in turn, each round begun by another."""
-    names, rounds = list(dict.fromkeys(name for pair in pairs for name in pair)), []
-    sides = {name: Side(name, repeats + WARM + 1) for name in names}
-    start = {name: side.listen()["start"] for name, side in sides.items()}
+    names, rounds, sides, start = list(dict.fromkeys(name for pair in pairs for name in pair)), [], {}, {}
+    for name in names:  # one after another, or their threads fight
+        sides[name] = Side(name, repeats + WARM + 1)
+        start[name] = sides[name].listen()["start"]
     for i in range(repeats + WARM):
         order = names[i % len(names) :] + names[: i % len(names)]
         rounds.append({name: sides[name].update() for name in order})
@@ -302,8 +307,9 @@ def seconds(name: str, peer: str, pairs: list[tuple[dict, dict]]) -> None:
 
 
 def rewards(pairs: tuple, seeds: int) -> None:
-    """Scores after equal rollouts, all sides at the same time: nothing is timed."""
-    sides = {name: Side(name, PARAMS.updates, seeds) for name in dict.fromkeys(name for pair in pairs for name in pair)}
+    """Scores after equal rollouts, all sides at the same time, a thread each: nothing is timed."""
+    names = dict.fromkeys(name for pair in pairs for name in pair)
+    sides = {name: Side(name, PARAMS.updates, seeds, threads=1) for name in names}
     found = {name: [side.listen() for _ in range(seeds + 1)][1:] for name, side in sides.items()}
     means = {name: {key: float(np.mean([one[key] for one in some])) for key in some[0]} for name, some in found.items()}
     for name, peer in pairs:
@@ -325,6 +331,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.side:
         return work(arguments.side, arguments.updates, arguments.seeds)
+    the_task("shared", PARAMS)  # what all sides read from the cache is made once
     print(json.dumps({"benchmark": "ppo/run", "threads": torch.get_num_threads(), **provenance()}), flush=True)
     if arguments.only != "rewards":
         updates(*(QUICK, 2) if arguments.quick else (PAIRS, 15))
