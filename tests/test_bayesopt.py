@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from dense_rlhf.bayesopt import Search, Space
+from dense_rlhf.bayesopt import STRATEGIES, Search, Space
 from dense_rlhf.types import InputError, check_simplex
 
 BEST = np.array([0.15, 0.55, 0.3])
@@ -125,3 +127,194 @@ def test_known_noise_is_not_taken_for_signal():
 def test_a_standard_error_is_above_zero(error):
     with pytest.raises(InputError, match="standard error"):
         plain(2).observe((0.5, 0.5), 1.0, error)
+
+
+# ---------------------------------------------------------------------------------------------------- the space
+
+MIXED = Space(3, ((-2.0, 3.0), (0.0, 1.0)), switches=(1,))  # weights, a number, a switch
+spaces = st.sampled_from([Space(2), Space(5), MIXED, Space(1, ((0.0, 9.0),)), Space(2, ((0, 1), (0, 1)), (0, 1))])
+
+
+@given(spaces, st.integers(0, 10**6))
+def test_every_point_that_a_space_draws_is_its_own_and_survives_the_unit_scale(space, seed):
+    points = [*space.anchors(), *space.sobol(3, seed), space.random(np.random.default_rng(seed))]
+    unit = space.to_unit(points)
+    assert unit.shape == (len(points), space.size) and unit.min() >= 0 and unit.max() <= 1
+    for point, row in zip(points, unit):
+        space.check(point)
+        np.testing.assert_allclose(space.from_unit(row), point, atol=1e-12)
+
+
+@given(spaces, st.integers(0, 10**6))
+def test_any_row_becomes_a_point(space, seed):
+    """What an optimiser returns: a little outside, sums a little off, switches anywhere."""
+    row = np.random.default_rng(seed).uniform(-0.01, 1.01, space.size)
+    row[0] = max(row[0], 0.1)
+    point = space.from_unit(row)
+    space.check(point)
+    assert abs(sum(point[: space.d]) - 1) < 1e-12
+    assert all(point[space.d + i] == (row[space.d + i] >= 0.5) for i in space.switches)
+
+
+def test_the_unit_scale_is_that_of_the_bounds():
+    assert MIXED.to_unit([(0.2, 0.3, 0.5, -2.0, 1.0), (0, 0, 1, 0.5, 0)]).tolist() == [[0.2, 0.3, 0.5, 0, 1],
+                                                                                     [0, 0, 1, 0.5, 0]]  # fmt: skip
+    assert MIXED.from_unit(np.array([1, 1, 2, 0.8, 0.4])) == (1 / 3, 1 / 3, 1 / 3, 2.0, 0.0)
+
+
+def test_sobol_points_are_uniform_on_the_simplex():
+    points = np.array(Space(4).sobol(1024, 0))
+    np.testing.assert_allclose(points.mean(0), 0.25, atol=0.01)
+    np.testing.assert_allclose((points**2).mean(0), 2 / 20, atol=0.005)  # of Dirichlet(1, 1, 1, 1)
+    again = Space(4).sobol(5, 0)
+    assert again == Space(4).sobol(9, 0)[:5] and again != Space(4).sobol(5, 1)
+
+
+def test_anchors_are_the_vertices_and_the_centroid_all_else_halfway():
+    assert Space(3).anchors() == [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1 / 3, 1 / 3, 1 / 3)]
+    assert MIXED.anchors()[0] == (1, 0, 0, 0.5, 1)
+    assert Space(1, ((0, 4),)).anchors() == [(1, 2)]  # one weight has no other mixture
+
+
+@pytest.mark.parametrize(
+    "d, bounds, switches, said",
+    [(0, (), (), "nothing to choose"), (1, (), (), "nothing to choose"), (2, ((1, 1),), (), "the lower first"),
+     (2, ((0, float("inf")),), (), "finite"), (2, ((0, 2),), (0,), "switches"), (2, ((0, 1),), (1,), "switches")],
+)  # fmt: skip
+def test_a_space_that_cannot_be_searched_raises(d, bounds, switches, said):
+    with pytest.raises(InputError, match=said):
+        Space(d, bounds, switches)
+
+
+@pytest.mark.parametrize("point", [(0.5, 0.5, 0, 0, 0, 0), (0.5, 0.4, 0, 0, 0), (1, 0, 0, 3.1, 0), (1, 0, 0, 0, 0.5)])
+def test_a_point_of_another_space_raises(point):
+    with pytest.raises(InputError):
+        MIXED.check(point)
+
+
+# ---------------------------------------------------------------------------------------------------- order of trials
+
+
+def test_anchors_come_first_as_often_as_asked_then_sobol_points_whatever_is_pending():
+    search = Search(Space(3), initial=2, replicates=2, seed=5)
+    wanted = Space(3).anchors() * 2 + Space(3).sobol(2, 5)
+    found = []
+    while len(found) < len(wanted):  # every third is still running
+        pending = [point for i, point in enumerate(found) if i % 3 == 2]
+        found.append(search.suggest(pending))
+        if len(found) % 3:
+            search.observe(found[-1], 0.0)
+    assert found == wanted == search.start
+
+
+def test_a_setting_that_means_nothing_raises():
+    for settings_ in ({"strategy": "best"}, {"initial": -1}, {"replicates": 0}):
+        with pytest.raises(InputError, match=f"{next(iter(settings_))} is|replicates 0"):
+            Search(Space(3), **settings_)
+
+
+def half_way(strategy, space=MIXED, n=7, seed=3):
+    """A search past its start."""
+    search, rng = Search(space, strategy, initial=2, anchors=False, seed=seed), np.random.default_rng(seed)
+    for point in space.sobol(n, seed + 1):
+        search.observe(point, point[0] + 0.1 * rng.standard_normal(), 0.1)
+    return search
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_stays_in_the_space_and_repeats_itself(strategy):
+    search = half_way(strategy)
+    proposed = search.suggest()
+    MIXED.check(proposed)
+    assert proposed == half_way(strategy).suggest() and proposed not in search.points
+    assert proposed != half_way(strategy, seed=4).suggest()
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_what_is_pending_is_not_proposed_again(strategy):
+    """A batch: every proposal knows of those that run."""
+    search, batch = half_way(strategy, Space(3)), []
+    for _ in range(3):
+        batch.append(search.suggest(batch))
+    apart = [np.abs(np.subtract(a, b)).max() for i, a in enumerate(batch) for b in batch[:i]]
+    assert min(apart) > 1e-3
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_below_two_observations_every_strategy_draws_sobol_points(strategy):
+    """All that ran failed: nothing to fit."""
+    search = plain(3, 1, strategy=strategy, initial=2)
+    wanted = Space(3).sobol(4, 1)
+    assert search.suggest(wanted[:2]) == (wanted[2] if strategy != "random" else search.suggest(wanted[:2]))
+    search.observe(wanted[0], 1.0)
+    assert search.suggest(wanted[1:3]) == wanted[3]
+
+
+def test_a_switch_is_thrown_where_it_pays():
+    space = Space(2, ((0.0, 1.0),), switches=(0,))
+    search = Search(space, initial=4, seed=0)
+    for _ in range(10):
+        point = search.suggest()
+        search.observe(point, point[0] + 2 * point[2], 0.1)
+    assert search.incumbent()[0][2] == 1 and {point[2] for point in search.points} == {0, 1}
+
+
+# ---------------------------------------------------------------------------------------------------- noise, posterior
+
+
+def repeated(values, errors):
+    """Three points, of which the first two were tried again: values a, b, c, a, b, a."""
+    search, (a, b, c) = plain(3), Space(3).anchors()[:3]
+    for point, value, error in zip((a, b, c, a, b, a), values, errors):
+        search.observe(point, value, error)
+    return search
+
+
+def test_noise_from_repeats_by_hand():
+    """Squares about the means: of a (1, 4, 4) 6, of b (2, 4) 2; three degrees of freedom."""
+    found = repeated([1, 2, 9, 4, 4, 4], [None] * 6).noise()
+    assert found.degrees == 3 and found.variance == pytest.approx(8 / 3) and found.between == pytest.approx(8 / 3)
+
+
+def test_noise_beyond_the_standard_errors_is_what_another_seed_changes():
+    found = repeated([1, 2, 9, 4, 4, 4], [1.0] * 5 + [2.0]).noise()
+    assert found.between == pytest.approx(8 / 3 - (4 + 4) / 5)
+    assert found.variance == pytest.approx((5 + 4) / 6 + found.between)
+    calm = repeated([1, 2, 9, 1, 2, 1], [1.0] * 6).noise()
+    assert calm.between == 0 and calm.variance == pytest.approx(1)
+
+
+def test_noise_without_repeats_is_the_standard_errors_or_not_known():
+    search = plain(2)
+    assert search.noise().variance is None and search.noise().degrees == 0
+    search.observe((1, 0), 1.0, 0.3)
+    search.observe((0, 1), 1.0, 0.4)
+    assert search.noise().variance == pytest.approx((0.09 + 0.16) / 2) and search.noise().between == 0
+    search.observe((0.5, 0.5), 1.0)
+    assert search.noise().variance is None
+
+
+def test_a_surer_observation_weighs_more():
+    def means(errors):
+        search = plain(2)
+        for point, value, error in zip([(1, 0), (0, 1), (0.5, 0.5), (0.5, 0.5)], [0, 0, -1, 1], errors):
+            search.observe(point, value, error)
+        return search.posterior([(0.5, 0.5)])[0][0]
+
+    assert means((1, 1, 0.1, 3)) < -0.1 < 0.1 < means((1, 1, 3, 0.1))
+
+
+@pytest.mark.parametrize("strategy", ["gp", "saas"])
+def test_the_joint_posterior_is_a_covariance_and_of_an_ensemble_its_mixtures(strategy):
+    import torch
+
+    search, points = half_way(strategy, Space(3)), Space(3).sobol(6, 9)
+    mean, covariance = search.joint(points)
+    assert mean.shape == (6,) and np.linalg.eigvalsh(covariance).min() > -1e-9
+    np.testing.assert_allclose(covariance, covariance.T)
+    np.testing.assert_allclose(search.posterior(points), (mean, np.sqrt(covariance.diagonal())))
+    with torch.no_grad():
+        found = search.model().posterior(torch.from_numpy(search.space.to_unit(points)))
+    of = "mixture_" if strategy == "saas" else ""
+    np.testing.assert_allclose(mean, getattr(found, of + "mean").numpy().reshape(-1), atol=1e-9)
+    np.testing.assert_allclose(covariance.diagonal(), getattr(found, of + "variance").numpy().reshape(-1), atol=1e-9)
