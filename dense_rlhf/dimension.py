@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -79,7 +79,7 @@ def _answers(search: Search, truth: Landscape) -> list[dict]:
     if search.strategy == AUDITED:
         found = audit.verdict(search, [f"source {i}" for i in range(search.space.d)])
         rows[-1] |= {"kind": found.kind, "p": found.p, "expected": found.regret.expected,
-                     "tolerance": found.tolerance, "more": found.more}  # fmt: skip
+                     "tolerance": found.tolerance, "more": found.more, "seen": signal_to_noise(search)}  # fmt: skip
     return rows
 
 
@@ -125,28 +125,33 @@ def unsearched(params: DimensionParams) -> pd.DataFrame:
 
 
 def regrets(found: pd.DataFrame) -> pd.DataFrame:
-    """Mean regret over landscapes: columns d, snr, method, seed, n, regret."""
+    """Columns d, snr, method, n, regret and `function`: a landscape of one seed. Flat ones, without regret, are out."""
     sloped = found[found["landscape"] != "flat"]
-    return sloped.groupby(["d", "snr", "method", "seed", "n"], sort=False)["regret"].mean().reset_index()
+    return sloped.assign(function=sloped["landscape"] + sloped["seed"].astype(str)).drop(columns=["landscape", "seed"])
 
 
-def curve(means: pd.DataFrame) -> list[Interval]:
-    """Regret after each checkpoint with its 95 % interval over seeds, of one d, snr and method of `regrets`."""
-    table = means.pivot(index="seed", columns="n", values="regret")
-    return [bootstrap([np.array([value]) for value in table[n]]) for n in table]
+def _by_function(rows: pd.DataFrame) -> pd.DataFrame:
+    """Regrets of one d, snr and method: a row a function, a column a checkpoint."""
+    return rows.pivot(index="function", columns="n", values="regret")
 
 
-def needed(means: pd.DataFrame, goal: float, repeats: int = 1000) -> Interval:
-    """Trials until the mean regret is at most `goal`, of one d, snr and method of `regrets`; infinity where it is not.
+def curve(rows: pd.DataFrame) -> list[Interval]:
+    """Mean regret after each checkpoint with its 95 % interval over functions, of one d, snr and method."""
+    table = _by_function(rows)
+    return [bootstrap(list(table[[n]].to_numpy())) for n in table]
 
-    On a straight line between checkpoints; the first stands for all before it. 95 % bootstrap interval over seeds.
+
+def needed(rows: pd.DataFrame, goal: float, repeats: int = 1000) -> Interval:
+    """Trials until the mean regret is at most `goal`, of one d, snr and method; infinity where it never is.
+
+    On a straight line between checkpoints; the first stands for all before it. 95 % bootstrap interval over functions.
     """
-    table = means.pivot(index="seed", columns="n", values="regret")
-    seeds, n = table.to_numpy(), table.columns.to_numpy()
-    picks = np.random.default_rng(0).integers(len(seeds), size=(repeats, len(seeds)))
-    drawn = [_reached(n, seeds[pick].mean(0), goal) for pick in picks]
-    low, high = np.quantile(drawn, [0.025, 0.975], method="inverted_cdf")  # of infinities there is no mean
-    return Interval(_reached(n, seeds.mean(0), goal), float(low), float(high))
+    table = _by_function(rows)
+    regret, n = table.to_numpy(), table.columns.to_numpy()
+    picks = np.random.default_rng(0).integers(len(regret), size=(repeats, len(regret)))
+    drawn = [_reached(n, regret[pick].mean(0), goal) for pick in picks]
+    low, high = np.quantile(drawn, [0.025, 0.975], method="inverted_cdf")  # between infinities there is no mean
+    return Interval(_reached(n, regret.mean(0), goal), float(low), float(high))
 
 
 def _reached(n: np.ndarray, regret: np.ndarray, goal: float) -> float:
@@ -154,15 +159,26 @@ def _reached(n: np.ndarray, regret: np.ndarray, goal: float) -> float:
     if not below.any():
         return np.inf
     i = int(below.argmax())
-    if i == 0:
-        return float(n[0])
-    return float(n[i - 1] + (n[i] - n[i - 1]) * (regret[i - 1] - goal) / (regret[i - 1] - regret[i]))
+    share = (regret[i - 1] - goal) / (regret[i - 1] - regret[i]) if i else 1.0
+    return float(n[i - 1] + (n[i] - n[i - 1]) * share) if i else float(n[0])
 
 
-def growth(d: Sequence[int], trials: Sequence[float]) -> float:
+def gain(rows: pd.DataFrame, n: int, ours: str, theirs: str) -> Interval:
+    """Regret of method `theirs` less that of `ours` after n trials, on the same functions, of one snr and any d."""
+    table = rows[rows["n"] == n].pivot(index=["d", "function"], columns="method", values="regret")
+    return bootstrap(list((table[theirs] - table[ours]).to_numpy()[:, None]))
+
+
+def growth(trials: Mapping[int, float]) -> float:
     """Trials that each further source costs: least squares over those d that reach the goal; NaN below two of them."""
-    reached = [(x, y) for x, y in zip(d, trials) if np.isfinite(y)]
+    reached = [(d, n) for d, n in trials.items() if np.isfinite(n)]
     return float(np.polyfit(*zip(*reached), 1)[0]) if len(reached) > 1 else np.nan
+
+
+def signal_to_noise(search: Search, seed: int = 0) -> float:
+    """Sd of the posterior mean over Sobol points by that of one observation: too low while the model knows little."""
+    mean, _ = search.posterior(search.space.sobol(256, seed))
+    return float(mean.std() / np.sqrt(audit.noise_variance(search).mean()))
 
 
 def verdicts(found: pd.DataFrame) -> pd.DataFrame:

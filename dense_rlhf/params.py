@@ -273,10 +273,14 @@ class DimensionParams:
         for name, known in (("landscapes", LANDSCAPES), ("strategies", STRATEGIES)):
             if unknown := [word for word in getattr(self, name) if word not in known]:
                 raise InputError(f"dimension.{name}: {unknown[0]!r} is not one; wanted some of {', '.join(known)}")
-        least = {"d": min(self.d, default=0), "trials": self.trials, "sources": len(self.sources)}
-        for name, number in least.items():
-            if number < 2:
-                raise InputError(f"dimension.{name} is {getattr(self, name)}, wanted at least 2")
+        if len(set(self.d)) < 2 or min(self.d) < 2 or self.trials < 2:
+            raise InputError(f"dimension.d, trials: {list(self.d)}, {self.trials}; wanted two or more, from 2")
+        if not set(self.landscapes) - {"flat"}:
+            raise InputError(f"dimension.landscapes is {list(self.landscapes)}, wanted one that is not flat")
+        if "gp" not in self.strategies:
+            raise InputError(f"dimension.strategies is {list(self.strategies)}, wanted gp, and others beside it")
+        if len(set(self.sources)) < 3:
+            raise InputError(f"dimension.sources is {list(self.sources)}, wanted at least 3")
         if self.seeds < 1 or not self.goal > 0 or not min(self.snr, default=0) > 0:
             raise InputError(f"dimension.seeds, goal, snr: {self.seeds}, {self.goal}, {self.snr}; wanted above 0")
 

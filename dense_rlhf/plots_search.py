@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -120,3 +120,33 @@ def calibration(ax: Axes, left_out: pd.DataFrame, unit: str) -> Axes:
     ax.plot(ends, ends, color="0.5", ls=":")
     ax.set(xlabel=f"observed value ({unit})", ylabel="predicted from the others, 95 %")
     return _key(ax)
+
+
+def until_goal(ax: Axes, needed: Mapping[str, Mapping[int, Interval]], most: int, ylabel: str) -> Axes:
+    """Trials until a goal against the number of sources: a line a method, its 95 % intervals side by side.
+
+    Open marks above the dotted line are goals that `most` trials did not reach.
+    """
+    top = 1.06 * most
+    for i, (name, by_size) in enumerate(needed.items()):
+        x = np.array(list(by_size)) + 0.08 * (i - (len(needed) - 1) / 2)
+        mean, low, high = (np.minimum([getattr(found, end) for found in by_size.values()], top)
+                           for end in ("mean", "low", "high"))  # fmt: skip
+        ax.vlines(x, low, high, color=colour(name), lw=2, alpha=0.5)
+        ax.plot(x, mean, color=colour(name), lw=1, label=name)
+        for reached, fill in ((mean < top, colour(name)), (mean >= top, "white")):
+            ax.plot(x[reached], mean[reached], "o", ms=5, color=colour(name), mfc=fill)
+    ax.axhline(most, color="0.5", ls=":")
+    ax.set(xlabel="sources d", ylabel=ylabel, xticks=sorted({d for found in needed.values() for d in found}))
+    return _key(ax)
+
+
+def shares(ax: Axes, table: pd.DataFrame, hues: Mapping[str, str], xlabel: str) -> Axes:
+    """Stacked shares, a bar for each row of `table`, named by its index; a column and colour a kind."""
+    left = np.zeros(len(table))
+    for kind, hue in hues.items():
+        ax.barh([str(name) for name in table.index], table[kind], left=left, color=hue, label=kind)
+        left += table[kind].to_numpy()
+    ax.set(xlabel=xlabel, xlim=(0, 1))
+    ax.invert_yaxis()
+    return ax

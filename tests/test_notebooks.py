@@ -70,6 +70,11 @@ def contextual():
 
 
 @pytest.fixture(scope="module")
+def dimension():
+    return run_study("params/ablations/dimension.yaml", "pytest_dimension")
+
+
+@pytest.fixture(scope="module")
 def human():
     return run_study("params/ablations/human.yaml", "pytest_human", f"attribution.rationale_path={RATIONALES}")
 
@@ -118,6 +123,24 @@ def test_contextual_weights_are_searched_beside_static_ones_and_trained_again(co
     fresh = {line["seed"] for line in read_ledger(run.file("trainings.jsonl"))}
     assert not fresh & {t["seed"] for found in tried.values() for t in found} and set(metrics["slopes"]) == {"position"}
     assert metrics["real"] <= metrics["told_apart"] == (metrics["gain"]["static"]["proxy"]["low"] > 0)
+
+
+def test_trials_are_counted_against_sources_on_known_functions_and_on_reviews(dimension):
+    run = dimension[0]["dimension"]
+    metrics, searches = run.load_json("metrics.json"), read_ledger(run.file("searches.jsonl"))
+    assert len(searches) == len({line["key"] for line in searches}) == 6  # of d = 2, 3: face by gp and sobol, flat by gp
+    assert {line["strategy"] for line in searches if line["landscape"] == "flat"} == {"gp"}
+    assert {method: set(by_size) for method, by_size in metrics["needed"].items()} == {
+        method: {"2", "3"} for method in ("gp", "sobol", "gp on sobol")}  # fmt: skip
+    found = run.load_table("searches")
+    face = found[(found["landscape"] == "face") & (found["method"] == "gp")].groupby("d")["regret"].mean()
+    assert {int(d): at["mean"] for d, at in metrics["regret"]["gp"].items()} == pytest.approx(dict(face))
+    for d in (2, 3, 4):
+        tried = trials(run.path / f"{d}_sources" / "trials.jsonl")
+        assert len(tried) == 6 and {len(t["weights"]) for t in tried} == {d} == {len(t["sources"]) for t in tried}
+        assert len(metrics["weights"][f"{d} sources"]) == d and metrics["kind"][f"{d} sources"]
+    fresh = {line["seed"] for line in read_ledger(run.file("trainings.jsonl"))}
+    assert not fresh & {t["seed"] for t in tried} and set(metrics["loss"]) == {"3 sources", "4 sources"}
 
 
 def test_peoples_marks_are_trained_on_in_score_units(human):
@@ -201,7 +224,8 @@ def test_preference_pairs_go_the_same_way(pairs):
     assert runs["04_ppo-shap-signed-seed0"].load_table("evaluation")["kl"].notna().all()
 
 
-@pytest.mark.parametrize("study", ["reviews", "pairs", "explainers", "settings", "baselines", "contextual", "human"])
+@pytest.mark.parametrize("study", ["reviews", "pairs", "explainers", "settings", "baselines", "contextual", "human",
+                                   "dimension"])
 def test_reports_open_without_a_network(study, request):
     runs, reports = request.getfixturevalue(study)
     pages = {path.name: path.read_text() for path in reports.glob("*.html")}
