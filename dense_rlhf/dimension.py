@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +22,7 @@ from dense_rlhf.store import content_key, source_sha256
 CHECKPOINTS = (10, 15, 20, 25, 30, 40, 50, 60, 80, 100)  # trials after which a search is asked for its answer
 OBSERVED = ("random", "sobol")  # strategies without a model: they answer with the best they saw
 AUDITED = "gp"
+SLOW = ("saas", "additive")  # strategies that fit many models
 MODULES = ("audit.py", "bayesopt.py", "dimension.py", "landscapes.py")  # that decide a search
 
 
@@ -33,23 +35,27 @@ class Case:
     snr: float
     strategy: str
     seed: int  # of the landscape, the noise and the search
+    trials: int
 
 
 def cases(params: DimensionParams) -> list[Case]:
     """Every search that the parameters ask for. Seeds are outermost, so that what is there is comparable.
 
-    On a flat landscape, where all answers are right, only the audit is asked.
+    On a flat landscape, where all answers are right, only the audit is asked. `SLOW` strategies have trials and seeds
+    of their own.
     """
-    return [Case(name, d, snr, strategy, seed) for seed in range(params.seeds) for snr in params.snr
-            for d in params.d for name in params.landscapes for strategy in params.strategies
-            if name != "flat" or strategy == AUDITED]  # fmt: skip
+    return [Case(name, d, snr, strategy, seed, min(params.trials, params.slow_trials if strategy in SLOW else math.inf))
+            for seed in range(params.seeds) for snr in params.snr for d in params.d for name in params.landscapes
+            for strategy in params.strategies
+            if (name != "flat" or strategy == AUDITED) and not (strategy in SLOW and seed >= params.slow_seeds)
+            ]  # fmt: skip
 
 
 def checkpoints(trials: int) -> list[int]:
     return [n for n in CHECKPOINTS if n < trials] + [trials]
 
 
-def search_known(case: Case, trials: int) -> list[dict]:
+def search_known(case: Case) -> list[dict]:
     """Run one search, and ask it after each of `checkpoints`: a row a method, whose `regret` is without noise.
 
     Without a model the answer is the best observation, else the incumbent. `gp on sobol` is the incumbent of the model
@@ -57,9 +63,9 @@ def search_known(case: Case, trials: int) -> list[dict]:
     same for every strategy, and its size is known to the search, as replicates would tell it.
     """
     truth, search = landscape(case.landscape, case.d, case.seed), Search(Space(case.d), case.strategy, seed=case.seed)
-    noise = np.random.default_rng([case.seed, 7]).standard_normal(trials) / case.snr
-    rows, asked = [], checkpoints(trials)
-    for n in range(1, trials + 1):
+    noise = np.random.default_rng([case.seed, 7]).standard_normal(case.trials) / case.snr
+    rows, asked = [], checkpoints(case.trials)
+    for n in range(1, case.trials + 1):
         point = search.suggest()
         search.observe(point, float(truth.function(np.array(point)) + noise[n - 1]), 1 / case.snr)
         if n in asked:
@@ -95,10 +101,10 @@ def run_searches(params: DimensionParams, ledger: Path, progress: Callable = ite
     done = {line["key"]: line for line in read_ledger(ledger)}
     code, tables = source_sha256(*MODULES), []
     for case in progress(cases(params)):
-        key = content_key([asdict(case), params.trials, CHECKPOINTS, code])
+        key = content_key([asdict(case), CHECKPOINTS, code])
         if key not in done:
             start = time.perf_counter()
-            rows = search_known(case, params.trials)
+            rows = search_known(case)
             done[key] = {"key": key} | asdict(case) | {"rows": rows, "seconds": time.perf_counter() - start}
             append_line(ledger, done[key])
         about = {name: done[key][name] for name in ("landscape", "d", "snr", "seed")}
@@ -128,6 +134,12 @@ def regrets(found: pd.DataFrame) -> pd.DataFrame:
     """Columns d, snr, method, n, regret and `function`: a landscape of one seed. Flat ones, without regret, are out."""
     sloped = found[found["landscape"] != "flat"]
     return sloped.assign(function=sloped["landscape"] + sloped["seed"].astype(str)).drop(columns=["landscape", "seed"])
+
+
+def common(rows: pd.DataFrame) -> pd.DataFrame:
+    """Of `regrets`, those functions and checkpoints that every method knows."""
+    methods = rows["method"].nunique()
+    return rows[rows.groupby(["d", "snr", "function", "n"])["method"].transform("nunique") == methods]
 
 
 def _by_function(rows: pd.DataFrame) -> pd.DataFrame:
@@ -164,9 +176,9 @@ def _reached(n: np.ndarray, regret: np.ndarray, goal: float) -> float:
 
 
 def gain(rows: pd.DataFrame, n: int, ours: str, theirs: str) -> Interval:
-    """Regret of method `theirs` less that of `ours` after n trials, on the same functions, of one snr and any d."""
+    """Regret of method `theirs` less that of `ours` after n trials on the same functions, of one snr, over all d."""
     table = rows[rows["n"] == n].pivot(index=["d", "function"], columns="method", values="regret")
-    return bootstrap(list((table[theirs] - table[ours]).to_numpy()[:, None]))
+    return bootstrap(list((table[theirs] - table[ours]).dropna().to_numpy()[:, None]))
 
 
 def growth(trials: Mapping[int, float]) -> float:

@@ -30,7 +30,7 @@ def test_parameters_know_all_landscapes():
 @pytest.mark.parametrize("wrong", [
     {"d": (2,)}, {"d": (1, 2)}, {"trials": 1}, {"landscapes": ("hill",)}, {"landscapes": ("flat",)}, {"seeds": 0},
     {"strategies": ("sobol",)}, {"strategies": ("gp", "tpe")}, {"sources": ("shap", "terminal")}, {"snr": ()},
-    {"snr": (0.0,)}, {"goal": 0.0},
+    {"snr": (0.0,)}, {"goal": 0.0}, {"slow_trials": 1}, {"slow_seeds": -1},
 ])  # fmt: skip
 def test_what_cannot_be_asked_is_refused(wrong):
     with pytest.raises(InputError, match="dimension."):
@@ -39,14 +39,16 @@ def test_what_cannot_be_asked_is_refused(wrong):
 
 def test_seeds_are_outermost_and_only_the_audit_is_asked_about_flat_ones():
     found = cases(DimensionParams(seeds=2, snr=(1.0, 0.5)))
-    assert len(found) == len(set(found)) == 2 * 2 * 7 * (4 * 5 + 1)
+    assert len(found) == len(set(found)) == 2 * 7 * (2 * (4 * 3 + 1) + 4 * 2)
+    assert {(case.trials, case.seed) for case in found if case.strategy in ("saas", "additive")} == {(40, 0)}
     assert [case.seed for case in found] == sorted(case.seed for case in found)
     assert {case.strategy for case in found if case.landscape == "flat"} == {"gp"}
 
 
 def test_a_search_answers_with_its_incumbent_or_its_best_observation():
-    case = Case("face", 3, 1.0, "sobol", 4)
-    rows = {row["method"]: row["regret"] for row in search_known(case, 12) if row["n"] == 12}
+    rows = {
+        row["method"]: row["regret"] for row in search_known(Case("face", 3, 1.0, "sobol", 4, 12)) if row["n"] == 12
+    }
     truth, search = landscape("face", 3, 4), Search(Space(3), "sobol", seed=4)
     noise = np.random.default_rng([4, 7]).standard_normal(12)
     for n in range(12):
@@ -57,7 +59,7 @@ def test_a_search_answers_with_its_incumbent_or_its_best_observation():
 
 
 def test_more_signal_means_less_regret():
-    loud, clear = (search_known(Case("interior", 3, snr, "sobol", 0), 30)[-1]["regret"] for snr in (0.02, 50.0))
+    loud, clear = (search_known(Case("interior", 3, snr, "sobol", 0, 30))[-1]["regret"] for snr in (0.02, 50.0))
     assert clear < loud
 
 
@@ -103,6 +105,11 @@ def test_methods_are_compared_on_the_same_functions():
     ours, theirs = {"a": {10: 0.0}, "b": {10: 5.0}}, {"b": {10: 6.0}, "a": {10: 1.0}}
     found = gain(pd.concat([rows(ours), rows(theirs, "sobol")]), 10, "gp", "sobol")
     assert (found.mean, found.low, found.high) == (1.0, 1.0, 1.0)
+
+
+def test_methods_are_shown_where_all_were_asked():
+    both = pd.concat([rows({"a": {10: 0.0, 20: 0.0}, "b": {10: 5.0}}), rows({"a": {10: 1.0}}, "saas")])
+    assert dimension.common(both)[["function", "n", "method"]].values.tolist() == [["a", 10, "gp"], ["a", 10, "saas"]]
 
 
 def test_growth_is_over_sizes_that_reached_the_goal():
