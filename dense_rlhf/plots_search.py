@@ -137,7 +137,8 @@ def until_goal(ax: Axes, needed: Mapping[str, Mapping[int, Interval]], most: int
         for reached, fill in ((mean < top, colour(name)), (mean >= top, "white")):
             ax.plot(x[reached], mean[reached], "o", ms=5, color=colour(name), mfc=fill)
     ax.axhline(most, color="0.5", ls=":")
-    ax.set(xlabel="sources d", ylabel=ylabel, xticks=sorted({d for found in needed.values() for d in found}))
+    ax.set(xlabel="sources d", ylabel=ylabel, ylim=(0, 1.1 * most),
+           xticks=sorted({d for found in needed.values() for d in found}))  # fmt: skip
     return _key(ax)
 
 
