@@ -194,15 +194,15 @@ def signal_to_noise(search: Search, seed: int = 0) -> float:
 
 
 def verdicts(found: pd.DataFrame) -> pd.DataFrame:
-    """How often the audit says what: a row d, n and `flat` (or not), with the share of each kind, and `searches`.
+    """How often the audit says what: a row snr, d, n and `flat` (or not), the share of each kind, and `searches`.
 
     `true`: of those that say converged, the share whose regret is within the tolerance that the audit named.
     """
     audited = found[found["method"] == AUDITED].assign(flat=lambda t: t["landscape"] == "flat")
     rows = []
-    for (d, n, flat), group in audited.groupby(["d", "n", "flat"]):
+    for (snr, d, n, flat), group in audited.groupby(["snr", "d", "n", "flat"]):
         said = group[group["kind"] == audit.CONVERGED]
         shares = {kind: (group["kind"] == kind).mean() for kind in (audit.CONVERGED, audit.MORE, audit.FLAT)}
         true = (said["regret"] <= said["tolerance"]).mean() if len(said) else np.nan
-        rows.append({"d": d, "n": n, "flat": flat} | shares | {"true": true, "searches": len(group)})
+        rows.append({"snr": snr, "d": d, "n": n, "flat": flat} | shares | {"true": true, "searches": len(group)})
     return pd.DataFrame(rows)

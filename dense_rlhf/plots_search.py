@@ -148,6 +148,5 @@ def shares(ax: Axes, table: pd.DataFrame, hues: Mapping[str, str], xlabel: str) 
     for kind, hue in hues.items():
         ax.barh([str(name) for name in table.index], table[kind], left=left, color=hue, label=kind)
         left += table[kind].to_numpy()
-    ax.set(xlabel=xlabel, xlim=(0, 1))
-    ax.invert_yaxis()
+    ax.set(xlabel=xlabel, xlim=(0, 1), ylim=(len(table) - 0.5, -0.5))
     return ax

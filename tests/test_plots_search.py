@@ -2,6 +2,7 @@
 
 import matplotlib
 import numpy as np
+import pandas as pd
 import pytest
 
 from dense_rlhf import audit, plots, plots_search
@@ -127,3 +128,20 @@ def test_calibration_tells_what_its_intervals_miss(pair):
 def closed():
     yield
     matplotlib.pyplot.close("all")
+
+
+def test_trials_to_a_goal_that_was_not_reached_are_open_marks_above_the_most():
+    needed = {"gp": {2: Interval(20, 15, 30), 4: Interval(np.inf, 40, np.inf)}}
+    ax = plots_search.until_goal(plots.axes(), needed, 50, "trials")
+    line, reached, beyond, most = ax.lines
+    assert line.get_ydata().tolist() == [20, 53] and most.get_ydata()[0] == 50
+    assert reached.get_ydata().tolist() == [20] and reached.get_markerfacecolor() == plots.colour("gp")
+    assert beyond.get_ydata().tolist() == [53] and beyond.get_markerfacecolor() == "white"
+    assert [np.ptp(bar[:, 1]) for bar in ax.collections[0].get_segments()] == [15, 13]
+
+
+def test_shares_are_stacked_from_the_top():
+    table = pd.DataFrame({"yes": [0.25, 1.0], "no": [0.75, 0.0]}, index=["a", "b"])
+    ax = plots_search.shares(plots.axes(), table, {"yes": "#009E73", "no": "#999999"}, "share")
+    assert [(bar.get_x(), bar.get_width()) for bar in ax.patches] == [(0, 0.25), (0, 1), (0.25, 0.75), (1, 0)]
+    assert ax.get_ylim() == (1.5, -0.5) and [label.get_text() for label in ax.get_yticklabels()] == ["a", "b"]
