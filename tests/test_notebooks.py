@@ -128,7 +128,7 @@ def test_contextual_weights_are_searched_beside_static_ones_and_trained_again(co
 def test_trials_are_counted_against_sources_on_known_functions_and_on_reviews(dimension):
     run = dimension[0]["dimension"]
     metrics, searches = run.load_json("metrics.json"), read_ledger(run.file("searches.jsonl"))
-    assert len(searches) == len({line["key"] for line in searches}) == 6  # face by gp and sobol, flat by gp
+    assert len(searches) == len({line["key"] for line in searches}) == 8  # face by three strategies, flat by gp
     assert {line["strategy"] for line in searches if line["landscape"] == "flat"} == {"gp"}
     assert {method: set(by_size) for method, by_size in metrics["needed"].items()} == {
         method: {"2", "3"} for method in ("gp", "sobol", "gp on sobol")}  # fmt: skip
