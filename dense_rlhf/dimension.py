@@ -154,7 +154,7 @@ def curve(rows: pd.DataFrame) -> list[Interval]:
 
 
 def needed(rows: pd.DataFrame, goal: float, repeats: int = 1000) -> Interval:
-    """Trials until the mean regret is at most `goal`, of one d, snr and method; infinity where it never is.
+    """Trials from which on the mean regret is at most `goal`, of one d, snr and method; infinity where it ends above.
 
     On a straight line between checkpoints; the first stands for all before it. 95 % bootstrap interval over functions.
     """
@@ -167,12 +167,13 @@ def needed(rows: pd.DataFrame, goal: float, repeats: int = 1000) -> Interval:
 
 
 def _reached(n: np.ndarray, regret: np.ndarray, goal: float) -> float:
-    below = regret <= goal
-    if not below.any():
-        return np.inf
-    i = int(below.argmax())
-    share = (regret[i - 1] - goal) / (regret[i - 1] - regret[i]) if i else 1.0
-    return float(n[i - 1] + (n[i] - n[i - 1]) * share) if i else float(n[0])
+    above = np.flatnonzero(regret > goal)
+    if not len(above):
+        return float(n[0])
+    i = above[-1]
+    if i + 1 == len(n):
+        return math.inf
+    return float(n[i] + (n[i + 1] - n[i]) * (regret[i] - goal) / (regret[i] - regret[i + 1]))
 
 
 def gain(rows: pd.DataFrame, n: int, ours: str, theirs: str) -> Interval:

@@ -101,6 +101,11 @@ def test_trials_to_a_goal_are_read_between_checkpoints():
     assert [i.mean for i in curve(falls)] == pytest.approx([1.0, 0.5, 0.2])
 
 
+def test_a_goal_that_was_lost_again_is_not_reached():
+    lucky = rows({"a": {10: 0.1, 20: 0.6, 30: 0.4}})
+    assert needed(lucky, 0.5).mean == 25 and needed(lucky, 0.2).mean == np.inf
+
+
 def test_methods_are_compared_on_the_same_functions():
     ours, theirs = {"a": {10: 0.0}, "b": {10: 5.0}}, {"b": {10: 6.0}, "a": {10: 1.0}}
     found = gain(pd.concat([rows(ours), rows(theirs, "sobol")]), 10, "gp", "sobol")
