@@ -1,43 +1,110 @@
-"""python -m dense_rlhf run|search|train|check|report|list"""
+"""python -m dense_rlhf run|status|report|list|search|train|check"""
 
 from __future__ import annotations
 
 import argparse
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from dense_rlhf.types import InputError
 
 
-def _run(arguments: argparse.Namespace) -> int:
-    from dense_rlhf.grid import describe, expand, run_grid
+def _study(arguments: argparse.Namespace):
+    """The study as the command line wants it."""
     from dense_rlhf.study import load_study
 
-    study = load_study(Path(arguments.study), arguments.set or ())
-    jobs = expand(study)
+    study, workers = load_study(Path(arguments.study), arguments.set or ()), getattr(arguments, "workers", None)
+    for name, number in (("--workers", workers), ("--max-failures", getattr(arguments, "max_failures", None))):
+        if number is not None and number < 1:
+            raise InputError(f"{name} is {number}, wanted at least 1")
+    return study if workers is None else replace(study, workers=workers)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from dense_rlhf.console import selected
+    from dense_rlhf.plan import describe, expand, reasons, runs_folder
+
+    study = _study(arguments)
+    jobs, folder = expand(study), runs_folder(study)
+    names = selected(jobs, folder, arguments.only)
+    why = reasons(jobs, folder, study.workers, arguments.force)
     if arguments.dry_run:
-        print("\n".join(describe(job) for job in jobs))
-        print(f"{len(jobs)} runs, {study.workers} at a time; nothing was started")
+        chosen = [job for job in jobs if job.name in names]
+        print("\n".join(f"{'run' if why[job.name] else 'cached':8s}{describe(job)}"
+                        + (f": {why[job.name]}" if why[job.name] else "") for job in chosen))  # fmt: skip
+        would = sum(bool(why[job.name]) for job in chosen)
+        print(f"{len(chosen)} runs, {would} to run, {study.workers} at a time; nothing was started")
         return 0
-    print(f"{study.study}: {len(jobs)} runs, {study.workers} at a time", flush=True)
-    records = run_grid(study, lambda line: print(line, flush=True))
-    failed = [record for record in records if record["status"] not in ("ok", "cached")]
+    return _run_for_good(arguments, study, jobs, names, any(why[name] for name in names))
+
+
+def _run_for_good(arguments: argparse.Namespace, study, jobs: list, names: list[str], some: bool) -> int:
+    from dense_rlhf.console import Screen, failures, summary
+    from dense_rlhf.executors import executor
+    from dense_rlhf.grid import check_data, run_grid
+    from dense_rlhf.jobs import GOOD
+    from dense_rlhf.plan import runs_folder
+
+    if some:
+        check_data(study)
+    cpus, minutes = study.run.threads or max(1, os.cpu_count() // study.workers), study.timeout_minutes + 10
+    logs, screen = str(runs_folder(study) / ".slurm"), Screen()
+    where = executor(arguments.executor, study.workers, cpus, arguments.gpus, minutes, logs)
+    screen.say(f"{study.study}: {len(names)} runs, {study.workers} at a time")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
+    try:
+        records = run_grid(study, screen.say, screen.bar if screen.terminal else None, where, names, arguments.force,
+                           arguments.max_failures)  # fmt: skip
+    finally:
+        screen.clear()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    index = _reports(study, jobs, records)
+    print("\n".join([*failures(records, study.study, _again(arguments)), summary(records), f"open {index}"]))
+    return 0 if all(record["status"] in GOOD for record in records) else 1
+
+
+def _reports(study, jobs: list, records: list[dict]) -> Path:
+    """The study's index; pages are rendered again where a run is newer than they are."""
+    from dense_rlhf.plan import runs_folder
+    from dense_rlhf.runs import RunFolder, repository_root
+
+    index = repository_root() / "reports" / study.study / "index.html"
+    left = [RunFolder(runs_folder(study) / job.name).load_json("run.json") for job in jobs]
+    known = {record["job"]: record for record in (*filter(None, left), *records)}
+    written = index.stat().st_mtime if index.exists() else 0
+    if {record["status"] for record in records} <= {"cached"} and all(
+        path.stat().st_mtime <= written for path in runs_folder(study).glob("*/run.json")
+    ):
+        return index
     from dense_rlhf.report import write_reports
 
-    index = write_reports(study, records)
-    for record in failed:
-        print(f"{record['status']}: {record['job']}: {record['error']}\n"
-              f"  again: papermill notebooks/{record['notebook']}.ipynb out.ipynb "
-              f"-f runs/{study.study}/{record['job']}/params.yaml")  # fmt: skip
-    print(f"open {index}")
-    return 1 if failed else 0
+    return write_reports(study, [known[job.name] for job in jobs if job.name in known])
+
+
+def _again(arguments: argparse.Namespace) -> str:
+    """The command that runs the study as this one did."""
+    settings = [part for pair in arguments.set or () for part in ("--set", pair)]
+    return shlex.join(["python", "-m", "dense_rlhf", "run", arguments.study, *settings])
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from dense_rlhf.console import states
+    from dense_rlhf.plan import expand, reasons, runs_folder
+
+    study = _study(arguments)
+    jobs, folder = expand(study), runs_folder(study)
+    lines, good = states(jobs, folder, reasons(jobs, folder, study.workers))
+    print("\n".join(lines))
+    return 0 if good else 1
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from dense_rlhf.grid import expand
+    from dense_rlhf.plan import expand
     from dense_rlhf.study import load_study
 
     study = load_study(Path(arguments.study), arguments.set or ())
@@ -73,13 +140,12 @@ def _search(arguments: argparse.Namespace) -> int:
     run, learned = search(study, arguments.arm, said)
     if learned:
         print(f"incumbent: {', '.join(f'{s} {w:.3f}' for s, w in zip(learned.sources, learned.weights))}")
-    again = shlex.join(["run", arguments.study, *(part for pair in arguments.set or () for part in ("--set", pair))])
-    print(f"in {run.path}; audited, and trained with, by\n  python -m dense_rlhf {again}")
+    print(f"in {run.path}; audited, and trained with, by\n  {_again(arguments)}")
     return 0
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from dense_rlhf.grid import expand, runs_folder
+    from dense_rlhf.plan import expand, runs_folder
     from dense_rlhf.report import write_reports
     from dense_rlhf.runs import RunFolder
     from dense_rlhf.study import load_study
@@ -106,18 +172,21 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def _execute(arguments: argparse.Namespace) -> int:
-    from dense_rlhf.grid import execute_notebook
+    from dense_rlhf.execution import work
 
-    try:
-        execute_notebook(arguments.notebook, Path(arguments.folder).resolve())
-    except Exception as error:  # a papermill, nbclient or kernel error: the log keeps the trace, this line the reason
-        import traceback
+    return work(arguments.notebook, Path(arguments.folder).resolve())
 
-        traceback.print_exc()
-        reason = f"{error.ename}: {error.evalue}" if hasattr(error, "ename") else f"{type(error).__name__}: {error}"
-        print(" ".join(reason.split())[:500], flush=True)
-        return 1
-    return 0
+
+def _add_run_options(command: argparse.ArgumentParser) -> None:
+    from dense_rlhf.executors import EXECUTORS
+
+    command.add_argument("--dry-run", action="store_true", help="say what would run, and why, and start nothing")
+    command.add_argument("--workers", type=int, metavar="N", help="runs at a time, in place of the study's")
+    command.add_argument("--executor", choices=EXECUTORS, default="local", help="where they run")
+    command.add_argument("--gpus", type=float, metavar="G", help="of each run on ray or slurm; ray can share one: 0.5")
+    command.add_argument("--only", metavar="failed|NAME", help="these runs; * in a name stands for any letters")
+    command.add_argument("--force", action="store_true", help="run also what is finished, from the start")
+    command.add_argument("--max-failures", type=int, metavar="N", help="begin nothing more after N failures")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -125,6 +194,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dense_rlhf", description="Which tokens earned the reward?")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, act, text in (("run", _run, "run a study's grid of notebooks and render its reports"),
+                            ("status", _status, "the state of each run of a study; exit code 0 where all are ok"),
                             ("check", _check, "resolve all that a study needs except weights; its memory and time"),
                             ("train", _train, "train one policy of a study; also under accelerate launch"),
                             ("search", _search, "learn an arm's weights; any number of these share the trials"),
@@ -139,7 +209,7 @@ def main(argv: list[str] | None = None) -> int:
             command.add_argument("--seed", type=int, default=0)
             command.add_argument("--tensorboard", action="store_true", help="write events beside the run")
         if name == "run":
-            command.add_argument("--dry-run", action="store_true", help="list the runs and start nothing")
+            _add_run_options(command)
     commands.add_parser("list", help="what can be named: studies, datasets, sources").set_defaults(act=_list)
     execute = commands.add_parser("execute", help="run one notebook in its prepared folder (the runner calls this)")
     execute.add_argument("notebook")

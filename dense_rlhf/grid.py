@@ -1,275 +1,197 @@
-"""Expand a study into notebook runs, and execute them: one subprocess a run, on past failures.
-
-Order: reward model; everything that needs only it; policies with learned weights; the comparison.
-"""
+"""Run a study's jobs, each in its turn, on past failures; what is finished is not run again."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import signal
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from dense_rlhf.attribution import SOURCES
-from dense_rlhf.context import check_features
-from dense_rlhf.data import DATASETS
-from dense_rlhf.ledger import is_live, lock, trial_seed
-from dense_rlhf.params import ABLATIONS, RunParams, ShapeParams, StudyParams
-from dense_rlhf.runs import RunFolder, artefacts, provenance, repository_root
-from dense_rlhf.store import content_key, file_sha256, package_sha256, remove_checkpoints, write_json, write_text
-from dense_rlhf.strict import parse
+from dense_rlhf.executors import Local
+from dense_rlhf.jobs import BAD, GOOD, blank, cancel, finish, finished, held_by, run_job
+from dense_rlhf.params import RunParams, ShapeParams, StudyParams
+from dense_rlhf.plan import Job, awaits, expand, runs_folder, threads_of
+from dense_rlhf.runs import RunFolder
+from dense_rlhf.store import write_json
 from dense_rlhf.types import InputError
 
-
-@dataclass(frozen=True)
-class Job:
-    """One notebook run."""
-
-    name: str
-    notebook: str
-    stage: int
-    params: RunParams
-    weights_from: str | None = None  # the job whose search learns this one's weights
+PATIENCE = 1.0  # seconds until a job that another process runs is looked at again
 
 
-def check_names(study: StudyParams) -> None:
-    """Raise `InputError` for a dataset, source or feature that no registry has, and for a seed that is a trial's."""
-    for data in study.datasets:
-        if data.name not in DATASETS:
-            raise InputError(f"data.name is {data.name!r}, wanted one of {', '.join(DATASETS)}")
-    for arm, shape in study.arms.items():
-        unknown = [source for source in shape.sources if source not in SOURCES]
-        if unknown:
-            raise InputError(f"arms.{arm}.sources: {unknown[0]!r} is not known, wanted some of {', '.join(SOURCES)}")
-        check_features(f"arms.{arm}.features", shape.features)
-        if shape.is_learned and not {"04_ppo", "05_bayesian_optimisation"} <= set(study.notebooks):
-            raise InputError(f"arms.{arm} learns its weights: notebooks must name 04_ppo and 05_bayesian_optimisation")
-        trials = [trial_seed(study.seeds[0], trial) for trial in range(study.run.bo.trials)] if shape.is_learned else []
-        if known := [seed for seed in study.seeds if seed in trials]:
-            raise InputError(f"seeds: {known[0]} is a trial's of the search for arms.{arm}; policies want fresh seeds")
-    check_features("bo.features", study.run.bo.features)
+@dataclass
+class _Grid:
+    """What has ended, what runs, and what waits."""
 
+    jobs: list[Job]
+    folder: Path
+    study: StudyParams
+    executor: object  # of `executors`
+    say: Callable[[str], None]
+    bar: Callable[[str], None] | None
+    force: bool
+    max_failures: int | None
+    ended: dict[str, dict] = field(default_factory=dict)
+    running: dict[Future, Job] = field(default_factory=dict)
+    later: dict[str, float] = field(default_factory=dict)  # when to look again at what another process runs
+    start: float = field(default_factory=time.time)
 
-def expand(study: StudyParams) -> list[Job]:
-    """datasets x arms x seeds, as jobs in the order in which they can run."""
-    check_names(study)
-    jobs: list[Job] = []
-    for data in study.datasets:
-        prefix = f"{data.name}-" if len(study.datasets) > 1 else ""
-        base = replace(study.run, data=data, seed=study.seeds[0])
-        single = {"01_reward_model": 0, "02_attribution": 1, "03_shaping": 1, "06_comparison": 3}
-        single |= dict.fromkeys(ABLATIONS, 1)
-        for notebook in [n for n in study.notebooks if n in single]:
-            jobs.append(Job(prefix + Path(notebook).name, notebook, single[notebook], base))
-        for arm, shape in study.arms.items():
-            jobs += _arm_jobs(study, replace(base, arm=arm, shape=shape), prefix)
-    # long jobs first within a stage, so that no worker ends up alone with one
-    return sorted(jobs, key=lambda job: (job.stage, not job.notebook.startswith("05"), job.notebook[:2] < "04"))
-
-
-def _arm_jobs(study: StudyParams, params: RunParams, prefix: str) -> list[Job]:
-    search = f"{prefix}05_bayesian_optimisation-{params.arm}" if params.shape.is_learned else None
-    jobs = [Job(search, "05_bayesian_optimisation", 1, params)] if search else []
-    if "04_ppo" in study.notebooks:
-        for seed in study.seeds:
-            name = f"{prefix}04_ppo-{params.arm}-seed{seed}"
-            jobs.append(Job(name, "04_ppo", 2 if search else 1, replace(params, seed=seed), search))
-    return jobs
-
-
-def runs_folder(study: StudyParams) -> Path:
-    return repository_root() / "runs" / study.study
-
-
-# ---------------------------------------------------------------------------------------------------- one run
-
-
-def job_key(job: Job, flat: dict, upstream: list[str]) -> str:
-    """Changes when the notebook, its parameters, any source file of the package, or a run that it reads changes."""
-    notebook = file_sha256(repository_root() / "notebooks" / f"{job.notebook}.ipynb")
-    return content_key([flat, notebook, upstream, package_sha256()])
-
-
-def learned_params(job: Job, runs: Path) -> RunParams:
-    """The job's parameters, with what its search among `runs` has learned: `shape` of the search's metrics."""
-    if not job.weights_from:
-        return job.params
-    learned = RunFolder(runs / job.weights_from).load_json("metrics.json").get("shape")
-    if not learned:
-        raise InputError(f"{job.name} needs the weights of {job.weights_from}, which did not finish")
-    return replace(job.params, shape=parse(ShapeParams, asdict(job.params.shape) | learned, "shape"))
-
-
-def prepare(job: Job, folder: Path, threads: int) -> str:
-    """Write the run's `params.yaml` and return its status: `ok` where the same run is finished, else `pending`.
-
-    A folder left by other parameters or other code is emptied; one left by the same is kept, and with it the ledger
-    of a search that was cut short. Raises `InputError` where that would empty a search that is running.
-    """
-    import yaml
-
-    params, run = learned_params(job, folder.parent), RunFolder(folder)
-    flat = params.flat() | {"threads": params.threads or threads}
-    reads = sorted(folder.parent.glob("*/key.txt")) if job.notebook == "06_comparison" else []
-    upstream = [path.read_text() for path in reads if path.parent != folder]
-    with lock(folder / ".lock"):
-        left = run.file("key.txt").read_text() if run.file("key.txt").exists() else ""
-        if params.threads is None:
-            flat = _as_begun(job, flat, upstream, run, left)
-        key = job_key(job, flat, upstream)
-        if run.load_json("run.json").get("key") == key and run.load_json("run.json").get("status") == "ok":
-            return "ok"
-        if left != key:
-            _empty(folder)
-        run.file("run.json").unlink(missing_ok=True)
-        flat |= {"run_dir": str(folder)}
-        write_text(run.file("params.yaml"), yaml.safe_dump(flat, sort_keys=False, allow_unicode=True))
-        write_text(run.file("key.txt"), key)
-    return "pending"
-
-
-def _as_begun(job: Job, flat: dict, upstream: list[str], run: RunFolder, left: str) -> dict:
-    """The same parameters with the threads that the folder's run began with, if it is the same run otherwise."""
-    import yaml
-
-    path = run.file("params.yaml")
-    threads = yaml.safe_load(path.read_text(encoding="utf-8"))["threads"] if path.exists() else flat["threads"]
-    begun = flat | {"threads": threads}
-    return begun if job_key(job, begun, upstream) == left else flat
-
-
-def _empty(folder: Path) -> None:
-    """Remove all but the lock."""
-    if is_live(folder / "trials.jsonl"):
-        raise InputError(f"{folder} has a search of other parameters or code that is running; end it first")
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != ".lock":
-            path.unlink()
-
-
-def execute_notebook(notebook: str, folder: Path) -> None:
-    """Run a notebook with the parameters in `folder`, in this process. Raises what papermill raises."""
-    import papermill
-    import yaml
-    from traitlets.config import Config
-
-    run = RunFolder(folder)
-    parameters = yaml.safe_load(run.file("params.yaml").read_text(encoding="utf-8"))
-    source, target = repository_root() / "notebooks" / f"{notebook}.ipynb", run.file("notebook.ipynb")
-    with tempfile.TemporaryDirectory(prefix="drl-") as sockets:  # unnamed, kernels of two runs would share theirs
-        manager = {"transport": "ipc", "ip": f"{sockets}/k"}
-        papermill.execute_notebook(
-            str(source), str(target), parameters=parameters, kernel_name="python3", progress_bar=False,
-            cwd=str(repository_root()), config=Config({"KernelManager": manager}),
-        )  # fmt: skip
-
-
-def launch(job: Job, folder: Path, threads: int, timeout: float) -> str:
-    """Execute one prepared run in a subprocess of its own process group: `ok`, `failed` or `timeout`."""
-    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    environment |= {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-    command = [sys.executable, "-m", "dense_rlhf", "execute", job.notebook, str(folder)]
-    with open(folder / "log.txt", "w", encoding="utf-8") as log:
-        child = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+    def run(self) -> None:
+        """Until all has ended. On an interrupt all that runs is ended and marked before it is raised again."""
         try:
-            return "ok" if child.wait(timeout) == 0 else "failed"
-        except subprocess.TimeoutExpired:
-            return "timeout"
-        finally:  # also on an interrupt: no kernel is left behind
-            _end_group(child)
+            while len(self.ended) < len(self.jobs):
+                self._start_ready()
+                self._collect()
+        except KeyboardInterrupt:
+            self._interrupt()
+            raise
 
+    def threads(self, job: Job) -> int:
+        return threads_of(job, self.jobs, self.executor.workers)
 
-def _end_group(child: subprocess.Popen) -> None:
-    try:
-        os.killpg(child.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    child.wait()
+    def _start_ready(self) -> None:
+        active = {job.name for job in self.running.values()}
+        for job in [job for job in self.jobs if job.name not in self.ended and job.name not in active]:
+            if self._failures() >= (self.max_failures or len(self.jobs) + 1):
+                self._end(job, blank(job, "cancelled", f"not begun, after {self._failures()} failures"))
+            elif len(self.running) >= self.executor.workers:
+                return
+            elif awaits(job, self.jobs) <= self.ended.keys() and self.later.get(job.name, 0) < time.time():
+                self._start(job)
 
+    def _failures(self) -> int:
+        return sum(record["status"] in BAD for record in self.ended.values())
 
-def run_job(job: Job, folder: Path, threads: int, timeout: float) -> dict:
-    """Prepare, execute, and write `run.json` last. Returns its content; status `cached` where nothing had to run."""
-    start = time.time()
-    try:
-        if prepare(job, folder, threads) == "ok":
-            return RunFolder(folder).load_json("run.json") | {"status": "cached"}
-        status, error = launch(job, folder, threads, timeout), ""
-        if status != "ok":
-            error = _last_line(folder / "log.txt") if status == "failed" else f"no end after {timeout / 60:.0f} minutes"
-    except InputError as problem:
-        folder.mkdir(parents=True, exist_ok=True)
-        status, error = "failed", str(problem)
-    if status == "ok":
-        remove_checkpoints(folder)
-    key = (folder / "key.txt").read_text() if (folder / "key.txt").exists() else ""
-    record = {
-        "job": job.name, "notebook": job.notebook, "arm": job.params.arm, "seed": job.params.seed, "status": status,
-        "dataset": job.params.data.name, "error": error, "key": key, "started": start, "seconds": time.time() - start,
-        **provenance(), "artefacts": artefacts(folder),
-    }  # fmt: skip
-    write_json(folder / "run.json", record)
-    return record
+    def _start(self, job: Job) -> None:
+        folder, threads = self.folder / job.name, self.threads(job)
+        if reason := self._hopeless(job):
+            self._end(job, cancel(job, folder, reason))
+        elif held_by(folder):
+            self._put_off(job)
+        elif not self.force and (record := finished(job, folder, threads)):
+            self._end(job, record)
+        else:
+            timeout = 60 * self.study.timeout_minutes
+            self.running[self.executor.submit(run_job, job, folder, threads, timeout, self.force)] = job
+            self._show()
 
-
-def _last_line(log: Path) -> str:
-    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return lines[-1] if lines else "ended without a word"
-
-
-# ---------------------------------------------------------------------------------------------------- the grid
-
-
-def run_grid(study: StudyParams, say: Callable[[str], None]) -> list[dict]:
-    """Run every job, stage by stage, `workers` at a time; a failure stops nothing else. Returns the records."""
-    jobs, folder, records = expand(study), runs_folder(study), []
-    _forget_stale(folder, {job.name for job in jobs})
-    start = time.time()
-
-    def work(job: Job) -> dict:
-        record = run_job(job, folder / job.name, threads_of(job, jobs, study.workers), 60 * study.timeout_minutes)
-        records.append(record)
-        say(f"{len(records):3d}/{len(jobs)}  {record['status']:8s}{record['seconds']:6.0f} s  {job.name}"
-            + (f": {record['error']}" if record["error"] else "") + _left(len(records), len(jobs), start))  # fmt: skip
-        return record
-
-    pool = ThreadPoolExecutor(study.workers)
-    try:
-        for stage in sorted({job.stage for job in jobs}):
-            for _ in pool.map(work, [job for job in jobs if job.stage == stage]):
-                pass
-    finally:
-        pool.shutdown(cancel_futures=True)
-    return sorted(records, key=lambda record: record["job"])
-
-
-def threads_of(job: Job, jobs: list[Job], workers: int) -> int:
-    """A job's share of the cores among those of its stage that run at once."""
-    at_once = min(workers, sum(other.stage == job.stage for other in jobs))
-    return max(1, len(os.sched_getaffinity(0)) // at_once)
-
-
-def _left(done: int, total: int, start: float) -> str:
-    if done == total:
+    def _hopeless(self, job: Job) -> str:
+        """Why a job cannot run whose upstream has ended; a comparison takes the policies that there are."""
+        status = {name: self.ended[name]["status"] for name in job.upstream}
+        search = job.weights_from
+        if search and status[search] not in GOOD:
+            return f"needs {search}, which is {status[search]}"
+        if job.reads and not any(status[name] in GOOD for name in job.reads):
+            return f"needs a finished policy; of {len(job.reads)} there is none"
         return ""
-    return f"   (about {(time.time() - start) / done * (total - done) / 60:.0f} min left)"
+
+    def _put_off(self, job: Job) -> None:
+        if job.name not in self.later:
+            self.say(f"waiting for {job.name}, which {held_by(self.folder / job.name) or 'another process'} runs")
+        self.later[job.name] = time.time() + PATIENCE
+
+    def _collect(self) -> None:
+        """Take in what has ended; wait a moment where nothing has."""
+        done = wait(self.running, timeout=PATIENCE, return_when=FIRST_COMPLETED).done
+        if not self.running and self.later:
+            time.sleep(PATIENCE / 4)
+        for future in done:
+            job = self.running.pop(future)
+            record = self._result(job, future)
+            if record["status"] == "busy":
+                self._put_off(job)
+            else:
+                self._end(job, record)
+
+    def _result(self, job: Job, future: Future) -> dict:
+        """The run's record; `killed` where the executor lost it, `busy` where it runs on without us."""
+        try:
+            return future.result()
+        except Exception as error:  # of Ray or submitit
+            folder = self.folder / job.name
+            if held_by(folder):
+                return {"status": "busy"}
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            return finish(job, folder, "killed", reason, time.time())
+
+    def _interrupt(self) -> None:
+        self.executor.stop()
+        done = wait(self.running, timeout=10).done
+        for future, job in self.running.items():
+            told = future in done and not future.exception() and future.result()["status"] not in BAD
+            if not told and not held_by(self.folder / job.name):
+                finish(job, self.folder / job.name, "cancelled", "interrupted", time.time())
+
+    # ------------------------------------------------------------------------------------------------ what is said
+
+    def _end(self, job: Job, record: dict) -> None:
+        self.ended[job.name] = record
+        if record["status"] == "cached" or (self.bar and record["status"] == "ok"):
+            return self._show()
+        self.say(f"{len(self.ended):3d}/{len(self.jobs)}  {record['status']:9s}{record['seconds']:6.0f} s  {job.name}"
+                 + (f": {record['error']}" if record["error"] else "") + self._left())  # fmt: skip
+        self._show()
+
+    def _show(self) -> None:
+        if self.bar:
+            counts = [f"{n} {name}" for name, n in tally(self.ended.values()).items()]
+            self.bar(f"{len(self.ended)}/{len(self.jobs)} · {len(self.running)} running"
+                     + "".join(f" · {text}" for text in counts) + self._left())  # fmt: skip
+
+    def _left(self) -> str:
+        """An estimate from the pace of what was not cached."""
+        ran = sum(record["status"] != "cached" for record in self.ended.values())
+        left = len(self.jobs) - len(self.ended)
+        minutes = (time.time() - self.start) / ran * left / 60 if ran else 0
+        return f"   (about {minutes:.0f} min left)" if ran and left else ""
+
+
+def tally(records: Iterable[dict]) -> dict[str, int]:
+    """How many records have each status."""
+    found: dict[str, int] = {}
+    for record in records:
+        found[record["status"]] = found.get(record["status"], 0) + 1
+    return found
+
+
+def run_grid(
+    study: StudyParams, say: Callable[[str], None], bar: Callable[[str], None] | None = None, executor=None,
+    names: Iterable[str] | None = None, force: bool = False, max_failures: int | None = None,
+) -> list[dict]:  # fmt: skip
+    """Run every job, or those in `names`, as many at a time as the executor takes; a failure stops nothing else.
+
+    `say` takes lines, `bar` the text of a line that is written over, where there is a terminal. After `max_failures`
+    nothing more is begun. Returns the records in order of name.
+    """
+    jobs, folder = expand(study), runs_folder(study)
+    _forget_stale(folder, {job.name for job in jobs})
+    chosen = {job.name for job in jobs} if names is None else set(names)
+    with executor or Local(study.workers) as where:
+        grid = _Grid(jobs, folder, study, where, say, bar, force, max_failures)
+        for job in [job for job in jobs if job.name not in chosen]:
+            grid.ended[job.name] = finished(job, folder / job.name, grid.threads(job)) or {"status": "not finished"}
+        grid.run()
+    return [grid.ended[name] for name in sorted(chosen)]
+
+
+def check_data(study: StudyParams) -> None:
+    """Raise `InputError`, naming the file, where a local dataset cannot be read: before anything is started."""
+    from dense_rlhf.data import load_data
+
+    for data in [data for data in study.datasets if data.path]:
+        try:
+            load_data(data)
+        except InputError as error:
+            raise InputError(f"data.path is {data.path}: {error}") from error
 
 
 def _forget_stale(folder: Path, names: Iterable[str]) -> None:
     """Runs of jobs that the study no longer has must not reach its comparison."""
     for record in folder.glob("*/run.json"):
-        if record.parent.name not in names:
-            stale = json.loads(record.read_text(encoding="utf-8")) | {"status": "stale"}
-            write_json(record, stale)
+        found = json.loads(record.read_text(encoding="utf-8"))
+        if record.parent.name not in names and found.get("status") == "ok":
+            write_json(record, found | {"status": "stale"})
 
 
 QUICK_ARMS = {
@@ -292,12 +214,3 @@ def quick_study(params: RunParams, folder: Path, progress: Callable = iter) -> N
         run.save_table("evaluation", judge_against_reference(task, trained.policy, prompts, params.ppo, params.seed))
         record = {"notebook": "04_ppo", "arm": arm, "seed": params.seed, "dataset": params.data.name, "status": "ok"}
         write_json(run.file("run.json"), record)
-
-
-def describe(job: Job) -> str:
-    """One line of a dry run."""
-    shape: ShapeParams = job.params.shape
-    if job.notebook not in ("04_ppo", "05_bayesian_optimisation"):
-        return job.name
-    weights = shape.weights if isinstance(shape.weights, str) else "/".join(f"{w:g}" for w in shape.weights)
-    return f"{job.name}  [{' + '.join(shape.sources)}: {weights}, {shape.normalise}]"

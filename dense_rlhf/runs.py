@@ -1,6 +1,7 @@
 """The run folder: what a notebook leaves behind, and what a later notebook or report reads.
 
-    runs/STUDY/JOB/  params.yaml  notebook.ipynb  metrics.json  *.csv  log.txt  run.json (last, by the runner)
+    runs/STUDY/JOB/  params.yaml  inputs.json  notebook.ipynb  metrics.json  *.csv  log.txt
+                     run.json (last, by the runner)
 """
 
 from __future__ import annotations
@@ -96,6 +97,12 @@ def artefacts(folder: Path) -> dict[str, str]:
     """SHA-256 of each file of a finished run, except `run.json` itself and the log."""
     files = (p for p in sorted(folder.iterdir()) if p.is_file() and not p.name.startswith("."))
     return {p.name: file_sha256(p) for p in files if p.name not in ("run.json", "log.txt")}
+
+
+def altered(folder: Path, record: dict) -> list[str]:
+    """The artefacts of a finished run that are missing or have other bytes than its record says."""
+    hashes = record.get("artefacts", {})
+    return [name for name, sha in hashes.items() if not (folder / name).is_file() or file_sha256(folder / name) != sha]
 
 
 def finished_runs(study: Path) -> list[RunFolder]:

@@ -9,11 +9,11 @@ from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
 
-import nbformat
 import pytest
 import yaml
+from checkout import WRITES, make_checkout, write_notebook
 
-from dense_rlhf import grid
+from dense_rlhf import grid, jobs, plan
 from dense_rlhf.__main__ import main
 from dense_rlhf.ledger import append_line, lock
 from dense_rlhf.params import ShapeParams
@@ -26,13 +26,13 @@ REVIEWS = repository_root() / "params" / "reviews.yaml"
 
 def test_expansion_is_datasets_times_arms_times_seeds_in_order():
     study = load_study(REVIEWS, ["data=[{name: reviews}, {name: hh_rlhf}]", "seeds=[3, 4, 5]"])
-    jobs = grid.expand(study)
-    names = [job.name for job in jobs]
+    found = plan.expand(study)
+    names = [job.name for job in found]
     assert len(names) == len(set(names))
     assert sum("04_ppo" in name for name in names) == 2 * 5 * 3
-    assert {job.params.seed for job in jobs if job.notebook == "04_ppo"} == {3, 4, 5}
-    stage = {job.name: job.stage for job in jobs}
-    for job in jobs:
+    assert {job.params.seed for job in found if job.notebook == "04_ppo"} == {3, 4, 5}
+    stage = {job.name: job.stage for job in found}
+    for job in found:
         if job.weights_from:
             assert stage[job.weights_from] < job.stage
         assert job.stage < stage[f"{job.params.data.name}-06_comparison"] or job.notebook == "06_comparison"
@@ -40,7 +40,7 @@ def test_expansion_is_datasets_times_arms_times_seeds_in_order():
 
 def test_learned_weights_want_the_search():
     with pytest.raises(InputError, match="learns its weights"):
-        grid.expand(load_study(REVIEWS, ["notebooks=[04_ppo]"]))
+        plan.expand(load_study(REVIEWS, ["notebooks=[04_ppo]"]))
 
 
 def test_dry_run_and_help_answer_at_once():
@@ -54,31 +54,12 @@ def test_dry_run_and_help_answer_at_once():
 @pytest.fixture
 def fake_repository(tmp_path, monkeypatch):
     """A checkout whose one notebook fails for arm `bad` and writes its parameters otherwise."""
-    for name in ("notebooks", "params"):
-        (tmp_path / name).mkdir()
-    cells = [nbformat.v4.new_code_cell("arm = 'x'; seed = 0; run_dir = '.'", metadata={"tags": ["parameters"]}),
-             nbformat.v4.new_code_cell(
-                 "import json, pathlib\nif arm == 'bad': raise ValueError('<script>alert(1)</script>')\n"
-                 "found = {'lr': ppo_lr, 'shape': {'weights': [0.5, 0.5]}}\n"
-                 "pathlib.Path(run_dir, 'metrics.json').write_text(json.dumps(found))\n"
-                 "pathlib.Path(run_dir, 'evaluation.csv').write_text("
-                 "'gold,proxy,kl,win,reference_gold,reference_proxy\\n1,1,1,1,0,0\\n2,2,2,1,0,0\\n')")]
-    notebook = nbformat.v4.new_notebook(cells=cells)
-    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    for name in ("04_ppo", "05_bayesian_optimisation"):
-        nbformat.write(notebook, tmp_path / "notebooks" / f"{name}.ipynb")
-    for module in ("grid", "runs", "report"):
-        monkeypatch.setattr(f"dense_rlhf.{module}.repository_root", lambda: tmp_path)
-    launch = [sys.executable, "-c", "import sys, pathlib; from dense_rlhf import grid, runs; "
-              f"grid.repository_root = runs.repository_root = lambda: pathlib.Path({str(tmp_path)!r}); "
-              "from dense_rlhf.__main__ import main; sys.exit(main(sys.argv[1:]))"]
-    # of this module only: whoever imported the patched Popen meanwhile, as jupyter_client does, would keep it
-    ours = vars(subprocess) | {"Popen": lambda command, **options: subprocess.Popen(launch + command[3:], **options)}
-    monkeypatch.setattr(grid, "subprocess", SimpleNamespace(**ours))
-    (tmp_path / "params" / "s.yaml").write_text(yaml.safe_dump({
-        "study": "s", "notebooks": ["04_ppo"], "ppo": {"lr": 0.5},
+    cells = ("import json, pathlib\nif arm == 'bad': raise ValueError('<script>alert(1)</script>')", WRITES)
+    make_checkout(tmp_path, {
+        "notebooks": ["04_ppo"], "ppo": {"lr": 0.5},
         "arms": {"good": {"sources": ["uniform"]}, "bad": {"sources": ["terminal"]}},
-    }))  # fmt: skip
+    }, dict.fromkeys(("04_ppo", "05_bayesian_optimisation"), cells))  # fmt: skip
+    monkeypatch.setattr("dense_rlhf.runs.PACKAGE", tmp_path / "dense_rlhf")
     return tmp_path
 
 
@@ -110,10 +91,7 @@ def test_a_finished_run_is_not_repeated_until_something_changes(fake_repository)
 
 
 def test_a_run_without_end_is_stopped(fake_repository):
-    path = fake_repository / "notebooks" / "04_ppo.ipynb"
-    notebook = nbformat.read(path, 4)
-    notebook.cells[1].source = "import time; time.sleep(600)"
-    nbformat.write(notebook, path)
+    write_notebook(fake_repository / "notebooks" / "04_ppo.ipynb", "import time; time.sleep(600)")
     study = load_study(fake_repository / "params" / "s.yaml", ["arms.bad=null", "timeout_minutes=0.1"])
     start = time.monotonic()
     assert [r["status"] for r in grid.run_grid(study, print)] == ["timeout"]
@@ -132,22 +110,22 @@ def test_learned_weights_reach_the_policy_as_plain_parameters(fake_repository):
 def test_all_that_is_learned_reaches_the_policy(tmp_path):
     """A temperature a source, features and slopes too; the arm keeps what its search did not learn."""
     settings = ["arms={bo: {sources: [shap, terminal], weights: learned, temperature: 0.5}}"]
-    job = next(job for job in grid.expand(load_study(REVIEWS, settings)) if job.weights_from and job.params.arm == "bo")
+    job = next(job for job in plan.expand(load_study(REVIEWS, settings)) if job.weights_from and job.params.arm == "bo")
     found = {"weights": [0.25, 0.75], "normalise": "signed", "temperature": [0.1, 2.0], "features": ["position"],
              "slopes": [[1.0], [0.0]]}  # fmt: skip
     RunFolder(tmp_path / job.weights_from).save_metrics({"shape": found, "mean": 3.0})
     wanted = ("shap", "terminal"), (0.25, 0.75), "signed", (0.1, 2.0), ("position",), ((1.0,), (0.0,))
-    assert grid.learned_params(job, tmp_path).shape == ShapeParams(*wanted)
+    assert plan.learned_params(job, tmp_path).shape == ShapeParams(*wanted)
     RunFolder(tmp_path / job.weights_from).save_metrics({"shape": {"weights": [0.25, 0.75]}})
-    assert grid.learned_params(job, tmp_path).shape == replace(job.params.shape, weights=(0.25, 0.75))
+    assert plan.learned_params(job, tmp_path).shape == replace(job.params.shape, weights=(0.25, 0.75))
     RunFolder(tmp_path / job.weights_from).save_metrics({"weights": [0.25, 0.75]})
     with pytest.raises(InputError, match="needs the weights of 05_bayesian_optimisation-bo, which did not finish"):
-        grid.learned_params(job, tmp_path)
+        plan.learned_params(job, tmp_path)
 
 
 @pytest.fixture
 def search_job():
-    return next(job for job in grid.expand(load_study(REVIEWS)) if job.notebook.startswith("05"))
+    return next(job for job in plan.expand(load_study(REVIEWS)) if job.notebook.startswith("05"))
 
 
 def test_a_search_goes_on_with_the_threads_that_it_began_with(search_job, tmp_path):
@@ -161,24 +139,24 @@ def test_a_search_goes_on_with_the_threads_that_it_began_with(search_job, tmp_pa
 
     for job, share, kept, wanted in ((search_job, 2, False, 2), (search_job, 5, True, 2), (other, 5, False, 5),
                                      (other, 2, True, 5), (chosen, 5, False, 4), (chosen, 5, True, 4)):  # fmt: skip
-        assert grid.prepare(job, folder, share) == "pending"
+        assert jobs.prepare(job, folder, share) == "pending"
         assert ((folder / "trials.jsonl").exists(), threads()) == (kept, wanted)
         (folder / "trials.jsonl").touch()
         (folder / "trials.d").mkdir(exist_ok=True)
     (tmp_path / "a").rename(tmp_path / "b")
     folder = tmp_path / "b" / search_job.name
-    assert grid.prepare(chosen, folder, 5) == "pending" and (folder / "trials.jsonl").exists()
+    assert jobs.prepare(chosen, folder, 5) == "pending" and (folder / "trials.jsonl").exists()
 
 
 def test_a_search_that_runs_is_not_emptied(search_job, tmp_path):
     folder = tmp_path / search_job.name
-    assert grid.prepare(search_job, folder, 1) == "pending"
+    assert jobs.prepare(search_job, folder, 1) == "pending"
     other = replace(search_job, params=replace(search_job.params, seed=9))
     with lock(folder / "trials.d" / "003.lock"):
-        assert grid.prepare(search_job, folder, 1) == "pending"
+        assert jobs.prepare(search_job, folder, 1) == "pending"
         with pytest.raises(InputError, match="has a search of other parameters or code that is running; end it first"):
-            grid.prepare(other, folder, 1)
-    assert grid.prepare(other, folder, 1) == "pending" and not (folder / "trials.d").exists()
+            jobs.prepare(other, folder, 1)
+    assert jobs.prepare(other, folder, 1) == "pending" and not (folder / "trials.d").exists()
 
 
 def test_only_one_of_two_that_start_together_empties_the_folder(search_job, tmp_path):
@@ -186,7 +164,7 @@ def test_only_one_of_two_that_start_together_empties_the_folder(search_job, tmp_
     folder.mkdir()
     (folder / "left.txt").touch()
     with lock(folder / ".lock"):
-        starts = [Thread(target=lambda: results.append(grid.prepare(search_job, folder, 1))) for _ in range(2)]
+        starts = [Thread(target=lambda: results.append(jobs.prepare(search_job, folder, 1))) for _ in range(2)]
         for start in starts:
             start.start()
         time.sleep(0.2)
@@ -194,7 +172,7 @@ def test_only_one_of_two_that_start_together_empties_the_folder(search_job, tmp_
     for start in starts:
         start.join(20)
     assert results == ["pending"] * 2
-    assert sorted(path.name for path in folder.iterdir()) == [".lock", "key.txt", "params.yaml"]
+    assert sorted(path.name for path in folder.iterdir()) == [".lock", "inputs.json", "key.txt", "params.yaml"]
 
 
 def test_the_search_command_fills_the_ledger_that_the_notebook_looks_for(fake_repository, capsys, monkeypatch):
@@ -221,9 +199,10 @@ def test_the_search_command_fills_the_ledger_that_the_notebook_looks_for(fake_re
     assert f"python -m dense_rlhf run {study} --set 'arms={{bo:" in out
     run = RunFolder(fake_repository / "runs" / "s" / "05_bayesian_optimisation-bo")
     wanted = load_study(Path(study), settings)
-    jobs = grid.expand(wanted)
-    assert grid.prepare(jobs[0], run.path, grid.threads_of(jobs[0], jobs, wanted.workers)) == "pending"
-    assert jobs[0].name == run.path.name and len(run.file("trials.jsonl").read_text().splitlines()) == 2
+    first, *others = plan.expand(wanted)
+    threads = plan.threads_of(first, [first, *others], wanted.workers)
+    assert jobs.prepare(first, run.path, threads) == "pending"
+    assert first.name == run.path.name and len(run.file("trials.jsonl").read_text().splitlines()) == 2
     run.file("run.json").write_text(json.dumps({"key": run.file("key.txt").read_text(), "status": "ok"}))
     assert train.search(wanted, "bo")[1] is None, "the notebook has ended too"
     for arm, message in (("nope", "--arm is 'nope', wanted one of bo"), ("bo", "")):

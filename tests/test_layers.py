@@ -16,7 +16,7 @@ LAYERS = {
     "judge": 2, "toy": 2, "implicit": 2, "ledger": 2, "landscapes": 2,
     "bilevel": 3, "arms": 3, "baselines": 3, "budget": 3, "audit": 3, "dimension": 3,
     "runs": 4, "grid": 4, "plots": 4, "display": 4, "report": 4, "explain": 4, "live": 4, "train": 4, "check": 4,
-    "plots_search": 4,
+    "plots_search": 4, "plan": 4, "execution": 4, "executors": 4, "jobs": 4, "console": 4,
     "__main__": 4,
 }  # fmt: skip
 # within a layer: everyone may raise InputError and read the parameters; the others are spelt out
@@ -25,10 +25,16 @@ SIDEWAYS = {(module, "types") for module in ("strict", "params", "study", "maske
     ("policy", "reward_model"), ("checkpoint", "ppo"), ("shaping", "context"), ("baselines", "bilevel"),
     ("arms", "bilevel"), ("dimension", "audit"),
     ("rewards", "data"), ("rewards", "reward_model"), ("reward_model", "alignment"),
-    ("additive", "alignment"), ("implicit", "rollout"), ("grid", "runs"), ("report", "display"), ("report", "runs"),
+    ("additive", "alignment"), ("implicit", "rollout"), ("report", "display"), ("report", "runs"),
     ("explain", "display"), ("live", "display"), ("live", "plots"), ("plots_search", "plots"),
-    ("train", "grid"), ("train", "live"), ("train", "runs"),
-    ("__main__", "check"), ("__main__", "grid"), ("__main__", "report"), ("__main__", "runs"), ("__main__", "train"),
+    ("train", "jobs"), ("train", "live"), ("train", "plan"), ("train", "runs"),
+    # the runner: a plan; one run, its process; many, somewhere; and what is said of them
+    ("plan", "runs"), ("execution", "runs"), ("jobs", "plan"), ("jobs", "execution"), ("jobs", "runs"),
+    ("grid", "plan"), ("grid", "jobs"), ("grid", "executors"), ("grid", "runs"),
+    ("console", "plan"), ("console", "jobs"), ("console", "grid"),
+    ("__main__", "console"), ("__main__", "execution"), ("__main__", "executors"), ("__main__", "jobs"),
+    ("__main__", "plan"), ("__main__", "check"), ("__main__", "grid"),
+    ("__main__", "report"), ("__main__", "runs"), ("__main__", "train"),
 }  # fmt: skip
 
 

@@ -1,0 +1,220 @@
+"""One run in a process of its own: started, watched, ended with all its children, and never believed blindly.
+
+    runner -> worker (`python -m dense_rlhf execute`) -> kernel
+
+Each dies with the one above it, whatever killed that one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+from threading import Event, Thread
+
+from dense_rlhf.runs import RunFolder, repository_root
+from dense_rlhf.store import write_json
+from dense_rlhf.types import InputError
+
+HEARTBEAT = ".heartbeat"  # touched by the worker while it lives; holds the cell that runs
+BEAT = 5.0  # seconds
+PARENT = "DENSE_RLHF_PARENT"
+KERNEL_DIED = 137  # the worker's exit code then
+PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent(parent: int) -> None:
+    """End this process when process `parent`, which started it, ends; at once where it has ended."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(KERNEL_DIED)
+
+
+# ---------------------------------------------------------------------------------------------------- the runner's side
+
+
+def launch(
+    notebook: str, folder: Path, threads: int, timeout: float, gpus: str | None = None, stop: Event | None = None,
+    keep: tuple[int, ...] = (),
+) -> tuple[str, str]:  # fmt: skip
+    """Execute a prepared run in a subprocess, for `timeout` seconds at most: its status, and what went wrong.
+
+    `gpus` is its CUDA_VISIBLE_DEVICES; `stop` ends it as `cancelled`; `keep` are open files it holds, such as locks.
+    """
+    log, deadline = folder / "log.txt", time.monotonic() + timeout
+    with open(log, "a", encoding="utf-8") as file:
+        begin = file.tell()
+        child = subprocess.Popen(
+            [sys.executable, "-m", "dense_rlhf", "execute", notebook, str(folder)], cwd=repository_root(),
+            stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=_environment(threads, gpus),
+            start_new_session=True, pass_fds=keep,
+        )  # fmt: skip
+    try:
+        while child.poll() is None:
+            if stop is not None and stop.is_set():
+                return "cancelled", "interrupted"
+            if time.monotonic() > deadline:
+                return "timeout", f"no end after {timeout / 60:.0f} minutes"
+            _wait(child, 0.2)
+    finally:  # also on an interrupt: no kernel is left behind
+        _end(child)
+    return _outcome(child.returncode, _last_line(log, begin))
+
+
+def _environment(threads: int, gpus: str | None) -> dict[str, str]:
+    """Threads and GPUs are fixed before torch loads; the worker runs this very package."""
+    path = os.pathsep.join(filter(None, [str(repository_root()), os.environ.get("PYTHONPATH")]))
+    names = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
+    quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    shown = {} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus}
+    return os.environ | names | quiet | shown | {"PYTHONPATH": path, PARENT: str(os.getpid())}
+
+
+def _wait(child: subprocess.Popen, seconds: float) -> None:
+    with suppress(subprocess.TimeoutExpired):
+        child.wait(seconds)
+
+
+def _end(child: subprocess.Popen) -> None:
+    """Kill the worker's process group and whatever it started; a kernel has a group of its own."""
+    import psutil
+
+    family: list[psutil.Process] = []
+    with suppress(psutil.NoSuchProcess):
+        family += psutil.Process(child.pid).children(recursive=True) if child.poll() is None else []
+    with suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    for process in family:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    child.wait()
+
+
+def _outcome(code: int, said: str) -> tuple[str, str]:
+    if code == 0:
+        return "ok", ""
+    if code == KERNEL_DIED:
+        return "killed", f"the kernel died, perhaps out of memory ({said})"
+    if code < 0:
+        return "killed", f"the run's process was ended by {signal.Signals(-code).name}, perhaps out of memory"
+    return "failed", said
+
+
+def _last_line(log: Path, begin: int) -> str:
+    with open(log, encoding="utf-8", errors="replace") as file:
+        file.seek(begin)
+        lines = [line for line in file.read().splitlines() if line.strip()]
+    return lines[-1] if lines else "ended without a word"
+
+
+def heartbeat(folder: Path) -> dict:
+    """The `cell` that a run is at, and `age`, the seconds since its worker last gave a sign; else empty."""
+    path = folder / HEARTBEAT
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) | {"age": time.time() - path.stat().st_mtime}
+    except (OSError, ValueError):
+        return {}
+
+
+# ---------------------------------------------------------------------------------------------------- the worker's side
+
+
+def work(notebook: str, folder: Path) -> int:
+    """What the subprocess does; returns its exit code. The log keeps the trace, its last line is the reason."""
+    if parent := os.environ.get(PARENT):
+        die_with_parent(int(parent))
+    try:
+        execute_notebook(notebook, folder)
+    except Exception as error:  # of papermill, nbclient or the kernel: no common base class
+        import traceback
+
+        from nbclient.exceptions import DeadKernelError
+
+        traceback.print_exc()
+        line = " ".join(_reason(error).split())[:500]
+        print("".join(c if c.isprintable() else "?" for c in line), flush=True)  # it may quote what a model wrote
+        return KERNEL_DIED if isinstance(error, DeadKernelError) else 1
+    return 0
+
+
+def _reason(error: Exception) -> str:
+    """The cell and the last line of its traceback."""
+    if not hasattr(error, "ename"):
+        return f"{type(error).__name__}: {error}"
+    first = next((line for line in error.source.splitlines() if line.strip()), "")
+    return f"In [{error.exec_count}] {first[:60]!r}: {error.ename}: {error.evalue}"
+
+
+def execute_notebook(notebook: str, folder: Path) -> None:
+    """Run a notebook with the parameters in `folder`, in this process.
+
+    Raises what papermill raises, and `InputError` where cells were left out: papermill calls a kernel that a cell
+    ended with `exit()` a success.
+    """
+    import papermill
+    import yaml
+    from traitlets.config import Config
+
+    run = RunFolder(folder)
+    parameters = yaml.safe_load(run.file("params.yaml").read_text(encoding="utf-8"))
+    source, target = repository_root() / "notebooks" / f"{notebook}.ipynb", run.file("notebook.ipynb")
+    with tempfile.TemporaryDirectory(prefix="drl-") as sockets:  # unnamed, kernels of two runs would share theirs
+        manager = {"transport": "ipc", "ip": f"{sockets}/k"}
+        done = papermill.execute_notebook(
+            str(source), str(target), parameters=parameters, kernel_name="python3", progress_bar=False,
+            cwd=str(repository_root()), config=Config({"KernelManager": manager}), kernel_manager_class=_manager(),
+            on_cell_start=_beating(folder),
+        )  # fmt: skip
+    if left := unfinished(done):
+        raise InputError(f"{left} was not executed to its end; a cell must not call exit()")
+
+
+def _manager() -> type:
+    """A kernel manager whose kernels end with this process."""
+    from jupyter_client.manager import AsyncKernelManager
+
+    class Kernels(AsyncKernelManager):
+        def format_kernel_cmd(self, extra_arguments=None):
+            found = super().format_kernel_cmd(extra_arguments)
+            return ["dense_rlhf.execution" if part == "ipykernel_launcher" else part for part in found]
+
+    return Kernels
+
+
+def _beating(folder: Path):
+    """A hook that writes the cell that starts, and a thread that says every few seconds that this process lives."""
+
+    def beat() -> None:
+        while True:
+            time.sleep(BEAT)
+            with suppress(FileNotFoundError):  # before the first cell
+                os.utime(folder / HEARTBEAT)
+
+    def cell_started(cell, cell_index: int) -> None:
+        write_json(folder / HEARTBEAT, {"cell": cell_index + 1})
+
+    Thread(target=beat, daemon=True).start()
+    return cell_started
+
+
+def unfinished(notebook) -> str:
+    """The first code cell that was not executed, or ended with an error; empty where all is well."""
+    for number, cell in enumerate((c for c in notebook.cells if c.cell_type == "code"), 1):
+        errors = [output for output in cell.outputs if output.output_type == "error"]
+        if cell.source.strip() and (cell.execution_count is None or errors):
+            return f"code cell {number}"
+    return ""
+
+
+if __name__ == "__main__":  # the kernel
+    from ipykernel import kernelapp
+
+    die_with_parent(int(os.environ["JPY_PARENT_PID"]))
+    kernelapp.launch_new_instance()

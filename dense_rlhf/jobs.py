@@ -1,0 +1,165 @@
+"""One job in its folder: prepared, executed, recorded, and what its folder tells of it.
+
+    .lock  held while the folder is prepared      .running  held while the job runs, by whoever runs it
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import time
+from pathlib import Path
+from threading import Event
+
+from dense_rlhf.execution import HEARTBEAT, heartbeat, launch
+from dense_rlhf.ledger import is_live, lock
+from dense_rlhf.plan import Job, judge
+from dense_rlhf.runs import RunFolder, artefacts, provenance
+from dense_rlhf.store import remove_checkpoints, write_json, write_text
+from dense_rlhf.types import InputError
+
+GOOD = ("ok", "cached")
+BAD = ("failed", "timeout", "killed")  # also cancelled, which is no fault of its own
+RUNNING = ".running"
+
+
+def prepare(job: Job, folder: Path, threads: int, force: bool = False) -> str:
+    """Write the run's `params.yaml` and return its status: `ok` where the same run is finished, else `pending`.
+
+    A folder left by other parameters or other code is emptied, and any with `force`; one left by the same is kept, and
+    with it the ledger of a search that was cut short. Raises `InputError` where that would empty a search that is
+    running.
+    """
+    import yaml
+
+    run = RunFolder(folder)
+    with lock(folder / ".lock"):
+        found = judge(job, folder, threads)
+        if not (found.why or force):
+            _revive(run)
+            return "ok"
+        if force or not found.same:
+            _empty(folder)
+        for name in ("run.json", *found.broken):
+            run.file(name).unlink(missing_ok=True)
+        flat = found.inputs["parameters"] | {"run_dir": str(folder)}
+        write_text(run.file("params.yaml"), yaml.safe_dump(flat, sort_keys=False, allow_unicode=True))
+        write_text(run.file("key.txt"), found.key)
+        write_json(run.file("inputs.json"), found.inputs)
+    return "pending"
+
+
+def _revive(run: RunFolder) -> None:
+    """A finished run that the study had lost and has again."""
+    record = run.load_json("run.json")
+    if record["status"] == "stale":
+        write_json(run.file("run.json"), record | {"status": "ok", "error": ""})
+
+
+def _empty(folder: Path) -> None:
+    """Remove all but the locks, the record first: what is half removed must not look finished."""
+    if is_live(folder / "trials.jsonl"):
+        raise InputError(f"{folder} has a search of other parameters or code that is running; end it first")
+    (folder / "run.json").unlink(missing_ok=True)
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in (".lock", RUNNING):
+            path.unlink()
+
+
+def run_job(
+    job: Job, folder: Path, threads: int, timeout: float, force: bool = False, gpus: str | None = None,
+    stop: Event | None = None,
+) -> dict:  # fmt: skip
+    """Prepare, execute, and write `run.json` last. Returns its content; status `cached` where nothing had to run.
+
+    Status `busy`, and nothing done, where another process runs this job. `timeout` in seconds; `gpus` and `stop` as in
+    `launch`.
+    """
+    held = lock(folder / RUNNING, wait=False)
+    if held is None:
+        return {"job": job.name, "status": "busy"}
+    with held:
+        held.truncate(0)
+        held.write(json.dumps({"host": platform.node(), "pid": os.getpid(), "since": time.time()}).encode())
+        held.flush()
+        start = time.time()
+        try:
+            if prepare(job, folder, threads, force) == "ok":
+                return RunFolder(folder).load_json("run.json") | {"status": "cached"}
+            write_json(folder / HEARTBEAT, {"cell": 0})
+            status, error = launch(job.notebook, folder, threads, timeout, gpus, stop, (held.fileno(),))
+        except InputError as problem:
+            status, error = "failed", str(problem)
+        return finish(job, folder, status, error, start)
+
+
+def finish(job: Job, folder: Path, status: str, error: str, start: float) -> dict:
+    """Write the record of a run that has ended; what could only have helped it to go on is removed."""
+    (folder / HEARTBEAT).unlink(missing_ok=True)
+    key = (folder / "key.txt").read_text() if (folder / "key.txt").exists() else ""
+    record = blank(job, status, error) | {"key": key, "started": start, "seconds": time.time() - start}
+    record |= {**provenance(), "artefacts": artefacts(folder)}
+    write_json(folder / "run.json", record)
+    if status == "ok":
+        remove_checkpoints(folder)
+    return record
+
+
+def blank(job: Job, status: str, error: str) -> dict:
+    return {
+        "job": job.name, "notebook": job.notebook, "arm": job.params.arm, "seed": job.params.seed, "status": status,
+        "dataset": job.params.data.name, "error": error, "key": "", "started": time.time(), "seconds": 0.0,
+    }  # fmt: skip
+
+
+def finished(job: Job, folder: Path, threads: int) -> dict | None:
+    """The record of a run that need not run again, as `cached`; None where it must."""
+    try:
+        if judge(job, folder, threads).why:
+            return None
+    except InputError:  # the run itself will say so
+        return None
+    run = RunFolder(folder)
+    _revive(run)
+    return run.load_json("run.json") | {"status": "cached"}
+
+
+def cancel(job: Job, folder: Path, reason: str) -> dict:
+    """Record that a job could not run. What it once finished is kept, but must not reach a comparison: it is stale."""
+    run, record = RunFolder(folder), blank(job, "cancelled", reason)
+    old = run.load_json("run.json")
+    done = old.get("status") in ("ok", "stale")
+    write_json(run.file("run.json"), old | {"status": "stale", "error": reason} if done else record)
+    return record
+
+
+def held_by(folder: Path) -> str:
+    """Who runs a job now; empty where nobody does."""
+    path = folder / RUNNING
+    if not path.exists():
+        return ""
+    if probe := lock(path, wait=False):
+        probe.close()
+        return ""
+    try:
+        who = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:  # it is just being written
+        return "another process"
+    return f"process {who['pid']} on {who['host']} since {time.strftime('%H:%M:%S', time.localtime(who['since']))}"
+
+
+def state(folder: Path, why: str) -> tuple[str, str]:
+    """A job's state as its folder tells it, and what there is to say of it; `why` it would run."""
+    record, beat = RunFolder(folder).load_json("run.json"), heartbeat(folder)
+    if who := held_by(folder):
+        sign = f"cell {beat['cell']}, last sign {beat['age']:.0f} s ago, " if beat else ""
+        return "running", f"{sign}{who}"
+    if record.get("status") in ("ok", "stale"):
+        return ("stale", why) if why else ("ok", f"{record['seconds']:.0f} s")
+    if record:
+        return record["status"], record["error"]
+    return ("killed", f"in cell {beat['cell']}, with its runner") if beat else ("pending", why)

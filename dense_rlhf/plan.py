@@ -1,0 +1,238 @@
+"""What a study runs, in which order, from which inputs, and why each run would run again.
+
+Order: reward model; everything that needs only it; policies with learned weights; the comparison.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+
+from dense_rlhf.attribution import SOURCES
+from dense_rlhf.context import check_features
+from dense_rlhf.data import DATASETS
+from dense_rlhf.ledger import trial_seed
+from dense_rlhf.params import ABLATIONS, RunParams, ShapeParams, StudyParams
+from dense_rlhf.runs import RunFolder, altered, repository_root
+from dense_rlhf.store import content_key, file_sha256, package_sha256
+from dense_rlhf.strict import parse
+from dense_rlhf.types import InputError
+
+
+@dataclass(frozen=True)
+class Job:
+    """One notebook run."""
+
+    name: str
+    notebook: str
+    stage: int
+    params: RunParams
+    weights_from: str | None = None  # the job whose search learns this one's weights
+    reads: tuple[str, ...] = ()  # the jobs whose finished runs it compares
+
+    @property
+    def upstream(self) -> tuple[str, ...]:
+        return (*filter(None, [self.weights_from]), *self.reads)
+
+
+# ---------------------------------------------------------------------------------------------------- expansion
+
+
+def check_names(study: StudyParams) -> None:
+    """Raise `InputError` for a dataset, source or feature that no registry has, and for a seed that is a trial's."""
+    for data in study.datasets:
+        if data.name not in DATASETS:
+            raise InputError(f"data.name is {data.name!r}, wanted one of {', '.join(DATASETS)}")
+    for arm, shape in study.arms.items():
+        unknown = [source for source in shape.sources if source not in SOURCES]
+        if unknown:
+            raise InputError(f"arms.{arm}.sources: {unknown[0]!r} is not known, wanted some of {', '.join(SOURCES)}")
+        check_features(f"arms.{arm}.features", shape.features)
+        if shape.is_learned and not {"04_ppo", "05_bayesian_optimisation"} <= set(study.notebooks):
+            raise InputError(f"arms.{arm} learns its weights: notebooks must name 04_ppo and 05_bayesian_optimisation")
+        trials = [trial_seed(study.seeds[0], trial) for trial in range(study.run.bo.trials)] if shape.is_learned else []
+        if known := [seed for seed in study.seeds if seed in trials]:
+            raise InputError(f"seeds: {known[0]} is a trial's of the search for arms.{arm}; policies want fresh seeds")
+    check_features("bo.features", study.run.bo.features)
+
+
+def expand(study: StudyParams) -> list[Job]:
+    """datasets x arms x seeds, as jobs in the order in which they can run."""
+    check_names(study)
+    jobs: list[Job] = []
+    for data in study.datasets:
+        prefix = f"{data.name}-" if len(study.datasets) > 1 else ""
+        base = replace(study.run, data=data, seed=study.seeds[0])
+        arms = [job for arm, shape in study.arms.items()
+                for job in _arm_jobs(study, replace(base, arm=arm, shape=shape), prefix)]  # fmt: skip
+        policies = tuple(job.name for job in arms if job.notebook == "04_ppo")
+        single = {"01_reward_model": 0, "02_attribution": 1, "03_shaping": 1, "06_comparison": 3}
+        single |= dict.fromkeys(ABLATIONS, 1)
+        for notebook in [n for n in study.notebooks if n in single]:
+            reads = policies if notebook == "06_comparison" else ()
+            jobs.append(Job(prefix + Path(notebook).name, notebook, single[notebook], base, reads=reads))
+        jobs += arms
+    # long jobs first within a stage, so that no worker ends up alone with one
+    return sorted(jobs, key=lambda job: (job.stage, not job.notebook.startswith("05"), job.notebook[:2] < "04"))
+
+
+def _arm_jobs(study: StudyParams, params: RunParams, prefix: str) -> list[Job]:
+    search = f"{prefix}05_bayesian_optimisation-{params.arm}" if params.shape.is_learned else None
+    jobs = [Job(search, "05_bayesian_optimisation", 1, params)] if search else []
+    if "04_ppo" in study.notebooks:
+        for seed in study.seeds:
+            name = f"{prefix}04_ppo-{params.arm}-seed{seed}"
+            jobs.append(Job(name, "04_ppo", 2 if search else 1, replace(params, seed=seed), search))
+    return jobs
+
+
+def awaits(job: Job, jobs: Iterable[Job]) -> set[str]:
+    """The jobs that must have ended before this one: the reward model's, which fills a cache, and its upstream."""
+    return {other.name for other in jobs if other.stage == 0 < job.stage} | set(job.upstream)
+
+
+def threads_of(job: Job, jobs: list[Job], workers: int) -> int:
+    """A job's share of the cores among those of its stage that run at once."""
+    at_once = min(workers, sum(other.stage == job.stage for other in jobs))
+    return max(1, len(os.sched_getaffinity(0)) // at_once)
+
+
+def runs_folder(study: StudyParams) -> Path:
+    return repository_root() / "runs" / study.study
+
+
+def describe(job: Job) -> str:
+    """Its name, and for one with an arm the rewards."""
+    shape: ShapeParams = job.params.shape
+    if job.notebook not in ("04_ppo", "05_bayesian_optimisation"):
+        return job.name
+    weights = shape.weights if isinstance(shape.weights, str) else "/".join(f"{w:g}" for w in shape.weights)
+    return f"{job.name}  [{' + '.join(shape.sources)}: {weights}, {shape.normalise}]"
+
+
+# ---------------------------------------------------------------------------------------------------- inputs
+
+
+def learned_params(job: Job, runs: Path) -> RunParams:
+    """The job's parameters, with what its search among `runs` has learned: `shape` of the search's metrics."""
+    if not job.weights_from:
+        return job.params
+    learned = RunFolder(runs / job.weights_from).load_json("metrics.json").get("shape")
+    if not learned:
+        raise InputError(f"{job.name} needs the weights of {job.weights_from}, which did not finish")
+    return replace(job.params, shape=parse(ShapeParams, asdict(job.params.shape) | learned, "shape"))
+
+
+def inputs(job: Job, flat: dict, runs: Path) -> dict:
+    """All that decides a run: its key is their hash. `upstream` holds the keys of the finished runs that it reads."""
+    notebook = repository_root() / "notebooks" / f"{job.notebook}.ipynb"
+    finished = {name: record.get("key") for name in job.upstream
+                if (record := RunFolder(runs / name).load_json("run.json")).get("status") == "ok"}  # fmt: skip
+    return {
+        "notebook": _code_sha256(notebook, _stamp(notebook)), "package": package_sha256(), "locks": _locks_sha256(),
+        "parameters": flat, "files": _files(flat), "upstream": finished,
+    }  # fmt: skip
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    return path.stat().st_mtime_ns, path.stat().st_size
+
+
+@cache
+def _code_sha256(notebook: Path, stamp: tuple) -> str:
+    """Hash of the code cells and their tags; text, outputs and other metadata change no result."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    return content_key([["".join(cell["source"]), cell["metadata"].get("tags", [])]
+                        for cell in cells if cell["cell_type"] == "code"])  # fmt: skip
+
+
+def _locks_sha256() -> str:
+    return content_key([file_sha256(path) for path in sorted((repository_root() / "locks").glob("*.txt"))])
+
+
+def _files(flat: dict) -> dict[str, str]:
+    """Hashes of the local files and models that parameters name. What a hub's branch is at now is not asked."""
+    named = {name: Path(value) for name, value in flat.items()
+             if value and (name.endswith("_path") or name in ("policy_name", "reward_name"))}  # fmt: skip
+    paths = {name: sorted(path.iterdir()) if path.is_dir() else [path] for name, path in named.items() if path.exists()}
+    return {name: content_key([[path.name, _sha256(path, _stamp(path))] for path in found if path.is_file()])
+            for name, found in paths.items()}  # fmt: skip
+
+
+@cache
+def _sha256(path: Path, stamp: tuple) -> str:
+    return file_sha256(path)
+
+
+# ---------------------------------------------------------------------------------------------------- the reason
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a run would read now, and the reason to run; none where a run of the same is finished and intact."""
+
+    inputs: dict
+    why: str
+    same: bool  # the folder's last run, finished or not, read the same
+    broken: tuple[str, ...] = ()  # artefacts that are missing or altered
+
+    @property
+    def key(self) -> str:
+        return content_key(self.inputs)
+
+
+def judge(job: Job, folder: Path, threads: int) -> Verdict:
+    """Compare a run's inputs with those that its folder was left by. Raises `InputError` without learned weights."""
+    run = RunFolder(folder)
+    left, record = run.load_json("inputs.json"), run.load_json("run.json")
+    flat, own = learned_params(job, folder.parent).flat(), job.params.threads
+    now = inputs(job, flat | {"threads": own or threads}, folder.parent)
+    if own is None and left:  # begun on another number of cores it is still the same run
+        begun = now | {"parameters": flat | {"threads": left["parameters"]["threads"]}}
+        now = begun if begun == left else now
+    if left != now:
+        return Verdict(now, _changes(left, now) if left else "new", same=False)
+    if record.get("status") not in ("ok", "stale") or record.get("key") != content_key(now):
+        return Verdict(now, f"{record['status']} before" if "status" in record else "did not finish", same=True)
+    broken = altered(folder, record)
+    return Verdict(now, f"{', '.join(broken)}: missing or altered" if broken else "", same=True, broken=tuple(broken))
+
+
+def _changes(left: dict, now: dict) -> str:
+    """Which inputs differ, in words."""
+    labels = {"notebook": "notebook changed", "package": "package source changed", "locks": "lock file changed"}
+    found = [text for name, text in labels.items() if left.get(name) != now[name]]
+    for name, text in (("parameters", "parameters changed"), ("files", "files changed"),
+                       ("upstream", "upstream changed")):  # fmt: skip
+        old, new = left.get(name, {}), now[name]
+        names = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+        if name == "parameters":
+            names = [f"{key} {old.get(key)} -> {new.get(key)}" for key in names]
+        if names:
+            found.append(f"{text}: {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if names[3:] else ""))
+    return "; ".join(found)
+
+
+def reasons(jobs: list[Job], runs: Path, workers: int, force: bool = False) -> dict[str, str]:
+    """Why each job would run, in their order; empty for one that is finished."""
+    found: dict[str, str] = {}
+    for job in jobs:
+        again = [name for name in job.upstream if found.get(name)]
+        if force:
+            found[job.name] = "forced"
+        elif again:
+            found[job.name] = f"upstream runs: {again[0]}" + (f" and {len(again) - 1} more" if again[1:] else "")
+        else:
+            found[job.name] = _reason(job, runs / job.name, threads_of(job, jobs, workers))
+    return found
+
+
+def _reason(job: Job, folder: Path, threads: int) -> str:
+    try:
+        return judge(job, folder, threads).why
+    except InputError as problem:  # another process may be about to change that
+        return str(problem)
