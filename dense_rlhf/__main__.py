@@ -219,7 +219,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return arguments.act(arguments)
     except InputError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        line = " ".join(str(error).split())
+        print(f"error: {line if len(line) < 1200 else line[:1200] + ' ...'}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; finished runs are kept", file=sys.stderr)

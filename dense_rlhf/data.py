@@ -235,7 +235,7 @@ def read_rows(path: Path) -> list[dict]:
             return pyarrow.parquet.read_table(path).to_pylist()
         with (gzip.open if name.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
             return _json_list(file.read()) if name.endswith(".json") else list(_json_lines(file))
-    except (ValueError, EOFError, OSError, zlib.error) as error:  # of JSON, text, gzip and parquet alike
+    except (ValueError, EOFError, OSError, RecursionError, zlib.error) as error:  # of JSON, text, gzip and parquet
         raise InputError(f"{path} is not readable: {error}. Wanted .json, .jsonl, .jsonl.gz or .parquet") from error
 
 

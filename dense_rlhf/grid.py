@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from dense_rlhf.executors import Local
@@ -176,14 +177,28 @@ def run_grid(
 
 
 def check_data(study: StudyParams) -> None:
-    """Raise `InputError`, naming the file, where a local dataset cannot be read: before anything is started."""
+    """Raise `InputError`, naming parameter and file, where a local file cannot be read: before anything is started."""
     from dense_rlhf.data import load_data
 
-    for data in [data for data in study.datasets if data.path]:
+    readers = [("data.path", data.path, lambda data=data: load_data(data)) for data in study.datasets if data.path]
+    for name, path, load in (*readers, *_readers(study.run)):
         try:
-            load_data(data)
+            load()
         except InputError as error:
-            raise InputError(f"data.path is {data.path}: {error}") from error
+            raise InputError(f"{name} is {path}: {str(error).removeprefix(f'{path} ')}") from error
+
+
+def _readers(run: RunParams) -> list[tuple[str, str, Callable]]:
+    """Parameter, path and loader of what people marked; the loaders are slow to import."""
+    people = run.attribution.rationale_path, run.evaluation.sst_path, run.evaluation.toxic_path
+    if not any(people):
+        return []
+    from dense_rlhf.attribution.gold_labels import load_sst_trees, load_toxic_spans
+    from dense_rlhf.attribution.rationales import load_rationale_judge
+
+    names = "attribution.rationale_path", "evaluation.sst_path", "evaluation.toxic_path"
+    return [(name, path, partial(load, path)) for name, path, load in
+            zip(names, people, (load_rationale_judge, load_sst_trees, load_toxic_spans)) if path]  # fmt: skip
 
 
 def _forget_stale(folder: Path, names: Iterable[str]) -> None:

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import math
+import reprlib
 import types
 import typing
 from collections.abc import Mapping
 from dataclasses import is_dataclass
+from functools import cache
 from pathlib import Path
 
 from dense_rlhf.types import InputError
+
+LARGEST = 2**31  # whole numbers stay below
+LONGEST = 1_000_000  # bytes of a YAML file
+_SHORT = reprlib.Repr()  # a value of any size, such as aliases of aliases, in a line of error
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
+
+
+def shown(value: object) -> str:
+    """A value as a line of error shows it: shortened."""
+    return _SHORT.repr(value)
 
 
 def kind(value: object) -> str:
@@ -31,7 +44,7 @@ def cast(value: object, wanted: object, name: str) -> object:
     if isinstance(value, str) and float in options:
         hint = "; YAML reads 1e-4 as text, write 1.0e-4"
     names = " or ".join(getattr(o, "__name__", None) or str(o) for o in options).replace("NoneType", "nothing")
-    raise InputError(f"{name} is {value!r} ({kind(value)}), wanted {names}{hint}")
+    raise InputError(f"{name} is {shown(value)} ({kind(value)}), wanted {names}{hint}")
 
 
 def parse(cls: type, given: object, where: str):
@@ -47,7 +60,21 @@ def parse(cls: type, given: object, where: str):
     for key, value in given.items():
         is_group = is_dataclass(hints[key])
         values[key] = parse(hints[key], value, prefix + key) if is_group else cast(value, hints[key], prefix + key)
-    return cls(**values)
+    made = cls(**values)  # what it says of a number is more to the point
+    for key, value in values.items():
+        check_numbers(prefix + key, value)
+    return made
+
+
+def check_numbers(name: str, value: object) -> None:
+    """Raise `InputError` for a number, in a tuple too, that is not finite or larger than any use of it."""
+    if isinstance(value, tuple):
+        for i, item in enumerate(value):
+            check_numbers(f"{name}[{i}]", item)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{name} is {value}, wanted a finite number")
+    elif isinstance(value, int) and abs(value) >= LARGEST:
+        raise InputError(f"{name} is {shown(value)}, wanted a whole number below {LARGEST}")
 
 
 def merge(base: dict, over: Mapping) -> dict:
@@ -58,16 +85,45 @@ def merge(base: dict, over: Mapping) -> dict:
     return merged
 
 
-def read_yaml(path: Path) -> dict:
-    """A YAML mapping, safely; `InputError` for a missing or broken file."""
+@cache
+def _loader() -> type:
+    """YAML's safe loader, which refuses a key that is given twice; YAML itself would drop the first."""
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node, deep=False):
+            seen = set()
+            for key, _ in node.value:
+                if isinstance(key.value, str) and key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
+                seen |= {key.value} if isinstance(key.value, str) else set()
+            return super().construct_mapping(node, deep)
+
+    return Loader
+
+
+def _from_yaml(text: str) -> object:
+    """The value of a YAML text. Raises ValueError with one line for whatever is wrong with it."""
+    import yaml
+
+    try:
+        return yaml.load(text, _loader())
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError) as error:  # also of dates and numbers
+        raise ValueError(" ".join(str(error).split())) from error
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def read_yaml(path: Path) -> dict:
+    """A YAML mapping, safely; `InputError` for a missing, broken or very large file."""
     if not path.is_file():
         raise InputError(f"no file at {path}; give the path of a study, such as params/reviews.yaml")
+    if path.stat().st_size > LONGEST:
+        raise InputError(f"{path} has {path.stat().st_size} bytes, wanted a file of parameters, {LONGEST} at most")
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        value = _from_yaml(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path} is not YAML: {error}") from error
     if not isinstance(value, dict):
         raise InputError(f"{path} holds {kind(value)}, wanted a mapping of parameters")
     return value
@@ -75,16 +131,14 @@ def read_yaml(path: Path) -> dict:
 
 def parse_settings(pairs: typing.Iterable[str]) -> dict:
     """`["ppo.lr=0.1", "size=smoke"]` as nested mappings, values read as YAML."""
-    import yaml
-
     nested: dict = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals or not key:
             raise InputError(f"--set {pair!r}: wanted key=value, such as ppo.lr=1.0e-4")
         try:
-            value: object = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+            value = _from_yaml(text)
+        except ValueError as error:
             raise InputError(f"--set {pair!r}: the value is not YAML") from error
         for part in reversed(key.split(".")):
             value = {part: value}

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dense_rlhf.params import ABLATIONS, GROUPS, NOTEBOOKS, DataParams, RunParams, ShapeParams, StudyParams
-from dense_rlhf.strict import cast, kind, merge, parse, parse_settings, read_yaml
+from dense_rlhf.strict import cast, check_numbers, kind, merge, parse, parse_settings, read_yaml, shown
 from dense_rlhf.types import InputError
 
 OPTIONS = ("seeds", "notebooks", "workers", "timeout_minutes")
@@ -28,9 +28,13 @@ def load_study(path: Path, settings: typing.Iterable[str] = ()) -> StudyParams:
     given, over = read_yaml(path), parse_settings(settings)
     size = over.get("size", given.get("size", "full"))
     sizes = given.get("sizes", {})
+    if not isinstance(sizes, Mapping) or not all(isinstance(one, Mapping) for one in sizes.values()):
+        raise InputError(f"sizes is {shown(sizes)}, wanted a mapping of names to mappings of parameters")
+    if not isinstance(size, str):
+        raise InputError(f"size is {shown(size)} ({kind(size)}), wanted a name")
     if size != "full" and size not in sizes:
-        raise InputError(f"size is {size!r}, wanted one of {', '.join(['full', *sizes])}")
-    merged = merge(merge(given, sizes.get(size) or {}), over)
+        raise InputError(f"size is {size!r}, wanted one of {', '.join(['full', *map(str, sizes)])}")
+    merged = merge(merge(given, sizes.get(size, {})), over)
     unknown = [key for key in merged if key not in STUDY_KEYS]
     if unknown:
         raise InputError(f"{unknown[0]} is not a parameter; wanted one of {', '.join(STUDY_KEYS)}")
@@ -60,13 +64,15 @@ def _study(merged: dict, path: Path) -> StudyParams:
     options = {key: cast(value, hints[key], key) for key, value in plain.items()}
     study = StudyParams(_name(merged.get("study", path.stem), "study"), shapes, parsed,
                         parse(RunParams, groups, ""), **options)  # fmt: skip
+    for name, value in options.items():
+        check_numbers(name, value)
     return _checked(study)
 
 
 def _name(name: object, where: str) -> str:
     """A name that is safe as part of a file name."""
     if not isinstance(name, str) or not name or not all(c.isalnum() or c in "-_" for c in name) or not name.isascii():
-        raise InputError(f"{where}: {name!r} is not a name; wanted letters, digits, - and _")
+        raise InputError(f"{where}: {shown(name)} is not a name; wanted letters, digits, - and _")
     return name
 
 
@@ -74,17 +80,43 @@ def _checked(study: StudyParams) -> StudyParams:
     if not study.arms:
         raise InputError("arms: all are left out, wanted at least one")
     if not study.seeds or len(set(study.seeds)) != len(study.seeds):
-        raise InputError(f"seeds is {list(study.seeds)}, wanted at least one, none twice")
+        raise InputError(f"seeds is {shown(list(study.seeds))}, wanted at least one, none twice")
     if not min(study.workers, study.timeout_minutes, math.inf if study.run.threads is None else study.run.threads) > 0:
         raise InputError("workers, threads and timeout_minutes must be above 0")
+    _check_least(study)
     for shape in [shape for shape in study.arms.values() if shape.is_learned]:
         study.run.bo.check(shape)
     known = NOTEBOOKS + ABLATIONS
     unknown = [n for n in study.notebooks if n not in known]
     if unknown:
         raise InputError(f"notebooks: {unknown[0]!r} is not one; wanted some of {', '.join(known)}")
+    run = study.run
     paths = [("data.path", data.path) for data in study.datasets]
-    for name, path in (*paths, ("attribution.rationale_path", study.run.attribution.rationale_path)):
+    paths += [("attribution.rationale_path", run.attribution.rationale_path),
+              *((f"evaluation.{name}", getattr(run.evaluation, name)) for name in ("sst_path", "toxic_path"))]
+    for name, path in paths:
         if path is not None and not Path(path).is_file():
             raise InputError(f"{name}: no file at {path}; give the path of a file that exists")
     return replace(study, notebooks=tuple(n for n in known if n in study.notebooks))
+
+
+LEAST = {
+    "data": {"prompt_words": 1, "max_prompt_chars": 1}, "policy": {"lora_alpha": 0},
+    "reward": {"hidden": 1, "layers": 1, "heads": 1, "steps": 0, "batch": 1, "lr": 0, "window": 1, "max_drop": 0,
+               "token_budget": 1},
+    "attribution": {"owen_depth": 0, "seed": 0}, "evaluation": {"prompts": 1, "seeds": 1},
+}  # fmt: skip  # of numbers whose own groups do not say
+
+
+def _check_least(study: StudyParams) -> None:
+    """Raise `InputError` for a number below what it can be."""
+    groups = [("data", data) for data in study.datasets] + [(name, getattr(study.run, name)) for name in GROUPS]
+    for group, params in groups:
+        for name, least in LEAST.get(group, {}).items():
+            value = getattr(params, name)
+            if value is not None and value < least:
+                raise InputError(f"{group}.{name} is {value}, wanted at least {least}")
+    if min(study.seeds) < 0:
+        raise InputError(f"seeds is {shown(list(study.seeds))}, wanted none below 0")
+    if study.run.reward.max_drop > 1:
+        raise InputError(f"reward.max_drop is {study.run.reward.max_drop}, wanted a share from 0 to 1")
