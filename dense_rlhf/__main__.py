@@ -63,8 +63,8 @@ def _run_for_good(arguments: argparse.Namespace, study, jobs: list, names: list[
     finally:
         screen.clear()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    index = _reports(study, jobs, records)
-    print("\n".join([*failures(records, study.study, _again(arguments)), summary(records), f"open {index}"]))
+    print("\n".join([*failures(records, study.study, _again(arguments)), summary(records)]), flush=True)
+    print(f"open {_reports(study, jobs, records)}")
     return 0 if all(record["status"] in GOOD for record in records) else 1
 
 

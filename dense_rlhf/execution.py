@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -130,6 +131,7 @@ def work(notebook: str, folder: Path) -> int:
     """What the subprocess does; returns its exit code. The log keeps the trace, its last line is the reason."""
     if parent := os.environ.get(PARENT):
         die_with_parent(int(parent))
+    sys.modules.setdefault("rfc3987_syntax", None)  # a grammar for jsonschema that no notebook needs: saves a second
     try:
         execute_notebook(notebook, folder)
     except Exception as error:  # of papermill, nbclient or the kernel: no common base class
@@ -162,6 +164,7 @@ def execute_notebook(notebook: str, folder: Path) -> None:
     import yaml
     from traitlets.config import Config
 
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of each parameter that no cell assigns
     run = RunFolder(folder)
     parameters = yaml.safe_load(run.file("params.yaml").read_text(encoding="utf-8"))
     source, target = repository_root() / "notebooks" / f"{notebook}.ipynb", run.file("notebook.ipynb")

@@ -1,0 +1,140 @@
+"""Kill runner, worker or kernel of a study at random moments and run it again: nothing is lost, nothing called ok.
+
+    python tests/faults/kill_runs.py 50
+
+A tiny study of made-up notebooks (two policies, a search, a comparison) is killed one to three times with SIGKILL, then
+runs to its end. After each kill: no process is left behind, and what a record calls ok is whole. At the end: what was
+finished before a kill was not run again, and all artefacts equal those of an unbroken study, byte by byte.
+"""
+
+import json
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+from checkout import command, make_checkout
+
+from dense_rlhf.runs import RunFolder, altered
+
+TARGETS = {"runner": " run ", "worker": " execute ", "kernel": "dense_rlhf.execution"}
+STUDY = {
+    "notebooks": ["04_ppo", "05_bayesian_optimisation", "06_comparison"], "workers": 2, "ppo": {"lr": 0.5},
+    "arms": {"sparse": {"sources": ["terminal"]}, "bo": {"sources": ["shap", "terminal"], "weights": "learned"}},
+}  # fmt: skip
+SLOWLY = ("import json, pathlib, time", """for i in range(20):
+    time.sleep(0.02)
+    with open(pathlib.Path(run_dir, 'steps.txt'), 'w' if i == 0 else 'a') as file:
+        file.write(f'{i}\\n')""")
+TRAINED = """pathlib.Path(run_dir, 'metrics.json').write_text(json.dumps({'lr': ppo_lr, 'weights': shape_weights}))
+pathlib.Path(run_dir, 'evaluation.csv').write_text(
+    'gold,proxy,kl,win,reference_gold,reference_proxy\\n1,1,1,1,0,0\\n2,2,2,1,0,0\\n')"""
+LEARNED = "pathlib.Path(run_dir, 'metrics.json').write_text(json.dumps({'shape': {'weights': [0.25, 0.75]}}))"
+COMPARED = """from dense_rlhf.runs import finished_runs
+runs = finished_runs(pathlib.Path(run_dir).parent)
+found = {run.path.name: run.load_json('metrics.json') for run in runs if run.path.name.startswith('04')}
+pathlib.Path(run_dir, 'metrics.json').write_text(json.dumps(found))"""
+NOTEBOOKS = {"04_ppo": (*SLOWLY, TRAINED), "05_bayesian_optimisation": (*SLOWLY, LEARNED),
+             "06_comparison": (*SLOWLY, COMPARED)}  # fmt: skip
+
+
+def processes(folder: Path, target: str = "") -> list[psutil.Process]:
+    """The processes that work in this checkout."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("PYTHONPATH", "").startswith(str(folder)) and process.status() != "zombie":
+                found += [process] if target in " ".join(process.cmdline()) else []
+        except psutil.Error:
+            continue
+    return found
+
+
+def records(folder: Path) -> dict[str, dict]:
+    runs = (RunFolder(path.parent) for path in folder.glob("runs/s/*/run.json"))
+    return {run.path.name: run.load_json("run.json") for run in runs}
+
+
+def results(folder: Path) -> dict[str, bytes]:
+    """What the notebooks wrote; times, paths and what is named after them differ from run to run."""
+    return {str(path.relative_to(folder)): path.read_bytes() for name in ("metrics.json", "steps.txt")
+            for path in sorted(folder.glob(f"runs/s/*/{name}"))}  # fmt: skip
+
+
+def whole(folder: Path) -> list[str]:
+    """Runs that are called ok and are not."""
+    named, files = records(folder).items(), {"metrics.json", "steps.txt"}
+    return [name for name, record in named if record["status"] == "ok"
+            and (altered(folder / "runs" / "s" / name, record) or not files <= record["artefacts"].keys())]  # fmt: skip
+
+
+def strike(folder: Path, target: str, seconds: float) -> tuple[bool, list[str]]:
+    """Run the study, kill one `target` after some seconds; whether one was there, and what is wrong after that."""
+    runner = command(folder, "run", "params/s.yaml")
+    time.sleep(seconds)
+    victims = [runner] if target == "runner" else processes(folder, TARGETS[target])
+    if runner.poll() is not None or not victims:
+        runner.communicate()
+        return False, []
+    random.choice(victims).send_signal(signal.SIGKILL)
+    wrong = []
+    if target == "runner":
+        runner.communicate()
+        time.sleep(0.5)
+        wrong += [f"left behind: {' '.join(process.cmdline())[:80]}" for process in processes(folder)]
+    elif runner.communicate(timeout=120) and runner.returncode == 0:
+        wrong.append(f"exit 0 although a {target} was killed")
+    return True, wrong + [f"not ok: {name}" for name in whole(folder)]
+
+
+def finished(folder: Path) -> dict[str, float]:
+    """When the runs that are ok began; a comparison of fewer policies is rightly made again."""
+    return {name: record["started"] for name, record in records(folder).items()
+            if record["status"] == "ok" and not name.startswith("06")}  # fmt: skip
+
+
+def one_study(folder: Path, wanted: dict[str, bytes], kills: list[tuple[str, float]]) -> tuple[int, list[str]]:
+    """Kill a fresh study as often as `kills` say, then let it end: how many kills hit, and what went wrong."""
+    shutil.rmtree(folder / "runs", ignore_errors=True)
+    hits, wrong, before = 0, [], {}
+    for target, seconds in kills:
+        hit, found = strike(folder, target, seconds)
+        hits, wrong, before = hits + hit, wrong + found, before | finished(folder)
+    last = command(folder, "run", "params/s.yaml")
+    said = last.communicate()[0]
+    after = finished(folder)
+    wrong += [f"run again: {name}" for name in before if before[name] != after.get(name)]
+    if last.returncode or results(folder) != wanted:
+        wrong.append(f"exit {last.returncode}, other results: {said[-500:]}")
+    return hits, wrong
+
+
+def kill_runs(points: int, seed: int = 0, say=lambda line: None) -> tuple[int, list]:
+    """How many kills hit, at least `points`, and what went wrong."""
+    dice, folder, hits, wrong = random.Random(seed), Path(tempfile.mkdtemp()) / "c", 0, []
+    random.seed(seed)
+    make_checkout(folder, STUDY, NOTEBOOKS)
+    start = time.time()
+    unbroken = command(folder, "run", "params/s.yaml")
+    said = unbroken.communicate()[0]
+    took, wanted = time.time() - start, results(folder)
+    assert unbroken.returncode == 0 and len(wanted) == 8, said
+    while hits < points:
+        number = min(dice.randint(1, 3), points - hits)
+        kills = [(dice.choice(list(TARGETS)), dice.uniform(0.3, took)) for _ in range(number)]
+        hit, found = one_study(folder, wanted, kills)
+        hits, wrong = hits + hit, wrong + [(kills, text) for text in found]
+        say(f"{hits:3d}/{points} kills after {time.time() - start:.0f} s, {len(wrong)} wrong {found or ''}")
+    shutil.rmtree(folder.parent)
+    return hits, wrong
+
+
+if __name__ == "__main__":
+    number, began = int(sys.argv[1]) if len(sys.argv) > 1 else 50, time.time()
+    hit, bad = kill_runs(number, say=lambda line: print(line, flush=True))
+    print(f"{hit} kills, {len(bad)} wrong {json.dumps(bad) if bad else ''} ({time.time() - began:.0f} s)")
+    sys.exit(bool(bad))
