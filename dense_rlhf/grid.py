@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from dense_rlhf.executors import Local
-from dense_rlhf.jobs import BAD, GOOD, blank, cancel, finish, finished, held_by, run_job
+from dense_rlhf.jobs import BAD, GOOD, STATES, blank, cancel, finish, finished, held_by, run_job
 from dense_rlhf.params import RunParams, ShapeParams, StudyParams
 from dense_rlhf.plan import Job, awaits, expand, runs_folder, threads_of
 from dense_rlhf.runs import RunFolder
@@ -149,11 +150,9 @@ class _Grid:
 
 
 def tally(records: Iterable[dict]) -> dict[str, int]:
-    """How many records have each status."""
-    found: dict[str, int] = {}
-    for record in records:
-        found[record["status"]] = found.get(record["status"], 0) + 1
-    return found
+    """How many records have each status, in the order of `STATES`."""
+    found = Counter(record["status"] for record in records)
+    return dict(sorted(found.items(), key=lambda item: STATES.index(item[0])))
 
 
 def run_grid(
@@ -171,7 +170,7 @@ def run_grid(
     with executor or Local(study.workers) as where:
         grid = _Grid(jobs, folder, study, where, say, bar, force, max_failures)
         for job in [job for job in jobs if job.name not in chosen]:
-            grid.ended[job.name] = finished(job, folder / job.name, grid.threads(job)) or {"status": "not finished"}
+            grid.ended[job.name] = finished(job, folder / job.name, grid.threads(job)) or {"status": "pending"}
         grid.run()
     return [grid.ended[name] for name in sorted(chosen)]
 

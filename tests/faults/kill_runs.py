@@ -125,7 +125,7 @@ def kill_runs(points: int, seed: int = 0, say=lambda line: None) -> tuple[int, l
     assert unbroken.returncode == 0 and len(wanted) == 8, said
     while hits < points:
         number = min(dice.randint(1, 3), points - hits)
-        kills = [(dice.choice(list(TARGETS)), dice.uniform(0.3, took)) for _ in range(number)]
+        kills = [(list(TARGETS)[(hits + i) % 3], dice.uniform(0.3, took)) for i in range(number)]
         hit, found = one_study(folder, wanted, kills)
         hits, wrong = hits + hit, wrong + [(kills, text) for text in found]
         say(f"{hits:3d}/{points} kills after {time.time() - start:.0f} s, {len(wrong)} wrong {found or ''}")
