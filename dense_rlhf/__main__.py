@@ -64,7 +64,11 @@ def _run_for_good(arguments: argparse.Namespace, study, jobs: list, names: list[
         screen.clear()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     print("\n".join([*failures(records, study.study, _again(arguments)), summary(records)]), flush=True)
-    print(f"open {_reports(study, jobs, records)}")
+    try:
+        print(f"open {_reports(study, jobs, records)}")
+    except Exception as error:  # of pandas, nbconvert or jinja: the runs are what they are
+        print(f"the reports could not be written: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
     return 0 if all(record["status"] in GOOD for record in records) else 1
 
 

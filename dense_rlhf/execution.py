@@ -20,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from threading import Event, Thread
 
-from dense_rlhf.runs import RunFolder, repository_root
+from dense_rlhf.runs import RunFolder, python_path, repository_root
 from dense_rlhf.store import write_json
 from dense_rlhf.types import InputError
 
@@ -71,11 +71,10 @@ def launch(
 
 def _environment(threads: int, gpus: str | None) -> dict[str, str]:
     """Threads and GPUs are fixed before torch loads; the worker runs this very package."""
-    path = os.pathsep.join(filter(None, [str(repository_root()), os.environ.get("PYTHONPATH")]))
     names = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
     quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     shown = {} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus}
-    return os.environ | names | quiet | shown | {"PYTHONPATH": path, PARENT: str(os.getpid())}
+    return os.environ | names | quiet | shown | {"PYTHONPATH": python_path(), PARENT: str(os.getpid())}
 
 
 def _wait(child: subprocess.Popen, seconds: float) -> None:

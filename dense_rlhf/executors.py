@@ -16,6 +16,7 @@ from functools import partial
 from queue import SimpleQueue
 from threading import Event
 
+from dense_rlhf.runs import python_path
 from dense_rlhf.types import InputError
 
 
@@ -78,7 +79,8 @@ class Ray:
         self.ray = _extra("ray")
         self.workers, self.futures = workers, []
         if not self.ray.is_initialized():
-            self.ray.init(log_to_driver=False, logging_level="ERROR")
+            package = {"env_vars": {"PYTHONPATH": python_path()}}  # workers run the code that this process runs
+            self.ray.init(log_to_driver=False, logging_level="ERROR", runtime_env=package)
         self.options = {"num_cpus": cpus, "num_gpus": gpus, "max_retries": self.RETRIES, "retry_exceptions": False}
 
     def submit(self, call: Callable, *args) -> Future:

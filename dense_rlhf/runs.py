@@ -60,6 +60,11 @@ def repository_root() -> Path:
     return PACKAGE.parent
 
 
+def python_path() -> str:
+    """PYTHONPATH for another process that is to run this very package."""
+    return os.pathsep.join(filter(None, [str(repository_root()), os.environ.get("PYTHONPATH")]))
+
+
 def open_run(folder: str | None, notebook: str, threads: int | None = None) -> RunFolder:
     """The folder that the runner chose, or `runs/interactive/NOTEBOOK` when a notebook is played by hand.
 

@@ -29,7 +29,8 @@ SIDEWAYS = {(module, "types") for module in ("strict", "params", "study", "maske
     ("explain", "display"), ("live", "display"), ("live", "plots"), ("plots_search", "plots"),
     ("train", "jobs"), ("train", "live"), ("train", "plan"), ("train", "runs"),
     # the runner: a plan; one run, its process; many, somewhere; and what is said of them
-    ("plan", "runs"), ("execution", "runs"), ("jobs", "plan"), ("jobs", "execution"), ("jobs", "runs"),
+    ("plan", "runs"), ("execution", "runs"), ("executors", "runs"),
+    ("jobs", "plan"), ("jobs", "execution"), ("jobs", "runs"),
     ("grid", "plan"), ("grid", "jobs"), ("grid", "executors"), ("grid", "runs"),
     ("console", "plan"), ("console", "jobs"), ("console", "grid"),
     ("__main__", "console"), ("__main__", "execution"), ("__main__", "executors"), ("__main__", "jobs"),

@@ -10,11 +10,12 @@ import yaml
 
 ROOT = Path(__file__).parent.parent.parent
 PARAMETERS = "arm = 'x'; seed = 0; run_dir = '.'"
+JUDGED = """pathlib.Path(run_dir, 'evaluation.csv').write_text(
+    'gold,proxy,kl,win,reference_gold,reference_proxy\\n1,1,1,1,0,0\\n2,2,2,1,0,0\\n')"""  # what reports read
 WRITES = """
 found = {'lr': ppo_lr, 'seed': seed, 'shape': {'weights': [0.5, 0.5]}}
 pathlib.Path(run_dir, 'metrics.json').write_text(json.dumps(found))
-pathlib.Path(run_dir, 'evaluation.csv').write_text(
-    'gold,proxy,kl,win,reference_gold,reference_proxy\\n1,1,1,1,0,0\\n2,2,2,1,0,0\\n')"""
+""" + JUDGED
 
 
 def write_notebook(path: Path, *sources: str) -> None:

@@ -2,7 +2,7 @@
 
     python tests/faults/kill_runs.py 50
 
-A tiny study of made-up notebooks (two policies, a search, a comparison) is killed one to three times with SIGKILL, then
+A tiny study of made-up notebooks (two policies, a search, a comparison) is killed up to four times with SIGKILL, then
 runs to its end. After each kill: no process is left behind, and what a record calls ok is whole. At the end: what was
 finished before a kill was not run again, and all artefacts equal those of an unbroken study, byte by byte.
 """
@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import psutil
-from checkout import command, make_checkout
+from checkout import JUDGED, command, make_checkout
 
 from dense_rlhf.runs import RunFolder, altered
 
@@ -31,8 +31,7 @@ SLOWLY = ("import json, pathlib, time", """for i in range(20):
     with open(pathlib.Path(run_dir, 'steps.txt'), 'w' if i == 0 else 'a') as file:
         file.write(f'{i}\\n')""")
 TRAINED = """pathlib.Path(run_dir, 'metrics.json').write_text(json.dumps({'lr': ppo_lr, 'weights': shape_weights}))
-pathlib.Path(run_dir, 'evaluation.csv').write_text(
-    'gold,proxy,kl,win,reference_gold,reference_proxy\\n1,1,1,1,0,0\\n2,2,2,1,0,0\\n')"""
+""" + JUDGED
 LEARNED = "pathlib.Path(run_dir, 'metrics.json').write_text(json.dumps({'shape': {'weights': [0.25, 0.75]}}))"
 COMPARED = """from dense_rlhf.runs import finished_runs
 runs = finished_runs(pathlib.Path(run_dir).parent)
@@ -76,7 +75,9 @@ def strike(folder: Path, target: str, seconds: float) -> tuple[bool, list[str]]:
     """Run the study, kill one `target` after some seconds; whether one was there, and what is wrong after that."""
     runner = command(folder, "run", "params/s.yaml")
     time.sleep(seconds)
-    victims = [runner] if target == "runner" else processes(folder, TARGETS[target])
+    victims = [runner]
+    while target != "runner" and runner.poll() is None and not (victims := processes(folder, TARGETS[target])):
+        time.sleep(0.05)
     if runner.poll() is not None or not victims:
         runner.communicate()
         return False, []
@@ -124,8 +125,8 @@ def kill_runs(points: int, seed: int = 0, say=lambda line: None) -> tuple[int, l
     took, wanted = time.time() - start, results(folder)
     assert unbroken.returncode == 0 and len(wanted) == 8, said
     while hits < points:
-        number = min(dice.randint(1, 3), points - hits)
-        kills = [(list(TARGETS)[(hits + i) % 3], dice.uniform(0.3, took)) for i in range(number)]
+        number = min(dice.randint(2, 4), points - hits)
+        kills = [(list(TARGETS)[(hits + i) % 3], dice.uniform(0.3, 0.7 * took)) for i in range(number)]
         hit, found = one_study(folder, wanted, kills)
         hits, wrong = hits + hit, wrong + [(kills, text) for text in found]
         say(f"{hits:3d}/{points} kills after {time.time() - start:.0f} s, {len(wrong)} wrong {found or ''}")
