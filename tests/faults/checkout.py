@@ -38,8 +38,15 @@ def make_checkout(folder: Path, study: dict, notebooks: dict[str, tuple[str, ...
     return folder / "params" / "s.yaml"
 
 
-def command(folder: Path, *arguments: str, python: str = sys.executable) -> subprocess.Popen:
-    """`python -m dense_rlhf ARGUMENTS` in the checkout, its output to be read."""
+# `python -m dense_rlhf` without pages, which take longer than made-up notebooks
+PAGELESS = """import sys, types
+sys.modules["dense_rlhf.report"] = types.SimpleNamespace(write_reports=lambda *_: "no page")
+from dense_rlhf.__main__ import main
+sys.exit(main(sys.argv[1:]))"""
+
+
+def command(folder: Path, *arguments: str) -> subprocess.Popen:
+    """The command line in the checkout, its output to be read."""
     environment = os.environ | {"PYTHONPATH": str(folder)}
-    return subprocess.Popen([python, "-m", "dense_rlhf", *arguments], cwd=folder, env=environment,
+    return subprocess.Popen([sys.executable, "-c", PAGELESS, *arguments], cwd=folder, env=environment,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip

@@ -21,7 +21,7 @@ from checkout import JUDGED, command, make_checkout
 
 from dense_rlhf.runs import RunFolder, altered
 
-TARGETS = {"runner": " run ", "worker": " execute ", "kernel": "dense_rlhf.execution"}
+TARGETS = {"runner": "", "worker": " execute ", "kernel": "dense_rlhf.execution"}
 STUDY = {
     "notebooks": ["04_ppo", "05_bayesian_optimisation", "06_comparison"], "workers": 2, "ppo": {"lr": 0.5},
     "arms": {"sparse": {"sources": ["terminal"]}, "bo": {"sources": ["shap", "terminal"], "weights": "learned"}},
@@ -87,7 +87,7 @@ def strike(folder: Path, target: str, seconds: float) -> tuple[bool, list[str]]:
         runner.communicate()
         time.sleep(0.5)
         wrong += [f"left behind: {' '.join(process.cmdline())[:80]}" for process in processes(folder)]
-    elif runner.communicate(timeout=120) and runner.returncode == 0:
+    elif runner.communicate(timeout=600) and runner.returncode == 0:
         wrong.append(f"exit 0 although a {target} was killed")
     return True, wrong + [f"not ok: {name}" for name in whole(folder)]
 
