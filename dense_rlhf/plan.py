@@ -18,7 +18,7 @@ from dense_rlhf.data import DATASETS
 from dense_rlhf.ledger import trial_seed
 from dense_rlhf.params import ABLATIONS, RunParams, ShapeParams, StudyParams
 from dense_rlhf.runs import RunFolder, altered, repository_root
-from dense_rlhf.store import content_key, file_sha256, package_sha256
+from dense_rlhf.store import content_key, file_sha256, package_sha256, settled_sha256
 from dense_rlhf.strict import parse
 from dense_rlhf.types import InputError
 
@@ -130,20 +130,17 @@ def learned_params(job: Job, runs: Path) -> RunParams:
 def inputs(job: Job, flat: dict, runs: Path) -> dict:
     """All that decides a run: its key is their hash. `upstream` holds the keys of the finished runs that it reads."""
     notebook = repository_root() / "notebooks" / f"{job.notebook}.ipynb"
+    code = _code_sha256(notebook, notebook.stat().st_mtime_ns)
     finished = {name: record.get("key") for name in job.upstream
                 if (record := RunFolder(runs / name).load_json("run.json")).get("status") == "ok"}  # fmt: skip
     return {
-        "notebook": _code_sha256(notebook, _stamp(notebook)), "package": package_sha256(), "locks": _locks_sha256(),
+        "notebook": code, "package": package_sha256(), "locks": _locks_sha256(),
         "parameters": flat, "files": _files(flat), "upstream": finished,
     }  # fmt: skip
 
 
-def _stamp(path: Path) -> tuple[int, int]:
-    return path.stat().st_mtime_ns, path.stat().st_size
-
-
 @cache
-def _code_sha256(notebook: Path, stamp: tuple) -> str:
+def _code_sha256(notebook: Path, changed: int) -> str:
     """Hash of the code cells and their tags; text, outputs and other metadata change no result."""
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     return content_key([["".join(cell["source"]), cell["metadata"].get("tags", [])]
@@ -159,13 +156,8 @@ def _files(flat: dict) -> dict[str, str]:
     named = {name: Path(value) for name, value in flat.items()
              if value and (name.endswith("_path") or name in ("policy_name", "reward_name"))}  # fmt: skip
     paths = {name: sorted(path.iterdir()) if path.is_dir() else [path] for name, path in named.items() if path.exists()}
-    return {name: content_key([[path.name, _sha256(path, _stamp(path))] for path in found if path.is_file()])
+    return {name: content_key([[path.name, settled_sha256(path)] for path in found if path.is_file()])
             for name, found in paths.items()}  # fmt: skip
-
-
-@cache
-def _sha256(path: Path, stamp: tuple) -> str:
-    return file_sha256(path)
 
 
 # ---------------------------------------------------------------------------------------------------- the reason

@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dense_rlhf.store import PACKAGE, file_sha256, finite, write_json, write_text
+from dense_rlhf.store import PACKAGE, file_sha256, finite, settled_sha256, write_json, write_text
 from dense_rlhf.types import InputError
 
 if TYPE_CHECKING:
@@ -106,8 +106,8 @@ def artefacts(folder: Path) -> dict[str, str]:
 
 def altered(folder: Path, record: dict) -> list[str]:
     """The artefacts of a finished run that are missing or have other bytes than its record says."""
-    hashes = record.get("artefacts", {})
-    return [name for name, sha in hashes.items() if not (folder / name).is_file() or file_sha256(folder / name) != sha]
+    files = {folder / name: sha for name, sha in record.get("artefacts", {}).items()}
+    return [path.name for path, sha in files.items() if not path.is_file() or settled_sha256(path) != sha]
 
 
 def finished_runs(study: Path) -> list[RunFolder]:

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 from dense_rlhf.types import InputError
@@ -33,6 +33,17 @@ def content_key(value: object) -> str:
 def file_sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def settled_sha256(path: Path) -> str:
+    """`file_sha256`, computed once in this process while size and time of change stay."""
+    about = path.stat()
+    return _settled_sha256(path, about.st_mtime_ns, about.st_size)
+
+
+@lru_cache(maxsize=100_000)
+def _settled_sha256(path: Path, changed: int, size: int) -> str:
+    return file_sha256(path)
 
 
 def weights_sha256(folder: Path) -> str:
