@@ -37,4 +37,4 @@ lock: env ## write locks/cpu.txt from what is installed
 	mv locks/new.txt locks/cpu.txt
 
 clean: ## remove runs and reports; keeps .venv and downloads
-	rm -rf runs reports/*/
+	rm -rf runs reports/*/ reports/index.html

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import html
 import sys
 import time
-import unicodedata
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
 from IPython.display import HTML
+
+from dense_rlhf.escape import esc
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,14 +27,6 @@ def progress(items: Iterable[Item], label: str = "", seconds: float = 10) -> Ite
         if now - last >= seconds or (done == len(items) and now - start >= seconds):
             last = now
             print(f"{label} {done}/{len(items)}, {now - start:.0f} s", file=sys.stderr, flush=True)
-
-
-def esc(text: object, limit: int = 2000) -> str:
-    """Escape for HTML; control, direction and zero-width characters are shown, long text is cut with a mark."""
-    text = str(text)
-    shown = text if len(text) <= limit else text[:limit] + "…"
-    visible = (c if c == "\n" or unicodedata.category(c)[0] != "C" else f"⟨{ord(c):04x}⟩" for c in shown)
-    return html.escape("".join(visible), quote=True)
 
 
 def text_table(rows: dict[str, object]) -> HTML:
@@ -67,7 +59,8 @@ def heatmap(tokens: list[str], values: list[float], label: str, limit: float | N
         depth = min(1.0, abs(value) / limit) * 0.8
         spans.append(f"<span style='background:rgba({red},{green},{blue},{depth:.2f})' title='{value:+.3f}'>"
                      f"{esc(token)}</span>")  # fmt: skip
-    return (f"<tr><th scope='row'>{esc(label)}</th><td><code class='mathjax_ignore' style='white-space:pre-wrap'>"
+    paper = "white-space:pre-wrap;background:#fff;color:#1b1b1b;padding:.15em .3em"  # legible in light and dark pages
+    return (f"<tr><th scope='row'>{esc(label)}</th><td><code class='mathjax_ignore' style='{paper}'>"
             f"{''.join(spans)}</code></td></tr>")  # fmt: skip
 
 

@@ -9,23 +9,30 @@ import pytest
 from dense_rlhf.store import PACKAGE
 
 LAYERS = {
-    "types": 0, "strict": 0, "params": 0, "masked": 0, "store": 0,
+    "types": 0, "strict": 0, "params": 0, "masked": 0, "store": 0, "escape": 0,
     "alignment": 1, "data": 1, "models": 1, "policy": 1, "processes": 1, "reward_model": 1, "rewards": 1, "additive": 1,
     "language_model": 1,
     "rollout": 2, "attribution": 2, "context": 2, "shaping": 2, "ppo": 2, "checkpoint": 2, "health": 2, "bayesopt": 2,
-    "judge": 2, "toy": 2, "implicit": 2, "ledger": 2, "landscapes": 2,
+    "judge": 2, "toy": 2, "implicit": 2, "ledger": 2, "landscapes": 2, "aggregate": 2,
     "bilevel": 3, "arms": 3, "baselines": 3, "budget": 3, "audit": 3,
     "runs": 4, "grid": 4, "plots": 4, "display": 4, "report": 4, "explain": 4, "live": 4, "train": 4, "check": 4,
-    "plots_search": 4,
+    "plots_search": 4, "sanitise": 4, "page": 4, "notebook_page": 4, "charts": 4, "findings": 4, "comparison": 4,
+    "index": 4,
     "__main__": 4,
 }  # fmt: skip
 # within a layer: everyone may raise InputError and read the parameters; the others are spelt out
 SIDEWAYS = {(module, "types") for module in ("strict", "params", "masked", "store")} | {
     ("params", "strict"),
+    ("aggregate", "judge"), ("charts", "plots"), ("page", "live"), ("notebook_page", "page"),
+    ("notebook_page", "sanitise"), ("findings", "runs"), ("comparison", "charts"), ("comparison", "findings"),
+    ("comparison", "live"),
+    ("comparison", "page"), ("comparison", "runs"), ("index", "charts"), ("index", "comparison"), ("index", "findings"),
+    ("index", "live"), ("index", "page"), ("report", "charts"), ("report", "comparison"), ("report", "findings"),
+    ("report", "index"), ("report", "notebook_page"), ("report", "page"),
     ("policy", "reward_model"), ("checkpoint", "ppo"), ("shaping", "context"), ("baselines", "bilevel"),
     ("arms", "bilevel"),
     ("rewards", "data"), ("rewards", "reward_model"), ("reward_model", "alignment"),
-    ("additive", "alignment"), ("implicit", "rollout"), ("grid", "runs"), ("report", "display"), ("report", "runs"),
+    ("additive", "alignment"), ("implicit", "rollout"), ("grid", "runs"), ("report", "runs"),
     ("explain", "display"), ("live", "display"), ("live", "plots"), ("plots_search", "plots"),
     ("train", "grid"), ("train", "live"), ("train", "runs"),
     ("__main__", "check"), ("__main__", "grid"), ("__main__", "report"), ("__main__", "runs"), ("__main__", "train"),
