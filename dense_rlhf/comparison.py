@@ -17,6 +17,7 @@ from dense_rlhf.live import duration
 from dense_rlhf.page import sections, table
 from dense_rlhf.runs import RunFolder
 
+ENOUGH = 5  # seeds of which an interval says enough to answer yes
 ROWS = 60  # of an ablation's table; the whole is in the file
 
 
@@ -34,24 +35,32 @@ def verdict(found: Finding) -> Verdict:
     dense = found.of_kind(DENSE)
     if not dense:
         return Verdict("unclear", "No dense arm has finished.", {})
-    best, base = dense[0], found.baseline
     faster = [arm for arm in dense if arm.gain and arm.gain.low > 0]
     better = [arm for arm in dense if arm.sure and arm.gain_at_kl and arm.gain_at_kl.low > 0]
-    worse = [arm for arm in dense if arm.gain and arm.gain.high < 0]
     n = f"{len(dense)} dense arm{'s' * (len(dense) > 1)}"
+    return Verdict(*_answer(found, dense, faster, better, n), _grounds(found, dense[0], faster, better, n))
+
+
+def _answer(found: Finding, dense: Sequence[Arm], faster: Sequence[Arm], better: Sequence[Arm], n: str) -> tuple:
+    """A word and a line. Yes is said of equal KL only, on enough seeds, and where no control does as well."""
+    base = found.baseline
     if base == "reference":
-        line = f"{len(faster)} of {n} improved on the untrained policy; there is no sparse arm to compare with."
-        return Verdict("unclear", line, _grounds(found, best, faster, better, n))
+        return "unclear", f"{len(faster)} of {n} improved on the untrained policy; there is no sparse arm beside them."
     if better:
-        answer, line = "yes", f"Dense rewards helped: {len(better)} of {n} beat {base} at equal KL."
-    elif faster:
-        answer, line = "unclear", (f"Dense rewards learned faster in {len(faster)} of {n}; that they reach a better "
-                                   f"policy at equal KL than {base} is not shown.")  # fmt: skip
-    elif len(worse) == len(dense):
-        answer, line = "no", f"Dense rewards did not help: every one of {n} ends below {base}."
-    else:
-        answer, line = "unclear", f"No effect of dense rewards is shown: none of {n} can be told from {base}."
-    return Verdict(answer, line, _grounds(found, best, faster, better, n))
+        line = f"{len(better)} of {n} {'is' if len(better) == 1 else 'are'} above {base} at equal KL"
+        alike = [c.name for c in found.of_kind(CONTROL) if c.gain_at_kl
+                 and c.gain_at_kl.mean >= max(arm.gain_at_kl.low for arm in better)]  # fmt: skip
+        if min(len(arm.seeds) for arm in better) < ENOUGH:
+            return "unclear", f"Dense rewards may help: {line}, on too few seeds to be sure of it."
+        if alike:
+            return "unclear", f"{line}, but {alike[0]}, which knows nothing of tokens, does as well."
+        return "yes", f"Dense rewards helped: {line}."
+    if faster:
+        return "unclear", (f"Dense rewards learned faster in {len(faster)} of {n}; that they reach a better policy "
+                           f"than {base} at equal KL is not shown.")  # fmt: skip
+    if all(arm.gain and arm.gain.high < 0 for arm in dense):
+        return "no", f"Dense rewards did not help: every one of {n} ends below {base}."
+    return "unclear", f"No effect of dense rewards is shown: none of {n} can be told from {base}."
 
 
 def _grounds(found: Finding, best: Arm, faster: Sequence[Arm], better: Sequence[Arm], n: str) -> dict[str, str]:
@@ -67,7 +76,7 @@ def _grounds(found: Finding, best: Arm, faster: Sequence[Arm], better: Sequence[
         said["Over a control"] = f"{_signed(gap)} gold over {controls[0].name}, the best control" if gap else "unknown"
     seeds = min(len(arm.seeds) for arm in found.arms.values())
     lucky = "" if n.startswith("1 ") else f" Taking the highest of {n} flatters it."
-    few = {1: " One seed says nothing of others."}.get(seeds, " Few seeds: intervals are too short." * (seeds < 5))
+    few = {1: " One seed says nothing of others."}.get(seeds, " Few seeds: intervals are too short." * (seeds < ENOUGH))
     said["How sure"] = f"{seeds} seed{'s' * (seeds > 1)}, {found.prompts} held-out prompts each.{few}{lucky}"
     said["At which cost"] = cost(best, base)
     return said

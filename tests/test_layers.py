@@ -17,7 +17,7 @@ LAYERS = {
     "bilevel": 3, "arms": 3, "baselines": 3, "budget": 3, "audit": 3,
     "runs": 4, "grid": 4, "plots": 4, "display": 4, "report": 4, "explain": 4, "live": 4, "train": 4, "check": 4,
     "plots_search": 4, "sanitise": 4, "page": 4, "notebook_page": 4, "charts": 4, "findings": 4, "comparison": 4,
-    "index": 4,
+    "index": 4, "explore": 4,
     "__main__": 4,
 }  # fmt: skip
 # within a layer: everyone may raise InputError and read the parameters; the others are spelt out
@@ -33,7 +33,7 @@ SIDEWAYS = {(module, "types") for module in ("strict", "params", "masked", "stor
     ("arms", "bilevel"),
     ("rewards", "data"), ("rewards", "reward_model"), ("reward_model", "alignment"),
     ("additive", "alignment"), ("implicit", "rollout"), ("grid", "runs"), ("report", "runs"),
-    ("explain", "display"), ("live", "display"), ("live", "plots"), ("plots_search", "plots"),
+    ("explore", "display"), ("explain", "display"), ("live", "display"), ("live", "plots"), ("plots_search", "plots"),
     ("train", "grid"), ("train", "live"), ("train", "runs"),
     ("__main__", "check"), ("__main__", "grid"), ("__main__", "report"), ("__main__", "runs"), ("__main__", "train"),
 }  # fmt: skip
