@@ -68,7 +68,7 @@ class Explorer:
         shapes = list(dict.fromkeys(mixture(self.source, self.other, w, t, n) for n, t, w in SETTINGS))
         paid = [abs(value) for shape in shapes for value in self.rewards(row, shape)]
         rows = "".join(self.lines(row, shape, max(paid, default=0) or 1.0) for shape in shapes)
-        caption = (f"What each token of response {row} is paid of its score {self.rollout.scores[row].item():+.2f}; one "
+        caption = (f"What each token of response {row} gets of its score {self.rollout.scores[row].item():+.2f}; one "
                    "scale: orange is paid, blue is fined. In JupyterLab sliders move all of it")  # fmt: skip
         return f"<table class='mathjax_ignore'><caption>{esc(caption)}</caption>{rows}</table>"
 
