@@ -51,7 +51,7 @@ def _row(name: str, interval: Interval, x, y: float) -> str:
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
     """Round numbers from at or below `low` to at or above `high`, `most` or fewer steps apart."""
-    span = high - low or 1.0
+    span = max(high - low, 1e-6, 1e-6 * max(abs(low), abs(high)))
     unit = 10 ** math.floor(math.log10(span / most))
     step = next(unit * m for m in (1, 2, 5, 10) if span / (unit * m) <= most)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)

@@ -37,7 +37,7 @@ def lab(tmp_path):
     places = {f"JUPYTER_{name}_DIR": str(tmp_path / name.lower()) for name in ("CONFIG", "DATA", "RUNTIME")}
     places |= {"JUPYTERLAB_SETTINGS_DIR": str(tmp_path / "lab" / "settings"), "PYTHONPATH": str(ROOT)}
     options = ["--no-browser", "--allow-root", "--port=0", f"--ServerApp.root_dir={tmp_path}", "--ServerApp.token=t",
-               "--LabApp.news_url=", "--LabApp.extension_manager=readonly"]  # fmt: skip
+               "--LabApp.expose_app_in_browser=True", "--LabApp.news_url=", "--LabApp.extension_manager=readonly"]
     with open(tmp_path / "lab.log", "w") as log:
         server = subprocess.Popen([sys.executable, "-m", "jupyterlab", *options], stdout=log, stderr=log,
                                   env=os.environ | places, cwd=tmp_path)  # fmt: skip
@@ -63,9 +63,7 @@ def test_a_slider_moves_the_heat_map(browser, lab):
     page.goto(f"{lab}lab/tree/02_attribution.ipynb?token=t")
     page.locator(".jp-NotebookPanel .jp-CodeCell").first.wait_for(timeout=90_000)
     page.locator(".jp-Notebook-ExecutionIndicator[data-status='idle']").wait_for(timeout=90_000)
-    page.locator(".lm-MenuBar-itemLabel", has_text="Run").click()
-    page.locator(".lm-Menu-item[data-command='notebook:run-all-cells'], .lm-Menu-item[data-command='runmenu:run-all']"
-                 ).first.click()
+    page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells') }")
     view = page.locator(".widget-html-content table")
     error = page.locator("[data-mime-type='application/vnd.jupyter.error']")
     for awaited in (view, page.locator(".jp-CodeCell").last.locator(".jp-OutputArea-output")):

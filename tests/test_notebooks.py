@@ -233,6 +233,14 @@ def test_notebook_form(path):
     assert not any(cell.outputs or cell.execution_count for cell in code), "outputs must be stripped"
     assert sum("parameters" in cell.metadata.get("tags", []) for cell in code) == 1
     assert max(len(cell.source.splitlines()) for cell in code) <= 25
-    text = "".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
-    assert text.startswith("# ")
+    assert max(len(line) for cell in code for line in cell.source.splitlines()) <= 250
+    words = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
+    text = "".join(words)
+    assert text.startswith("# ") and sum(line.startswith("# ") for cell in words for line in cell.splitlines()) == 1
+    ids = [cell.id for cell in notebook.cells]
+    assert len(set(ids)) == len(ids) and notebook.metadata.kernelspec.name == "python3"
+    source = "".join(cell.source for cell in code)
+    assert not re.search(r"^\s*[%!]|plt\.show|savefig|display\((?:HTML|Markdown)\(", source, re.M), "shows by our helpers"
+    described = re.findall(r"plots\.show\((?:[^()]|\([^()]*\))*?alt=", source)
+    assert source.count("plots.show(") == len(described), "a figure without words"
     assert all(part in text for part in ("**Question.**", "**Expectation.**", "## What we learned"))
