@@ -22,6 +22,9 @@ study: env ## run params/reviews.yaml and render reports/reviews/index.html
 smoke: env ## the same study at its smallest, a few minutes
 	$(BIN)/python -m dense_rlhf run params/reviews.yaml --set size=smoke --set study=reviews_smoke
 
+lab: env ## JupyterLab on the notebooks; 02 and 03 have sliders
+	$(BIN)/jupyter lab --notebook-dir notebooks
+
 test: env ## all tests, one process a core
 	$(BIN)/python -m pytest -n $$(nproc) --dist loadfile --no-loadscope-reorder
 
@@ -37,4 +40,4 @@ lock: env ## write locks/cpu.txt from what is installed
 	mv locks/new.txt locks/cpu.txt
 
 clean: ## remove runs and reports; keeps .venv and downloads
-	rm -rf runs reports/*/
+	rm -rf runs reports/*/ reports/index.html

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import html
 import sys
 import time
-import unicodedata
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
+from IPython import get_ipython
 from IPython.display import HTML
+
+from dense_rlhf.escape import esc
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -17,9 +18,23 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 
 
+def is_live() -> bool:
+    """Whether a notebook frontend is there that can be asked for input, as every person's can and no batch runner's."""
+    try:
+        return bool(get_ipython().kernel.get_parent("shell")["content"]["allow_stdin"])
+    except (AttributeError, KeyError, TypeError):  # no kernel, or none that runs a cell
+        return False
+
+
 def progress(items: Iterable[Item], label: str = "", seconds: float = 10) -> Iterator[Item]:
-    """Yield the items, printing one line to standard error every `seconds`: `label 12/40, 30 s`."""
+    """Yield the items: behind a bar that leaves when done where somebody watches, else printing one line to standard
+    error every `seconds`, `label 12/40, 30 s`, which no report is littered by."""
     items = items if hasattr(items, "__len__") else list(items)
+    if is_live():
+        from tqdm.auto import tqdm
+
+        yield from tqdm(items, desc=label, leave=False)
+        return
     start = last = time.monotonic()
     for done, item in enumerate(items, 1):
         yield item
@@ -29,19 +44,11 @@ def progress(items: Iterable[Item], label: str = "", seconds: float = 10) -> Ite
             print(f"{label} {done}/{len(items)}, {now - start:.0f} s", file=sys.stderr, flush=True)
 
 
-def esc(text: object, limit: int = 2000) -> str:
-    """Escape for HTML; control, direction and zero-width characters are shown, long text is cut with a mark."""
-    text = str(text)
-    shown = text if len(text) <= limit else text[:limit] + "…"
-    visible = (c if c == "\n" or unicodedata.category(c)[0] != "C" else f"⟨{ord(c):04x}⟩" for c in shown)
-    return html.escape("".join(visible), quote=True)
-
-
 def text_table(rows: dict[str, object]) -> HTML:
-    """A two-column table of names and values, both escaped."""
+    """A two-column table of names and values, both escaped; a report takes its caption from the section."""
     body = "".join(f"<tr><th scope='row'>{esc(k)}</th><td><code class='mathjax_ignore'>{esc(v)}</code></td></tr>"
                    for k, v in rows.items())  # fmt: skip
-    return HTML(f"<table>{body}</table>")
+    return HTML(f"<table class='mathjax_ignore'>{body}</table>")
 
 
 def table(frame: pd.DataFrame, caption: str, digits: int = 2) -> HTML:
@@ -67,15 +74,16 @@ def heatmap(tokens: list[str], values: list[float], label: str, limit: float | N
         depth = min(1.0, abs(value) / limit) * 0.8
         spans.append(f"<span style='background:rgba({red},{green},{blue},{depth:.2f})' title='{value:+.3f}'>"
                      f"{esc(token)}</span>")  # fmt: skip
-    return (f"<tr><th scope='row'>{esc(label)}</th><td><code class='mathjax_ignore' style='white-space:pre-wrap'>"
+    paper = "white-space:pre-wrap;background:#fff;color:#1b1b1b;padding:.15em .3em"  # legible in light and dark pages
+    return (f"<tr><th scope='row'>{esc(label)}</th><td><code class='mathjax_ignore' style='{paper}'>"
             f"{''.join(spans)}</code></td></tr>")  # fmt: skip
 
 
 def heatmaps(tokens: list[str], credits: dict[str, list[float]], caption: str) -> HTML:
     """One heat-map line for each source over the same tokens; each line has its own colour scale."""
     rows = "".join(heatmap(tokens, values, label) for label, values in credits.items())
-    return HTML(f"<table><caption>{esc(caption)}. Orange adds to the score, blue takes from it; hover for the number."
-                f"</caption>{rows}</table>")  # fmt: skip
+    return HTML(f"<table class='mathjax_ignore'><caption>{esc(caption)}. Orange adds to the score, blue takes from it; "
+                f"hover for the number.</caption>{rows}</table>")  # fmt: skip
 
 
 def parameters(flat: dict[str, object]) -> HTML:
@@ -85,9 +93,9 @@ def parameters(flat: dict[str, object]) -> HTML:
 
 def check(what: str, holds: bool) -> HTML:
     """A named check with its outcome in words."""
-    return HTML(f"<p><strong>{'holds' if holds else 'DOES NOT HOLD'}</strong>: {esc(what)}</p>")
+    return HTML(f"<p class='mathjax_ignore'><strong>{'holds' if holds else 'DOES NOT HOLD'}</strong>: {esc(what)}</p>")
 
 
 def note(text: str) -> HTML:
     """A paragraph whose numbers were computed in this run."""
-    return HTML(f"<p>{esc(text)}</p>")
+    return HTML(f"<p class='mathjax_ignore'>{esc(text)}</p>")

@@ -13,10 +13,9 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from IPython import get_ipython
 from IPython.display import display
 
-from dense_rlhf.display import esc
+from dense_rlhf.display import esc, is_live
 from dense_rlhf.plots import colour
 from dense_rlhf.types import InputError
 
@@ -40,14 +39,6 @@ def watcher(updates: int, label: str, tensorboard: str | Path | None = None) -> 
     track = Track(updates, label)
     boards = [Board(track, Path(tensorboard))] if tensorboard else []
     return Watcher(track, [Live(track) if is_live() else Log(track), *boards])
-
-
-def is_live() -> bool:
-    """Whether a notebook frontend is there that can be asked for input, as every person's can and no batch runner's."""
-    try:
-        return bool(get_ipython().kernel.get_parent("shell")["content"]["allow_stdin"])
-    except (AttributeError, KeyError, TypeError):  # no kernel, or none that runs a cell
-        return False
 
 
 class Watcher:

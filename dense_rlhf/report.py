@@ -1,74 +1,28 @@
-"""Pages that open from disk with no network: one for each notebook run, and an index for the study.
+"""Reports that open from disk with no network: a page a run, comparisons, an index a study and one over all studies.
 
-Everything a model or a dataset wrote is escaped where it is displayed (`display.esc`); the page's
-Content-Security-Policy, without scripts, is the second wall.
+Everything a model or a dataset wrote is escaped where it is displayed (`escape.esc`), other HTML passes `sanitise`, and
+the page's Content-Security-Policy, without scripts, is the last wall.
 """
 
 from __future__ import annotations
 
-import re
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
-from dense_rlhf.display import esc, table
-from dense_rlhf.judge import arm_table, summarise
+from dense_rlhf import index as drawn
+from dense_rlhf.charts import thumbnail
+from dense_rlhf.comparison import ablation_page, across_html, dataset_page
+from dense_rlhf.escape import esc
+from dense_rlhf.findings import Finding, findings
+from dense_rlhf.notebook_page import notebook_body
+from dense_rlhf.page import GOOD, chip, footer, made_from, page
 from dense_rlhf.params import StudyParams
-from dense_rlhf.runs import RunFolder, evaluations, repository_root
-from dense_rlhf.store import PACKAGE, write_text
+from dense_rlhf.runs import RunFolder, repository_root
+from dense_rlhf.store import content_key, file_sha256, package_sha256, write_json, write_text
 from dense_rlhf.types import InputError
 
-TEMPLATE = PACKAGE / "report_template"
-MATH = re.compile(r"(?<!\\)(\$\$?)(?=\S)(.+?)(?<=\S)\1", re.S)
-
-
-def mathml(markdown: str) -> str:
-    """Markdown with `$...$` and `$$...$$` as MathML, which browsers draw without scripts; bad LaTeX stays as code."""
-    from latex2mathml.converter import convert
-
-    def one(match: re.Match) -> str:
-        try:
-            return convert(match[2].strip(), display="block" if match[1] == "$$" else "inline")
-        except Exception:  # the converter raises whatever it meets
-            return f"<code>{esc(match[2])}</code>"
-
-    return MATH.sub(one, markdown)
-
-
-def contents(body: str) -> str:
-    """A table of contents from the page's headings."""
-    heads = re.findall(r'<h2[^>]*id="([^"]+)"[^>]*>(.*?)</h2>', body, re.S)
-    tags = re.compile(r"<a class=\"anchor-link\".*?</a>|<[^>]+>", re.S)
-    items = "".join(f'<li><a href="#{esc(anchor)}">{tags.sub("", text)}</a></li>' for anchor, text in heads)
-    return f"<nav aria-label='Contents'><ul>{items}</ul></nav>" if items else ""
-
-
-def page(title: str, body: str, footer: str) -> str:
-    """A whole HTML page around `body`."""
-    from jinja2 import Template
-
-    parts = {"title": title, "body": body, "footer": footer, "style": (TEMPLATE / "style.css").read_text()}
-    return Template((TEMPLATE / "page.html.j2").read_text()).render(parts)
-
-
-def notebook_body(path: Path) -> str:
-    """An executed notebook as an HTML fragment: code folded, figures embedded with alt text, math as MathML."""
-    import nbformat
-    from nbconvert import HTMLExporter
-
-    notebook = nbformat.read(path, as_version=4)
-    for cell in notebook.cells:
-        if cell.cell_type == "markdown":
-            cell.source = mathml(cell.source)
-    exporter = HTMLExporter(extra_template_basedirs=[str(PACKAGE)], template_name="report_template")
-    body, _ = exporter.from_notebook_node(notebook)
-    return body.replace("</h1>", f"</h1>{contents(body)}", 1)
-
-
-def footer(record: dict) -> str:
-    """Commit, seed, versions, duration and hardware of one run."""
-    versions = ", ".join(f"{name} {v}" for name, v in record.get("versions", {}).items())
-    return esc(f"{record['job']}: {record['status']} in {record['seconds']:.0f} s, seed {record['seed']}, commit "
-               f"{record.get('commit', 'unknown')}, Python {record.get('python')}, {record.get('cores')} "
-               f"{record.get('machine')} cores, {versions}")  # fmt: skip
+ALL = ("all studies", "../index.html")
 
 
 def warned(run: RunFolder, in_full: bool) -> str:
@@ -84,92 +38,126 @@ def warned(run: RunFolder, in_full: bool) -> str:
     return f"<ul class='warned' aria-label='warnings'>{items}</ul>" if items else ""
 
 
+def parameters_of(run: RunFolder) -> dict:
+    """The resolved parameters of a run, empty where there are none that can be read."""
+    import yaml
+
+    try:
+        found = yaml.safe_load(run.file("params.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def write_run_page(record: dict, run: RunFolder, target: Path) -> bool:
-    """Render one run; False where its notebook never came to be."""
-    if not run.file("notebook.ipynb").exists():
+    """Render one run, unless the page is there already; False where its notebook never came to be."""
+    notebook = run.file("notebook.ipynb")
+    if not notebook.exists():
         return False
-    links = (f'<p><a href="index.html">all runs</a> · '
-             f'<a href="../../runs/{esc(run.path.parent.name)}/{esc(run.path.name)}/notebook.ipynb">notebook</a> · '
-             f'<a href="../../runs/{esc(run.path.parent.name)}/{esc(run.path.name)}/params.yaml">parameters</a></p>')
-    failed = f"<p class='failed'>{esc(record['status'])}: {esc(record['error'])}</p>" if record["error"] else ""
-    write_text(target, page(record["job"], links + failed + warned(run, in_full=True)
-                            + notebook_body(run.file("notebook.ipynb")), footer(record)))  # fmt: skip
+    known = {key: value for key, value in record.items() if key not in ("status", "artefacts")}
+    key = content_key([file_sha256(notebook), str(known), record["status"] in GOOD, package_sha256(), _template()])
+    if made_from(target) == key:
+        return True
+    study, (body, listed) = run.path.parent.name, notebook_body(notebook)
+    failed = f"<p class='failed'>{chip(record['status'])} {esc(record['error'])}</p>" if record.get("error") else ""
+    links = f"<p class='small'>Executed {drawn.files(study, run.path.name, left_by(run))}</p>"
+    write_text(target, page(record["job"], failed + warned(run, in_full=True) + body + links,
+                            footer(record, parameters_of(run)), [ALL, (study, "index.html")], listed, key,
+                            repository_root()))  # fmt: skip
     return True
 
 
-def _matrix(records: list[dict], pages: set[str], runs_root: Path) -> str:
-    """Arms down, seeds across: status, link and warnings of every policy."""
-    arms = list(dict.fromkeys((r["dataset"], r["arm"]) for r in records))
-    seeds = sorted({r["seed"] for r in records})
-    cells = {(r["dataset"], r["arm"], r["seed"]): _link(r, pages)
-             + warned(RunFolder(runs_root / r["job"]), in_full=False) for r in records}  # fmt: skip
-    head = "".join(f"<th scope='col'>seed {seed}</th>" for seed in seeds)
-    rows = "".join(f"<tr><th scope='row'>{esc(arm)} ({esc(data)})</th>"
-                   + "".join(f"<td>{cells.get((data, arm, s), '–')}</td>" for s in seeds) + "</tr>"
-                   for data, arm in arms)  # fmt: skip
-    return f"<table><caption>Policies: arms x seeds</caption><thead><tr><th>arm</th>{head}</tr></thead>{rows}</table>"
+def _template() -> str:
+    from dense_rlhf.page import TEMPLATE
+
+    return content_key([file_sha256(path) for path in sorted(TEMPLATE.iterdir()) if path.is_file()])
 
 
-def _link(record: dict, pages: set[str]) -> str:
-    good = record["status"] in ("ok", "cached")
-    label = f"<span class='{'ok' if good else 'failed'}'>{esc(record['status'])}</span>, {record['seconds']:.0f} s"
-    return f'<a href="{esc(record["job"])}.html">{label}</a>' if record["job"] in pages else label
-
-
-def _headline(runs: list[RunFolder]) -> str:
-    """The arms with intervals; an explanation where no policy finished."""
-    found = {arm: tables for arm, tables in evaluations(runs).items() if tables}
-    if len(found) < 2:
-        return "<p>No policy has finished.</p>"
-    gold = summarise(found, "gold")
-    best = max((arm for arm in gold if arm != "reference"), key=lambda arm: gold[arm].mean)
-    verdict = "apart from" if gold[best].apart(gold["reference"]) else "overlapping with"
-    text = (f"Highest gold score: {best}, {gold[best]}; the untrained reference has {gold['reference']}, intervals "
-            f"{verdict} each other. More gold at more KL is not better credit: see the comparison's page.")  # fmt: skip
-    caption = "Held-out prompts: mean, 95 % bootstrap interval over seeds and prompts; wins are over the reference"
-    return f"<p>{esc(text)}</p>" + table(arm_table(found), caption).data
+def left_by(run: RunFolder) -> list[str]:
+    """The files of a run that a reader may want: notebook, parameters, metrics, log and tables."""
+    tables = sorted(path.name for path in run.path.glob("*.csv")) if run.path.exists() else []
+    return [name for name in (*drawn.FILES, *tables) if run.file(name).exists()]
 
 
 def write_reports(study: StudyParams, records: list[dict]) -> Path:
-    """Write a page a run and the index; returns the index. A page that cannot be rendered is listed as such."""
-    folder, pages, lost = repository_root() / "reports" / study.study, set(), []
-    runs_root = repository_root() / "runs" / study.study
-    for record in records:
-        try:
-            if write_run_page(record, RunFolder(runs_root / record["job"]), folder / f"{record['job']}.html"):
-                pages.add(record["job"])
-        except Exception as error:  # one broken notebook must not cost the other pages
-            lost.append(f"{record['job']}: {type(error).__name__}: {error}")
-    done = [RunFolder(runs_root / r["job"]) for r in records if r["status"] in ("ok", "cached")]
+    """Write a page a run, the comparisons and the indexes; returns the study's. A page that cannot be rendered is
+    listed as such. Raises `InputError` for a study without runs."""
+    if not records:
+        raise InputError("a study without runs has no report")
+    root = repository_root()
+    folder, runs_root = root / "reports" / study.study, root / "runs" / study.study
+    runs = {record["job"]: RunFolder(runs_root / record["job"]) for record in records}
+    pages, lost = _run_pages(records, runs, folder)
+    done = [runs[r["job"]] for r in records if r["status"] in GOOD]
+    found = _comparisons(study, records, runs, folder, done, lost)
+    left = {job: left_by(run) for job, run in runs.items()}
+    told = drawn.summary(study.study, study.seeds, records, found, pages, left, lost)
+    write_json(folder / "summary.json", told)
+    notes = {job: warned(run, in_full=False) for job, run in runs.items()}
+    thumbnails = {job: thumbnail(runs[job].file("notebook.ipynb")) for job in _pictured(records, pages)}
+    body, listed = drawn.study_index(told, thumbnails, notes, across_html(found))
     index = folder / "index.html"
-    body = _index_body(study, records, pages, lost, done)
-    write_text(index, page(f"{study.study}: reports", body, _index_footer(records)))
+    write_text(index, page(study.study, body, _footer(records, study.seeds), [ALL], listed, root=root))
+    write_overview(root)
     return index
 
 
-def _index_body(
-    study: StudyParams, records: list[dict], pages: set[str], lost: list[str], done: list[RunFolder]
-) -> str:
-    failed = [r for r in records if r["status"] not in ("ok", "cached")]
-    troubles = [f"{r['job']} {r['status']}: {r['error']}" for r in failed] + [f"not rendered: {text}" for text in lost]
-    parts = [f"<h1>{esc(study.study)}: which tokens earned the reward?</h1>"]
-    if troubles:
-        parts.append("<h2>Failures</h2><ul class='failed'>" + "".join(f"<li>{esc(t)}</li>" for t in troubles) + "</ul>")
-    by_dataset: dict[str, list[RunFolder]] = {}
-    for run in done:
-        by_dataset.setdefault(run.load_json("run.json")["dataset"], []).append(run)
-    policies = [r for r in records if r["notebook"] == "04_ppo"]
-    for dataset, runs in by_dataset.items() if policies else ():
-        parts.append(f"<h2>Result on {esc(dataset)}</h2>" + _headline(runs))
-    single = [r for r in records if r["notebook"] != "04_ppo"]
-    items = "".join(f"<li>{esc(r['job'])}: {_link(r, pages)}</li>" for r in single)
-    parts.append(f"<h2>Notebooks</h2><ul>{items}</ul>")
-    if policies:
-        parts.append(_matrix(policies, pages, repository_root() / "runs" / study.study))
-    return "".join(parts)
+def _run_pages(records: list[dict], runs: dict[str, RunFolder], folder: Path) -> tuple[dict[str, str], list[str]]:
+    """The page of each run by job, and what could not be rendered."""
+    pages, lost = {}, []
+    for record in records:
+        name = f"{record['job']}.html"
+        try:
+            if write_run_page(record, runs[record["job"]], folder / name):
+                pages[record["job"]] = name
+        except Exception as error:  # one broken notebook must not cost the other pages
+            lost.append(f"{record['job']}: {type(error).__name__}: {error}")
+    return pages, lost
 
 
-def _index_footer(records: list[dict]) -> str:
-    if not records:
-        raise InputError("a study without runs has no report")
-    return footer(max(records, key=lambda record: record["started"]))
+def _comparisons(study: StudyParams, records: list[dict], runs: dict[str, RunFolder], folder: Path,
+                 done: Sequence[RunFolder], lost: list[str]) -> list[Finding]:  # fmt: skip
+    """Write the page of each dataset and each ablation; returns what the datasets say."""
+    trail, made = [ALL, (study.study, "index.html")], []
+    try:
+        found = findings(done, list(study.arms))
+    except Exception as error:  # tables that cannot be read: the rest of the report stands
+        lost.append(f"comparison: {type(error).__name__}: {error}")
+        found = []
+    made += [(f.dataset, dataset_page(study.study, f)) for f in found]
+    for record in records:
+        if str(record["notebook"]).startswith("ablations/") and record["status"] in GOOD:
+            made.append((record["job"], ablation_page(study.study, runs[record["job"]])))
+    for name, (body, listed) in made:
+        write_text(folder / f"comparison-{name}.html", page(f"comparison: {name}", body, _footer(records, study.seeds),
+                                                            trail, listed, root=repository_root()))  # fmt: skip
+    return found
+
+
+def _pictured(records: list[dict], pages: dict[str, str], most: int = 24) -> list[str]:
+    return [r["job"] for r in records if r["job"] in pages and r["notebook"] != "04_ppo"][:most]
+
+
+def _footer(records: list[dict], seeds: Sequence[int]) -> str:
+    newest = max(records, key=lambda record: record.get("started") or 0)
+    return footer(newest | {"job": f"{len(records)} runs, last {newest['job']}"}, seeds=seeds)
+
+
+def write_overview(root: Path) -> Path:
+    """Write `reports/index.html` over every study that has a `summary.json`, and return it."""
+    folder, studies = root / "reports", []
+    for path in sorted(folder.glob("*/summary.json")):
+        try:
+            studies.append(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError):  # a report from another version, or one that is being written
+            continue
+    pictures = {}
+    for found in studies:
+        jobs = [r["job"] for r in found["runs"] if r["page"] and r["notebook"] != "04_ppo"]
+        notebooks = (root / "runs" / found["study"] / job / "notebook.ipynb" for job in reversed(jobs))
+        pictures[found["study"]] = next(filter(None, map(thumbnail, notebooks)), "")
+    body, listed = drawn.overview(studies, pictures)
+    commits = sorted({str(found["commit"]) for found in studies})
+    write_text(folder / "index.html", page(drawn.QUESTION, body, f"<p>{len(studies)} studies, made from commits "
+                                           f"{esc(', '.join(commits))}</p>", contents=listed, root=root))  # fmt: skip
+    return folder / "index.html"

@@ -229,7 +229,8 @@ def test_preference_pairs_go_the_same_way(pairs):
 def test_reports_open_without_a_network(study, request):
     runs, reports = request.getfixturevalue(study)
     pages = {path.name: path.read_text() for path in reports.glob("*.html")}
-    assert set(pages) == {f"{job}.html" for job in runs} | {"index.html"}
+    beside = {name for name in pages if name.startswith("comparison-")}
+    assert beside and set(pages) - beside == {f"{job}.html" for job in runs} | {"index.html"}
     for name, page in pages.items():
         assert "<script" not in page and "default-src 'none'" in page, name
         assert not re.search(r"(?:src|href)\s*=\s*[\"'](?:https?:)?//|@import|url\(", page), name
@@ -256,6 +257,14 @@ def test_notebook_form(path):
     assert not any(cell.outputs or cell.execution_count for cell in code), "outputs must be stripped"
     assert sum("parameters" in cell.metadata.get("tags", []) for cell in code) == 1
     assert max(len(cell.source.splitlines()) for cell in code) <= 25
-    text = "".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
-    assert text.startswith("# ")
+    assert max(len(line) for cell in code for line in cell.source.splitlines()) <= 250
+    words = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
+    text = "".join(words)
+    assert text.startswith("# ") and sum(line.startswith("# ") for cell in words for line in cell.splitlines()) == 1
+    ids = [cell.id for cell in notebook.cells]
+    assert len(set(ids)) == len(ids) and notebook.metadata.kernelspec.name == "python3"
+    source = "".join(cell.source for cell in code)
+    assert not re.search(r"^\s*[%!]|plt\.show|savefig|display\((?:HTML|Markdown)\(", source, re.M), "shows by our helpers"
+    described = re.findall(r"plots\.show\((?:[^()]|\([^()]*\))*?alt=", source)
+    assert source.count("plots.show(") == len(described), "a figure without words"
     assert all(part in text for part in ("**Question.**", "**Expectation.**", "## What we learned"))

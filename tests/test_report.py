@@ -10,7 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dense_rlhf import display, report, toy
+from dense_rlhf.escape import esc
 from dense_rlhf.judge import Interval, gold_at_kl
+from dense_rlhf.notebook_page import notebook_body
+from dense_rlhf.page import page as whole_page
 
 HOSTILE = ['"><img src=x onerror=alert(1)>', "</script><script>alert(1)</script>", "$\\href{javascript:alert(1)}{x}$",
            "nul\x00 rtl\u202e zero\u200bwidth", "[x](javascript:alert(1))", "'\"&<>"]  # fmt: skip
@@ -30,7 +33,7 @@ def test_hostile_text_stays_text(text):
 
 @given(st.text(max_size=200))
 def test_escaping_leaves_no_markup(text):
-    assert not re.search(r"[<>\"']", display.esc(text))
+    assert not re.search(r"[<>\"']", esc(text))
 
 
 def test_executed_notebook_page(tmp_path):
@@ -48,12 +51,13 @@ def test_executed_notebook_page(tmp_path):
         v4.new_code_cell(HOSTILE[1], outputs=outputs),
     ])  # fmt: skip
     nbformat.write(notebook, tmp_path / "n.ipynb")
-    page = report.page("t", report.notebook_body(tmp_path / "n.ipynb"), "f")
-    assert "<script" not in page and "<img src=x" not in page and "alert(2)" not in page
-    assert "kept" in page and "<math" in page and "Content-Security-Policy" in page
-    assert [image["alt"] for image in BeautifulSoup(page, "html.parser").find_all("img")] == ['a "quoted" <alt>']
-    assert '<a href="#One' in page and "<details>" in page
-    assert not re.search(r"(?:src|href)\s*=\s*[\"']?(?:https?:)?//", page)
+    body, listed = notebook_body(tmp_path / "n.ipynb")
+    made = whole_page("t", body, "f", contents=listed)
+    assert "<script" not in made and "<img src=x" not in made and "alert(2)" not in made
+    assert "kept" in made and "<math" in made and "Content-Security-Policy" in made
+    assert [image["alt"] for image in BeautifulSoup(made, "html.parser").find_all("img")] == ['a "quoted" <alt>']
+    assert '<a href="#One' in made and "<details" in made
+    assert not re.search(r"(?:src|href)\s*=\s*[\"']?(?:https?:)?//", made)
 
 
 def test_heatmap_wants_a_value_for_each_token():
@@ -116,7 +120,7 @@ def test_warnings_stand_beside_their_run(study):
     index, page = study([{"update": 3, "name": "KLBlowUp", "text": "KL is 41 nats"},
                          {"update": 4, "name": "KLBlowUp", "text": "KL is 50 nats"},
                          {"update": 9, "name": "EntropyCollapse", "text": "entropy is 0.01"}])  # fmt: skip
-    cells = BeautifulSoup(index, "html.parser").find_all("td")
+    cells = BeautifulSoup(index, "html.parser").select_one(".view").find_all("td")
     assert [[item.text for item in cell.find_all("li")] for cell in cells] == [
         [], ["KLBlowUp, update 3 and 1 more", "EntropyCollapse, update 9"]]  # fmt: skip
     said = [item.text for item in BeautifulSoup(page, "html.parser").select(".warned li")]

@@ -1,0 +1,215 @@
+"""Indexes: one for each study, one over all. Both are drawn from what `summary.json` holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from dense_rlhf.charts import spark
+from dense_rlhf.comparison import Verdict, verdict, verdict_html
+from dense_rlhf.escape import esc
+from dense_rlhf.findings import Finding
+from dense_rlhf.live import duration
+from dense_rlhf.page import GOOD, chip, link, sections, table
+
+QUESTION = "Which tokens earned the reward?"
+
+
+def summary(study: str, seeds: Sequence[int], records: Sequence[Mapping], found: Sequence[Finding],
+            pages: Mapping[str, str], left: Mapping[str, Sequence[str]], lost: Sequence[str]) -> dict:  # fmt: skip
+    """What an index tells of a study: its runs with their `pages` and the files they `left`, its arms with their
+    numbers, and what was `lost` in rendering."""
+    runs = [{key: r.get(key) for key in ("job", "notebook", "dataset", "arm", "seed", "status", "error", "seconds")}
+            | {"page": pages.get(str(r.get("job"))), "files": list(left.get(str(r.get("job")), ()))} for r in records]
+    newest = max(records, key=lambda r: r.get("started") or 0)
+    return {
+        "study": study, "seeds": list(seeds), "runs": runs, "lost": list(lost),
+        "seconds": sum(r.get("seconds") or 0 for r in records), "commit": newest.get("commit", "unknown"),
+        "started": newest.get("started") or 0,
+        "datasets": {f.dataset: _numbers(f) for f in found},
+    }  # fmt: skip
+
+
+def _numbers(found: Finding) -> dict:
+    said, base = verdict(found), found.arms[found.baseline]
+    arms = {a.name: {"kind": a.kind, "gold": str(a.gold), "mean": a.gold.mean, "seeds": len(a.seeds),
+                     "gain": a.gain.mean if a.gain else None, "path": list(a.path),
+                     "at_kl": a.gain_at_kl.mean if a.gain_at_kl else None, "seconds": a.seconds,
+                     "cost": a.seconds / base.seconds if a.seconds and base.seconds else None}
+            for a in found.arms.values()}  # fmt: skip
+    evidence = found.prompts * sum(len(a.seeds) for a in found.arms.values())
+    return {"answer": said.answer, "line": said.line, "grounds": said.grounds, "baseline": found.baseline,
+            "arms": arms, "evidence": evidence}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------- parts
+
+
+def troubles(found: Mapping, where: str = "") -> str:
+    """What failed, with its error; nothing where all is well."""
+    items = [f"{chip(r['status'])} {_link(r, where)}: {esc(r['error'] or 'no reason was given')}"
+             for r in found["runs"] if r["status"] not in GOOD]  # fmt: skip
+    items += [f"{chip('not rendered')} {esc(text)}" for text in found["lost"]]
+    return "<ul class='failed'>" + "".join(f"<li>{item}</li>" for item in items) + "</ul>" if items else ""
+
+
+def _link(run: Mapping, where: str = "", text: str = "") -> str:
+    label = text or esc(run["job"])
+    return link(f"{where}{run['page']}", label) if run["page"] else label
+
+
+ORDERS: dict[str, tuple[Callable[[Mapping], float | None], bool]] = {  # label: number of an arm, whether high is first
+    "gold": (lambda arm: arm["mean"], True),
+    "gain at equal KL": (lambda arm: arm["at_kl"], True),
+    "time": (lambda arm: arm["seconds"], False),
+}
+
+
+def matrix(columns: Sequence[tuple[str, Mapping, Mapping, str]], notes: Mapping[str, str]) -> str:
+    """Arms down, datasets across, in several orders. A column is its heading (HTML), a study's summary, the numbers of
+    one of its datasets, and the folder of its pages; `notes` are more HTML for a run."""
+    listed = list(dict.fromkeys(arm for _, found, numbers, _ in columns for arm in _arms(found, numbers)))
+    orders = {"as listed": listed} | {label: _sorted(listed, columns, *how) for label, how in ORDERS.items()}
+    head = ["arm", *(heading for heading, *_ in columns)]
+    cells = {arm: [_cell(arm, *column[1:], notes) for column in columns] for arm in listed}
+    views = {label: table(f"Gold score after training, mean and 95 % interval; order: {label}", head,
+                          ([esc(arm), *cells[arm]] for arm in names)) for label, names in orders.items()}  # fmt: skip
+    return choose("Order of the arms", views)
+
+
+def _arms(found: Mapping, numbers: Mapping) -> list[str]:
+    ran = [r["arm"] for r in found["runs"] if r["notebook"] == "04_ppo"]
+    return list(dict.fromkeys([*numbers.get("arms", {}), *ran]))
+
+
+def _sorted(names: Sequence[str], columns: Sequence, number: Callable, high_first: bool) -> list[str]:
+    def key(name: str) -> tuple[bool, float]:
+        values = [number(arm) for _, _, numbers, _ in columns if (arm := numbers.get("arms", {}).get(name))]
+        known = [value for value in values if value is not None]
+        mean = sum(known) / len(known) if known else 0.0
+        return not known, -mean if high_first else mean
+
+    return sorted(names, key=key)
+
+
+def _cell(arm: str, found: Mapping, numbers: Mapping, where: str, notes: Mapping[str, str]) -> str:
+    """Headline, curve and a chip for each seed."""
+    known, dataset = numbers.get("arms", {}).get(arm), numbers.get("dataset")
+    runs = [r for r in found["runs"] if r["notebook"] == "04_ppo" and (r["dataset"], r["arm"]) == (dataset, arm)]
+    if not known and not runs:
+        return "–"
+    chips = "".join(f"<span>{_link(r, where, chip(r['status'], ' · seed ' + str(r['seed'])))}"
+                    f"{notes.get(r['job'], '')}</span>" for r in runs)  # fmt: skip
+    seeds = f"<div class='seeds'>{chips}</div>" if chips else ""
+    if not known:
+        return seeds
+    curve = spark(known["path"], f"gold of {arm} on {dataset} while training")
+    return f"<span class='number'>{esc(known['gold'])}</span> {curve}{seeds}"
+
+
+def choose(label: str, views: Mapping[str, str], group: str = "order") -> str:
+    """One of several views at a time, by buttons that need no script; `group` tells two choices of a page apart."""
+    buttons = "".join(f"<input type='radio' name='{group}' id='{group}-{n}'{' checked' * (n == 0)}>"
+                      f"<label for='{group}-{n}'>{esc(name)}</label>" for n, name in enumerate(views))  # fmt: skip
+    shown = "".join(f"<div class='view'>{html}</div>" for html in views.values())
+    return f"<div class='views' role='radiogroup' aria-label='{esc(label)}'>{buttons}{shown}</div>"
+
+
+def verdicts(found: Mapping, where: str = "", of: str = "") -> str:
+    """What each dataset of a study says, with a link to its comparison; `of` comes before the dataset's name."""
+    parts = []
+    for dataset, numbers in found["datasets"].items():
+        more = link(f"{where}comparison-{dataset}.html", esc(f"All arms on {dataset} beside each other"))
+        said = Verdict(numbers["answer"], numbers["line"], numbers["grounds"])
+        parts.append(f"<h3>{esc(of + dataset)}</h3>{verdict_html(said)}<p>{more}</p>")
+    return "".join(parts)
+
+
+# ---------------------------------------------------------------------------------------------------- a study
+
+
+def study_index(found: Mapping, thumbnails: Mapping[str, str], notes: Mapping[str, str], more: str) -> tuple[str, str]:
+    """Body and contents of a study's index; `thumbnails` and `notes` are HTML by run, `more` a figure over datasets."""
+    columns = [(link(f"comparison-{name}.html", esc(name)) if numbers else esc(name), found,
+                numbers | {"dataset": name}, "") for name, numbers in _datasets(found).items()]  # fmt: skip
+    body, listed = sections([
+        ("failures", "Failures", troubles(found)),
+        ("verdict", "Did dense rewards help?", verdicts(found)),
+        ("across", "Over all datasets", more),
+        ("arms", "Arms", matrix(columns, notes) if columns else ""),
+        ("notebooks", "Notebooks", _cards(found, thumbnails)),
+        ("runs", "Every run", _run_table(found)),
+    ])  # fmt: skip
+    return f"<h1>{esc(found['study'])}: which tokens earned the reward?</h1>{_totals(found)}{body}", listed
+
+
+def _datasets(found: Mapping) -> dict[str, dict]:
+    """Numbers of every dataset that policies were trained on, whether one finished or not."""
+    ran = [str(r["dataset"]) for r in found["runs"] if r["notebook"] == "04_ppo"]
+    return {name: found["datasets"].get(name, {}) for name in dict.fromkeys([*found["datasets"], *ran])}
+
+
+def _totals(found: Mapping) -> str:
+    statuses = [r["status"] for r in found["runs"]]
+    counts = " ".join(f"{chip(status, f' {statuses.count(status)}')}" for status in sorted(set(statuses)))
+    return f"<p class='quiet'>{len(statuses)} runs, {duration(found['seconds'])} of work. {counts}</p>"
+
+
+def _cards(found: Mapping, thumbnails: Mapping[str, str]) -> str:
+    single = [r for r in found["runs"] if r["notebook"] != "04_ppo"]
+    items = "".join(f"<li>{thumbnails.get(r['job'], '')}{_link(r)}<br>{chip(r['status'])} "
+                    f"<small class='quiet'>{duration(r['seconds'] or 0)}</small>{_beside(r)}</li>"
+                    for r in single)  # fmt: skip
+    return f"<ul class='cards'>{items}</ul>" if items else ""
+
+
+def _beside(run: Mapping) -> str:
+    """The page that compares what an ablation left."""
+    if not str(run["notebook"]).startswith("ablations/") or run["status"] not in GOOD:
+        return ""
+    return "<br>" + link(f"comparison-{run['job']}.html", "its numbers and tables")
+
+
+FILES = {"notebook.ipynb": "notebook", "params.yaml": "parameters", "metrics.json": "metrics", "log.txt": "log"}
+
+
+def files(study: str, job: str, names: Sequence[str]) -> str:
+    """Links to what a run left, of `FILES` and tables."""
+    return " · ".join(link(f"../../runs/{study}/{job}/{name}", esc(FILES.get(name, name))) for name in names)
+
+
+def _run_table(found: Mapping) -> str:
+    runs = sorted(found["runs"], key=lambda r: r["status"] in GOOD)
+    rows = ((_link(r), chip(r["status"]), duration(r["seconds"] or 0), files(found["study"], r["job"], r["files"]))
+            for r in runs)  # fmt: skip
+    return table("Failures first; links lead to what each run left", ("run", "status", "took", "files"), rows)
+
+
+# ---------------------------------------------------------------------------------------------------- all studies
+
+
+def overview(studies: Sequence[Mapping], thumbnails: Mapping[str, str]) -> tuple[str, str]:
+    """Body and contents of the index over all studies: those that know most first, failures before them."""
+    studies = sorted(studies, key=lambda s: (-_evidence(s), -s["started"]))
+    columns = [(link(f"{s['study']}/index.html", esc(s["study"])) + f", {esc(name)}", s, numbers | {"dataset": name},
+                f"{s['study']}/")
+               for s in studies for name, numbers in _datasets(s).items()]  # fmt: skip
+    failed = "".join(f"<h3>{esc(s['study'])}</h3>{found}" for s in studies if (found := troubles(s, f"{s['study']}/")))
+    said = "".join(verdicts(s, f"{s['study']}/", f"{s['study']}, ") for s in studies)
+    body, listed = sections([
+        ("failures", "Failures", failed), ("verdict", "Did dense rewards help?", said),
+        ("arms", "Arms by study and dataset", matrix(columns, {}) if columns else ""),
+        ("studies", "Studies", _study_cards(studies, thumbnails)),
+    ])  # fmt: skip
+    lead = ("<p class='lead'>RLHF scores a whole response. These studies pay single tokens for their share of it, and "
+            "ask whether the policy learns faster or better for it.</p>")  # fmt: skip
+    return f"<h1>{QUESTION}</h1>{lead}{body}", listed
+
+
+def _evidence(found: Mapping) -> int:
+    return max((numbers["evidence"] for numbers in found["datasets"].values()), default=0)
+
+
+def _study_cards(studies: Sequence[Mapping], thumbnails: Mapping[str, str]) -> str:
+    items = "".join(f'<li>{thumbnails.get(s["study"], "")}{link(s["study"] + "/index.html", esc(s["study"]))}'
+                    f"{_totals(s)}</li>" for s in studies)  # fmt: skip
+    return f"<ul class='cards'>{items}</ul>"

@@ -1,0 +1,152 @@
+"""One executed notebook as a page: code folded, figures with words, math as MathML, tables with captions."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dense_rlhf.escape import esc
+from dense_rlhf.page import LIMIT, contents
+from dense_rlhf.sanitise import clean
+from dense_rlhf.store import PACKAGE
+
+if TYPE_CHECKING:
+    from bs4 import BeautifulSoup, Tag
+    from nbformat import NotebookNode
+
+MATH = re.compile(r"(?P<code>```.*?```|`[^`\n]+`)|(?<!\\)(?P<mark>\$\$?)(?=\S)(?P<tex>.+?)(?<=\S)(?P=mark)", re.S)
+LONGEST = 20_000  # characters of one printed output; the whole is in the notebook
+SPARE = 200_000  # characters of a page that are not outputs
+
+
+def mathml(markdown: str) -> str:
+    """Markdown with `$...$` and `$$...$$` as MathML, which browsers draw without scripts; bad LaTeX stays as code."""
+    from latex2mathml.converter import convert
+
+    def one(match: re.Match) -> str:
+        if match["code"]:
+            return match[0]
+        try:
+            return convert(match["tex"].strip(), display="block" if match["mark"] == "$$" else "inline")
+        except Exception:  # the converter raises whatever it meets
+            return f"<code>{esc(match['tex'])}</code>"
+
+    return MATH.sub(one, markdown)
+
+
+def notebook_body(path: Path) -> tuple[str, str]:
+    """An executed notebook as HTML that holds nothing but what `sanitise` lets through, and its table of contents."""
+    import nbformat
+    from bs4 import BeautifulSoup
+
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = mathml(cell.source)
+    _settle(notebook)
+    html, _ = _exporter().from_notebook_node(notebook)
+    soup = BeautifulSoup(html, "html.parser")
+    clean(soup)
+    listed = _dress(soup)
+    return str(soup), listed
+
+
+@cache
+def _exporter():
+    from nbconvert import HTMLExporter
+
+    exporter = HTMLExporter(extra_template_basedirs=[str(PACKAGE)], template_name="report_template")
+    exporter.register_filter("esc", lambda text: esc(text, LONGEST))
+    exporter.register_filter("text_base64", lambda text: base64.b64encode("".join(text).encode()).decode())
+    return exporter
+
+
+# ---------------------------------------------------------------------------------------------------- before: outputs
+
+
+def _settle(notebook: NotebookNode) -> None:
+    """Printed bars as they ended, figures in few bytes; outputs for which the page is too short give way to a note."""
+    left = LIMIT - SPARE - sum(len(cell.source) for cell in notebook.cells)
+    for cell in notebook.cells:
+        for output in cell.get("outputs", ()):
+            if output.output_type == "stream":
+                output.text = overwritten(output.text)
+            elif "image/png" in (data := output.get("data", {})):
+                data["image/png"] = _fewer_colours(data["image/png"])
+            size = min(LONGEST, len(output.get("text", ""))) + sum(map(_size, output.get("data", {}).items()))
+            left -= size
+            if left < 0:
+                _leave_out(output, size)
+                left += size
+        cell["outputs"] = [o for o in cell.get("outputs", ()) if o.get("text", "x").strip()]
+
+
+def overwritten(text: str) -> str:
+    """What a terminal would show in the end: of each line only what follows the last carriage return."""
+    lines = (line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n"))
+    return "\n".join(line.replace("\x1b[A", "") for line in lines)
+
+
+def _size(item: tuple[str, object]) -> int:
+    """Of one representation in the page; those that no page shows count nothing."""
+    kind, data = item
+    return len(data) if isinstance(data, str) and (kind.startswith("image/") or kind == "text/html") else 0
+
+
+def _leave_out(output: NotebookNode, size: int) -> None:
+    alt = output.get("data", {}).get("text/plain", "")
+    output.pop("metadata", None)
+    text = f"[{size:,} characters left out to keep this page small; the notebook has them] {alt}"
+    output.clear()
+    output.update(output_type="stream", name="stdout", text=text)
+
+
+def _fewer_colours(png: str) -> str:
+    """The same figure from a palette of 256 colours, where that is smaller; what cannot be read stays as it is."""
+    from PIL import Image
+
+    try:
+        drawn, buffer = Image.open(io.BytesIO(base64.b64decode(png))), io.BytesIO()
+        drawn.convert("RGBA").quantize(256, Image.Quantize.FASTOCTREE).save(buffer, "png", optimize=True)
+    except (OSError, ValueError):
+        return png
+    small = base64.b64encode(buffer.getvalue()).decode()
+    return small if len(small) < len(png) else png
+
+
+# ---------------------------------------------------------------------------------------------------- after: structure
+
+
+def _dress(soup: BeautifulSoup) -> str:
+    """Anchors, captions, headers and words where they are missing; returns the table of contents."""
+    for link in soup.select("a.anchor-link"):
+        link.decompose()
+    seen: dict[str, int] = {}
+    for head in soup.find_all(["h1", "h2", "h3"]):
+        name = re.sub(r"\W+", "-", head.get_text()).strip("-") or "part"
+        seen[name] = seen.get(name, 0) + 1
+        head["id"] = name if seen[name] == 1 else f"{name}-{seen[name]}"
+    for table in soup.find_all("table"):
+        _dress_table(soup, table)
+    for image in soup.find_all("img"):
+        if not image.get("alt", "").strip():
+            image["alt"] = f"A figure without a description, in: {_section(image)}"
+    return contents((head["id"], head.decode_contents()) for head in soup.find_all("h2"))
+
+
+def _section(tag: Tag) -> str:
+    head = tag.find_previous(["h1", "h2", "h3"])
+    return head.get_text() if head else "this notebook"
+
+
+def _dress_table(soup: BeautifulSoup, table: Tag) -> None:
+    if not table.caption:
+        table.insert(0, soup.new_tag("caption", string=_section(table)))
+    for cell in table.find_all("th"):
+        cell.attrs.setdefault("scope", "col" if cell.find_parent("thead") else "row")
+    name = table.caption.get_text()[:120]
+    table.wrap(soup.new_tag("div", attrs={"class": "wide", "role": "region", "tabindex": "0", "aria-label": name}))

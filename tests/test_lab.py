@@ -1,0 +1,80 @@
+"""JupyterLab itself, once: notebook 02 is opened and run, a slider is moved, the heat-map changes."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.request
+
+import nbformat
+import pytest
+from chromium import launched
+from conftest import ROOT
+
+SMALL = {"reward_steps": 30, "ppo_rollouts": 16, "ppo_minibatch": 16, "ppo_max_new_tokens": 8, "evaluation_prompts": 16,
+         "attribution_lime_samples": 16}  # fmt: skip
+TRACKER = "lab/settings/@jupyterlab/notebook-extension/tracker.jupyterlab-settings"
+
+
+@pytest.fixture
+def browser():
+    with launched() as found:
+        yield found
+
+
+@pytest.fixture
+def lab(tmp_path):
+    """A server over a folder that holds notebook 02 at smoke size; its address."""
+    notebook = nbformat.read(ROOT / "notebooks" / "02_attribution.ipynb", 4)
+    (cell,) = (c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
+    values = SMALL | {"run_dir": str(tmp_path / "run")}
+    cell.source += "".join(f"\n{name} = {value!r}" for name, value in values.items())
+    nbformat.write(notebook, tmp_path / "02_attribution.ipynb")
+    settings = tmp_path / TRACKER
+    settings.parent.mkdir(parents=True)
+    settings.write_text(json.dumps({"windowingMode": "none"}))  # all cells are in the page
+    places = {f"JUPYTER_{name}_DIR": str(tmp_path / name.lower()) for name in ("CONFIG", "DATA", "RUNTIME")}
+    places |= {"JUPYTERLAB_SETTINGS_DIR": str(tmp_path / "lab" / "settings"), "PYTHONPATH": str(ROOT)}
+    options = ["--no-browser", "--allow-root", "--port=0", f"--ServerApp.root_dir={tmp_path}", "--ServerApp.token=t",
+               "--LabApp.expose_app_in_browser=True", "--LabApp.news_url=", "--LabApp.extension_manager=readonly"]
+    with open(tmp_path / "lab.log", "w") as log:
+        server = subprocess.Popen([sys.executable, "-m", "jupyterlab", *options], stdout=log, stderr=log,
+                                  env=os.environ | places, cwd=tmp_path)  # fmt: skip
+    yield address(tmp_path, server)
+    server.terminate()
+    server.wait(30)
+
+
+def address(folder, server, seconds=90):
+    """Where the server says that it listens, once it answers."""
+    start = time.monotonic()
+    while time.monotonic() - start < seconds and server.poll() is None:
+        for path in (folder / "runtime").glob("jpserver-*.json"):
+            url = json.loads(path.read_text() or "{}").get("url")
+            if url and urllib.request.urlopen(f"{url}api/status?token=t").status == 200:
+                return url
+        time.sleep(0.2)
+    pytest.fail((folder / "lab.log").read_text()[-2000:])
+
+
+def test_a_slider_moves_the_heat_map(browser, lab):
+    page = browser.new_page(viewport={"width": 1400, "height": 1000})
+    page.goto(f"{lab}lab/tree/02_attribution.ipynb?token=t")
+    page.locator(".jp-NotebookPanel .jp-CodeCell").first.wait_for(timeout=90_000)
+    page.locator(".jp-Notebook-ExecutionIndicator[data-status='idle']").wait_for(timeout=90_000)
+    page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells') }")
+    view = page.locator(".widget-html-content table")
+    error = page.locator("[data-mime-type='application/vnd.jupyter.error']")
+    for awaited in (view, page.locator(".jp-CodeCell").last.locator(".jp-OutputArea-output")):
+        awaited.or_(error).first.wait_for(timeout=300_000)
+        assert not error.all_inner_texts()
+    before = view.inner_html()
+    handle = page.locator(".widget-slider", has_text="temperature").locator("[role=slider]")
+    handle.focus()
+    for _ in range(10):
+        handle.press("ArrowLeft")
+    changed = "([was]) => document.querySelector('.widget-html-content table').innerHTML !== was"
+    page.wait_for_function(changed, arg=[before])
+    assert "softmax at 0.1" in view.inner_text() and before.count("<span") == view.inner_html().count("<span")
+    assert page.locator(".widget-html-content mjx-container").count() == 0, "no token is typeset as math"
