@@ -26,8 +26,8 @@ def _study(arguments: argparse.Namespace):
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from dense_rlhf.console import selected
-    from dense_rlhf.plan import describe, expand, reasons, runs_folder
+    from dense_rlhf.runner.console import selected
+    from dense_rlhf.runner.plan import describe, expand, reasons, runs_folder
 
     study = _study(arguments)
     jobs, folder = expand(study), runs_folder(study)
@@ -44,11 +44,11 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _run_for_good(arguments: argparse.Namespace, study, jobs: list, names: list[str], some: bool) -> int:
-    from dense_rlhf.console import Screen, failures, summary
-    from dense_rlhf.executors import executor
-    from dense_rlhf.grid import check_data, run_grid
-    from dense_rlhf.jobs import GOOD
-    from dense_rlhf.plan import runs_folder
+    from dense_rlhf.runner.console import Screen, failures, summary
+    from dense_rlhf.runner.executors import executor
+    from dense_rlhf.runner.grid import check_data, run_grid
+    from dense_rlhf.runner.jobs import GOOD
+    from dense_rlhf.runner.plan import runs_folder
 
     if some:
         check_data(study)
@@ -74,7 +74,7 @@ def _run_for_good(arguments: argparse.Namespace, study, jobs: list, names: list[
 
 def _reports(study, jobs: list, records: list[dict]) -> Path:
     """The study's index; pages are rendered again where a run is newer than they are."""
-    from dense_rlhf.plan import runs_folder
+    from dense_rlhf.runner.plan import runs_folder
     from dense_rlhf.runs import RunFolder, repository_root
 
     index = repository_root() / "reports" / study.study / "index.html"
@@ -85,7 +85,7 @@ def _reports(study, jobs: list, records: list[dict]) -> Path:
         path.stat().st_mtime <= written for path in runs_folder(study).glob("*/run.json")
     ):
         return index
-    from dense_rlhf.report import write_reports
+    from dense_rlhf.report.write import write_reports
 
     return write_reports(study, [known[job.name] for job in jobs if job.name in known])
 
@@ -97,8 +97,8 @@ def _again(arguments: argparse.Namespace) -> str:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    from dense_rlhf.console import states
-    from dense_rlhf.plan import expand, reasons, runs_folder
+    from dense_rlhf.runner.console import states
+    from dense_rlhf.runner.plan import expand, reasons, runs_folder
 
     study = _study(arguments)
     jobs, folder = expand(study), runs_folder(study)
@@ -108,7 +108,7 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from dense_rlhf.plan import expand
+    from dense_rlhf.runner.plan import expand
     from dense_rlhf.study import load_study
 
     study = load_study(Path(arguments.study), arguments.set or ())
@@ -149,8 +149,8 @@ def _search(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from dense_rlhf.plan import expand, runs_folder
-    from dense_rlhf.report import write_reports
+    from dense_rlhf.report.write import write_reports
+    from dense_rlhf.runner.plan import expand, runs_folder
     from dense_rlhf.runs import RunFolder
     from dense_rlhf.study import load_study
 
@@ -176,13 +176,13 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def _execute(arguments: argparse.Namespace) -> int:
-    from dense_rlhf.execution import work
+    from dense_rlhf.runner.execution import work
 
     return work(arguments.notebook, Path(arguments.folder).resolve())
 
 
 def _add_run_options(command: argparse.ArgumentParser) -> None:
-    from dense_rlhf.executors import EXECUTORS
+    from dense_rlhf.runner.executors import EXECUTORS
 
     command.add_argument("--dry-run", action="store_true", help="say what would run, and why, and start nothing")
     command.add_argument("--workers", type=int, metavar="N", help="runs at a time, in place of the study's")

@@ -10,9 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dense_rlhf.jobs import prepare
 from dense_rlhf.params import RunParams, ShapeParams, StudyParams
-from dense_rlhf.plan import expand, runs_folder, threads_of
+from dense_rlhf.runner.jobs import prepare
+from dense_rlhf.runner.plan import expand, runs_folder, threads_of
 from dense_rlhf.runs import RunFolder, provenance, repository_root
 from dense_rlhf.store import finite, remove_checkpoints, write_json
 from dense_rlhf.strict import read_yaml

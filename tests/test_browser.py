@@ -11,8 +11,8 @@ from chromium import Watched, launched
 from hostile import HOSTILE, SURROGATE, TAGS, UNSEEN
 from made_study import ARMS, Study, ablation, broken, policies, record, run, whole
 
-from dense_rlhf import report
-from dense_rlhf.page import LIMIT, page
+from dense_rlhf.report import write as report
+from dense_rlhf.report.page import LIMIT, page
 
 KINDS = ("index.html", "made/index.html", "made/comparison-reviews.html", "made/02_attribution.html",
          "made/reviews-04_ppo-sparse-seed0.html", "made/reviews-04_ppo-lime-seed0.html", "ablated/index.html",

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from dense_rlhf import escape
 from dense_rlhf.escape import esc, scrub, visible
-from dense_rlhf.notebook_page import mathml, notebook_body, overwritten
-from dense_rlhf.sanitise import ATTRIBUTES, MATH, MATH_ATTRIBUTES, TEXT
+from dense_rlhf.report.notebook_page import mathml, notebook_body, overwritten
+from dense_rlhf.report.sanitise import ATTRIBUTES, MATH, MATH_ATTRIBUTES, TEXT
 
 HOME, ROOTS = "/" + "home", "/" + "root"  # in two parts: no file of this project names a machine's path
 

@@ -13,10 +13,10 @@ import pytest
 import yaml
 from checkout import WRITES, make_checkout, write_notebook
 
-from dense_rlhf import grid, jobs, plan
 from dense_rlhf.__main__ import main
 from dense_rlhf.ledger import append_line, lock
 from dense_rlhf.params import ShapeParams
+from dense_rlhf.runner import grid, jobs, plan
 from dense_rlhf.runs import RunFolder, finished_runs, repository_root
 from dense_rlhf.study import load_study
 from dense_rlhf.types import InputError

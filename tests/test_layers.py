@@ -15,9 +15,8 @@ LAYERS = {
     "rollout": 2, "attribution": 2, "context": 2, "shaping": 2, "ppo": 2, "checkpoint": 2, "health": 2, "bayesopt": 2,
     "judge": 2, "toy": 2, "implicit": 2, "ledger": 2, "landscapes": 2, "aggregate": 2,
     "bilevel": 3, "arms": 3, "baselines": 3, "budget": 3, "audit": 3, "dimension": 3,
-    "runs": 4, "grid": 4, "plots": 4, "display": 4, "report": 4, "explain": 4, "live": 4, "train": 4, "check": 4,
-    "plots_search": 4, "plan": 4, "execution": 4, "executors": 4, "jobs": 4, "console": 4,
-    "sanitise": 4, "page": 4, "notebook_page": 4, "charts": 4, "findings": 4, "comparison": 4, "index": 4, "explore": 4,
+    "runs": 4, "runner": 4, "plots": 4, "plots_search": 4, "display": 4, "explore": 4, "explain": 4, "live": 4,
+    "report": 4, "train": 4, "check": 4,
     "__main__": 4,
 }  # fmt: skip
 # within a layer: everyone may raise InputError and read the parameters; the others are spelt out
@@ -26,23 +25,11 @@ SIDEWAYS = {(module, "types") for module in ("strict", "params", "study", "maske
     ("policy", "reward_model"), ("checkpoint", "ppo"), ("shaping", "context"), ("baselines", "bilevel"),
     ("arms", "bilevel"), ("dimension", "audit"), ("aggregate", "judge"),
     ("rewards", "data"), ("rewards", "reward_model"), ("reward_model", "alignment"),
-    ("additive", "alignment"), ("implicit", "rollout"), ("report", "runs"),
+    ("additive", "alignment"), ("implicit", "rollout"),
     ("explore", "display"), ("explain", "display"), ("live", "display"), ("live", "plots"), ("plots_search", "plots"),
-    ("train", "jobs"), ("train", "live"), ("train", "plan"), ("train", "runs"),
-    # the runner: a plan; one run, its process; many, somewhere; and what is said of them
-    ("plan", "runs"), ("execution", "runs"), ("executors", "runs"),
-    ("jobs", "plan"), ("jobs", "execution"), ("jobs", "runs"),
-    ("grid", "plan"), ("grid", "jobs"), ("grid", "executors"), ("grid", "runs"),
-    ("console", "plan"), ("console", "jobs"), ("console", "grid"),
-    # reports: findings and charts; pages of notebooks, comparisons and indexes
-    ("charts", "plots"), ("page", "live"), ("notebook_page", "page"), ("notebook_page", "sanitise"),
-    ("findings", "runs"), ("comparison", "charts"), ("comparison", "findings"), ("comparison", "live"),
-    ("comparison", "page"), ("comparison", "runs"), ("index", "charts"), ("index", "comparison"), ("index", "findings"),
-    ("index", "live"), ("index", "page"), ("report", "charts"), ("report", "comparison"), ("report", "findings"),
-    ("report", "index"), ("report", "notebook_page"), ("report", "page"),
-    ("__main__", "console"), ("__main__", "execution"), ("__main__", "executors"), ("__main__", "jobs"),
-    ("__main__", "plan"), ("__main__", "check"), ("__main__", "grid"),
-    ("__main__", "report"), ("__main__", "runs"), ("__main__", "train"),
+    ("runner", "runs"), ("report", "runs"), ("report", "plots"), ("report", "live"),
+    ("train", "runner"), ("train", "live"), ("train", "runs"),
+    ("__main__", "check"), ("__main__", "runner"), ("__main__", "report"), ("__main__", "runs"), ("__main__", "train"),
 }  # fmt: skip
 
 
@@ -82,7 +69,7 @@ def test_files_are_short():
 
 
 def test_validation_needs_nothing_heavy():
-    code = ("import sys, dense_rlhf.grid, dense_rlhf.study, dense_rlhf.__main__; "
+    code = ("import sys, dense_rlhf.runner.grid, dense_rlhf.study, dense_rlhf.__main__; "
             "print([m for m in ('torch', 'transformers', 'numpy', 'pandas', 'trl') if m in sys.modules])")  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

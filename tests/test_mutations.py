@@ -11,8 +11,8 @@ from dense_rlhf.__main__ import main
 def refused(tmp_path, monkeypatch, capsys):
     """Run a study and return what is wrong with the answer; nothing is."""
     monkeypatch.setattr("dense_rlhf.runs.PACKAGE", tmp_path / "dense_rlhf")
-    monkeypatch.setattr("dense_rlhf.plan._reason", lambda *_: "new")  # no made-up notebook is read
-    monkeypatch.setattr("dense_rlhf.grid.run_grid", lambda *_, **__: pytest.fail("started"))
+    monkeypatch.setattr("dense_rlhf.runner.plan._reason", lambda *_: "new")  # no made-up notebook is read
+    monkeypatch.setattr("dense_rlhf.runner.grid.run_grid", lambda *_, **__: pytest.fail("started"))
 
     def run(text: str | bytes, named: str, *settings: str) -> str:
         path = tmp_path / "s.yaml"

@@ -13,12 +13,12 @@ import yaml
 from checkout import command, make_checkout, write_notebook
 from kill_runs import processes
 
-from dense_rlhf import grid, jobs, plan
 from dense_rlhf.__main__ import main
-from dense_rlhf.console import Screen
-from dense_rlhf.executors import Local, executor, shares, visible_gpus
-from dense_rlhf.jobs import finish, prepare, run_job, state
 from dense_rlhf.ledger import lock
+from dense_rlhf.runner import grid, jobs, plan
+from dense_rlhf.runner.console import Screen
+from dense_rlhf.runner.executors import Local, executor, shares, visible_gpus
+from dense_rlhf.runner.jobs import finish, prepare, run_job, state
 from dense_rlhf.runs import RunFolder
 from dense_rlhf.study import load_study
 from dense_rlhf.types import InputError
@@ -55,7 +55,7 @@ def faked(study, monkeypatch):
         return "ok", ""
 
     monkeypatch.setattr(jobs, "launch", launch)
-    monkeypatch.setattr("dense_rlhf.report.write_reports", lambda *_: Path("index.html"))
+    monkeypatch.setattr("dense_rlhf.report.write.write_reports", lambda *_: Path("index.html"))
     return bad
 
 

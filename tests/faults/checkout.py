@@ -40,7 +40,7 @@ def make_checkout(folder: Path, study: dict, notebooks: dict[str, tuple[str, ...
 
 # `python -m dense_rlhf` without pages, which take longer than made-up notebooks
 PAGELESS = """import sys, types
-sys.modules["dense_rlhf.report"] = types.SimpleNamespace(write_reports=lambda *_: "no page")
+sys.modules["dense_rlhf.report.write"] = types.SimpleNamespace(write_reports=lambda *_: "no page")
 from dense_rlhf.__main__ import main
 sys.exit(main(sys.argv[1:]))"""
 

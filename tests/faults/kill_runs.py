@@ -21,7 +21,7 @@ from checkout import JUDGED, command, make_checkout
 
 from dense_rlhf.runs import RunFolder, altered
 
-TARGETS = {"runner": "", "worker": " execute ", "kernel": "dense_rlhf.execution"}
+TARGETS = {"runner": "", "worker": " execute ", "kernel": "dense_rlhf.runner.execution"}
 STUDY = {
     "notebooks": ["04_ppo", "05_bayesian_optimisation", "06_comparison"], "workers": 2, "ppo": {"lr": 0.5},
     "arms": {"sparse": {"sources": ["terminal"]}, "bo": {"sources": ["shap", "terminal"], "weights": "learned"}},

@@ -9,9 +9,9 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from dense_rlhf.grid import tally
-from dense_rlhf.jobs import BAD, GOOD, state
-from dense_rlhf.plan import Job
+from dense_rlhf.runner.grid import tally
+from dense_rlhf.runner.jobs import BAD, GOOD, state
+from dense_rlhf.runner.plan import Job
 from dense_rlhf.types import InputError
 
 

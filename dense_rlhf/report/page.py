@@ -12,7 +12,7 @@ from dense_rlhf.escape import esc, scrub
 from dense_rlhf.live import duration
 from dense_rlhf.store import PACKAGE
 
-TEMPLATE = PACKAGE / "report_template"
+TEMPLATE = PACKAGE / "report" / "template"
 GOOD = ("ok", "cached")
 LIMIT = 2_000_000  # characters of a page
 

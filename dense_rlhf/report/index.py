@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from dense_rlhf.charts import spark
-from dense_rlhf.comparison import Verdict, verdict, verdict_html
 from dense_rlhf.escape import esc
-from dense_rlhf.findings import Finding
 from dense_rlhf.live import duration
-from dense_rlhf.page import GOOD, chip, link, sections, table
+from dense_rlhf.report.charts import spark
+from dense_rlhf.report.comparison import Verdict, verdict, verdict_html
+from dense_rlhf.report.findings import Finding
+from dense_rlhf.report.page import GOOD, chip, link, sections, table
 
 QUESTION = "Which tokens earned the reward?"
 

@@ -185,7 +185,7 @@ def _manager() -> type:
     class Kernels(AsyncKernelManager):
         def format_kernel_cmd(self, extra_arguments=None):
             found = super().format_kernel_cmd(extra_arguments)
-            return ["dense_rlhf.execution" if part == "ipykernel_launcher" else part for part in found]
+            return ["dense_rlhf.runner.execution" if part == "ipykernel_launcher" else part for part in found]
 
     return Kernels
 

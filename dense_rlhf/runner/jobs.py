@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 from threading import Event
 
-from dense_rlhf.execution import HEARTBEAT, heartbeat, launch
 from dense_rlhf.ledger import is_live, lock
-from dense_rlhf.plan import Job, judge
+from dense_rlhf.runner.execution import HEARTBEAT, heartbeat, launch
+from dense_rlhf.runner.plan import Job, judge
 from dense_rlhf.runs import RunFolder, artefacts, provenance
 from dense_rlhf.store import remove_checkpoints, write_json, write_text
 from dense_rlhf.types import InputError

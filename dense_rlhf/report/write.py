@@ -10,14 +10,14 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from dense_rlhf import index as drawn
-from dense_rlhf.charts import thumbnail
-from dense_rlhf.comparison import ablation_page, across_html, dataset_page
 from dense_rlhf.escape import esc
-from dense_rlhf.findings import Finding, findings
-from dense_rlhf.notebook_page import notebook_body
-from dense_rlhf.page import GOOD, chip, footer, made_from, page
 from dense_rlhf.params import StudyParams
+from dense_rlhf.report import index as drawn
+from dense_rlhf.report.charts import thumbnail
+from dense_rlhf.report.comparison import ablation_page, across_html, dataset_page
+from dense_rlhf.report.findings import Finding, findings
+from dense_rlhf.report.notebook_page import notebook_body
+from dense_rlhf.report.page import GOOD, chip, footer, made_from, page
 from dense_rlhf.runs import RunFolder, repository_root
 from dense_rlhf.store import content_key, file_sha256, package_sha256, write_json, write_text
 from dense_rlhf.types import InputError
@@ -68,7 +68,7 @@ def write_run_page(record: dict, run: RunFolder, target: Path) -> bool:
 
 
 def _template() -> str:
-    from dense_rlhf.page import TEMPLATE
+    from dense_rlhf.report.page import TEMPLATE
 
     return content_key([file_sha256(path) for path in sorted(TEMPLATE.iterdir()) if path.is_file()])
 

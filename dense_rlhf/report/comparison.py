@@ -9,12 +9,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dense_rlhf.charts import forest
 from dense_rlhf.escape import esc
-from dense_rlhf.findings import CONTROL, DENSE, Arm, Finding, across
 from dense_rlhf.judge import Interval
 from dense_rlhf.live import duration
-from dense_rlhf.page import sections, table
+from dense_rlhf.report.charts import forest
+from dense_rlhf.report.findings import CONTROL, DENSE, Arm, Finding, across
+from dense_rlhf.report.page import sections, table
 from dense_rlhf.runs import RunFolder
 
 ENOUGH = 5  # seeds of which an interval says enough to answer yes

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from dense_rlhf.executors import Local
-from dense_rlhf.jobs import BAD, GOOD, STATES, blank, cancel, finish, finished, held_by, run_job
 from dense_rlhf.params import RunParams, ShapeParams, StudyParams
-from dense_rlhf.plan import Job, awaits, expand, runs_folder, threads_of
+from dense_rlhf.runner.executors import Local
+from dense_rlhf.runner.jobs import BAD, GOOD, STATES, blank, cancel, finish, finished, held_by, run_job
+from dense_rlhf.runner.plan import Job, awaits, expand, runs_folder, threads_of
 from dense_rlhf.runs import RunFolder
 from dense_rlhf.store import write_json
 from dense_rlhf.types import InputError

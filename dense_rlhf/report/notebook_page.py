@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dense_rlhf.escape import esc
-from dense_rlhf.page import LIMIT, contents
-from dense_rlhf.sanitise import clean
+from dense_rlhf.report.page import LIMIT, contents
+from dense_rlhf.report.sanitise import clean
 from dense_rlhf.store import PACKAGE
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def notebook_body(path: Path) -> tuple[str, str]:
 def _exporter():
     from nbconvert import HTMLExporter
 
-    exporter = HTMLExporter(extra_template_basedirs=[str(PACKAGE)], template_name="report_template")
+    exporter = HTMLExporter(extra_template_basedirs=[str(PACKAGE / "report")], template_name="template")
     exporter.register_filter("esc", lambda text: esc(text, LONGEST))
     exporter.register_filter("text_base64", lambda text: base64.b64encode("".join(text).encode()).decode())
     return exporter

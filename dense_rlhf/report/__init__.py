@@ -1,0 +1,1 @@
+"""Pages that open from disk: of runs, comparisons, studies and all of them."""
