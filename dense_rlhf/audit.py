@@ -18,7 +18,7 @@ from scipy.linalg import helmert
 from scipy.spatial.distance import cdist
 from scipy.stats import norm, ttest_ind
 
-from dense_rlhf.bayesopt import Point, Search
+from dense_rlhf.bayesopt import Point, Search, noise_variance
 from dense_rlhf.judge import Interval
 from dense_rlhf.types import InputError
 
@@ -63,7 +63,7 @@ def trace(search: Search) -> pd.DataFrame:
 
 
 def phases(search: Search) -> list[str]:
-    """Who chose each trial: "anchor", "quasi-random", or "chosen" by the model."""
+    """Who chose each trial: "anchor", "quasi-random" (pairs and Sobol points), or "chosen" by the model."""
     left, anchors, found = Counter(search.start), set(search.space.anchors()), []
     later = "chosen" if search.strategy in CHOOSING else "quasi-random"
     for point in search.points:
@@ -82,7 +82,7 @@ def quasi_random_band(search: Search, seed: int = 0) -> Interval:
 
 
 def gain_over_quasi_random(search: Search) -> Interval | None:
-    """Mean value of the chosen trials less that of the Sobol trials, 95 % (Welch); None with fewer than two of either.
+    """Mean value of chosen trials less that of quasi-random ones, 95 % (Welch); None with fewer than two of either.
 
     It compares observations and asks no model. Anchors are neither.
     """
@@ -92,13 +92,6 @@ def gain_over_quasi_random(search: Search) -> Interval | None:
         return None
     interval = ttest_ind(chosen, drawn, equal_var=False).confidence_interval()
     return Interval(float(chosen.mean() - drawn.mean()), float(interval.low), float(interval.high))
-
-
-def noise_variance(search: Search) -> np.ndarray:
-    """The variance of each observation (N,), as the search's model takes it."""
-    model = search.model()
-    variance = model.likelihood.noise * model.outcome_transform.stdvs.squeeze(-1) ** 2
-    return np.broadcast_to(variance.detach().numpy().reshape(-1, variance.shape[-1]).mean(0), len(search.values))
 
 
 def noise_parts(search: Search) -> pd.DataFrame:

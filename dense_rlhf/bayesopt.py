@@ -82,6 +82,16 @@ class Space:
         rows = [*np.eye(self.d), np.full(self.d, 1 / self.d)][: self.d + (self.d > 1)]
         return [self.from_unit(np.concatenate([row, np.full(len(self.bounds), 0.5)])) for row in rows]
 
+    def pairs(self, seed: int) -> list[Point]:
+        """Weights of two sources in equal parts, where there are more: no source much oftener, in an order of `seed`.
+
+        With the vertices they are Scheffe's (1958) simplex lattice, which shows every interaction of two.
+        """
+        order, half = np.random.default_rng(seed).permutation(self.d), 0.5 * np.eye(self.d)
+        both = [(i, (i + step) % self.d) for step in range(1, self.d // 2 + 1) for i in range(self.d)]
+        unique = dict.fromkeys(tuple(sorted(order[list(pair)].tolist())) for pair in both)
+        return [tuple((half[i] + half[j]).tolist()) for i, j in unique] if self.d > 2 else []
+
     def sobol(self, n: int, seed: int) -> list[Point]:
         """`n` scrambled Sobol points, uniform on the simplex through the gaps between sorted coordinates."""
         from scipy.stats import qmc
@@ -113,8 +123,10 @@ class Noise:
 class Search:
     """Maximise a noisy function over a `Space`: `suggest`, evaluate, `observe`, repeat.
 
-    First come the `anchors`, each `replicates` times, and `initial` scrambled Sobol points; then a Gaussian process
-    and log noisy expected improvement (Ament et al., 2023; Letham et al., 2019), or another of `STRATEGIES`.
+    First come the `anchors`, each `replicates` times, and `initial` scrambled Sobol points, of which behind anchors the
+    first have the weights of `Space.pairs`; then one of `STRATEGIES`: a Gaussian process and the knowledge gradient
+    (`gp`; `saas` and `additive` with other models), the process and log noisy expected improvement (`nei`), or points
+    that ask no model.
     There is no hidden state: same settings, observations and pending points give the same suggestion, so a search is
     resumed by observing its record again.
     """
@@ -152,9 +164,12 @@ class Search:
 
     @property
     def start(self) -> list[Point]:
-        """The points that are tried before any model: anchors, then Sobol points."""
-        anchors = self.space.anchors() * self.replicates if self.anchors else []
-        return anchors + self.space.sobol(self.initial, self.seed)
+        """The points that are tried before any model: anchors, pairs, Sobol points."""
+        spread = self.space.sobol(self.initial, self.seed)
+        if not self.anchors:
+            return spread
+        pairs = [pair + point[self.space.d :] for pair, point in zip(self.space.pairs(self.seed), spread)]
+        return self.space.anchors() * self.replicates + pairs + spread[len(pairs) :]
 
     def suggest(self, pending: Sequence[Point] = ()) -> Point:
         """The point to try next, while `pending` ones run, or have failed; below two observations a Sobol point."""
@@ -231,12 +246,17 @@ class Search:
 
 
 def _kernel(size: int):
-    """A smooth function of weights between 0 and 1: length-scales near 1, where the default expects some 4 sqrt(d)."""
-    from gpytorch.kernels import RBFKernel
+    """Smooth, one length-scale for each number, and a scale: a valley between bad mixtures is long, narrow and deep.
+
+    The priors are wide around their modes exp(mu - sigma^2): length-scales of exp(0.5), where weights go from 0 to 1,
+    and one standard deviation of the values.
+    """
+    from gpytorch.kernels import RBFKernel, ScaleKernel
     from gpytorch.priors import LogNormalPrior
 
-    kernel = RBFKernel(ard_num_dims=size, lengthscale_prior=LogNormalPrior(0.0, 0.5))
-    kernel.initialize(lengthscale=1.0)
+    smooth = RBFKernel(ard_num_dims=size, lengthscale_prior=LogNormalPrior(1.5, 1.0))
+    kernel = ScaleKernel(smooth, outputscale_prior=LogNormalPrior(4.0, 2.0))
+    kernel.base_kernel.lengthscale, kernel.outputscale = math.exp(0.5), 1.0
     return kernel
 
 
@@ -268,6 +288,34 @@ def _sparse(name: str, search: Search, X: Tensor, Y: Tensor, variance: Tensor | 
 
 
 # ---------------------------------------------------------------------------------------------------- strategies
+
+
+def noise_variance(search: Search) -> np.ndarray:
+    """The variance of each observation (N,), as the search's model takes it."""
+    model = search.model()
+    variance = model.likelihood.noise * model.outcome_transform.stdvs.squeeze(-1) ** 2
+    return np.broadcast_to(variance.detach().numpy().reshape(-1, variance.shape[-1]).mean(0), len(search.values))
+
+
+def _most_telling(search: Search, pending: list[Point]) -> Point:
+    """The point whose observation should raise the best posterior mean the most, of what will have been tried by then.
+
+    The knowledge gradient over the tried points and the candidate (Scott et al., 2011), from a pool. Improvement asks
+    where the function may be high; this asks what one more noisy observation will let us hand over, and so repeats a
+    point where that tells more.
+    """
+    pool = _pool(search, search.seed * 1000 + len(search.points) + len(pending))
+    tried = list(dict.fromkeys([*pending, *search.points]))
+    points = tried + [point for point in dict.fromkeys(pool) if point not in tried]
+    mean, covariance = search.joint(points)
+    noise, running = noise_variance(search).mean(), len(set(pending))
+    for i in range(running):  # will be observed: less is left to learn there, whatever comes
+        covariance = covariance - np.outer(covariance[i], covariance[i]) / (covariance[i, i] + noise)
+    step = covariance / np.sqrt(covariance.diagonal() + noise)  # of each mean, when a column is observed 1 sd higher
+    nodes, shares = np.polynomial.hermite_e.hermegauss(15)
+    others = (mean[: len(tried), None, None] + step[: len(tried), :, None] * nodes).max(0)
+    best = np.maximum(others, mean[:, None] + step.diagonal()[:, None] * nodes) @ (shares / shares.sum())
+    return points[running + int(best[running:].argmax())]
 
 
 def _most_promising(search: Search, pending: list[Point]) -> Point:
@@ -304,12 +352,14 @@ def _most_promising(search: Search, pending: list[Point]) -> Point:
 
 
 def _pool(search: Search, seed: int) -> list[Point]:
-    """Where to look for the best point: everywhere, at the anchors, and between those points that look best now."""
+    """Where to look: everywhere, at the anchors, between those points that look best now, and around the best."""
+    space, rng = search.space, np.random.default_rng(seed)
     mean, _ = search.posterior(search.points)
-    best = search.space.to_unit(search.points)[np.argsort(-mean)[:5]]
-    share = np.random.default_rng(seed).dirichlet(np.full(len(best), 0.5), 64)
-    everywhere = search.space.sobol(256, seed) + search.space.anchors()
-    return everywhere + [search.space.from_unit(row) for row in share @ best]
+    best = space.to_unit(search.points)[np.argsort(-mean)[:5]]
+    everywhere = space.sobol(256, seed) + space.anchors()
+    between = rng.dirichlet(np.full(len(best), 0.5), 64) @ best
+    around = best[0] + rng.uniform(0, 0.3, (64, 1)) * (space.to_unit(space.sobol(64, seed + 1)) - best[0])
+    return everywhere + [space.from_unit(row) for row in np.concatenate([between, around])]
 
 
 def _random(search: Search, pending: list[Point]) -> Point:
@@ -327,5 +377,6 @@ MODELS: dict[str, Callable] = {
     "additive": partial(_sparse, "AdditiveMapSaasSingleTaskGP"),
 }  # every other strategy's is plain
 STRATEGIES: dict[str, Callable[[Search, list[Point]], Point]] = {
-    "gp": _most_promising, "saas": _most_promising, "additive": _most_promising, "random": _random, "sobol": _sobol,
+    "gp": _most_telling, "saas": _most_telling, "additive": _most_telling, "nei": _most_promising,
+    "random": _random, "sobol": _sobol,
 }  # fmt: skip

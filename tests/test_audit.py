@@ -308,7 +308,8 @@ def test_good_predictions_are_told_from_bad_ones(known, nothing):
 
 
 def test_phases_follow_the_start_of_the_search():
-    search = on_simplex(3, 6, bowl, 0.1, initial=4)
+    start = Search(Space(3), initial=4).start
+    search = searched(Space(3), start + Space(3).sobol(2, 9), bowl, 0.1, initial=4)
     assert audit.phases(search) == ["anchor"] * 4 + ["quasi-random"] * 4 + ["chosen"] * 2
     assert audit.phases(audit.until(search, 5)) == ["anchor"] * 4 + ["quasi-random"]
     drawn = on_simplex(3, 6, bowl, 0.1, initial=4, strategy="sobol", anchors=False)

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dense_rlhf.bayesopt import Search, Space
 from dense_rlhf.landscapes import LANDSCAPES, landscape
 from dense_rlhf.types import InputError, check_simplex
 
@@ -70,3 +71,16 @@ def test_one_point_or_many():
 def test_another_name_or_too_few_weights_raise(name, d):
     with pytest.raises(InputError, match=f"landscape '{name}' of {d} weights"):
         landscape(name, d, 0)
+
+
+def test_a_search_falls_short_by_less_than_half_of_what_equal_weights_do():
+    """The short form of `benchmarks/bayesopt.py`, on functions that it does not report."""
+    found, equal = [], []
+    for seed in (100, 101):
+        truth, search, noise = landscape("face", 4, seed), Search(Space(4), seed=seed), np.random.default_rng([seed, 7])
+        for _ in range(20):
+            point = search.suggest()
+            search.observe(point, float(truth.function(np.array(point)) + noise.normal()), 1.0)
+        found.append(truth.regret(search.incumbent()[0]))
+        equal.append(truth.regret((0.25,) * 4))
+    assert np.mean(found) < np.mean(equal) / 2
