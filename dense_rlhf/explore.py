@@ -46,7 +46,7 @@ class Explorer:
     def lines(self, row: int, shape: RewardShape, limit: float) -> str:
         """The rewards of one shape as a line of the heat-map, all lines on one scale."""
         weights = " + ".join(f"{w:.2f} {s}" for s, w in zip(shape.sources, shape.weights) if w)
-        how = f", softmax at {shape.temperature:g}" if shape.normalise == "softmax" else f", {shape.normalise}"
+        how = f", softmax at {shape.temperature:.2g}" if shape.normalise == "softmax" else f", {shape.normalise}"
         return heatmap(self.tokens(row), self.rewards(row, shape), weights + how, limit)
 
     def view(self, row: int, source: str, other: str, weight: float, temperature: float, normalise: str) -> str:

@@ -264,7 +264,7 @@ def test_notebook_form(path):
     ids = [cell.id for cell in notebook.cells]
     assert len(set(ids)) == len(ids) and notebook.metadata.kernelspec.name == "python3"
     source = "".join(cell.source for cell in code)
-    assert not re.search(r"^\s*[%!]|plt\.show|savefig|display\((?:HTML|Markdown)\(", source, re.M), "shown by hand"
+    assert not re.search(r"^\s*[%!]|plt\.show|savefig|display\((?:HTML|Markdown)\(", source, re.M), "our helpers show"
     described = re.findall(r"plots\.show\((?:[^()]|\([^()]*\))*?alt=", source)
     assert source.count("plots.show(") == len(described), "a figure without words"
     assert all(part in text for part in ("**Question.**", "**Expectation.**", "## What we learned"))
