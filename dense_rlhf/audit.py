@@ -30,7 +30,7 @@ JUMP, OFTEN = 0.25, 0.25  # oscillation: of all weight, moved in one step; and t
 EVEN = 0.95  # ESS/T from which credit is an even spread in all but name
 PER_DIMENSION = 6  # trials
 FEW = 6  # pairs, below which a rank correlation has no interval
-CHOOSING = ("gp", "saas", "additive")  # strategies whose model chooses
+CHOOSING = ("gp", "saas", "additive", "nei")  # strategies whose model chooses
 CONVERGED, MORE, FLAT = "converged", "needs more trials", "cannot be told apart"
 
 

@@ -20,7 +20,7 @@ VALUE_STARTS = ("zero", "score")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 SAMPLERS = ("cache", "generate", "vllm")
 PLAYERS = ("tokens", "words", "sentences")
-STRATEGIES = ("gp", "saas", "additive", "random", "sobol")
+STRATEGIES = ("gp", "saas", "additive", "nei", "random", "sobol")
 OBJECTIVES = ("proxy", "gold", "penalised")
 TEMPERATURES = ("fixed", "shared", "each")
 LANDSCAPES = ("interior", "vertex", "face", "ridge", "flat")
@@ -265,7 +265,7 @@ class DimensionParams:
     slow_trials: int = 40  # at most, of strategies that fit many models: their trials cost seconds
     slow_seeds: int = 1
     landscapes: tuple[str, ...] = LANDSCAPES
-    strategies: tuple[str, ...] = STRATEGIES
+    strategies: tuple[str, ...] = ("gp", "saas", "additive", "random", "sobol")
     snr: tuple[float, ...] = (1.0,)  # sd of the function over sd of an observation's noise
     goal: float = 0.25  # regret that is low enough, in sd of the function
     sources: tuple[str, ...] = ("shap", "terminal", "lime", "attention")  # of the real searches: the first 2, 3, ...
