@@ -20,7 +20,7 @@ VALUE_STARTS = ("zero", "score")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 SAMPLERS = ("cache", "generate", "vllm")
 PLAYERS = ("tokens", "words", "sentences")
-STRATEGIES = ("gp", "saas", "additive", "random", "sobol")
+STRATEGIES = ("gp", "saas", "additive", "nei", "random", "sobol")
 OBJECTIVES = ("proxy", "gold", "penalised")
 TEMPERATURES = ("fixed", "shared", "each")
 LANDSCAPES = ("interior", "vertex", "face", "ridge", "flat")
@@ -262,7 +262,7 @@ class DimensionParams:
     d: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)  # numbers of weights of the synthetic searches
     trials: int = 100  # of each
     seeds: int = 3  # of each
-    slow_trials: int = 40  # at most, of strategies that fit many models: their trials cost seconds
+    slow_trials: int = 40  # at most, of strategies whose proposals take longer
     slow_seeds: int = 1
     landscapes: tuple[str, ...] = LANDSCAPES
     strategies: tuple[str, ...] = STRATEGIES
