@@ -28,6 +28,7 @@ COLOURS = {
     "rationale": "#38A6A5", "shap + lexicon": "#5F4690", "shap + rationale": "#0F8554",
     "static": "#1D6996", "contextual": "#CC503E",
     "gp": "#882255", "gp on sobol": "#EE6677", "saas": "#009E73", "additive": "#E69F00", "sobol": "#0072B2",
+    "nei": "#CC79A7",
 }  # fmt: skip
 SPARE = ("#88CCEE", "#225522", "#663333", "#EE3377", "#0077BB")
 
