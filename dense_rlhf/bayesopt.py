@@ -246,17 +246,17 @@ class Search:
 
 
 def _kernel(size: int):
-    """Smooth, one length-scale for each number, and a scale: a valley between bad mixtures is long, narrow and deep.
+    """Smooth, with a length-scale for each number and a scale for all.
 
-    The priors are wide around their modes exp(mu - sigma^2): length-scales of exp(0.5), where weights go from 0 to 1,
-    and one standard deviation of the values.
+    Length-scales near 1, as weights go from 0 to 1, where botorch's default expects some 4 sqrt(d); a scale near one
+    variance of the values. The priors' modes are exp(mu - sigma^2) = 1.
     """
     from gpytorch.kernels import RBFKernel, ScaleKernel
     from gpytorch.priors import LogNormalPrior
 
-    smooth = RBFKernel(ard_num_dims=size, lengthscale_prior=LogNormalPrior(1.5, 1.0))
-    kernel = ScaleKernel(smooth, outputscale_prior=LogNormalPrior(4.0, 2.0))
-    kernel.base_kernel.lengthscale, kernel.outputscale = math.exp(0.5), 1.0
+    smooth = RBFKernel(ard_num_dims=size, lengthscale_prior=LogNormalPrior(0.25, 0.5))
+    kernel = ScaleKernel(smooth, outputscale_prior=LogNormalPrior(1.0, 1.0))
+    smooth.lengthscale, kernel.outputscale = 1.0, 1.0
     return kernel
 
 
