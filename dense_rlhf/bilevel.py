@@ -363,8 +363,8 @@ class Trials:
         with lock(self.book.folder / "policy.lock"):
             kept = self.policy / "trial.json"
             if not kept.exists() or json.loads(kept.read_text()) not in map(_identity, leads):
-                self._keep(leads[0], self.train(leads[0]))
-                remove_checkpoints(self._folder(leads[0]))
+                self._keep(leads[-1], self.train(leads[-1]))
+                remove_checkpoints(self._folder(leads[-1]))
 
     def _keep(self, row: dict, trained: TrainedPolicy) -> None:
         def fill(folder: Path) -> None:
