@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from dense_rlhf.types import Attribution, Rollout
 
-SETTINGS = [("softmax", t, w) for t in (0.03, 0.3, 1.0) for w in (1.0, 0.5, 0.0)]
+SETTINGS = [("softmax", t, w) for t in (0.03, 0.3, 1.0) for w in (1.0, 0.5)]
 SETTINGS += [("signed", 1.0, w) for w in (1.0, 0.5, 0.0)]
 
 
@@ -66,8 +66,9 @@ class Explorer:
     def multiples(self, row: int) -> str:
         """The mixture at several weights, temperatures and normalisations, on one scale of colours, as HTML."""
         shapes = list(dict.fromkeys(mixture(self.source, self.other, w, t, n) for n, t, w in SETTINGS))
-        paid = [abs(value) for shape in shapes for value in self.rewards(row, shape)]
-        rows = "".join(self.lines(row, shape, max(paid, default=0) or 1.0) for shape in shapes)
+        most = sorted(max(map(abs, self.rewards(row, shape)), default=0.0) for shape in shapes)
+        limit = most[len(most) // 2] or 1.0  # of the middle line: one that pays a single token would pale the others
+        rows = "".join(self.lines(row, shape, limit) for shape in shapes)
         caption = (f"What each token of response {row} gets of its score {self.rollout.scores[row].item():+.2f}; one "
                    "scale: orange is paid, blue is fined. In JupyterLab sliders move all of it")  # fmt: skip
         return f"<table class='mathjax_ignore'><caption>{esc(caption)}</caption>{rows}</table>"
