@@ -265,7 +265,7 @@ class DimensionParams:
     slow_trials: int = 40  # at most, of strategies whose proposals take longer
     slow_seeds: int = 1
     landscapes: tuple[str, ...] = LANDSCAPES
-    strategies: tuple[str, ...] = ("gp", "saas", "additive", "random", "sobol")
+    strategies: tuple[str, ...] = STRATEGIES
     snr: tuple[float, ...] = (1.0,)  # sd of the function over sd of an observation's noise
     goal: float = 0.25  # regret that is low enough, in sd of the function
     sources: tuple[str, ...] = ("shap", "terminal", "lime", "attention")  # of the real searches: the first 2, 3, ...
