@@ -183,9 +183,8 @@ def gain(rows: pd.DataFrame, n: int, ours: str, theirs: str) -> Interval:
 
 
 def growth(trials: Mapping[int, float]) -> float:
-    """Trials that each further source costs: least squares over those d that reach the goal; NaN below two of them."""
-    reached = [(d, n) for d, n in trials.items() if np.isfinite(n)]
-    return float(np.polyfit(*zip(*reached), 1)[0]) if len(reached) > 1 else np.nan
+    """Trials that each further source costs, by least squares; NaN unless every d reaches the goal."""
+    return float(np.polyfit(*zip(*trials.items()), 1)[0]) if np.isfinite(list(trials.values())).all() else np.nan
 
 
 def signal_to_noise(search: Search, seed: int = 0) -> float:
