@@ -360,6 +360,7 @@ class Trials:
     def keep_incumbent(self, search: Search) -> None:
         """Train the incumbent's policy again where another trial's took its place in between."""
         leads = [row for row in self.book.rows() if "value" in row and row["point"] == search.incumbent()[0]]
+        leads.sort(key=lambda row: row["status"] == "observed")  # last, where there is one: it is what `ended` keeps
         with lock(self.book.folder / "policy.lock"):
             kept = self.policy / "trial.json"
             if not kept.exists() or json.loads(kept.read_text()) not in map(_identity, leads):

@@ -118,6 +118,10 @@ def test_the_ledger_holds_what_a_trial_was_and_how_to_repeat_it(task, unbroken):
     (shape, found), path = unbroken
     rows = trials(path)
     assert [row["status"] for row in rows] == ["observed"] * 6 and len({row["point"] for row in rows[:5]}) == 5
+    before = Search(Space(3), initial=1, seed=1)
+    for row in rows[:5]:
+        before.observe(row["point"], row["value"], row["standard_error"])
+    assert rows[5]["point"] == before.suggest()  # the model's, which may try a point again
     assert [row["seed"] for row in rows] == [1001, 2001, 3001, 4001, 5001, 6001]
     assert found.values == [row["value"] for row in rows] and found.errors == [row["standard_error"] for row in rows]
     assert found.points[:4] == Space(3).anchors() and shape == replace(MIXED, weights=found.incumbent()[0])

@@ -20,12 +20,29 @@ from dense_rlhf.runs import python_path
 from dense_rlhf.types import InputError
 
 
-class Local:
+class Threads:
+    """Threads of this process, which end with it."""
+
+    def __init__(self, workers: int):
+        self.workers, self.stopped, self.pool = workers, Event(), ThreadPoolExecutor(workers)
+
+    def stop(self) -> None:
+        self.stopped.set()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.stop()
+        self.pool.shutdown(cancel_futures=True)
+
+
+class Local(Threads):
     """Threads of this process; each call is also given its slot's `gpus` and an event `stop`."""
 
     def __init__(self, workers: int):
-        self.workers, self.stopped = workers, Event()
-        self.pool, self.slots = ThreadPoolExecutor(workers), SimpleQueue()
+        super().__init__(workers)
+        self.slots = SimpleQueue()
         for share in shares(visible_gpus(), workers):
             self.slots.put(share)
 
@@ -38,16 +55,6 @@ class Local:
             return call(*args, gpus=share, stop=self.stopped)
         finally:
             self.slots.put(share)
-
-    def stop(self) -> None:
-        self.stopped.set()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.stop()
-        self.pool.shutdown(cancel_futures=True)
 
 
 def visible_gpus() -> list[str]:
@@ -100,7 +107,7 @@ class Ray:
         self.ray.shutdown()
 
 
-class Slurm:
+class Slurm(Threads):
     """SLURM jobs through submitit; where there is no SLURM, submitit's own processes on this machine.
 
     Partition, account and the like: SBATCH_PARTITION, SBATCH_ACCOUNT, ... in the environment.
@@ -109,8 +116,8 @@ class Slurm:
     def __init__(self, workers: int, cpus: int, gpus: float, minutes: float, logs: str):
         if gpus != int(gpus):
             raise InputError(f"--gpus is {gpus}; SLURM gives whole ones, wanted 0, 1, 2, ...")
-        self.workers, self.jobs, self.stopped = workers, [], Event()
-        self.pool = ThreadPoolExecutor(workers)
+        super().__init__(workers)
+        self.jobs = []
         self.executor = _extra("submitit", "slurm").AutoExecutor(folder=logs)
         more = {"gpus_per_node": int(gpus)} if gpus else {}
         self.executor.update_parameters(name="dense-rlhf", cpus_per_task=cpus, timeout_min=int(minutes), **more)
@@ -126,16 +133,6 @@ class Slurm:
                 job.cancel()
                 raise InputError("cancelled")
         return job.result()
-
-    def stop(self) -> None:
-        self.stopped.set()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.stop()
-        self.pool.shutdown(cancel_futures=True)
 
 
 def _extra(module: str, extra: str | None = None):
