@@ -19,7 +19,7 @@ from scipy.spatial.distance import cdist
 from scipy.stats import norm, ttest_ind
 
 from dense_rlhf.bayesopt import Point, Search, noise_variance
-from dense_rlhf.judge import Interval
+from dense_rlhf.statistics import Interval
 from dense_rlhf.types import InputError
 
 LEVEL = 0.05  # false alarms of "the weights can be told apart"

@@ -13,10 +13,10 @@ import pandas as pd
 
 from dense_rlhf import audit
 from dense_rlhf.bayesopt import Search, Space
-from dense_rlhf.judge import Interval, bootstrap
 from dense_rlhf.landscapes import Landscape, landscape
 from dense_rlhf.ledger import append_line, read_ledger
 from dense_rlhf.params import DimensionParams
+from dense_rlhf.statistics import Interval, bootstrap
 from dense_rlhf.store import content_key, source_sha256
 
 CHECKPOINTS = (10, 15, 20, 25, 30, 40, 50, 60, 80, 100)  # trials after which a search is asked for its answer

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-    from dense_rlhf.judge import Interval
+    from dense_rlhf.statistics import Interval
 
 # Wong (2011) and Tol's muted set: told apart with every common colour blindness
 COLOURS = {

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from dense_rlhf.bayesopt import Point, Search
-    from dense_rlhf.judge import Interval
+    from dense_rlhf.statistics import Interval
 
 PHASES = {"anchor": ("s", "#000000"), "quasi-random": ("o", "#56B4E9"), "chosen": ("D", "#882255")}
 CORNERS = np.array([[0.0, 0.0], [1.0, 0.0], [0.5, np.sqrt(0.75)]])  # of the ternary plot

@@ -13,7 +13,7 @@ from scipy.stats import multivariate_normal
 
 from dense_rlhf import audit
 from dense_rlhf.bayesopt import Search, Space
-from dense_rlhf.judge import Interval
+from dense_rlhf.statistics import Interval
 from dense_rlhf.types import InputError
 
 BEST = np.array([0.2, 0.5, 0.3])

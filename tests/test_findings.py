@@ -7,12 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_study import ARMS, ablation, policies, record, run
 
-from dense_rlhf.aggregate import improvement, interquartile_mean
-from dense_rlhf.judge import Interval, bootstrap
 from dense_rlhf.report.charts import forest, ticks
 from dense_rlhf.report.comparison import ablation_page, dataset_page, verdict
 from dense_rlhf.report.findings import across, findings
 from dense_rlhf.runs import RunFolder, finished_runs
+from dense_rlhf.statistics import Interval, bootstrap, improvement, interquartile_mean
 from dense_rlhf.types import InputError
 
 

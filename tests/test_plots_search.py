@@ -7,7 +7,7 @@ import pytest
 
 from dense_rlhf import audit, plots, plots_search
 from dense_rlhf.bayesopt import Search, Space
-from dense_rlhf.judge import Interval
+from dense_rlhf.statistics import Interval
 
 matplotlib.use("Agg")
 NAMES = ("shap", "terminal", "lime", "attention")

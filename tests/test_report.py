@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from dense_rlhf import display, toy
 from dense_rlhf.escape import esc
-from dense_rlhf.judge import Interval, gold_at_kl
 from dense_rlhf.report import write as report
 from dense_rlhf.report.notebook_page import notebook_body
 from dense_rlhf.report.page import page as whole_page
+from dense_rlhf.statistics import Interval, gold_at_kl
 
 HOSTILE = ['"><img src=x onerror=alert(1)>', "</script><script>alert(1)</script>", "$\\href{javascript:alert(1)}{x}$",
            "nul\x00 rtl\u202e zero\u200bwidth", "[x](javascript:alert(1))", "'\"&<>"]  # fmt: skip

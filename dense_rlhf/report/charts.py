@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dense_rlhf.escape import esc
-from dense_rlhf.judge import Interval
 from dense_rlhf.plots import colour
+from dense_rlhf.statistics import Interval
 
 WIDTH, LABELS, VALUES, ROW = 700, 170, 150, 26
 

@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dense_rlhf.escape import esc
-from dense_rlhf.judge import Interval
 from dense_rlhf.live import duration
 from dense_rlhf.report.charts import forest
 from dense_rlhf.report.findings import CONTROL, DENSE, Arm, Finding, across
 from dense_rlhf.report.page import sections, table
 from dense_rlhf.runs import RunFolder
+from dense_rlhf.statistics import Interval
 
 ENOUGH = 5  # seeds of which an interval says enough to answer yes
 ROWS = 60  # of an ablation's table; the whole is in the file

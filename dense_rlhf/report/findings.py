@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dense_rlhf.aggregate import improvement, interquartile_mean
-from dense_rlhf.judge import Interval, bootstrap, difference, difference_at_kl
 from dense_rlhf.runs import RunFolder, histories
+from dense_rlhf.statistics import Interval, bootstrap, difference, difference_at_kl, improvement, interquartile_mean
 
 if TYPE_CHECKING:
     import pandas as pd
