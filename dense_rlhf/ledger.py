@@ -73,10 +73,11 @@ def read_ledger(path: Path) -> list[dict]:
     Raises `InputError` for another line that is no JSON object.
     """
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    return [_parsed(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+    return [parse_line(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
 
 
-def _parsed(line: bytes, where: str) -> dict:
+def parse_line(line: bytes, where: str) -> dict:
+    """The JSON object of a line. Raises `InputError`, which says `where`, for anything else."""
     try:
         event = json.loads(line)
     except (ValueError, RecursionError):  # of JSON, of its letters, of its depth

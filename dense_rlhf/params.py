@@ -23,6 +23,7 @@ PLAYERS = ("tokens", "words", "sentences")
 STRATEGIES = ("gp", "saas", "additive", "nei", "random", "sobol")
 OBJECTIVES = ("proxy", "gold", "penalised")
 TEMPERATURES = ("fixed", "shared", "each")
+REPLY_LIMITS = ("max_tokens", "max_completion_tokens")
 LANDSCAPES = ("interior", "vertex", "face", "ridge", "flat")
 PLAIN = (bool, int, float, str, list, tuple, type(None))  # what a parameters cell can hold
 
@@ -253,6 +254,32 @@ class EvaluationParams:
     seeds: int = 3  # trainings of each arm, in ablations that train
     sst_path: str | None = None  # trees of the Stanford Sentiment Treebank, where there are some
     toxic_path: str | None = None  # a CSV of SemEval-2021 toxic spans, where there is one
+
+
+@dataclass(frozen=True)
+class JudgeParams:
+    """How an endpoint is asked to judge, and what that may cost."""
+
+    calls: int = 4000  # requests; earlier starts on the same record count
+    tokens: int = 4_000_000  # read and written; earlier starts count. What is under way when it is reached comes on top
+    concurrency: int = 4  # requests under way at once
+    timeout: float = 60.0  # seconds until an answer must be whole
+    attempts: int = 5  # requests for one judgement, where the server is busy, fails or is silent
+    wait: float = 1.0  # seconds before the second attempt at most; doubles with each, a random share of it is waited
+    longest_wait: float = 60.0  # seconds; a server that asks for more patience than this is not asked again
+    temperature: float | None = 0.0  # none: the server's own
+    reply_tokens: int = 512  # a longer reply is cut, and no judgement
+    limit_as: str = "max_tokens"  # the field that says so; or max_completion_tokens, for models that want that
+
+    def __post_init__(self):
+        for name in ("calls", "tokens", "concurrency", "timeout", "attempts", "reply_tokens"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"judge.{name} is {getattr(self, name)}, wanted above 0")
+        if min(self.wait, self.longest_wait, self.temperature or 0) < 0:
+            raise InputError(f"judge.wait, longest_wait, temperature: {self.wait}, {self.longest_wait}, "
+                             f"{self.temperature}; wanted 0 or more")  # fmt: skip
+        if self.limit_as not in REPLY_LIMITS:
+            raise InputError(f"judge.limit_as is {self.limit_as!r}, wanted one of {', '.join(REPLY_LIMITS)}")
 
 
 @dataclass(frozen=True)

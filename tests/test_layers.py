@@ -23,7 +23,7 @@ LAYERS = {
 SIDEWAYS = {(module, "types") for module in ("strict", "params", "study", "masked", "store")} | {
     ("params", "strict"), ("study", "params"), ("study", "strict"),
     ("policy", "reward_model"), ("checkpoint", "ppo"), ("shaping", "context"), ("baselines", "bilevel"),
-    ("arms", "bilevel"), ("dimension", "audit"),
+    ("arms", "bilevel"), ("dimension", "audit"), ("judge", "ledger"),
     ("rewards", "data"), ("rewards", "reward_model"), ("reward_model", "alignment"),
     ("additive", "alignment"), ("implicit", "rollout"),
     ("explore", "display"), ("explain", "display"), ("live", "display"), ("live", "plots"), ("plots_search", "plots"),
