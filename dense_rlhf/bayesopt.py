@@ -248,13 +248,13 @@ class Search:
 def _kernel(size: int):
     """Smooth, with a length-scale for each number and a scale for all.
 
-    Length-scales near 1, as weights go from 0 to 1, where botorch's default expects some 4 sqrt(d); a scale near one
-    variance of the values. The priors' modes are exp(mu - sigma^2) = 1.
+    Length-scales from 1, as weights go from 0 to 1, up to where a source hardly matters; botorch's default expects
+    some 4 sqrt(d). A scale near one variance of the values. The priors' modes are exp(mu - sigma^2) = 1.
     """
     from gpytorch.kernels import RBFKernel, ScaleKernel
     from gpytorch.priors import LogNormalPrior
 
-    smooth = RBFKernel(ard_num_dims=size, lengthscale_prior=LogNormalPrior(0.25, 0.5))
+    smooth = RBFKernel(ard_num_dims=size, lengthscale_prior=LogNormalPrior(0.49, 0.7))
     kernel = ScaleKernel(smooth, outputscale_prior=LogNormalPrior(1.0, 1.0))
     smooth.lengthscale, kernel.outputscale = 1.0, 1.0
     return kernel
@@ -352,14 +352,15 @@ def _most_promising(search: Search, pending: list[Point]) -> Point:
 
 
 def _pool(search: Search, seed: int) -> list[Point]:
-    """Where to look: everywhere, at the anchors, between those points that look best now, and around the best."""
+    """Where to look: everywhere, at the anchors, near few sources, between the points that look best, around one."""
     space, rng = search.space, np.random.default_rng(seed)
     mean, _ = search.posterior(search.points)
     best = space.to_unit(search.points)[np.argsort(-mean)[:5]]
     everywhere = space.sobol(256, seed) + space.anchors()
+    few = np.hstack([rng.dirichlet(np.full(space.d, 0.3), 128), rng.random((128, len(space.bounds)))])
     between = rng.dirichlet(np.full(len(best), 0.5), 64) @ best
     around = best[0] + rng.uniform(0, 0.3, (64, 1)) * (space.to_unit(space.sobol(64, seed + 1)) - best[0])
-    return everywhere + [space.from_unit(row) for row in np.concatenate([between, around])]
+    return everywhere + [space.from_unit(row) for row in np.concatenate([few, between, around])]
 
 
 def _random(search: Search, pending: list[Point]) -> Point:
