@@ -108,7 +108,7 @@ def test_no_more_are_under_way_than_allowed(server, start):
 @pytest.mark.parametrize("fault", [
     refuse(429), refuse(500), refuse(503), refuse(408), drop, cut, raw(b"{"), raw(b"{}"), raw(b"[1]"),
     raw(b"<html>busy</html>", "text/html"), raw(b'{"choices": []}'), raw(b'{"choices": null}'),
-    raw(b'{"choices": [{"message": null}]}'), raw(b"\xff\xfe"),
+    raw(b'{"choices": [{"message": null}]}'), raw(b"\xff\xfe"), raw(b"[" * 100_000),
 ], ids=lambda fault: "")  # fmt: skip
 def test_a_fault_that_passes_is_outlived(server, start, fault):
     server.script = [fault]
@@ -145,6 +145,26 @@ def test_what_is_no_judgement_is_named_and_asked_again_at_the_next_start(server,
     assert reason in judge.report() and "1 without a judgement" in judge.report()
     again = start()
     assert compare(again, 3).tolist() == [0, 1, 1] and len(server.asked) == 4 and again.failures == []
+
+
+def test_a_text_that_cannot_be_sent_is_named_and_the_others_are_judged(server, start):
+    judge = start()
+    found = compare(judge, 3, ["half \udc00", "\u2028 and \x85", "x"])
+    assert np.isnan(found[0]) and found[1:].tolist() == [1, 1] and len(server.asked) == 2
+    assert "half a surrogate pair" in judge.report()
+
+
+@pytest.mark.parametrize("after", ["nan", "-1", "soon", "Fri, 27 Nov 2015 00:00:00 GMT"])
+def test_a_wait_that_is_none_is_not_waited(server, start, after):
+    server.script = [refuse(429, **{"Retry-After": after})]
+    assert compare(start()).tolist() == [1] and len(server.asked) == 2
+
+
+@pytest.mark.parametrize("after", ["inf", "61", "Fri, 27 Nov 2099 00:00:00 GMT"])
+def test_a_wait_that_is_too_long_is_not_waited(server, start, after):
+    server.script = [refuse(429, **{"Retry-After": after})]
+    judge = start()
+    assert np.isnan(compare(judge)).all() and "longer than judge.longest_wait" in judge.report()
 
 
 def test_a_server_is_left_alone_as_long_as_it_asks(server, start):
@@ -208,10 +228,11 @@ def test_a_budget_counts_failed_calls_and_those_under_way(server, start):
     assert len(server.asked) == 6
 
 
-def test_tokens_that_a_server_does_not_count_are_bytes(server, start):
-    server.script = [say("[[A]]", usage=None)]
+@pytest.mark.parametrize("usage", [None, {}, [], {"total_tokens": "9"}, {"total_tokens": -9}, {"total_tokens": 10**99}])
+def test_tokens_that_a_server_does_not_count_are_bytes(server, start, usage):
+    server.script = [say("[[A]]", usage=usage)]
     judge = start()
-    compare(judge)
+    assert compare(judge).tolist() == [1]
     assert judge.record.tokens == len(server.asked[0]["messages"][0]["content"].encode()) + len("[[A]]")
 
 

@@ -72,7 +72,9 @@ async def send(client: AsyncOpenAI, model: str, question: Question, params: Judg
         return _refusal(error, params)
     except openai.APIConnectionError:
         return Outcome(reason="no connection, or one that was cut short", again=True)
-    except (openai.APIError, ValueError):
+    except UnicodeEncodeError:
+        return Outcome(reason="the texts hold half a surrogate pair, which cannot be sent")
+    except (openai.APIError, ValueError, RecursionError):
         return Outcome(reason="the answer is not JSON of a chat completion", again=True)
     return _judgement(completion, question)
 
@@ -89,7 +91,7 @@ def _refusal(error: APIStatusError, params: JudgeParams) -> Outcome:
 def _seconds(header: str | None) -> float:
     """Of a Retry-After, which is a number or a date; zero where it is neither."""
     try:
-        return max(0.0, float(header))
+        return max(0.0, float(header))  # in this order: of 0 and NaN it is 0
     except (TypeError, ValueError):
         pass
     try:
@@ -118,9 +120,9 @@ def _judgement(completion: ChatCompletion, question: Question) -> Outcome:
 
 
 def _tokens(completion: ChatCompletion, question: Question, reply: object) -> int:
-    """As the server counted them, else bytes, which tokens are never more than."""
+    """As the server counted them; else, and where that is no count, bytes, which tokens are never more than."""
     total = getattr(getattr(completion, "usage", None), "total_tokens", None)
-    if isinstance(total, int) and total >= 0:
+    if isinstance(total, int) and 0 <= total < 2**31:
         return total
     texts = [message.content for message in question.messages] + [reply if isinstance(reply, str) else ""]
     return sum(len(text.encode(errors="replace")) for text in texts)
