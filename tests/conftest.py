@@ -7,6 +7,7 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # before any import of torc
     os.sched_setaffinity(0, {cores[int(worker[2:]) % len(cores)]})
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before any import of huggingface_hub: unit tests use no network
 
+import csv
 import math
 from pathlib import Path
 
@@ -16,20 +17,25 @@ from hypothesis import settings
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dense_rlhf import language_model
+from dense_rlhf.data import REVIEWS_MEMBER, REVIEWS_WHEEL
 from dense_rlhf.implicit import ImplicitReward
 from dense_rlhf.params import PPOParams, RewardParams
 from dense_rlhf.policy import PolicyWithValue
 from dense_rlhf.reward_model import RewardModel
 from dense_rlhf.rewards import _fresh_classifier
 from dense_rlhf.rollout import appraise, respond
+from dense_rlhf.store import wheel_member
 
 settings.register_profile("tests", deadline=None, max_examples=30, derandomize=True, database=None)
 settings.load_profile("tests")
 
 
+LONGEST = ("test_notebooks.py", "test_ablations.py")
+
+
 def pytest_collection_modifyitems(items):
-    """The notebooks take longest: their file is handed out first."""
-    items.sort(key=lambda item: item.path.name != "test_notebooks.py")
+    """Whole runs take longest: their files are handed out first, one a worker."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 SENTENCES = [
@@ -67,6 +73,17 @@ def make_policy(tokenizer, seed: int = 0, eos_share: float = 0.2) -> LlamaForCau
     with torch.no_grad():
         lm.lm_head.bias[tokenizer.eos_token_id] = math.log(len(tokenizer) * eos_share)
     return jitter(lm, seed)
+
+
+@pytest.fixture(scope="session")
+def few_reviews(tmp_path_factory):
+    """Every tenth review in a file of its own: a whole run spends its time on the run, not on reading."""
+    path = tmp_path_factory.mktemp("reviews") / "reviews.csv"
+    with open(wheel_member(*REVIEWS_WHEEL, REVIEWS_MEMBER), newline="", encoding="utf-8") as source:
+        rows = list(csv.reader(source))
+    with open(path, "w", newline="", encoding="utf-8") as target:
+        csv.writer(target).writerows(rows[:1] + rows[1::10])
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -144,10 +144,11 @@ def test_a_training_in_trouble_warns_by_name(task):
     assert [row["warnings"] for row in rows].count("") == len(rows) - len({sign.update for sign in trained.warnings})
 
 
-def train_by_command(folder, kill: bool = False) -> int:
+def train_by_command(folder, data, kill: bool = False) -> int:
     """`python -m dense_rlhf train` at smoke size, killed once it has left a checkpoint."""
     command = [sys.executable, "-m", "dense_rlhf", "train", "params/reviews.yaml", "--arm", "shap-signed", "--set",
-               "size=smoke", "--set", "ppo.updates=6", "--set", "ppo.checkpoint_every=1", "--set", f"study={folder}"]
+               "size=smoke", "--set", "ppo.updates=6", "--set", "ppo.checkpoint_every=1", "--set", f"study={folder}",
+               "--set", f"data.path={data}"]  # fmt: skip
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
     child = subprocess.Popen(command, cwd=ROOT, **quiet)
     while kill and child.poll() is None:
@@ -157,12 +158,13 @@ def train_by_command(folder, kill: bool = False) -> int:
     return child.wait()
 
 
-def test_the_command_goes_on_where_it_was_killed():
+def test_the_command_goes_on_where_it_was_killed(few_reviews):
     folders = [ROOT / "runs" / "train" / f"pytest_{name}-shap-signed-seed0" for name in ("killed", "whole")]
     for folder in folders:
         subprocess.run(["rm", "-rf", str(folder)], check=True)
-    assert train_by_command("pytest_killed", kill=True) == -signal.SIGKILL and list(folders[0].glob("checkpoint-*"))
-    assert train_by_command("pytest_killed") == train_by_command("pytest_whole") == 0
+    assert train_by_command("pytest_killed", few_reviews, kill=True) == -signal.SIGKILL
+    assert list(folders[0].glob("checkpoint-*"))
+    assert train_by_command("pytest_killed", few_reviews) == train_by_command("pytest_whole", few_reviews) == 0
     for name in ("history.csv", "evaluation.csv", "metrics.json"):
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), name
     assert not list(folders[0].glob("checkpoint-*"))

@@ -1,0 +1,129 @@
+"""The ablations, executed at smoke size through the runner that users call, and what they leave behind."""
+
+import json
+
+import pytest
+from conftest import RATIONALES
+from whole_runs import check_pages, run_study
+
+from dense_rlhf.attribution import SOURCES
+from dense_rlhf.ledger import read_ledger, trials
+
+
+@pytest.fixture(scope="module")
+def explainers(few_reviews, tmp_path_factory):
+    """The ablation, with a few words that people marked."""
+    folder = tmp_path_factory.mktemp("labels")
+    (folder / "trees.txt").write_text("(3 (2 a) (3 (4 good) (2 film)))\n(1 (2 a) (1 (0 bad) (2 film)))\n")
+    (folder / "toxic.csv").write_text('spans,text\n"[2, 3, 4]",a bad film\n"[0, 1, 2, 3, 4]",awful film\n')
+    return run_study("params/ablations/explainers.yaml", "pytest_explainers", f"data.path={few_reviews}",
+                     f"evaluation.sst_path={folder}/trees.txt",
+                     f"evaluation.toxic_path={folder}/toxic.csv")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def contextual(few_reviews):
+    return run_study("params/ablations/contextual.yaml", "pytest_contextual", f"data.path={few_reviews}")
+
+
+@pytest.fixture(scope="module")
+def dimension(few_reviews):
+    return run_study("params/ablations/dimension.yaml", "pytest_dimension", f"data.path={few_reviews}")
+
+
+@pytest.fixture(scope="module")
+def human(few_reviews):
+    return run_study("params/ablations/human.yaml", "pytest_human", f"data.path={few_reviews}",
+                     f"attribution.rationale_path={RATIONALES}")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def settings(few_reviews):
+    return run_study("params/ablations/ppo.yaml", "pytest_ppo", f"data.path={few_reviews}")
+
+
+@pytest.fixture(scope="module")
+def baselines(few_reviews):
+    return run_study("params/ablations/baselines.yaml", "pytest_baselines", f"data.path={few_reviews}")
+
+
+def test_settings_of_ppo_are_compared_at_equal_updates_and_equal_kl(settings):
+    run = settings[0]["ppo"]
+    metrics, lines = run.load_json("metrics.json"), run.file("trainings.jsonl").read_text().splitlines()
+    assert metrics["trainings"] == len(lines) == len({json.loads(line)["key"] for line in lines})
+    assert {len(both) for both in metrics["gain"].values()} == {2} and len(metrics["gain"]) == 10
+    agreement = run.load_table("agreement").groupby(["critic", "arm", "lam"])["agreement"].mean()
+    assert agreement["none", "shap-signed", 0.0] > agreement["none", "uniform", 0.0]
+    critics = run.load_table("critics").set_index("arm")
+    assert (critics["none"] == 0).all() and critics.loc["sparse", "reward model"] > 0.5
+    results = run.load_table("results").set_index(["setting", "arm"])
+    assert {"sparse", "shap-signed", "shuffled", "uniform", "random"} == set(results.loc["default"].index)
+
+
+def test_baselines_see_a_dense_reward_or_not(baselines):
+    run = baselines[0]["baselines"]
+    metrics, lines = run.load_json("metrics.json"), run.file("trainings.jsonl").read_text().splitlines()
+    assert metrics["trainings"] == len(lines) == len({json.loads(line)["key"] for line in lines}) == 11
+    assert metrics["blind"] == ["rloo", "grpo"] and max(metrics["coincide"].values()) < 1e-3
+    seen = run.load_table("seen").set_index("estimator").filter(like="largest difference")
+    assert (seen.loc[["rloo", "grpo"]] < 1e-4).all(axis=None) and (seen.drop(["rloo", "grpo"]) > 0.1).all(axis=None)
+    gain = {method: both[0]["mean"] for method, both in metrics["density"].items()}
+    assert abs(gain["rloo"]) < 1e-6 and abs(gain["grpo"]) < 1e-6 and gain["rloo_to_go"] != 0 != gain["ppo"]
+    assert {"reference", "ppo", "dpo", "best_of_n"} < set(run.load_table("results")["method"])
+
+
+def test_contextual_weights_are_searched_beside_static_ones_and_trained_again(contextual):
+    run = contextual[0]["contextual"]
+    metrics, results = run.load_json("metrics.json"), run.load_table("results").set_index("arm")
+    assert {"reference", "sparse", "uniform", "shap-signed", "static", "contextual", "mirrored"} == set(results.index)
+    tried = {size: trials(run.path / name / "trials.jsonl") for name, size in (("static", 2), ("contextual", 3))}
+    assert all(len(found) == 6 and {len(t["point"]) for t in found} == {size} for size, found in tried.items())
+    fresh = {line["seed"] for line in read_ledger(run.file("trainings.jsonl"))}
+    assert not fresh & {t["seed"] for found in tried.values() for t in found} and set(metrics["slopes"]) == {"position"}
+    assert metrics["real"] <= metrics["told_apart"] == (metrics["gain"]["static"]["proxy"]["low"] > 0)
+
+
+def test_trials_are_counted_against_sources_on_known_functions_and_on_reviews(dimension):
+    run = dimension[0]["dimension"]
+    metrics, searches = run.load_json("metrics.json"), read_ledger(run.file("searches.jsonl"))
+    assert len(searches) == len({line["key"] for line in searches}) == 8  # face by three strategies, flat by gp
+    assert {line["strategy"] for line in searches if line["landscape"] == "flat"} == {"gp"}
+    assert {method: set(by_size) for method, by_size in metrics["needed"].items()} == {
+        method: {"2", "3"} for method in ("gp", "sobol", "gp on sobol")}  # fmt: skip
+    found = run.load_table("searches")
+    face = found[(found["landscape"] == "face") & (found["method"] == "gp")].groupby("d")["regret"].mean()
+    assert {int(d): at["mean"] for d, at in metrics["regret"]["gp"].items()} == pytest.approx(dict(face))
+    for d in (2, 3, 4):
+        tried = trials(run.path / f"{d}_sources" / "trials.jsonl")
+        assert len(tried) == 6 and {len(t["weights"]) for t in tried} == {d} == {len(t["sources"]) for t in tried}
+        assert len(metrics["weights"][f"{d} sources"]) == d and metrics["kind"][f"{d} sources"]
+    fresh = {line["seed"] for line in read_ledger(run.file("trainings.jsonl"))}
+    assert not fresh & {t["seed"] for t in tried} and set(metrics["loss"]) == {"3 sources", "4 sources"}
+
+
+def test_peoples_marks_are_trained_on_in_score_units(human):
+    run = human[0]["human"]
+    metrics, units = run.load_json("metrics.json"), run.load_table("units").set_index("source")
+    assert set(units.index) == {"lexicon", "rationale"} == set(metrics["unit"])
+    taught = {s for s, unit in metrics["unit"].items() if 0 < unit <= 1}
+    people = taught | {f"shap + {s}" for s in taught}
+    others = {"reference", "sparse", "uniform", "shuffled", "shap-signed"}
+    assert set(run.load_table("results")["arm"]) == others | people and set(run.load_table("verdicts")["arm"]) == people
+    assert set(metrics["left_out"]) == set(units.index) - taught
+    assert metrics["agreement"]["shap-signed"]["low"] > 0 == metrics["agreement"]["uniform"]["mean"]
+
+
+def test_explainers_are_weighed_against_their_cost_and_human_labels(explainers):
+    run = explainers[0]["explainers"]
+    quality, people = run.load_table("quality"), run.load_table("people")
+    shap = quality[quality.source == "shap"]
+    assert shap.evaluations.is_monotonic_increasing and shap.rho.iloc[-1] > 0.9
+    assert set(quality.source) == set(SOURCES) - {"log_ratio", "rationale"} and (quality.ms >= 0).all()
+    assert set(people.labels) == {"SST", "toxic spans"} and set(people.texts) == {2}
+    assert run.load_json("metrics.json")["recommended"]["permutations"] >= 1
+
+
+@pytest.mark.parametrize("study", ["explainers", "settings", "baselines", "contextual", "human",
+                                   "dimension"])
+def test_reports_open_without_a_network(study, request):
+    check_pages(*request.getfixturevalue(study))

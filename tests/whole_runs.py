@@ -1,0 +1,36 @@
+"""Whole studies at smoke size, through the runner that users call, and what every one of their pages must be."""
+
+import re
+import shutil
+import subprocess
+import sys
+
+from bs4 import BeautifulSoup
+from conftest import ROOT
+
+from dense_rlhf.runs import RunFolder
+
+
+def run_study(file, name, *settings):
+    """Run a study at smoke size under another name: its run folders by job, and its folder of reports."""
+    for kind in ("runs", "reports"):
+        shutil.rmtree(ROOT / kind / name, ignore_errors=True)
+    options = [part for setting in ("size=smoke", f"study={name}", *settings) for part in ("--set", setting)]
+    command = [sys.executable, "-m", "dense_rlhf", "run", file, *options]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return {path.name: RunFolder(path) for path in (ROOT / "runs" / name).iterdir()}, ROOT / "reports" / name
+
+
+def check_pages(runs, reports):
+    """A page a run, at least one comparison and an index, which open without a network or scripts."""
+    pages = {path.name: path.read_text() for path in reports.glob("*.html")}
+    beside = {name for name in pages if name.startswith("comparison-")}
+    assert beside and set(pages) - beside == {f"{job}.html" for job in runs} | {"index.html"}
+    for name, page in pages.items():
+        assert "<script" not in page and "default-src 'none'" in page, name
+        assert not re.search(r"(?:src|href)\s*=\s*[\"'](?:https?:)?//|@import|url\(", page), name
+        assert all(image.get("alt", "").strip() for image in BeautifulSoup(page, "html.parser").find_all("img")), name
+        assert len(page) < 2_000_000, name
+    for job in runs:
+        assert f"{job}.html" in pages["index.html"]
