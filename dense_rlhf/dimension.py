@@ -16,7 +16,7 @@ from dense_rlhf.bayesopt import Search, Space
 from dense_rlhf.landscapes import Landscape, landscape
 from dense_rlhf.ledger import append_line, read_ledger
 from dense_rlhf.params import DimensionParams
-from dense_rlhf.statistics import Interval, bootstrap
+from dense_rlhf.statistics import Interval, t_interval
 from dense_rlhf.store import content_key, source_sha256
 
 CHECKPOINTS = (10, 15, 20, 25, 30, 40, 50, 60, 80, 100)  # trials after which a search is asked for its answer
@@ -148,9 +148,9 @@ def _by_function(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def curve(rows: pd.DataFrame) -> list[Interval]:
-    """Mean regret after each checkpoint with its 95 % interval over functions, of one d, snr and method."""
+    """Mean regret after each checkpoint with its 95 % t interval over functions, of one d, snr and method."""
     table = _by_function(rows)
-    return [bootstrap(list(table[[n]].to_numpy())) for n in table]
+    return [t_interval(table[n]) for n in table]
 
 
 def needed(rows: pd.DataFrame, goal: float, repeats: int = 1000) -> Interval:
@@ -179,7 +179,7 @@ def _reached(n: np.ndarray, regret: np.ndarray, goal: float) -> float:
 def gain(rows: pd.DataFrame, n: int, ours: str, theirs: str) -> Interval:
     """Regret of method `theirs` less that of `ours` after n trials on the same functions, of one snr, over all d."""
     table = rows[rows["n"] == n].pivot(index=["d", "function"], columns="method", values="regret")
-    return bootstrap(list((table[theirs] - table[ours]).dropna().to_numpy()[:, None]))
+    return t_interval((table[theirs] - table[ours]).dropna())
 
 
 def growth(trials: Mapping[int, float]) -> float:

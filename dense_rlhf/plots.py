@@ -47,13 +47,13 @@ def axes(width: float = 6.5, height: float = 3.6) -> Axes:
     return plt.subplots(figsize=(width, height), layout="constrained")[1]
 
 
-def panels(names: Sequence[str], width: float = 9.5, height: float = 3.8) -> list[Axes]:
-    """Empty axes side by side, one a name, with one scale of y."""
+def panels(names: Sequence[str], width: float = 9.5, height: float = 3.8, share: bool = True) -> list[Axes]:
+    """Empty axes side by side, one a name; they `share` one scale of y."""
     import matplotlib.pyplot as plt
     import seaborn as sns
 
     sns.set_theme(style="whitegrid", context="notebook", font_scale=0.85)
-    found = plt.subplots(1, len(names), figsize=(width, height), layout="constrained", sharey=True)[1]
+    found = plt.subplots(1, len(names), figsize=(width, height), layout="constrained", sharey=share)[1]
     for ax, name in zip(found, names):
         ax.set_title(name, loc="right", fontsize="small")
     return list(found)
@@ -89,22 +89,25 @@ def curves(ax: Axes, history: pd.DataFrame, y: str, ylabel: str, smooth: int = 5
 
 
 def point_ranges(ax: Axes, intervals: Mapping[str, Interval], xlabel: str, tint: str | None = None) -> Axes:
-    """A point with its 95 % interval for each method, one a line; all in the colour `tint` where given."""
+    """A point with its 95 % interval for each method, one a line, hollow where it has none; `tint` colours all."""
     for row, (name, interval) in enumerate(intervals.items()):
         hue = tint or colour(name)
-        ax.plot([interval.low, interval.high], [row, row], color=hue, lw=3, solid_capstyle="round")
-        ax.plot(interval.mean, row, "o", color=hue, ms=8)
+        if interval.known:
+            ax.plot([interval.low, interval.high], [row, row], color=hue, lw=3, solid_capstyle="round")
+        ax.plot(interval.mean, row, "o", color=hue, ms=8, mfc=hue if interval.known else "none")
     ax.set_yticks(range(len(intervals)), list(intervals))
     ax.set(xlabel=xlabel, ylim=(len(intervals) - 0.5, -0.5))
     return ax
 
 
 def bands(ax: Axes, x: Sequence[float], intervals: Mapping[str, Sequence[Interval]], xlabel: str, ylabel: str) -> Axes:
-    """A line with its 95 % band for each method, one interval at every `x`; the values of x evenly apart."""
+    """A line with its 95 % band for each method, one interval at every `x`, where it has one; x evenly apart."""
     places = range(len(x))
     for name, found in intervals.items():
         ax.plot(places, [i.mean for i in found], "o-", ms=4, color=colour(name), label=name)
-        ax.fill_between(places, [i.low for i in found], [i.high for i in found], color=colour(name), alpha=0.15)
+        known = [n for n in places if found[n].known]
+        ax.fill_between(known, [found[n].low for n in known], [found[n].high for n in known], color=colour(name),
+                        alpha=0.15)  # fmt: skip
     ax.axhline(0, color="0.5", ls=":")
     ax.set_xticks(places, [f"{value:g}" for value in x])
     ax.set(xlabel=xlabel, ylabel=ylabel)

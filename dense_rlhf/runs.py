@@ -119,26 +119,6 @@ def finished_runs(study: Path) -> list[RunFolder]:
     return done
 
 
-def evaluations(runs: list[RunFolder]) -> dict[str, list[pd.DataFrame]]:
-    """Per-prompt judgements of the trained policies among `runs`: arm -> one table a seed, the reference first.
-
-    The reference policy answered the same prompts once a seed; every arm holds the same copy of it.
-    """
-    found: dict[str, list[pd.DataFrame]] = {"reference": []}
-    seen: set[int] = set()
-    for run in runs:
-        record = run.load_json("run.json")
-        if record.get("notebook") != "04_ppo":
-            continue
-        table = run.load_table("evaluation")
-        if record["seed"] not in seen:
-            seen.add(record["seed"])
-            reference = table[["reference_gold", "reference_proxy"]].set_axis(["gold", "proxy"], axis=1)
-            found["reference"].append(reference.assign(kl=0.0, win=0.5))
-        found.setdefault(record["arm"], []).append(table)
-    return found
-
-
 def histories(runs: list[RunFolder], table: str = "history") -> pd.DataFrame:
     """Training metrics (or `seconds`) of all policies among `runs`, a row an update, with columns arm and seed."""
     import pandas as pd

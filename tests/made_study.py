@@ -79,7 +79,8 @@ def history(gold, kl, seed, updates=20):
             "gold": gold * share + rng.normal(0, 0.05, updates),
             "proxy": gold * share,
             "kl": kl * share,
-            "value_loss": 0.2,
+            "value_loss": 0.2 + rng.normal(0, 0.01, updates),
+            "explained_variance": 0.5,
         }
     )
 
@@ -121,8 +122,8 @@ def notebook(texts, title="A made-up notebook"):
     return v4.new_notebook(cells=cells, metadata={"language_info": {"name": "python"}})
 
 
-def run(root, study, one, tables=(), metrics=None, texts=("a good film",)):
-    """Write one run folder; returns its record."""
+def run(root, study, one, tables=(), metrics=None, texts=("a good film",), params=()):
+    """Write one run folder, `params` beside those of its arm; returns its record."""
     folder = runs.RunFolder(root / "runs" / study / one["job"])
     for name, frame in dict(tables).items():
         folder.save_table(name, frame)
@@ -130,7 +131,8 @@ def run(root, study, one, tables=(), metrics=None, texts=("a good film",)):
     write_text(
         folder.file("params.yaml"),
         "\n".join(
-            [f"arm: {one['arm']}", f"seed: {one['seed']}", f"shape_sources: {ARMS.get(one['arm'], (['shap'],))[0]}"]
+            [f"arm: {one['arm']}", f"seed: {one['seed']}", f"shape_sources: {ARMS.get(one['arm'], (['shap'],))[0]}",
+             *params]
         ),
     )
     write_text(folder.file("log.txt"), "as it went\n")
@@ -148,6 +150,7 @@ def policies(root, study, datasets=("reviews",), seeds=(0, 1, 2), arms=ARMS, tex
                 spent = pd.DataFrame([seconds] * 20, columns=["sample", "explain", "learn"])
                 tables = {
                     "evaluation": evaluation(gold, kl, seed, texts),
+                    "test": evaluation(gold, kl, seed, texts),
                     "history": history(gold, kl, seed),
                     "seconds": spent.assign(update=range(20)),
                 }

@@ -80,10 +80,12 @@ def test_reviews_share_no_text_between_splits(reviews):
     assert sum(p.casefold() in starts for p in reviews.train_prompts) < 0.01 * len(reviews.train_prompts)
 
 
-def test_reviews_prompts_of_train_and_validation_are_disjoint(reviews):
-    assert not set(reviews.train_prompts) & set(reviews.validation_prompts)
-    assert len(set(reviews.train_prompts)) == len(reviews.train_prompts) > 1000
-    assert len(reviews.validation_prompts) > 100
+def test_reviews_prompts_of_train_validation_and_test_are_disjoint(reviews):
+    splits = [reviews.train_prompts, reviews.validation_prompts, reviews.test_prompts]
+    assert len(set().union(*splits)) == sum(map(len, splits))
+    assert [len(split) > least for split, least in zip(splits, (1000, 100, 300))] == [True] * 3
+    starts = {" ".join(review.text.split(" ")[:8]) for review in reviews.test}
+    assert set(reviews.test_prompts) <= starts
 
 
 def test_a_prompt_of_training_is_taken_out_of_validation(tmp_path):
@@ -92,7 +94,8 @@ def test_a_prompt_of_training_is_taken_out_of_validation(tmp_path):
     (tmp_path / "x.csv").write_text("\n".join(["text,label", *lines]))
     found = load_data(DataParams(path=str(tmp_path / "x.csv")))
     assert found.counts["kept: validation"] > 0
-    assert found.train_prompts == ["a b c d e f g h"] and found.validation_prompts == []
+    assert found.train_prompts == ["a b c d e f g h"] and found.validation_prompts == found.test_prompts == []
+    assert found.counts["test prompts left out: prompt met before"] == found.counts["kept: test"]
 
 
 def test_reviews_counts_add_up(reviews):
@@ -152,7 +155,7 @@ def test_one_prompt_is_never_in_two_splits():
     prompts = [{p.prompt for p in part} for part in (found.reward, found.gold, found.test)]
     prompts += [set(found.train_prompts), set(found.validation_prompts)]
     assert len(set().union(*prompts)) == sum(map(len, prompts)) == 400
-    assert found.is_pairwise
+    assert found.is_pairwise and set(found.test_prompts) == prompts[2]
 
 
 def test_too_few_rows_for_the_splits_raise():

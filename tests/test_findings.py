@@ -11,52 +11,7 @@ from dense_rlhf.report.charts import forest, ticks
 from dense_rlhf.report.comparison import ablation_page, dataset_page, verdict
 from dense_rlhf.report.findings import across, findings
 from dense_rlhf.runs import RunFolder, finished_runs
-from dense_rlhf.statistics import Interval, bootstrap, improvement, interquartile_mean
-from dense_rlhf.types import InputError
-
-
-def runs_of(*means, prompts=50, spread=0.1):
-    rng = np.random.default_rng(0)
-    return [m + spread * rng.normal(size=prompts) for m in means]
-
-
-def test_interquartile_mean_drops_the_outer_quarters():
-    found = interquartile_mean([runs_of(0, 1, 2, 3, 100, spread=0)])
-    assert found.mean == pytest.approx(2) and found.low <= 2 <= found.high
-    assert interquartile_mean([runs_of(1, 3, spread=0)]).mean == pytest.approx(2)
-
-
-def test_one_task_of_few_runs_agrees_with_the_plain_bootstrap():
-    runs = runs_of(0.0, 0.4, 0.8)
-    ours, plain = interquartile_mean([runs]), bootstrap(runs)
-    assert ours.mean == pytest.approx(plain.mean)
-    assert (ours.low, ours.high) == pytest.approx((plain.low, plain.high), abs=0.12)
-
-
-def test_runs_are_resampled_within_their_task():
-    """A gap between tasks is no spread: however far apart, each task keeps its number of runs."""
-    near = interquartile_mean([runs_of(0, 0.1, 0.2, 0.3), runs_of(0, 0.1, 0.2, 0.3)])
-    far = interquartile_mean([runs_of(0, 0.1, 0.2, 0.3), runs_of(0.1, 0.2, 0.3, 0.4)])
-    assert far.high - far.low < 1.5 * (near.high - near.low)
-
-
-@pytest.mark.parametrize("ours, theirs, wanted", [((1, 2), (3, 4), 0), ((3, 4), (1, 2), 1), ((1, 2), (1, 2), 0.5),
-                                                  ((1, 4), (2, 3), 0.5), ((2,), (1, 3, 1), 2 / 3)])  # fmt: skip
-def test_probability_of_improvement_counts_pairs(ours, theirs, wanted):
-    found = improvement([runs_of(*ours, spread=0)], [runs_of(*theirs, spread=0)])
-    assert found.mean == pytest.approx(wanted) and 0 <= found.low <= found.high <= 1
-
-
-def test_tasks_count_alike_whatever_their_runs():
-    zero, one, zeros, ones = (runs_of(*means, spread=0) for means in ((0,), (1,), (0, 0, 0), (1, 1, 1)))
-    assert improvement([one, zeros], [zero, ones]).mean == 0.5
-
-
-def test_intervals_of_nothing_are_refused():
-    for call in (lambda: interquartile_mean([[]]), lambda: interquartile_mean([[np.array([])]]),
-                 lambda: improvement([[np.ones(2)]], [])):  # fmt: skip
-        with pytest.raises(InputError):
-            call()
+from dense_rlhf.statistics import Interval, paired, welch
 
 
 def found_of(tmp_path, seeds, **golds):
@@ -70,13 +25,12 @@ SEEDS = tuple(range(6))
 
 
 @pytest.mark.parametrize("seeds, golds, answer, part", [
-    (SEEDS, {"sparse": 0, "uniform": 0, "shap": 2}, "yes", "helped: 1 of 1 dense arm is above sparse at equal KL"),
+    (SEEDS, {"sparse": 0, "uniform": 0, "shap": 2}, "yes", "helped: shap ended above sparse and every control"),
     (SEEDS, {"sparse": 0, "shap": 2}, "yes", "helped"),
-    ((0, 1), {"sparse": 0, "uniform": 0, "shap": 2}, "unclear", "too few seeds"),
-    (SEEDS, {"sparse": 0, "uniform": 2.5, "shap": 2}, "unclear", "uniform, which knows nothing of tokens"),
-    ((0,), {"sparse": 0, "shap": 2}, "unclear", "learned faster"),
+    ((0,), {"sparse": 0, "uniform": 0, "shap": 2}, "unclear", "one seed says nothing of others"),
+    (SEEDS, {"sparse": 0, "uniform": 2.5, "shap": 2}, "unclear", "each alone, shap ended above sparse"),
     (SEEDS, {"sparse": 2, "uniform": 2, "shap": 0}, "no", "did not help"),
-    (SEEDS, {"sparse": 0, "shap": 0.01}, "unclear", "No effect"),
+    (SEEDS, {"sparse": 0, "shap": 0.01}, "unclear", "none of 1 dense arms passes"),
     (SEEDS, {"uniform": 0, "shap": 2}, "unclear", "no sparse arm"),
     (SEEDS, {"sparse": 0}, "unclear", "No dense arm"),
 ])  # fmt: skip
@@ -85,6 +39,35 @@ def test_the_verdict_says_no_more_than_the_runs(tmp_path, seeds, golds, answer, 
     assert said.answer == answer and part in said.line
     if said.grounds:
         assert f"{len(seeds)} seed" in said.grounds["How sure"]
+
+
+def test_differences_are_paired_where_seeds_pair(tmp_path):
+    """Same seed and same parameters but the shape: pairs. Other rollouts, or none that is known: not."""
+    found = found_of(tmp_path, SEEDS, sparse=0, shap=1)
+    ours, theirs = ([t["gold"].mean() for t in found.judged[arm].values()] for arm in ("shap", "sparse"))
+    assert found.compare("shap", "sparse") == paired(ours, theirs) == found.arms["shap"].gain
+    for change in ("ppo_rollouts: 9", None):
+        for seed in SEEDS:
+            path = tmp_path / "runs" / "s" / f"reviews-04_ppo-shap-seed{seed}" / "params.yaml"
+            path.write_text(path.read_text() + f"\n{change}") if change else path.unlink()
+        (other,) = findings(finished_runs(tmp_path / "runs" / "s"))
+        assert other.compare("shap", "sparse") == welch(ours, theirs)
+        assert not other.compare_at_kl("shap", "sparse").paired and found.compare_at_kl("shap", "sparse").paired
+
+
+def test_test_prompts_are_judged_on_where_all_runs_have_them(tmp_path):
+    assert found_of(tmp_path, SEEDS, sparse=0, shap=1).table == "test"
+    next(tmp_path.glob("runs/s/*/test.csv")).unlink()
+    (found,) = findings(finished_runs(tmp_path / "runs" / "s"))
+    assert found.table == "evaluation" and "validation prompts" in verdict(found).grounds["How sure"]
+
+
+def test_searches_tell_which_arms_learned_their_weights(tmp_path):
+    policies(tmp_path, "s", arms={name: ARMS[name] for name in ("sparse", "bo-shap")})
+    one = record("05_bayesian_optimisation-bo-shap", "05_bayesian_optimisation", arm="bo-shap")
+    run(tmp_path, "s", one, params=["bo_trials: 25"])
+    arms = findings(finished_runs(tmp_path / "runs" / "s"))[0].arms
+    assert (arms["bo-shap"].trials, arms["sparse"].trials) == (25, 0) and arms["bo-shap"].search == 75
 
 
 def test_cost_names_explaining_and_the_search(tmp_path):
@@ -96,7 +79,8 @@ def test_cost_names_explaining_and_the_search(tmp_path):
 
 
 def test_arms_over_datasets_are_in_one_unit(tmp_path):
-    policies(tmp_path, "s", ("reviews", "hh_rlhf"), arms={name: ARMS[name] for name in ("sparse", "shap-signed")})
+    arms = {name: ARMS[name] for name in ("sparse", "shap-signed")}
+    policies(tmp_path, "s", ("reviews", "hh_rlhf"), SEEDS, arms)
     over = across(findings(finished_runs(tmp_path / "runs" / "s")))
     assert set(over) == {"reference", "shap-signed"}
     assert over["shap-signed"]["iqm"].low > 0 > over["reference"]["iqm"].mean
@@ -129,3 +113,16 @@ def test_a_figure_says_itself_and_leaves_out_what_is_not_finite():
     html = forest({"<a>": Interval(1, 0, 2), "b": Interval(float("nan"), 0, 1)}, "what")
     assert "aria-label='what: &lt;a&gt; 1.00 [0.00, 2.00]'" in html and "nan" not in html
     assert forest({}, "what") == ""
+
+
+def test_one_seed_is_a_point_without_a_bar():
+    html = forest({"a": Interval(1, 0, 2), "b": Interval(3, -np.inf, np.inf)}, "what")
+    assert "3.00 [no interval]" in html and html.count("<circle") == 2 and html.count("stroke-linecap") == 1
+    assert "inf" not in html
+
+
+def test_an_ablation_of_one_seed_shows_its_points(tmp_path):
+    (tmp_path / "a").mkdir()
+    left = RunFolder(tmp_path / "a")
+    left.save_metrics({"gain": {"x": vars(paired([1.0], [0.5]))}})
+    assert "x 0.50 [no interval]" in ablation_page("s", left)[0]

@@ -14,7 +14,6 @@ from dense_rlhf.escape import esc
 from dense_rlhf.report import write as report
 from dense_rlhf.report.notebook_page import notebook_body
 from dense_rlhf.report.page import page as whole_page
-from dense_rlhf.statistics import Interval, gold_at_kl
 
 HOSTILE = ['"><img src=x onerror=alert(1)>', "</script><script>alert(1)</script>", "$\\href{javascript:alert(1)}{x}$",
            "nul\x00 rtl\u202e zero\u200bwidth", "[x](javascript:alert(1))", "'\"&<>"]  # fmt: skip
@@ -64,18 +63,6 @@ def test_executed_notebook_page(tmp_path):
 def test_heatmap_wants_a_value_for_each_token():
     with pytest.raises(ValueError):
         display.heatmap(["a", "b"], [1.0], "x")
-
-
-def test_gold_at_kl_takes_the_first_crossing():
-    history = pd.DataFrame({"arm": "a", "seed": 0, "update": range(4), "kl": [0, 1, 3, 2.0], "gold": [0, 1, 2, 3.0],
-                            "proxy": 0.0})  # fmt: skip
-    assert gold_at_kl(history, 1.0, smooth=1)[["update", "gold"]].values.tolist() == [[1, 1.0]]
-    assert gold_at_kl(history, 2.0, smooth=1)[["update", "gold", "kl"]].values.tolist() == [[1.5, 1.5, 2.0]]
-    assert gold_at_kl(history, 9.0, smooth=1).empty
-
-
-def test_intervals_apart():
-    assert Interval(0, -1, 1).apart(Interval(3, 2, 4)) and not Interval(0, -1, 1).apart(Interval(1, 0.5, 2))
 
 
 def test_toy_rewards_sum_to_the_score_and_telescoping_keeps_the_gradient():

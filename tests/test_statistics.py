@@ -1,77 +1,297 @@
-"""Intervals and differences."""
+"""Intervals, tests and power: against scipy and hand-made cases, then on simulated arms whose effects are known."""
+
+import math
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
 
-from dense_rlhf.statistics import Interval, bootstrap, difference, difference_at_kl
+from dense_rlhf.statistics import (
+    FEWEST,
+    Difference,
+    Interval,
+    arm_table,
+    at_kl,
+    bootstrap,
+    detectable,
+    difference,
+    difference_at_kl,
+    hedges_g,
+    holm,
+    improvement,
+    interquartile_mean,
+    over_seeds,
+    paired,
+    power,
+    summarise,
+    t_interval,
+    welch,
+)
 from dense_rlhf.types import InputError
 
-
-def test_bootstrap_is_ordered_and_its_mean_is_the_mean_of_seeds():
-    seeds = [np.array([0.0, 1.0]), np.array([1.0, 1.0, 1.0, 5.0])]
-    found = bootstrap(seeds)
-    assert found.mean == pytest.approx((0.5 + 2) / 2)
-    assert found.low < found.mean < found.high
-    assert found == bootstrap(seeds)
+RNG = np.random.default_rng(0)
+few = st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=8)
 
 
-def test_bootstrap_of_constants_has_no_width():
-    assert bootstrap([np.full(5, 2.0)] * 3) == Interval(2, 2, 2)
+def covers(interval, truth):
+    return interval.low <= truth <= interval.high
 
 
-def test_bootstrap_covers_the_truth():
-    rng, covered = np.random.default_rng(0), 0
-    for repeat in range(100):
-        seeds = [rng.normal(shift, 1, 40) for shift in rng.normal(0, 0.3, 8)]
-        found = bootstrap(seeds, repeats=400, seed=repeat)
-        covered += found.low <= 0 <= found.high
-    assert 85 <= covered <= 100  # 95 % nominally, a little less with eight seeds
+# ---------------------------------------------------------------------------------------------------- against scipy
 
 
-def test_bootstrap_knows_that_seeds_differ():
-    rng = np.random.default_rng(0)
-    apart = bootstrap([rng.normal(mean, 0.1, 50) for mean in (-1, 1, 0, 2)])
-    alike = bootstrap([rng.normal(0.5, 0.1, 50) for _ in range(4)])
-    assert apart.high - apart.low > 5 * (alike.high - alike.low)
+@given(few)
+def test_a_t_interval_is_scipys(values):
+    found = t_interval(values)
+    assert found.mean == pytest.approx(np.mean(values))
+    if np.std(values) > 1e-6 * (1 + abs(np.mean(values))):
+        theirs = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+        assert (found.low, found.high) == pytest.approx(tuple(theirs), rel=1e-6, abs=1e-6)
 
 
-@pytest.mark.parametrize("nothing", [[], [np.array([])], [np.ones(2), np.array([])]])
-def test_bootstrap_of_nothing_raises(nothing):
-    with pytest.raises(InputError, match="nothing"):
-        bootstrap(nothing)
+def test_differences_are_scipys():
+    for n, m in ((2, 2), (3, 5), (8, 4)):
+        a, b = RNG.normal(1, 1, n), RNG.normal(0, 3, m)
+        apart, theirs = welch(a, b), stats.ttest_ind(a, b, equal_var=False)
+        assert (apart.p, apart.df) == pytest.approx((theirs.pvalue, theirs.df))
+        assert (apart.low, apart.high) == pytest.approx(tuple(theirs.confidence_interval(0.95)))
+    a, b = RNG.normal(1, 1, 4), RNG.normal(0, 1, 4)
+    pairs, theirs = paired(a, b), stats.ttest_rel(a, b)
+    assert (pairs.p, pairs.df) == pytest.approx((theirs.pvalue, 3)) and pairs.paired and not apart.paired
+    assert (pairs.low, pairs.high) == pytest.approx(tuple(theirs.confidence_interval(0.95)))
+
+
+def test_one_seed_has_no_interval():
+    found = [t_interval([2.0]), over_seeds([np.arange(5.0)]), paired([2.0], [0.0]), welch([2.0], [0.0, 0.1])]
+    assert all(not i.known and i.low == -math.inf and i.high == math.inf for i in found)
+    assert str(found[0]) == "2.00 [no interval]"
+    for gap in found[2:]:
+        assert gap.p == 1 and gap.df == 0 and gap.seeds == 1 and math.isnan(gap.g) and detectable(gap) == math.inf
+
+
+@given(few, few)
+def test_the_test_and_the_interval_agree(a, b):
+    for found in (welch(a, b), paired(a[:2], b[:2])):
+        outside = found.low > 0 or found.high < 0
+        assert outside == (found.p < 0.05) or min(abs(found.low), abs(found.high)) < 1e-6 * (1 + abs(found.mean))
+
+
+def test_seeds_that_agree_to_the_last_digit_leave_nothing_open():
+    assert paired([1.0, 1.0], [1.0, 1.0]).p == 1 and paired([2.0, 2.0], [1.0, 1.0]).p == 0
+    assert welch([2.0, 2.0], [1.0, 1.0]).low == 1
 
 
 def test_intervals_that_overlap_are_not_apart():
     assert Interval(0, -1, 1).apart(Interval(3, 2, 4)) and Interval(3, 2, 4).apart(Interval(0, -1, 1))
-    assert not Interval(0, -1, 1).apart(Interval(1.5, 0.5, 2))
+    assert not Interval(0, -1, 1).apart(Interval(1.5, 0.5, 2)) and not t_interval([1.0]).apart(Interval(9, 8, 10))
     assert str(Interval(0.123, -1, 1)) == "0.12 [-1.00, 1.00]"
 
 
-def test_a_difference_is_paired_by_seed_and_prompt():
-    """What prompts and seeds have in common cancels."""
-    rng = np.random.default_rng(0)
-    theirs = [pd.DataFrame({"gold": rng.normal(shift, 5, 40), "kl": 0.0}) for shift in (0, 9, -9)]
+@pytest.mark.parametrize("nothing", [[], [np.nan], [1.0, math.inf], [[1.0]]])
+@pytest.mark.parametrize("call", [t_interval, bootstrap, over_seeds, lambda x: paired(x, [1.0]),
+                                  lambda x: welch([1.0], x), lambda x: interquartile_mean([x]),
+                                  lambda x: improvement([x], [[1.0]])])  # fmt: skip
+def test_an_interval_of_nothing_is_refused(call, nothing):
+    if call is over_seeds and nothing == [[1.0]]:
+        return  # one seed with one prompt
+    with pytest.raises(InputError, match="nothing"):
+        call(nothing)
+
+
+def test_other_numbers_of_seeds_and_tasks_are_refused():
+    with pytest.raises(InputError, match="cannot be paired"):
+        paired([1.0, 2.0], [1.0])
+    with pytest.raises(InputError, match="same datasets"):
+        improvement([[1.0, 2.0]], [])
+
+
+# ---------------------------------------------------------------------------------------------------- correction
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=7))
+def test_holm_is_its_definition(p):
+    """Corrected below alpha: exactly those that are rejected one after the other, until the first that is not."""
+    corrected, m = holm(p), len(p)
+    for alpha in (0.01, 0.05, 0.3):
+        rejected, rank = set(), 0
+        for i in sorted(range(m), key=lambda i: p[i]):
+            if p[i] * (m - rank) > alpha:
+                break
+            rejected.add(i)
+            rank += 1
+        assert {i for i in range(m) if corrected[i] <= alpha} == rejected
+    assert all(a >= b for a, b in zip(corrected, p)) and holm([]) == []
+
+
+def test_hedges_g_takes_the_bias_of_few_seeds_away():
+    draws = RNG.normal([[1.0], [0.0]], 1.0, (4000, 2, 3))
+    found = np.array([hedges_g(a, b) for a, b in draws])
+    assert found.mean() == pytest.approx(1, abs=0.06)  # Cohen's d would say 1.25
+    assert math.isnan(hedges_g([1.0, 1.0], [0.0, 0.0]))
+
+
+# ---------------------------------------------------------------------------------------------------- simulated arms
+
+REPEATS = 4000
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_intervals_over_seeds_cover_at_their_nominal_rate(seeds):
+    """Of the mean, of a paired difference whose arms share half their variance, and of Welch's with unequal spread."""
+    shared = RNG.normal(0, 1, (REPEATS, seeds))
+    ours, theirs = shared + RNG.normal(0.5, 1, shared.shape), shared + RNG.normal(0, 1, shared.shape)
+    wild = RNG.normal(0, 3, shared.shape)
+    rates = [np.mean([covers(call(i), truth) for i in range(REPEATS // 4)]) for call, truth in (
+        (lambda i: t_interval(ours[i]), 0.5), (lambda i: paired(ours[i], theirs[i]), 0.5),
+        (lambda i: welch(ours[i], wild[i]), 0.5))]  # fmt: skip
+    assert rates[0] == pytest.approx(0.95, abs=0.025) and rates[1] == pytest.approx(0.95, abs=0.025)
+    assert 0.93 < rates[2] <= 1  # Welch's is careful where a side has two seeds
+
+
+def test_resampling_two_seeds_would_not_cover():
+    """Why seeds are not bootstrapped: of two, the percentile interval covers half of the time."""
+    draws = RNG.normal(0, 1, (400, 2))
+    rate = np.mean([covers(bootstrap(pair, repeats=200), 0) for pair in draws])
+    assert rate < 0.6
+
+
+def test_the_family_wise_error_holds():
+    """Six arms that do nothing against one baseline: at least one false find in at most 5 %, without Holm in more."""
+    arms, base = RNG.normal(0, 1, (1000, 6, 4)), RNG.normal(0, 1, (1000, 4))
+    raw = stats.ttest_rel(arms, base[:, None], axis=-1).pvalue
+    assert raw[0].tolist() == pytest.approx([paired(arm, base[0]).p for arm in arms[0]])
+    corrected = np.array([holm(row) for row in raw])
+    assert (raw < 0.05).any(1).mean() > 0.1
+    assert (corrected < 0.05).any(1).mean() < 0.05 + 3 * math.sqrt(0.05 * 0.95 / 1000)
+
+
+@pytest.mark.parametrize("seeds, effect", [(2, 12.0), (3, 2.5), (5, 1.5)])
+def test_power_is_the_share_of_simulated_studies_that_see_it(seeds, effect):
+    gaps = RNG.normal(effect, 1, (REPEATS, seeds))
+    seen = np.mean(stats.ttest_1samp(gaps, 0, axis=1).pvalue < 0.05)
+    assert power(effect, 1 / math.sqrt(seeds), seeds - 1) == pytest.approx(seen, abs=0.03)
+
+
+def test_power_of_no_effect_is_the_level_and_grows_with_the_effect():
+    assert power(0, 1, 3) == pytest.approx(0.05, abs=1e-4)
+    assert power(3, 1, 5) == pytest.approx(stats.nct.sf(stats.t.ppf(0.975, 5), 5, 3), abs=1e-4)
+    assert all(a < b for a, b in pairwise(power(x, 1, 3) for x in (0, 1, 2, 4)))
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 10])
+@pytest.mark.parametrize("tests", [1, 6])
+def test_what_is_detectable_is_seen_with_its_power(seeds, tests):
+    found = paired(RNG.normal(0, 1, seeds), RNG.normal(0, 1, seeds))
+    x = detectable(found, tests=tests)
+    assert power(x, found.error, found.df, 0.05 / tests) == pytest.approx(0.8, abs=1e-6)
+    assert detectable(found, tests=12) > x
+
+
+def test_the_interquartile_mean_covers_where_it_gives_an_interval():
+    for seeds in (5, 10):
+        draws = RNG.normal([0.0, 2.0], 1, (200, seeds, 2))
+        rate = np.mean([covers(interquartile_mean(d.T, repeats=1000), 1) for d in draws])
+        assert 0.91 < rate <= 1, seeds
+
+
+@pytest.mark.parametrize("truth, seeds", [(0.5, 2), (0.5, 5), (0.76, 3), (0.76, 10), (0.98, 5)])
+def test_the_probability_of_improvement_covers(truth, seeds):
+    """Normal runs: P(X > Y) = Phi(shift / sqrt 2)."""
+    shift = math.sqrt(2) * stats.norm.ppf(truth)
+    draws = RNG.normal([[shift], [0.0]], 1, (500, 2, seeds))
+    rate = np.mean([covers(improvement([a], [b]), truth) for a, b in draws])
+    assert rate > 0.92
+
+
+# ---------------------------------------------------------------------------------------------------- rliable
+
+
+def test_the_interquartile_mean_drops_the_outer_quarters():
+    assert interquartile_mean([[0, 1, 2, 3, 100]]).mean == pytest.approx(2)
+    assert interquartile_mean([[1, 3]]).mean == pytest.approx(2)
+    assert not interquartile_mean([[0.0] * FEWEST, [1.0] * (FEWEST - 1)]).known
+    assert interquartile_mean([[0, 1, 2, 3, 100]]).known
+
+
+def test_seeds_are_resampled_within_their_task():
+    """A gap between tasks is no spread: however far apart, each task keeps its number of runs."""
+    runs = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5]
+    near, far = (interquartile_mean([runs, [r + shift for r in runs]]) for shift in (0, 9))
+    assert far.high - far.low < 1.5 * (near.high - near.low)
+
+
+@pytest.mark.parametrize("ours, theirs, wanted", [((1, 2), (3, 4), 0), ((3, 4), (1, 2), 1), ((1, 2), (1, 2), 0.5),
+                                                  ((1, 4), (2, 3), 0.5), ((2,), (1, 3, 1), 2 / 3)])  # fmt: skip
+def test_probability_of_improvement_counts_pairs(ours, theirs, wanted):
+    found = improvement([ours], [theirs])
+    assert found.mean == pytest.approx(wanted) and 0 <= found.low < found.high <= 1
+    assert covers(found, wanted) and covers(found, 0.5) == (len(ours) + len(theirs) < 8)
+    other = improvement([theirs], [ours])
+    assert (other.low, other.high) == pytest.approx((1 - found.high, 1 - found.low), abs=1e-6)
+
+
+def test_tasks_count_alike_whatever_their_runs():
+    assert improvement([[0], [1, 1, 1]], [[1], [0, 0, 0]]).mean == 0.5
+
+
+# ---------------------------------------------------------------------------------------------------- prompts
+
+
+def test_bootstrap_of_a_runs_prompts():
+    values = RNG.normal(0, 1, 200)
+    found = bootstrap(values)
+    assert found == bootstrap(values) and found.mean == pytest.approx(values.mean())
+    assert (found.low, found.high) == pytest.approx(tuple(t_interval(values).__dict__.values())[1:], abs=0.03)
+    assert bootstrap(values, statistic=np.median).mean == np.median(values)
+    assert bootstrap(np.full(5, 2.0)) == Interval(2, 2, 2)
+
+
+# ---------------------------------------------------------------------------------------------------- tables of runs
+
+
+def test_a_difference_is_paired_by_seed():
+    """What seeds have in common cancels; prompts are averaged first."""
+    theirs = [pd.DataFrame({"gold": RNG.normal(shift, 5, 40), "kl": 0.0}) for shift in (0, 9, -9)]
     ours = [table + 0.5 for table in theirs]
     found = difference(ours, theirs)
+    assert isinstance(found, Difference) and found.paired and found.seeds == 3
     assert (found.mean, found.low, found.high) == pytest.approx((0.5, 0.5, 0.5))
     assert difference(theirs, ours).mean == pytest.approx(-0.5) and difference(ours, theirs, "kl").mean == 0.5
-    with pytest.raises(InputError, match="judge both arms alike"):
-        difference(ours, theirs[:2])
-    with pytest.raises(InputError, match="judge both arms alike"):
-        difference(ours, [table[1:] for table in theirs])
+    for others in (theirs[:2], [table[1:] for table in theirs]):
+        with pytest.raises(InputError, match="judge both arms alike"):
+            difference(ours, others)
+
+
+def test_tables_of_arms_are_over_seeds():
+    tables = [pd.DataFrame({"gold": [g, g + 2], "proxy": 0.0, "kl": 1.0, "win": 0.5}) for g in (0.0, 1.0)]
+    found = summarise({"a": tables, "b": tables[:1]}, "gold")
+    assert found["a"] == t_interval([1.0, 2.0]) and found["b"].mean == 1 and not found["b"].known
+    assert arm_table({"a": tables, "b": tables[:1]})["gold (log-odds)"].tolist() == [str(found["a"]), str(found["b"])]
 
 
 def path(arm, seed, kl, gold):
     return pd.DataFrame({"arm": arm, "seed": seed, "update": range(len(kl)), "kl": kl, "gold": gold, "proxy": 0.0})
 
 
+def test_metrics_at_a_kl_are_where_it_is_first_crossed():
+    history = path("a", 0, [0.0, 1, 3, 2], [0.0, 1, 2, 3]).assign(value_loss=[4.0, 3, 2, 1])
+    assert at_kl(history, 1.0, smooth=1)[["update", "gold", "value_loss"]].values.tolist() == [[1, 1, 3]]
+    assert at_kl(history, 2.0, smooth=1)[["update", "gold", "kl", "value_loss"]].values.tolist() == [[1.5, 1.5, 2, 2.5]]
+    assert at_kl(history, 9.0, smooth=1).empty
+
+
 def test_a_difference_at_kl_is_at_the_largest_that_both_know():
     fast, slow = path("fast", 0, [0, 2, 4, 8], [0, 2, 4, 8]), path("slow", 0, [0, 1, 2, 4], [0.0, 0.5, 1, 2])
     other = path("other", 0, [0, 1, 1, 1], [0, 9, 9, 9])
     found = difference_at_kl(pd.concat([fast, slow, other]), "fast", "slow", smooth=1)
-    assert (found.mean, found.low, found.high) == (2, 2, 2)  # at 4 nats: 4 against 2
+    assert found.mean == 2 and not found.known  # at 4 nats: 4 against 2; one seed
     again = [fast.assign(seed=1), path("slow", 1, [0, 1, 2, 2], [0.0, 0.5, 2, 2])]
     both = difference_at_kl(pd.concat([fast, slow, *again]), "fast", "slow", smooth=1)
-    assert both.mean == pytest.approx(1) and both.low == pytest.approx(0) and both.high == pytest.approx(2)
+    assert both.mean == pytest.approx(1) and both.seeds == 2 and both.paired
     assert difference_at_kl(pd.concat([fast, slow]), "slow", "fast", smooth=1).mean == -2
+    with pytest.raises(InputError):
+        difference_at_kl(fast, "fast", "slow")

@@ -17,11 +17,16 @@ WIDTH, LABELS, VALUES, ROW = 700, 170, 150, 26
 
 
 def forest(intervals: Mapping[str, Interval], what: str) -> str:
-    """A point with its interval for each name, one a line, numbers beside them; a dotted line at zero."""
-    known = {name: i for name, i in intervals.items() if all(map(math.isfinite, (i.mean, i.low, i.high)))}
+    """A point with its interval for each name, one a line, hollow without one; a dotted line at zero.
+
+    What is not finite otherwise is left out.
+    """
+    known = {name: i for name, i in intervals.items()
+             if math.isfinite(i.mean) and (not i.known or math.isfinite(i.low) and math.isfinite(i.high))}  # fmt: skip
     if not known:
         return ""
-    low, high = min(0.0, *(i.low for i in known.values())), max(0.0, *(i.high for i in known.values()))
+    ends = [end for i in known.values() for end in ((i.low, i.high) if i.known else (i.mean,))]
+    low, high = min(0.0, *ends), max(0.0, *ends)
     steps = ticks(low, high)
     low, high = min(low, steps[0]), max(high, steps[-1])
     scale = (WIDTH - LABELS - VALUES) / (high - low)
@@ -42,10 +47,11 @@ def _row(name: str, interval: Interval, x, y: float) -> str:
     hue = colour(name)
     ink = "currentColor" if hue == "#000000" else hue
     shown = name if len(name) <= 24 else name[:23] + "…"
-    return (f"<text x='{LABELS - 12}' y='{y + 4}' text-anchor='end'>{esc(shown)}</text>"
-            f"<line x1='{x(interval.low)}' x2='{x(interval.high)}' y1='{y}' y2='{y}' stroke='{ink}' stroke-width='4' "
-            f"stroke-linecap='round' stroke-opacity='.55'/>"
-            f"<circle cx='{x(interval.mean)}' cy='{y}' r='5' fill='{ink}'/>"
+    bar = (f"<line x1='{x(interval.low)}' x2='{x(interval.high)}' y1='{y}' y2='{y}' stroke='{ink}' stroke-width='4' "
+           f"stroke-linecap='round' stroke-opacity='.55'/>") if interval.known else ""  # fmt: skip
+    fill = ink if interval.known else "none"
+    return (f"<text x='{LABELS - 12}' y='{y + 4}' text-anchor='end'>{esc(shown)}</text>{bar}"
+            f"<circle cx='{x(interval.mean)}' cy='{y}' r='5' fill='{fill}' stroke='{ink}'/>"
             f"<text x='{WIDTH - VALUES + 14}' y='{y + 4}'>{esc(interval)}</text>")  # fmt: skip
 
 

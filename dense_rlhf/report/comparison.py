@@ -11,75 +11,86 @@ from dataclasses import dataclass
 
 from dense_rlhf.escape import esc
 from dense_rlhf.live import duration
+from dense_rlhf.report import claims
 from dense_rlhf.report.charts import forest
+from dense_rlhf.report.claims import CONTRADICTED, EQUAL_KL, SUPPORTED, UNDECIDED, UPDATES, Claim, basis, judge, signed
 from dense_rlhf.report.findings import CONTROL, DENSE, Arm, Finding, across
 from dense_rlhf.report.page import sections, table
 from dense_rlhf.runs import RunFolder
 from dense_rlhf.statistics import Interval
 
-ENOUGH = 5  # seeds of which an interval says enough to answer yes
 ROWS = 60  # of an ablation's table; the whole is in the file
+HELPED = "1b"  # the claim that the answer is: gold after training, of every dense arm
+ANSWERS = {SUPPORTED: "yes", CONTRADICTED: "no", UNDECIDED: "unclear"}
+CHIPS = {SUPPORTED: "good", CONTRADICTED: "bad", UNDECIDED: "idle"}
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether dense rewards helped on one dataset: a word, a line, and what it rests on."""
+    """Whether dense rewards helped on one dataset: a word, a line, what it rests on, and each claim of the paper."""
 
     answer: str  # yes, no, or unclear
     line: str
     grounds: dict[str, str]
+    claims: Sequence[Mapping[str, str]] = ()  # key, text, verdict, why
 
 
 def verdict(found: Finding) -> Verdict:
-    """Whether dense arms beat the baseline: at equal updates, at equal KL, over a control; how sure; at which cost."""
-    dense = found.of_kind(DENSE)
-    if not dense:
-        return Verdict("unclear", "No dense arm has finished.", {})
-    faster = [arm for arm in dense if arm.gain and arm.gain.low > 0]
-    better = [arm for arm in dense if arm.sure and arm.gain_at_kl and arm.gain_at_kl.low > 0]
-    n = f"{len(dense)} dense arm{'s' * (len(dense) > 1)}"
-    return Verdict(*_answer(found, dense, faster, better, n), _grounds(found, dense[0], faster, better, n))
+    """Whether dense rewards helped, by the rule of `claims`; by how much, how sure, at which cost."""
+    told = [{"key": c.key, "text": c.text, "verdict": c.verdict, "why": c.why} for c in judge(found)]
+    if not found.of_kind(DENSE):
+        return Verdict("unclear", "No dense arm has finished.", {}, told)
+    claim = next(c for c in judge(found) if c.key == HELPED)
+    return Verdict(ANSWERS[claim.verdict], _line(found, claim), _grounds(found, claim), told)
 
 
-def _answer(found: Finding, dense: Sequence[Arm], faster: Sequence[Arm], better: Sequence[Arm], n: str) -> tuple:
-    """A word and a line. Yes is said of equal KL only, on enough seeds, and where no control does as well."""
-    base = found.baseline
+def _line(found: Finding, claim: Claim) -> str:
+    """The answer in one sentence."""
+    base, n = found.baseline, len(claim.cases)
+    named = ", ".join(case.arm for case in claim.cases if case.verdict == claim.verdict)
+    if claim.verdict == SUPPORTED:
+        return f"Dense rewards helped: {named} ended above {base} and every control, at equal updates and at equal KL."
+    if claim.verdict == CONTRADICTED:
+        return f"Dense rewards did not help: {named} ended below {base} at equal updates and at equal KL."
     if base == "reference":
-        return "unclear", f"{len(faster)} of {n} improved on the untrained policy; there is no sparse arm beside them."
-    if better:
-        line = f"{len(better)} of {n} {'is' if len(better) == 1 else 'are'} above {base} at equal KL"
-        alike = [c.name for c in found.of_kind(CONTROL) if c.gain_at_kl
-                 and c.gain_at_kl.mean >= max(arm.gain_at_kl.low for arm in better)]  # fmt: skip
-        if min(len(arm.seeds) for arm in better) < ENOUGH:
-            return "unclear", f"Dense rewards may help: {line}, on too few seeds to be sure of it."
-        if alike:
-            return "unclear", f"{line}, but {alike[0]}, which knows nothing of tokens, does as well."
-        return "yes", f"Dense rewards helped: {line}."
-    if faster:
-        return "unclear", (f"Dense rewards learned faster in {len(faster)} of {n}; that they reach a better policy "
-                           f"than {base} at equal KL is not shown.")  # fmt: skip
-    if all(arm.gain and arm.gain.high < 0 for arm in dense):
-        return "no", f"Dense rewards did not help: every one of {n} ends below {base}."
-    return "unclear", f"No effect of dense rewards is shown: none of {n} can be told from {base}."
+        return "It cannot be told whether dense rewards helped: no sparse arm has finished."
+    if not any(case.told for case in claim.cases):
+        return "It cannot be told whether dense rewards helped: one seed says nothing of others."
+    if decided := [f"{case.arm} {case.verdict}" for case in claim.cases if case.verdict != UNDECIDED]:
+        return f"It cannot be told whether dense rewards helped: the arms disagree ({', '.join(decided)})."
+    faster = [case.arm for case in claim.cases if (d := case.comparisons[0].updates) and d.low > 0]
+    hint = f"; at equal updates, each alone, {', '.join(faster)} ended above {base}" if faster else ""
+    return f"It cannot be told whether dense rewards helped: none of {n} dense arms passes every comparison{hint}."
 
 
-def _grounds(found: Finding, best: Arm, faster: Sequence[Arm], better: Sequence[Arm], n: str) -> dict[str, str]:
-    base = found.arms[found.baseline]
-    much = f"at equal updates {best.name}, highest of {n}, has {_signed(best.gain)} gold (log-odds) over {base.name}"
-    said = {"By how much": f"{much}; the interval is above zero for {len(faster)} of {n}."}
+def _grounds(found: Finding, claim: Claim) -> dict[str, str]:
+    """By how much, how sure, at which cost: of the arm that is nearest to an answer."""
+    best, n = _spokesman(found, claim), len(found.of_kind(DENSE))
+    base, said = found.arms[found.baseline], {}
+    chosen = f", nearest to an answer of {n} dense arms," if n > 1 else ""
+    said["By how much"] = f"{best.name}{chosen} has {signed(best.gain)} gold (log-odds) over {base.name} at {UPDATES}."
     if best.gain_at_kl:
-        unsure = "" if best.sure else ", one seed, so without an interval"
-        at_kl = f"{best.gain_at_kl.mean:+.2f}" if not best.sure else _signed(best.gain_at_kl)
-        said["At equal KL"] = f"{at_kl} gold{unsure}; the interval is above zero for {len(better)} of {n}."
+        said["At equal KL"] = f"{signed(best.gain_at_kl)} gold over {base.name} at {EQUAL_KL}."
     if controls := found.of_kind(CONTROL):
-        gap = found.gap(best.name, controls[0].name)
-        said["Over a control"] = f"{_signed(gap)} gold over {controls[0].name}, the best control" if gap else "unknown"
-    seeds = min(len(arm.seeds) for arm in found.arms.values())
-    lucky = "" if n.startswith("1 ") else f" Taking the highest of {n} flatters it."
-    few = {1: " One seed says nothing of others."}.get(seeds, " Few seeds: intervals are too short." * (seeds < ENOUGH))
-    said["How sure"] = f"{seeds} seed{'s' * (seeds > 1)}, {found.prompts} held-out prompts each.{few}{lucky}"
-    said["At which cost"] = cost(best, base)
-    return said
+        gap = found.compare(best.name, controls[0].name)
+        said["Over a control"] = f"{signed(gap)} gold over {controls[0].name}, the best control, at {UPDATES}."
+    return said | {"How sure": _sure(found, claim, best), "At which cost": cost(best, base)}
+
+
+def _spokesman(found: Finding, claim: Claim) -> Arm:
+    """The arm whose answer is surest; where none has an interval, the one with the highest gold."""
+    told = [case for case in claim.cases if case.told]
+    if not told:
+        return found.of_kind(DENSE)[0]
+    return found.arms[min(told, key=lambda c: (c.nearest, -found.arms[c.arm].gold.mean)).arm]
+
+
+def _sure(found: Finding, claim: Claim, best: Arm) -> str:
+    case = next((case for case in claim.cases if case.arm == best.name and case.told), None)
+    if case is None:
+        return f"{basis(found)} No interval: that takes two seeds."
+    return (f"{basis(found)} p {claims.number(case.p)} after Holm's correction of {case.tests} answers. "
+            f"{claims.seen(case, claim.unit)}")  # fmt: skip
 
 
 def cost(arm: Arm, base: Arm) -> str:
@@ -92,14 +103,25 @@ def cost(arm: Arm, base: Arm) -> str:
     return text + (f"; learning the weights took {duration(arm.search)} more, once." if arm.search else ".")
 
 
-def _signed(interval: Interval | None) -> str:
-    return f"{interval.mean:+.2f} [{interval.low:+.2f}, {interval.high:+.2f}]" if interval else "–"
-
-
 def verdict_html(found: Verdict) -> str:
-    """The verdict as a paragraph and a list."""
+    """The verdict as a paragraph and a list, and each claim in a line."""
     grounds = "".join(f"<p><strong>{esc(name)}:</strong> {esc(text)}</p>" for name, text in found.grounds.items())
-    return f"<div class='verdict {esc(found.answer)}'><p class='lead'>{esc(found.line)}</p>{grounds}</div>"
+    lead = f"<div class='verdict {esc(found.answer)}'><p class='lead'>{esc(found.line)}</p>{grounds}</div>"
+    lines = ((esc(f"{c['key']}. {c['text']}"), _chip(c["verdict"]), esc(c["why"])) for c in found.claims)
+    listed = table("The paper's claims on this dataset", ("claim", "verdict", "why"), lines)
+    return lead + (listed if found.claims else "")
+
+
+def _chip(word: str) -> str:
+    return f"<span class='chip {CHIPS.get(word, 'idle')}'>{esc(word)}</span>"
+
+
+def claims_html(found: Finding) -> str:
+    """Every comparison that a verdict rests on, and the rule."""
+    cells = [[esc(row[name]) for name in claims.HEAD] for row in claims.rows(judge(found))]
+    listed = table("Every comparison: gold in log-odds, value loss (1a) in squared scores; 95 % intervals over seeds",
+                   claims.HEAD, cells) if cells else ""  # fmt: skip
+    return f"<p><strong>The rule.</strong> {esc(claims.RULE)}</p><p>{esc(basis(found))}</p>{listed}"
 
 
 # ---------------------------------------------------------------------------------------------------- a dataset
@@ -108,16 +130,17 @@ def verdict_html(found: Verdict) -> str:
 def dataset_page(study: str, found: Finding) -> tuple[str, str]:
     """Body and contents of the comparison of all arms on one dataset."""
     arms = list(found.arms.values())
-    ranked = sorted(arms, key=lambda arm: -arm.iqm.mean)
+    ranked = sorted(arms, key=lambda arm: -arm.gold.mean)
     gains = {arm.name: arm.gain for arm in ranked if arm.gain and arm.kind != "reference"}
-    at_kl = {arm.name: arm.gain_at_kl for arm in ranked if arm.gain_at_kl and arm.sure}
+    at_kl = {arm.name: arm.gain_at_kl for arm in ranked if arm.gain_at_kl}
     improves = {arm.name: arm.improves for arm in ranked if arm.improves and arm.kind != "reference"}
     base = found.baseline
     body, listed = sections([
         ("verdict", "Did dense rewards help?", verdict_html(verdict(found))),
-        ("gold", "Gold score", forest({a.name: a.iqm for a in ranked}, f"Gold score (log-odds), {METHOD}")),
+        ("claims", "What the verdicts rest on", claims_html(found)),
+        ("gold", "Gold score", forest({a.name: a.gold for a in ranked}, f"Gold score (log-odds), {METHOD}")),
         ("gain", f"Gain over {base} at equal updates",
-         forest(gains, f"Mean gold over {base} on the same prompts, 95 % interval over seeds and prompts")),
+         forest(gains, f"Mean gold over {base} on the same prompts, 95 % interval over seeds")),
         ("kl", f"Gain over {base} at equal KL", _at_kl(at_kl, base)),
         ("improvement", "Probability of improvement",
          forest(improves, f"Probability that a run scores higher than one of {base}; 0.5 is a coin")),
@@ -127,32 +150,29 @@ def dataset_page(study: str, found: Finding) -> tuple[str, str]:
     return f"<h1>{esc(study)}: all arms on {esc(found.dataset)}</h1>{body}", listed
 
 
-METHOD = "interquartile mean over seeds with its 95 % interval (bootstrap over seeds and prompts)"
+METHOD = "mean over seeds with its 95 % t interval; a point alone has none"
 
 
 def _at_kl(gains: Mapping[str, Interval], base: str) -> str:
     if not gains:
-        return "<p>One seed, or no shared KL: no interval can be given.</p>"
+        return "<p>No seed in which both arms left a path of KL.</p>"
     what = f"Gold over {base} where both first reach the largest KL that both know, 95 % interval over seeds"
     return forest(gains, what)
 
 
 def _arm_table(arms: Sequence[Arm]) -> str:
-    head = ("arm", "kind", "seeds", "gold, IQM", "gold, mean", "KL (nats)", "win rate", "gain", "gain at equal KL",
+    head = ("arm", "kind", "seeds", "gold, mean", "gold, IQM", "KL (nats)", "win rate", "gain", "gain at equal KL",
             "P(improvement)", "training", "explaining")  # fmt: skip
-    rows = [[esc(a.name), a.kind, str(len(a.seeds)), _cell(a.iqm), _cell(a.gold), _cell(a.kl), _cell(a.win),
-             _cell(a.gain), _cell(a.gain_at_kl) if a.sure else _mean(a.gain_at_kl), _cell(a.improves),
+    cells = [[esc(a.name), a.kind, str(len(a.seeds)), _cell(a.gold), _cell(a.iqm), _cell(a.kl), _cell(a.win),
+             _cell(a.gain), _cell(a.gain_at_kl), _cell(a.improves),
              duration(a.seconds) if a.seconds else "–", f"{a.explain:.0%}" if a.explain is not None else "–"]
             for a in arms]  # fmt: skip
-    return table("Every arm, with 95 % intervals; gold in log-odds, wins over the untrained reference", head, rows)
+    return table("Every arm, with 95 % intervals over seeds (IQM: from five seeds on); gold in log-odds, wins over the "
+                 "untrained reference", head, cells)
 
 
 def _cell(interval: Interval | None) -> str:
     return f"<span class='number'>{esc(interval)}</span>" if interval else "–"
-
-
-def _mean(interval: Interval | None) -> str:
-    return f"{interval.mean:.2f}" if interval else "–"
 
 
 def _seed_table(found: Finding) -> str:
@@ -196,10 +216,12 @@ def ablation_page(study: str, run: RunFolder) -> tuple[str, str]:
 
 def _intervals(value: object, name: str = "") -> list[tuple[str, Interval]]:
     """Every mean with low and high inside a metric, named by its way there."""
-    if isinstance(value, dict) and {"mean", "low", "high"} == set(value):
-        numbers = [value[key] for key in ("mean", "low", "high")]
-        known = all(isinstance(v, (int, float)) and math.isfinite(v) for v in numbers)
-        return [(name or "all", Interval(*numbers))] if known else []
+    if isinstance(value, dict) and {"mean", "low", "high"} <= set(value):
+        mean, *bounds = (value[key] for key in ("mean", "low", "high"))
+        if bounds == [None, None]:  # of one seed: JSON knows no infinity
+            bounds = [-math.inf, math.inf]
+        known = isinstance(mean, (int, float)) and math.isfinite(mean) and None not in bounds
+        return [(name or "all", Interval(mean, *bounds))] if known else []
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     return [one for key, item in inner for one in _intervals(item, f"{name} {key}".strip())]
 

@@ -37,8 +37,8 @@ def _numbers(found: Finding) -> dict:
                      "cost": a.seconds / base.seconds if a.seconds and base.seconds else None}
             for a in found.arms.values()}  # fmt: skip
     evidence = found.prompts * sum(len(a.seeds) for a in found.arms.values())
-    return {"answer": said.answer, "line": said.line, "grounds": said.grounds, "baseline": found.baseline,
-            "arms": arms, "evidence": evidence}  # fmt: skip
+    return {"answer": said.answer, "line": said.line, "grounds": said.grounds, "claims": list(said.claims),
+            "baseline": found.baseline, "arms": arms, "evidence": evidence}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------- parts
@@ -119,7 +119,7 @@ def verdicts(found: Mapping, where: str = "", of: str = "") -> str:
     parts = []
     for dataset, numbers in found["datasets"].items():
         more = link(f"{where}comparison-{dataset}.html", esc(f"All arms on {dataset} beside each other"))
-        said = Verdict(numbers["answer"], numbers["line"], numbers["grounds"])
+        said = Verdict(numbers["answer"], numbers["line"], numbers["grounds"], numbers.get("claims", ()))
         parts.append(f"<h3>{esc(of + dataset)}</h3>{verdict_html(said)}<p>{more}</p>")
     return "".join(parts)
 

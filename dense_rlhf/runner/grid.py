@@ -219,12 +219,14 @@ def quick_study(params: RunParams, folder: Path, progress: Callable = iter) -> N
     from dense_rlhf.bilevel import judge_against_reference, load_task, train_policy
 
     task = load_task(params.data, params.policy, params.reward, params.ppo, progress)
-    prompts = task.data.validation_prompts[: params.evaluation.prompts]
+    splits = {"evaluation": task.data.validation_prompts, "test": task.data.test_prompts}
     for arm, shape in QUICK_ARMS.items():
         run = RunFolder(folder / f"04_ppo-{arm}-seed{params.seed}")
         trained = train_policy(task, shape.reward_shape(), params.ppo, params.attribution, params.seed, progress)
         run.save_table("history", trained.history)
         run.save_table("seconds", trained.seconds)
-        run.save_table("evaluation", judge_against_reference(task, trained.policy, prompts, params.ppo, params.seed))
+        for name in [name for name, prompts in splits.items() if prompts]:
+            held_out = splits[name][: params.evaluation.prompts]
+            run.save_table(name, judge_against_reference(task, trained.policy, held_out, params.ppo, params.seed))
         record = {"notebook": "04_ppo", "arm": arm, "seed": params.seed, "dataset": params.data.name, "status": "ok"}
         write_json(run.file("run.json"), record)
