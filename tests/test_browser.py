@@ -166,5 +166,7 @@ def test_the_first_page_answers(site):
               "At which cost")  # fmt: skip
     places = [text.index(what) for what in wanted]
     assert places == sorted(places)
-    assert re.search(r"shap-signed, highest of 3 dense arms, has \+0\.\d\d \[", text) and "2 seeds, 60 held-out" in text
+    assert re.search(r", nearest to an answer of 3 dense arms, has [+-]0\.\d\d \[", text)
+    assert "2 seeds, 60 held-out" in text and "would have been seen with power 0.8" in text
+    assert text.count("undecided here") >= 5 and "1b. Dense rewards speed learning" in text
     assert re.search(r"\d% of it to explain; 1\.4 times that of sparse", text)
