@@ -90,8 +90,9 @@ def fits(history: pd.DataFrame, column: str = "gold", kind: str = "rl", smooth: 
 
     rows = []
     for (arm, seed), run in history.groupby(["arm", "seed"], sort=False):
-        path = run.sort_values("update")[["kl", column]].rolling(smooth, min_periods=1).mean()
-        d, updates = distance(path["kl"]), run["update"].sort_values().to_numpy()
+        path = run.sort_values("update").set_index("update")[["kl", column]].rolling(smooth, min_periods=1).mean()
+        path = path.dropna()
+        d, updates = distance(path["kl"]), path.index.to_numpy()
         if len(np.unique(d)) < LEAST:
             continue
         law = fit(d, path[column], kind)

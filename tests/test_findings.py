@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from made_study import ARMS, ablation, policies, record, run
 
 from dense_rlhf.report.charts import forest, ticks
+from dense_rlhf.report.claims import judge
 from dense_rlhf.report.comparison import ablation_page, dataset_page, verdict
 from dense_rlhf.report.findings import across, findings
 from dense_rlhf.runs import RunFolder, finished_runs
@@ -93,6 +94,18 @@ def test_runs_without_history_or_times_still_compare(tmp_path):
             path.unlink()
     (found,) = findings(finished_runs(tmp_path / "runs" / "s"))
     assert "unknown" in verdict(found).grounds["At which cost"] and "All numbers" in dataset_page("s", found)[0]
+
+
+def test_a_path_with_holes_costs_no_page(tmp_path):
+    """A metric that is never a number leaves its comparisons open; the rest stands, and the law takes what is there."""
+    policies(tmp_path, "s", arms={name: ARMS[name] for name in ("sparse", "shap")})
+    for path in tmp_path.glob("runs/s/*/history.csv"):
+        holes = pd.read_csv(path).assign(value_loss=np.nan)
+        holes.loc[::4, "gold"] = np.nan
+        holes.to_csv(path, index=False)
+    (found,) = findings(finished_runs(tmp_path / "runs" / "s"))
+    body, _ = dataset_page("s", found)
+    assert "sqrt(KL) reached" in body and not any(case.told for case in judge(found)[0].cases)
 
 
 def test_an_ablation_page_holds_its_intervals_numbers_and_tables(tmp_path):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from dense_rlhf.escape import esc
 from dense_rlhf.live import duration
+from dense_rlhf.overoptimisation import fits, law_table
 from dense_rlhf.report import claims
 from dense_rlhf.report.charts import forest
 from dense_rlhf.report.claims import CONTRADICTED, EQUAL_KL, SUPPORTED, UNDECIDED, UPDATES, Claim, basis, judge, signed
@@ -144,6 +145,7 @@ def dataset_page(study: str, found: Finding) -> tuple[str, str]:
         ("kl", f"Gain over {base} at equal KL", _at_kl(at_kl, base)),
         ("improvement", "Probability of improvement",
          forest(improves, f"Probability that a run scores higher than one of {base}; 0.5 is a coin")),
+        ("laws", "Over-optimisation", _laws(found)),
         ("numbers", "All numbers", _arm_table(arms)),
         ("seeds", "Each seed", _seed_table(found)),
     ])  # fmt: skip
@@ -158,6 +160,16 @@ def _at_kl(gains: Mapping[str, Interval], base: str) -> str:
         return "<p>No seed in which both arms left a path of KL.</p>"
     what = f"Gold over {base} where both first reach the largest KL that both know, 95 % interval over seeds"
     return forest(gains, what)
+
+
+def _laws(found: Finding) -> str:
+    """Where gold peaks as each arm moves away from the reference; nothing where no path is long enough."""
+    if found.history is None or not {"kl", "gold", "update"} <= set(found.history):
+        return ""
+    fitted = law_table(fits(found.history))
+    what = "Gold (log-odds) while training: d (alpha - beta log d) over its start, d = sqrt(KL) (Gao et al., 2022)"
+    cells = [[esc(value) for value in row] for row in fitted.values.tolist()]
+    return table(f"{what}; 95 % t intervals over seeds", list(fitted.columns), cells) if cells else ""
 
 
 def _arm_table(arms: Sequence[Arm]) -> str:

@@ -93,11 +93,11 @@ class Finding:
         return self._test(ours, theirs, *(self.late(arm, column) for arm in (ours, theirs)))
 
     def late(self, arm: str, column: str) -> dict[int, float]:
-        """Mean of a metric over the second half of training, by seed."""
+        """Mean of a metric over the second half of training, by seed, of seeds where it is a number."""
         if self.history is None or column not in self.history:
             return {}
         runs = self.history[(self.history["arm"] == arm) & (self.history["update"] >= self.history["update"].max() / 2)]
-        return {int(seed): float(value) for seed, value in runs.groupby("seed")[column].mean().items()}
+        return {int(seed): float(value) for seed, value in runs.groupby("seed")[column].mean().dropna().items()}
 
     def compare_at_kl(self, ours: str, theirs: str, column: str = "gold") -> Difference | None:
         """A metric of training where both arms of a seed first reach the largest KL that both know, at the latest."""
