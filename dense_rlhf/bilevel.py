@@ -26,7 +26,7 @@ from dense_rlhf.health import Sign, diagnose
 from dense_rlhf.implicit import load_implicit
 from dense_rlhf.judge import win_rate
 from dense_rlhf.ledger import Halfway, Ledger, lock
-from dense_rlhf.models import LanguageModel, default_device, load_policy
+from dense_rlhf.models import LanguageModel, default_device, load_policy, within_memory
 from dense_rlhf.params import AttributionParams, BOParams, DataParams, PolicyParams, PPOParams, RewardParams
 from dense_rlhf.policy import PolicyWithValue, trainable_copy, value_probe
 from dense_rlhf.ppo import Learner
@@ -74,13 +74,15 @@ class Task:
 
     def respond(self, policy: PolicyWithValue, prompts: Sequence[Prompt], params: PPOParams, seed: int) -> Responses:
         """One scored response to each prompt, sampled with `seed`."""
-        generator = torch.Generator(default_device()).manual_seed(seed)
-        return respond(policy, self.reward_model, prompts, self.tokenizer, params, generator)
+        generator = torch.Generator().manual_seed(seed)
+        with within_memory("responses are sampled and scored", "ppo.rollouts or reward.token_budget"):
+            return respond(policy, self.reward_model, prompts, self.tokenizer, params, generator)
 
     def roll(self, policy: PolicyWithValue, prompts: Sequence[Prompt], params: PPOParams, seed: int) -> Rollout:
         """One batch of responses to `prompts`, sampled with `seed`."""
         responses = self.respond(policy, prompts, params, seed)
-        return appraise(policy, self.reference, responses, params.temperature, params.micro_batch)
+        with within_memory("log-probabilities are read", "ppo.micro_batch"):
+            return appraise(policy, self.reference, responses, params.temperature, params.micro_batch)
 
 
 def load_task(

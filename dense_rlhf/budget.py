@@ -177,8 +177,8 @@ def reading(models: Models, params: RunParams, P: int, token_budget: int) -> lis
     """While the reward model explains, in batches of at most `token_budget` tokens.
 
     A group of prompts in the cache, their copies in the batch with its own keys and values, the batch's working set,
-    and who sees whom: budget x N (1 + s), with packs of N = max(H, 128 + 2 T) nodes. Models that are not packed have
-    the working set alone.
+    and who sees whom: budget x (N (1 + s) + 10 (T + 1)), with packs of N = max(H, 128 + 2 T) nodes. Models that are not
+    packed have the working set alone.
     """
     sizes, s, T = Sizes.of(models.reward), _bytes(models.reward), params.ppo.max_new_tokens
     how = f"{token_budget:,} tokens"
@@ -188,7 +188,8 @@ def reading(models: Models, params: RunParams, P: int, token_budget: int) -> lis
         nodes = min(token_budget, max(sizes.hidden, 128 + 2 * T))
         kept = cache(sizes, prompts + token_budget, s)
         needs.append(Need("prompts and packs in the cache", kept, "explain", f"{prompts:,} + {how}"))
-        needs.append(Need("who sees whom", token_budget * nodes * (1 + s), "explain", f"{how} x {nodes} x {1 + s}"))
+        each = nodes * (1 + s) + 10 * (T + 1)
+        needs.append(Need("who sees whom", token_budget * each, "explain", f"{how} x {each:,}"))
     return needs
 
 

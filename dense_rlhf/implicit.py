@@ -49,7 +49,7 @@ def preferences(
 
     Rows of token ids, `prompt_ids`, `chosen_ids` and `rejected_ids`, each response with its EOS where it has one.
     """
-    generator = torch.Generator(next(reference.parameters()).device).manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     params = PPOParams(max_new_tokens=T)  # temperature 1
     size, rows = min(SAMPLED, pairs, len(prompts)), []
     for batch in progress(list(islice(prompt_batches(prompts, size, seed), -(-pairs // size)))):

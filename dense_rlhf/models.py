@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -39,6 +40,17 @@ class LanguageModel:
 def default_device() -> torch.device:
     """The first CUDA device where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@contextmanager
+def within_memory(doing: str, lower: str) -> Iterator[None]:
+    """A block or function that raises `InputError` saying what to `lower` where the GPU's memory is too small for it."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        asked, has = (str(error).split(". ") + ["", ""])[1:3]
+        raise InputError(f"out of memory while {doing}: {asked}; {has}. Lower {lower}, or see "
+                         "`python -m dense_rlhf check` for what it needs") from None  # fmt: skip
 
 
 def load_tiny(params: PolicyParams) -> LanguageModel:

@@ -54,8 +54,8 @@ class PolicyWithValue(nn.Module):
         for model in filter(None, (lm, value_trunk)):
             model.eval()  # dropout would make old and new log-probabilities those of two policies
         self.lm, self.critic, self.value_trunk, self.bf16 = lm, critic, value_trunk, bf16
-        hidden = (lm if value_trunk is None else value_trunk).config.hidden_size
-        self.value_head = nn.Linear(hidden, 1, dtype=torch.float32)
+        read = lm if value_trunk is None else value_trunk
+        self.value_head = nn.Linear(read.config.hidden_size, 1, device=read.device, dtype=torch.float32)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
         self.cut = 0 if trainable_layers is None else _cut(lm, trainable_layers)

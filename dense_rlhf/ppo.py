@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dense_rlhf.masked import masked_mean, masked_sum, masked_var, masked_whiten
+from dense_rlhf.models import within_memory
 from dense_rlhf.params import PPOParams
 from dense_rlhf.policy import PolicyWithValue, micro_batches
 from dense_rlhf.processes import Alone
@@ -165,6 +166,7 @@ class Batch(Rollout):
     returns: Tensor  # (B, T) score units
 
 
+@within_memory("the policy learns", "ppo.micro_batch")
 def update(learner: Learner, rollout: Rollout, rewards: Tensor, params: PPOParams) -> dict[str, float]:
     """Improve the policy in place on one rollout with per-token rewards (B, T), and say how it went.
 

@@ -58,13 +58,14 @@ def sample(
     """Sample at most T tokens a row from the full softmax: responses (B, T) padded after EOS, and their mask.
 
     Logits are divided by `temperature`; no top-k or top-p, so the recomputed log-probabilities are the sampler's.
-    `pad_id` itself is never sampled. Rows that have ended leave the batch.
+    `pad_id` itself is never sampled. Rows that have ended leave the batch. A CPU's generator serves every device.
     """
     responses = torch.full((len(queries), T), pad_id, device=queries.device)
     rows, alive = torch.arange(len(queries), device=queries.device), torch.ones_like(query_mask[:, 0])
     (cache, logits), mask = _prefill(lm, queries, query_mask), query_mask
     for t in range(T):
-        at = torch.rand(len(queries), 1, generator=generator, device=queries.device, dtype=torch.float64)[rows]
+        at = torch.rand(len(queries), 1, generator=generator, device=generator.device, dtype=torch.float64)
+        at = at.to(queries.device)[rows]
         token = _draw(allowed(logits.float() / temperature, pad_id).softmax(-1), at)
         responses[rows, t] = token = torch.where(alive, token, pad_id)
         alive = alive & (token != eos_id)

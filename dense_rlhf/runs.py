@@ -9,9 +9,12 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -90,11 +93,30 @@ def commit() -> str:
     return head + ("+changes" if changed.strip() else "")
 
 
+def _processor() -> str | None:
+    """The processor's name, where Linux gives one."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
+
+
+@cache
+def _gpu() -> str | None:
+    """Number and names of the GPUs that CUDA would see, found without loading it; None without any."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if shutil.which("nvidia-smi") is None or chosen == "":
+        return None
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader", *([f"--id={chosen}"] if chosen else [])]
+    done = subprocess.run(query, capture_output=True, text=True)
+    names = Counter(done.stdout.splitlines()) if done.returncode == 0 else {}
+    return ", ".join(f"{number} x {name}" for name, number in names.items()) or None
+
+
 def provenance() -> dict[str, object]:
-    """What would be needed to run it again: commit, Python, versions, processor count."""
+    """What would be needed to run it again: commit, Python, versions, hardware."""
     return {
         "commit": commit(), "python": sys.version.split()[0], "machine": platform.machine(), "cores": os.cpu_count(),
-        "versions": {name: version(name) for name in PACKAGES},
+        "processor": _processor(), "gpu": _gpu(), "versions": {name: version(name) for name in PACKAGES},
     }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
+from on_device import OnDevice
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dense_rlhf import language_model
@@ -38,6 +39,10 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
+DEVICE = os.environ.get("DENSE_RLHF_TEST_DEVICE", "cpu")  # cuda: models and tensors that the tests make are there
+if DEVICE != "cpu":
+    OnDevice(DEVICE).__enter__()
+
 SENTENCES = [
     "the film was good and the cast was great",
     "a bad plot and a worse ending, it was awful",
@@ -57,7 +62,7 @@ def jitter(model: torch.nn.Module, seed: int, scale: float = 0.15) -> torch.nn.M
         for p in model.parameters():
             if p.dim() == 2:
                 p.normal_(0, scale, generator=generator)
-    return model.eval()
+    return model.eval().to(DEVICE)
 
 
 def make_policy(tokenizer, seed: int = 0, eos_share: float = 0.2) -> LlamaForCausalLM:

@@ -17,7 +17,7 @@ from transformers import (
 
 from dense_rlhf.attribution import engine
 from dense_rlhf.attribution.coalitions import permutation_shap, ridge_lime
-from dense_rlhf.attribution.engine import coalition_scores, is_packed
+from dense_rlhf.attribution.engine import coalition_scores, is_packed, visible
 from dense_rlhf.attribution.packing import pack
 from dense_rlhf.params import AttributionParams
 from dense_rlhf.reward_model import RewardModel
@@ -87,10 +87,16 @@ def one_by_one(reward_model, reading, mask, removal):
 
 def close(ours, wanted, relative=1e-6):
     scale = max(wanted.abs().max().item(), 1e-3)
-    return (ours.double() - wanted).abs().max().item() <= relative * scale
+    return (ours.double().cpu() - wanted.cpu()).abs().max().item() <= relative * scale
 
 
 # ---------------------------------------------------------------------------------------------------- packs
+
+
+def sees_of(one):
+    """Which nodes each node of a pack sees (N, N)."""
+    path, owner, column = (torch.from_numpy(x[None].astype(int)) for x in (one.path, one.owner, one.column))
+    return visible(path, owner, column)[0].numpy()
 
 
 @given(st.data(), st.sampled_from(REMOVALS), st.integers(1, 40), st.integers(1, 3))
@@ -102,16 +108,17 @@ def test_packs_hold_every_coalition_once_and_each_sees_just_its_own_past(data, r
     assert sorted(np.concatenate([one.coalition for one in packs]).tolist()) == list(range(len(masks)))
     for one in packs:
         assert len(one) <= nodes or len(one.coalition) == 1
+        sees = sees_of(one)
         for read, row in zip(one.read, one.coalition):
             keep = np.concatenate([masks[row], np.ones(suffix, bool)])
-            past = one.sees[read]
+            past = sees[read]
             columns = np.flatnonzero(keep) if removal != "replace" else np.arange(k + suffix)
             assert one.column[past].tolist() == columns.tolist()
             assert one.position[past].tolist() == (list(range(len(columns))) if removal == "drop" else columns.tolist())
             if removal == "replace":
                 assert one.absent[past].tolist() == (~keep).tolist()
             for place, node in enumerate(np.flatnonzero(past)):  # and every node on the way sees the nodes before it
-                assert np.flatnonzero(one.sees[node]).tolist() == np.flatnonzero(past)[: place + 1].tolist()
+                assert np.flatnonzero(sees[node]).tolist() == np.flatnonzero(past)[: place + 1].tolist()
 
 
 def test_packs_share_prefixes():
@@ -151,13 +158,13 @@ def test_values_are_those_of_shap_and_lime(seed):
     (reading,) = readings = random_readings(seed, [(seed % 7, k)])
     f = lambda bits: one_by_one(reward_model, reading, np.asarray(bits) > 0.5, "drop").numpy()  # noqa: E731
     design = permutation_shap(k, 1, seed)
-    ours = design.operator @ coalition_scores(reward_model, readings, [design.masks.numpy()])[0]
+    ours = design.operator @ coalition_scores(reward_model, readings, [design.masks.numpy()])[0].cpu()
     explainer = shap.PermutationExplainer(f, shap.maskers.Independent(np.zeros((1, k))), seed=seed)
     theirs = explainer(np.ones((1, k)), max_evals=2 * k + 1, silent=True).values[0]
     assert close(ours, torch.tensor(theirs))
 
     design = ridge_lime(k, 30, seed)
-    scores = coalition_scores(reward_model, readings, [design.masks.numpy()])[0]
+    scores = coalition_scores(reward_model, readings, [design.masks.numpy()])[0].cpu()
     rng = np.random.RandomState(seed)  # lime's own draws: sizes of removal, then the removed
     sizes, bits = rng.randint(1, k + 1, 29), np.ones((30, k))
     for row, size in enumerate(sizes, 1):
@@ -241,7 +248,7 @@ def test_packs_of_a_whole_batch_are_small():
     packs = pack(masks, 1, "drop", 384)
     held = sum(array.nbytes for one in packs for array in vars(one).values())
     assert held <= 16 * sum(map(len, packs)) + 4 * len(masks) * 129 + 24 * len(masks)
-    assert held < sum(one.sees.nbytes for one in packs) / 4
+    assert held < sum(len(one) ** 2 for one in packs) / 4  # bytes of who sees whom
 
 
 @pytest.mark.parametrize("budget", [1, 60, 300, 5000])

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from dense_rlhf import ppo
+from dense_rlhf.attribution import attribute
 from dense_rlhf.health import SIGNS, EntropyCollapse, KLBlowUp, diagnose
-from dense_rlhf.params import PPOParams
+from dense_rlhf.params import AttributionParams, PPOParams
 from dense_rlhf.policy import PolicyWithValue
+from dense_rlhf.types import InputError
 
 PARAMS = PPOParams(updates=4, rollouts=6, max_new_tokens=8, minibatch=3, epochs=2, lr=1e-2)
 
@@ -278,6 +280,30 @@ def test_steps_before_the_one_that_diverged_remain(policy, rollout):
 def test_metrics_that_are_finite_are_not_blamed(rollout):
     error = ppo.Diverged({"a": 1.0, "b": math.inf, "c": math.nan}, rollout)
     assert "finite: b, c;" in str(error) and str(ppo.Diverged({"b": math.nan}, rollout, "said")) == "said"
+
+
+SHORT = ("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.10 GiB of which 1.00 GiB "
+         "is free. Including non-PyTorch memory, this process has 78.00 GiB memory in use.")  # fmt: skip
+
+
+@pytest.mark.parametrize("step, field", [
+    ("the policy learns", "ppo.micro_batch"), ("coalitions are scored", "reward.token_budget"),
+    ("attention explains", "reward.token_budget"),
+])  # fmt: skip
+def test_too_little_memory_names_what_to_lower(step, field, learner, reward_model, rollout, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError(SHORT)
+
+    monkeypatch.setattr(learner.policy.lm.model.layers[0], "forward", full)
+    monkeypatch.setattr(reward_model.model.model.layers[0], "forward", full)
+    acts = {
+        "the policy learns": lambda: ppo.update(learner, rollout, noise_like(rollout.mask), PARAMS),
+        "coalitions are scored": lambda: attribute(reward_model, rollout, ["shap"], AttributionParams()),
+        "attention explains": lambda: attribute(reward_model, rollout, ["attention"], AttributionParams()),
+    }  # fmt: skip
+    wanted = f"while {step}: Tried to allocate 20.00 GiB; GPU 0 has .* 1.00 GiB is free. Lower {field}, or see .*check"
+    with pytest.raises(InputError, match=wanted):
+        acts[step]()
 
 
 # ---------------------------------------------------------------------------------------------------- rates

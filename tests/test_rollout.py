@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import PROMPTS, jitter, make_rollout
+from conftest import DEVICE, PROMPTS, jitter, make_rollout
 from torch.nn import functional as F
 from transformers import MistralConfig, MistralForCausalLM
 
@@ -17,10 +17,14 @@ from dense_rlhf.rollout import by_vllm, encode_prompts, prompt_batches, response
 from dense_rlhf.types import InputError, Message
 
 
+def encoded(prompts, tokenizer):
+    return [x.to(DEVICE) for x in encode_prompts(prompts, tokenizer)]
+
+
 def draw(lm, tokenizer, seed, prompts=PROMPTS, T=8, temperature=1.0):
     generator = torch.Generator().manual_seed(seed)
     ends = tokenizer.eos_token_id, tokenizer.pad_token_id
-    return sample(lm, *encode_prompts(prompts, tokenizer), T, temperature, *ends, generator)
+    return sample(lm, *encoded(prompts, tokenizer), T, temperature, *ends, generator)
 
 
 def test_prompts_are_left_padded_and_whole(tokenizer):
@@ -57,7 +61,7 @@ def test_sampled_frequencies_are_the_tempered_softmax(reference, tokenizer, temp
     N = 4000
     responses, _ = draw(reference.lm, tokenizer, 0, ["the film"] * N, T=1, temperature=temperature)
     with torch.no_grad():
-        logits = reference.lm(input_ids=encode_prompts(["the film"], tokenizer)[0]).logits[0, -1] / temperature
+        logits = reference.lm(input_ids=encoded(["the film"], tokenizer)[0]).logits[0, -1] / temperature
     logits[tokenizer.pad_token_id] = -torch.inf
     wanted, found = logits.softmax(-1), torch.bincount(responses.flatten(), minlength=len(logits)) / N
     assert 0.5 * (wanted - found).abs().sum() < 0.13  # total variation; N draws over 300 tokens give about 0.1
@@ -68,7 +72,7 @@ def test_sampled_frequencies_are_the_tempered_softmax(reference, tokenizer, temp
 def test_temperatures_differ(reference, tokenizer):
     """The test above tells temperatures apart: their total variation is beyond its tolerance."""
     with torch.no_grad():
-        logits = reference.lm(input_ids=encode_prompts(["the film"], tokenizer)[0]).logits[0, -1]
+        logits = reference.lm(input_ids=encoded(["the film"], tokenizer)[0]).logits[0, -1]
     shares = [(logits / temperature).softmax(-1) for temperature in (0.5, 1.0, 2.0)]
     assert all(0.5 * (a - b).abs().sum() > 0.2 for a, b in zip(shares, shares[1:]))
 
@@ -174,7 +178,7 @@ def test_vllm_is_asked_for_what_the_sampler_means(reference, tokenizer, monkeypa
     lm = copy.deepcopy(reference.lm)
     for seed in (0, 0, 1):
         generator = torch.Generator().manual_seed(seed)
-        responses, mask = by_vllm(lm, *encode_prompts(PROMPTS, tokenizer), 4, 0.7, eos, pad, generator)
+        responses, mask = by_vllm(lm, *encoded(PROMPTS, tokenizer), 4, 0.7, eos, pad, generator)
     assert mask.sum(-1).tolist() == [1, 2, 3, 4, 4, 4] and responses[1].tolist() == [7, eos, pad, pad]
     assert engine.synced == 3  # it never samples from old weights
     prompts, temperature, T, options = engine.asked[0]
@@ -209,7 +213,7 @@ def test_a_sliding_window_is_sampled_from_as_it_reads(tokenizer):
                            pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)  # fmt: skip
     lm = jitter(MistralForCausalLM(config), seed=2, scale=0.5)
     responses, mask = draw(lm, tokenizer, 0, temperature=1e-4)
-    queries, query_mask = encode_prompts(PROMPTS, tokenizer)
+    queries, query_mask = encoded(PROMPTS, tokenizer)
     for row in range(len(PROMPTS)):
         query, response = queries[row][query_mask[row]], responses[row][mask[row]]
         with torch.no_grad():

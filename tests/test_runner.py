@@ -19,7 +19,7 @@ from dense_rlhf.runner import grid, jobs, plan
 from dense_rlhf.runner.console import Screen
 from dense_rlhf.runner.executors import Local, executor, shares, visible_gpus
 from dense_rlhf.runner.jobs import finish, prepare, run_job, state
-from dense_rlhf.runs import RunFolder
+from dense_rlhf.runs import RunFolder, _gpu, provenance
 from dense_rlhf.study import load_study
 from dense_rlhf.types import InputError
 
@@ -218,6 +218,22 @@ def test_two_workers_take_little_more_than_half_the_time(study, faked, monkeypat
         assert {record["status"] for record in grid.run_grid(read, print, force=True)} == {"ok"}
         took.append(time.monotonic() - start)
     assert took[0] / took[1] > 1.6
+
+
+@pytest.mark.parametrize("visible, wanted", [(None, "2 x NVIDIA A, 1 x NVIDIA B"), ("2", "1 x NVIDIA B"), ("", None)])
+def test_a_record_names_processor_and_gpus(visible, wanted, tmp_path, monkeypatch):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text('#!/bin/sh\n[ "$3" = --id=2 ] || printf "NVIDIA A\\nNVIDIA A\\n"\necho NVIDIA B\n')
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    _gpu.cache_clear()
+    made = provenance()
+    _gpu.cache_clear()
+    assert made["gpu"] == wanted and made["cores"] > 0
+    assert made["processor"] is None or made["processor"] in Path("/proc/cpuinfo").read_text()
 
 
 # ---------------------------------------------------------------------------------------------------- real kernels

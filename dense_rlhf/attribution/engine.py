@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from dense_rlhf.attribution.packing import Pack, pack
+from dense_rlhf.models import within_memory
 from dense_rlhf.reward_model import RewardModel, padded, under_budget
 from dense_rlhf.types import InputError, Reading, check_removal
 
@@ -28,6 +29,7 @@ def is_packed(model: PreTrainedModel, longest: int) -> bool:
     return model.config.model_type in PACKED and hasattr(model, "score") and not (window and window < longest)
 
 
+@within_memory("coalitions are scored", "reward.token_budget")
 def coalition_scores(
     reward_model: RewardModel, readings: Sequence[Reading], masks: Sequence[np.ndarray], removal: str = "drop",
     progress: Callable = iter,
@@ -151,7 +153,9 @@ class _Batch(NamedTuple):
 
     ids: np.ndarray  # (b, N)
     position: np.ndarray  # (b, N)
-    sees: np.ndarray  # (b, N, N)
+    column: np.ndarray  # (b, N)
+    owner: np.ndarray  # (b, N)
+    path: np.ndarray  # (b, r, width)
     read: np.ndarray  # (b, r)
     valid: np.ndarray  # (b, r) bool
     places: np.ndarray  # where the valid outputs belong
@@ -181,17 +185,30 @@ def _batches(group, packs, longest, reward_model) -> Iterator[list[tuple[int, Pa
 
 
 def _collate(items: list[tuple[int, Pack]], tokens: list[np.ndarray], replacement: int, starts: np.ndarray) -> _Batch:
-    b, N, r = len(items), max(len(one) for _, one in items), max(len(one.read) for _, one in items)
-    batch = _Batch(np.zeros((b, N), int), np.zeros((b, N), int), np.zeros((b, N, N), bool), np.zeros((b, r), int),
-                   np.zeros((b, r), bool), np.concatenate([starts[i] + one.coalition for i, one in items]))  # fmt: skip
-    batch.sees[:, range(N), range(N)] = True  # padding sees itself, lest its softmax be empty
+    b, N, (r, width) = len(items), max(len(one) for _, one in items), np.max([one.path.shape for _, one in items], 0)
+    nodes = np.zeros((4, b, N), int)
+    batch = _Batch(*nodes, np.full((b, r, width), -1), np.zeros((b, r), int), np.zeros((b, r), bool),
+                   np.concatenate([starts[i] + one.coalition for i, one in items]))  # fmt: skip
     for row, ((_, one), ids) in enumerate(zip(items, tokens)):
-        n, m = len(one), len(one.read)
-        batch.ids[row, :n] = np.where(one.absent, replacement, ids[one.column])
-        batch.position[row, :n] = one.position
-        batch.sees[row, :n, :n] = one.sees
+        n, (m, columns) = len(one), one.path.shape
+        nodes[:, row, :n] = np.where(one.absent, replacement, ids[one.column]), one.position, one.column, one.owner
+        batch.path[row, :m, :columns] = one.path
         batch.read[row, :m], batch.valid[row, :m] = one.read, True
     return batch
+
+
+def visible(path: Tensor, owner: Tensor, column: Tensor) -> Tensor:
+    """Which nodes each node of packs sees, (b, N, N) bool: itself and its ancestors. Arguments as in `Pack`, batched.
+
+    Made where it is used: it grows with N^2, what it is made of does not.
+    """
+    b, N = owner.shape
+    past = path.gather(1, owner[..., None].expand(-1, -1, path.shape[-1]))
+    later = torch.arange(path.shape[-1], device=path.device) > column[..., None]
+    past.masked_fill_(later | (past < 0), N)  # what it does not see, in a column of its own
+    sees = torch.zeros(b, N, N + 1, dtype=torch.bool, device=path.device).scatter_(-1, past, True)[..., :N]
+    sees.diagonal(dim1=1, dim2=2).fill_(True)  # padding sees itself, lest its softmax be empty
+    return sees
 
 
 @torch.no_grad()
@@ -213,9 +230,9 @@ def _score(model: PreTrainedModel, prompts: _Prompts, rows: list[int], batch: _B
     rows = torch.tensor(rows, device=device)
     for number, (keys, values) in enumerate(prompts.layers):
         cache.update(keys[rows], values[rows], number)
-    ids, position, sees, read, valid = (torch.from_numpy(x).to(device) for x in batch[:5])
+    ids, position, column, owner, path, read, valid = (torch.from_numpy(x).to(device) for x in batch[:7])
     real = prompts.real[rows]
-    seen = torch.cat([real[:, None].expand(-1, ids.shape[1], -1), sees], -1)
+    seen = torch.cat([real[:, None].expand(-1, ids.shape[1], -1), visible(path, owner, column)], -1)
     with reading_only(model, read):
         hidden = _trunk(model, ids, seen, position + real.sum(-1, keepdim=True), cache)
     return model.score(hidden[valid]).squeeze(-1)

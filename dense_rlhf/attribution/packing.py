@@ -1,7 +1,7 @@
 """Coalitions of one response as few tokens: what coalitions share from the left is computed once.
 
 A causal model's state at a token depends only on what stands before it. Sorted by their bits, coalitions form a
-trie; its nodes are laid in one sequence, and a matrix says which nodes each node sees.
+trie; its nodes are laid in one sequence, and each sees those on its coalition's path up to it.
 """
 
 from __future__ import annotations
@@ -27,14 +27,6 @@ class Pack:
 
     def __len__(self) -> int:
         return len(self.column)
-
-    @property
-    def sees(self) -> np.ndarray:
-        """(N, N) bool, itself and its ancestors. Made anew when asked for: kept for a whole batch it fills memory."""
-        before = np.arange(self.path.shape[1]) <= self.column[:, None]
-        seen = np.zeros((len(self), len(self) + 1), bool)
-        seen[np.arange(len(self))[:, None], np.where(before, self.path[self.owner], -1)] = True  # -1: the last column
-        return seen[:, :-1]
 
 
 def pack(masks: np.ndarray, suffix: int, removal: str, nodes: int) -> tuple[Pack, ...]:

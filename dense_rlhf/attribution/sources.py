@@ -43,9 +43,11 @@ class Internal:
     function: str
 
     def __call__(self, reward_model: RewardModel, rollout: Rollout, params: AttributionParams) -> Attribution:
-        return getattr(import_module(f"dense_rlhf.attribution.{self.module}"), self.function)(
-            reward_model, rollout, params
-        )
+        from dense_rlhf.models import within_memory
+
+        explain = getattr(import_module(f"dense_rlhf.attribution.{self.module}"), self.function)
+        with within_memory(f"{self.function} explains", "reward.token_budget"):
+            return explain(reward_model, rollout, params)
 
 
 def share(source: str, rollout: Rollout, weights: Tensor, evaluations: float = 0) -> Attribution:

@@ -1,0 +1,415 @@
+"""On a GPU: the numbers of the CPU, seconds and memory. One JSON object a line; exit code 1 where numbers differ.
+
+    python benchmarks/gpu.py [--quick] [--only parity|explain|update|sampler] > benchmarks/gpu.jsonl
+
+    parity   what float32 on the CPU computes of the same responses with the same weights: `apart` is the largest
+             difference over the largest number (of weights: the norm of the difference over that of the change)
+    explain  seconds a response for the same coalitions; ratio = peer / ours, as in benchmarks/attribution.py
+    update   seconds and most GiB of each step of an update, beside what dense_rlhf/budget.py computes of them
+    sampler  seconds of transformers' own loop, compiled where there is a GPU, beside ours
+
+Models of `explain`, `update` and `sampler` have random weights: speed and memory do not depend on them. Where there is
+no GPU everything runs on the CPU, at sizes of --quick in a minute; parity then says nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
+
+from dense_rlhf import budget, ppo
+from dense_rlhf.attribution import attribute
+from dense_rlhf.attribution.coalitions import permutation_shap
+from dense_rlhf.attribution.engine import coalition_scores
+from dense_rlhf.attribution.library import plain_scores, shap_values
+from dense_rlhf.checkpoint import learner_state, load_checkpoint, restore, save_checkpoint, save_policy
+from dense_rlhf.models import default_device, load_policy
+from dense_rlhf.params import AttributionParams, PolicyParams, PPOParams, RewardParams, RunParams
+from dense_rlhf.policy import PolicyWithValue, trainable_copy
+from dense_rlhf.reward_model import RewardModel
+from dense_rlhf.rewards import _fresh_classifier
+from dense_rlhf.rollout import SAMPLERS, appraise, respond
+from dense_rlhf.runs import provenance
+from dense_rlhf.shaping import shape_rewards
+from dense_rlhf.types import InputError, Reading, Responses, RewardShape, Rollout
+
+DEVICE = default_device()
+failed: list[str] = []
+
+
+def line(measure: str, case: str, **more) -> None:
+    rounded = {name: float(f"{value:.4g}") if isinstance(value, float) else value for name, value in more.items()}
+    print(json.dumps({"benchmark": f"gpu/{measure}", "case": case} | rounded), flush=True)
+
+
+def clocked(act: Callable) -> tuple[float, float, object]:
+    """Seconds, most GiB at once (0 on a CPU), and what the work returned."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    found = act()
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    taken = time.perf_counter() - start
+    return taken, torch.cuda.max_memory_allocated() / 2**30 if DEVICE.type == "cuda" else 0.0, found
+
+
+# ---------------------------------------------------------------------------------------------------- parity
+
+PROMPTS = ["The film", "A plot that", "I loved the music of", "What a", "The cast", "Bad", "It is", "This story of"]
+PPO = PPOParams(updates=4, rollouts=64, minibatch=32, micro_batch=16, max_new_tokens=24)
+EXPLAIN = AttributionParams(permutations=2)
+EXACT = ("shap", "owen", "kernel", "leverage", "lime", "leave_one_out", "prefix", "attention", "gradient_input",
+         "integrated_gradients")  # fmt: skip
+LEARNERS = {"all weights": {}, "LoRA": {"lora_rank": 8}, "last 2 layers": {"trainable_layers": 2},
+            "separate critic": {"critic": "separate"}, "detached critic": {"critic": "detached"}}  # fmt: skip
+CLOSE = 1e-4  # of float32, sums in another order
+
+
+class Side:
+    """The shipped policy, and a random reward model, on one device."""
+
+    def __init__(self, device: torch.device | str, dtype: str = "float32", trainable_layers: int | None = None):
+        loaded, self.device = load_policy(PolicyParams(dtype=dtype)), device
+        self.tokenizer, draw = loaded.tokenizer, torch.Generator().manual_seed(0)
+        reference = PolicyWithValue(loaded.model, trainable_layers, bf16=dtype == "bfloat16")
+        classifier = _fresh_classifier(RewardParams(), self.tokenizer).eval()
+        with torch.no_grad():
+            reference.value_head.weight.normal_(0, 0.1, generator=draw)
+            for p in classifier.parameters():
+                if p.dim() == 2:  # fresh weights hardly read their input
+                    p.normal_(0, 0.15, generator=draw)
+        self.reference = reference.requires_grad_(False).to(device)
+        self.reward_model = RewardModel(classifier.to(device, getattr(torch, dtype)), self.tokenizer)
+
+    def roll(self, seed: int = 0) -> Rollout:
+        generator = torch.Generator().manual_seed(seed)
+        prompts = PROMPTS * (PPO.rollouts // len(PROMPTS))
+        found = respond(self.reference, self.reward_model, prompts, self.tokenizer, PPO, generator)
+        return appraise(self.reference, self.reference, found, 1.0)
+
+    def learner(self, start: dict[str, Tensor] | None = None, **policy) -> ppo.Learner:
+        torch.manual_seed(0)
+        made = trainable_copy(self.reference, PolicyParams(**policy), self.reward_model)
+        if start is not None:  # adapters start at random, and each device draws its own
+            made.load_state_dict(start)
+        return ppo.make_learner(made, PPO, seed=0)
+
+
+def moved(rollout: Rollout, device: torch.device | str) -> Rollout:
+    return replace(rollout, **{name: x.to(device) for name, x in rollout.tensors().items()})
+
+
+def compare(case: str, wanted: Tensor, found: Tensor, most: float = CLOSE) -> None:
+    wanted, found = wanted.double().cpu(), found.double().cpu()
+    judge(case, float((found - wanted).abs().max() / wanted.abs().max()), most)
+
+
+def judge(case: str, apart: float, most: float, **more) -> None:
+    """A line, and a failure where `apart` is above `most` or no number."""
+    if not apart <= most:
+        failed.append(case)
+    line("parity", case, peer="float32, CPU", apart=apart, most=most, ok=apart <= most, **more)
+
+
+def parity() -> None:
+    cpu, gpu = Side("cpu"), Side(DEVICE)
+    here, there = cpu.roll(), gpu.roll()
+    judge("sampled tokens that differ", (here.responses != there.responses.cpu()).double().mean().item(), 0.05)
+    carried = moved(here, DEVICE)
+    again = appraise(gpu.reference, gpu.reference, carried, 1.0)
+    compare("log-probabilities", here.logprobs, again.logprobs)
+    compare("values", here.values, again.values)
+    compare("scores", here.scores, gpu.reward_model.score(gpu.reward_model.readings(carried)))
+    by = [attribute(side.reward_model, rollout, EXACT, EXPLAIN) for side, rollout in ((cpu, here), (gpu, carried))]
+    for source in EXACT:
+        compare(f"credit of {source}", by[0][source].credit, by[1][source].credit, 10 * CLOSE)
+    for kind in ("signed", "softmax"):
+        shape = RewardShape(("shap", "lime"), (0.7, 0.3), kind)
+        compare(f"rewards, {kind}", shape_rewards(here, by[0], shape), shape_rewards(carried, by[1], shape), 10 * CLOSE)
+    rewards = shape_rewards(here, by[0], RewardShape(("shap",), (1.0,), "signed"))
+    for name, policy in LEARNERS.items():
+        update_parity(name, policy, here, rewards)
+    checkpoints(cpu, gpu, here, rewards)
+    same_again(gpu, carried, rewards.to(DEVICE))
+    low_precision(here)
+    memory_errors(gpu, carried, rewards.to(DEVICE))
+
+
+def learned(learner: ppo.Learner) -> Tensor:
+    """All that learns, as one vector."""
+    return torch.cat([p.detach().double().cpu().flatten() for p in learner.policy.parameters() if p.requires_grad])
+
+
+def improve(learner: ppo.Learner, side: Side, rollout: Rollout, rewards: Tensor) -> dict[str, float]:
+    read = appraise(learner.policy, side.reference, moved(rollout, side.device), 1.0, PPO.micro_batch)
+    return ppo.update(learner, read, ppo.token_rewards(read, rewards.to(side.device), PPO), PPO)
+
+
+def update_parity(name: str, policy: dict, rollout: Rollout, rewards: Tensor) -> None:
+    """One update on either device from the same weights: its metrics, and by how much the weights differ."""
+    sides = [Side(device, trainable_layers=policy.get("trainable_layers")) for device in ("cpu", DEVICE)]
+    learners = [sides[0].learner(**policy)]
+    learners.append(sides[1].learner(learners[0].policy.state_dict(), **policy))
+    before = learned(learners[0])
+    logs = [improve(*both, rollout, rewards) for both in zip(learners, sides)]
+    compare(f"metrics of an update, {name}", *(torch.tensor(list(log.values())) for log in logs), most=1e-3)
+    change, other = (learned(learner) - before for learner in learners)
+    judge(f"weights after an update, {name}", ((change - other).norm() / change.norm()).item(), 0.02)
+
+
+def checkpoints(cpu: Side, gpu: Side, rollout: Rollout, rewards: Tensor) -> None:
+    """A training kept on the GPU goes on there bit for bit, and on the CPU nearly so; its policy loads on the CPU."""
+    original = gpu.learner()
+    improve(original, gpu, rollout, rewards)
+    with tempfile.TemporaryDirectory() as folder:
+        save_checkpoint(Path(folder), 1, *learner_state(original))
+        resumed = {}
+        for name, side in (("GPU", gpu), ("CPU", cpu)):
+            resumed[name] = side.learner()
+            restore(resumed[name], *load_checkpoint(Path(folder)))
+            improve(resumed[name], side, rollout, rewards)
+    start = learned(original)
+    improve(original, gpu, rollout, rewards)
+    change = (learned(original) - start).norm()
+    for name, most in (("GPU", 0.0), ("CPU", 0.02)):
+        apart = (learned(resumed[name]) - learned(original)).norm() / change
+        judge(f"update after a checkpoint of the GPU, on the {name}", apart.item(), most)
+    with tempfile.TemporaryDirectory() as folder:
+        save_policy(original.policy, gpu.tokenizer, Path(folder))
+        read = AutoModelForCausalLM.from_pretrained(folder)
+    ours = original.policy.lm.state_dict()
+    compare("weights of a saved policy, read on the CPU", *(torch.cat([x.flatten().cpu() for x in (w[name] for name in
+            ours)]) for w in (ours, read.state_dict())), most=0.0)  # fmt: skip
+
+
+def same_again(gpu: Side, rollout: Rollout, rewards: Tensor) -> None:
+    """The same seed twice on one device: bits."""
+    judge("responses, the same seed again", float((gpu.roll().responses != gpu.roll().responses).sum()), 0.0)
+    first, again = (attribute(gpu.reward_model, rollout, ["shap"], EXPLAIN)["shap"].credit for _ in range(2))
+    judge("credit, the same responses again", (first - again).abs().max().item(), 0.0)
+    ends = []
+    for _ in range(2):
+        learner = gpu.learner()
+        for _ in range(3):
+            improve(learner, gpu, rollout, rewards)
+        ends.append(learned(learner))
+    judge("weights after three updates, the same seed again", (ends[0] - ends[1]).abs().max().item(), 0.0)
+
+
+def low_precision(rollout: Rollout) -> None:
+    """bfloat16 on the GPU: nats a token and standard deviations of the score away from float32."""
+    gpu, carried = Side(DEVICE, "bfloat16"), moved(rollout, DEVICE)
+    read = appraise(gpu.reference, gpu.reference, carried, 1.0)
+    off = (read.logprobs.cpu() - rollout.logprobs)[rollout.mask].abs()
+    judge("log-probabilities in bfloat16, mean nats a token", off.mean().item(), 0.05, largest=off.max().item())
+    scores = gpu.reward_model.score(gpu.reward_model.readings(carried)).cpu()
+    judge("scores in bfloat16, sd", ((scores - rollout.scores).std() / rollout.scores.std()).item(), 0.1)
+
+
+def memory_errors(gpu: Side, rollout: Rollout, rewards: Tensor) -> None:
+    """Too little memory ends in one line that names what to lower; then the same with less goes through."""
+    if DEVICE.type != "cuda":
+        return
+    torch.cuda.empty_cache()
+    free = torch.cuda.memory_allocated() + 2**28
+    torch.cuda.set_per_process_memory_fraction(free / torch.cuda.get_device_properties(0).total_memory)
+    learner, wide = gpu.learner(), replace(PPO, micro_batch=64, minibatch=64)
+    greedy, modest = (replace(gpu.reward_model, token_budget=number) for number in (2**22, 2**12))
+    read = replace(rollout, trunk=None)
+    for name, act in (("reward.token_budget", lambda: attribute(greedy, read, ["shap"], EXPLAIN)),
+                      ("ppo.micro_batch", lambda: ppo.update(learner, read, rewards, wide))):  # fmt: skip
+        try:
+            act()
+            said = "no error"
+        except InputError as error:
+            said = str(error)
+        torch.cuda.empty_cache()
+        judge(f"memory runs out: {name} is named", float(name not in said), 0.0, said=said)
+    attribute(modest, read, ["shap"], EXPLAIN)
+    torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+# ---------------------------------------------------------------------------------------------------- explain
+
+SHAPES = {
+    "135M": {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+             "num_attention_heads": 9, "num_key_value_heads": 3},
+    "1B": {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+           "num_attention_heads": 32, "num_key_value_heads": 8},
+    "tiny": {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "num_key_value_heads": 2},
+}  # fmt: skip  # of SmolLM2-135M, of Llama-3.2-1B, and for --quick
+EOS, PAD = 0, 1
+TOKENIZER = SimpleNamespace(eos_token_id=EOS, pad_token_id=PAD)
+
+
+def random_model(kind: type, shape: str, **options) -> torch.nn.Module:
+    ends = {"pad_token_id": PAD, "eos_token_id": EOS, "tie_word_embeddings": True}
+    config = LlamaConfig(**SHAPES[shape] | ends | options)
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        return kind.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False)
+
+
+def random_reward_model(shape: str, **options) -> RewardModel:
+    return RewardModel(random_model(AutoModelForSequenceClassification, shape, num_labels=1, **options), TOKENIZER)
+
+
+def random_readings(shape: str, B: int, P: int, T: int) -> list[Reading]:
+    ids = torch.randint(2, SHAPES[shape]["vocab_size"], (B, P + T), generator=torch.Generator().manual_seed(0)).tolist()
+    return [Reading(tuple(row[:P]), tuple(row[P:])) for row in ids]
+
+
+def explain(shape: str, B: int, few: int, P: int, T: int, repeats: int) -> None:
+    """One antithetic permutation of T tokens: ours for B responses, peers for `few` of them."""
+    reward_model, readings = random_reward_model(shape), random_readings(shape, B, P, T)
+    masks = permutation_shap(T, 1, 0).masks.numpy()
+    rows = [[*one.prompt, *(t for t, keep in zip(one.response, mask) if keep)]
+            for one in readings[:few] for mask in masks]  # fmt: skip
+    sides = {
+        "ours": (B, lambda: torch.cat(coalition_scores(reward_model, readings, [masks] * B))),
+        "each coalition a text, all in one batch": (few, lambda: reward_model.calibrate(reward_model.outputs(rows))),
+        "shap permutation": (1, lambda: shap_values(plain_scores(reward_model, readings[0]), T, 1, 0)),
+    }
+    found = {}
+    for name, (number, act) in sides.items():
+        scores = act()  # warm
+        taken = [clocked(act)[:2] for _ in range(repeats)]
+        found[name] = statistics.median(t for t, _ in taken) / number, max(most for _, most in taken), scores
+    own, gib, scores = found.pop("ours")
+    plain = found["each coalition a text, all in one batch"][2]
+    apart = float((scores[: len(plain)] - plain).std() / plain.std())
+    for name, (taken, most, _) in found.items():
+        line("explain", f"{shape}, prompt {P}, response {T}, batch {B}", peer=name, ratio=taken / own, unit="s",
+             repeats=repeats, ours=own, theirs=taken, ours_gib=gib, theirs_gib=most, coalitions=len(masks),
+             apart_sd=apart)  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------- update
+
+
+def run_params(policy: dict, B: int, T: int) -> RunParams:
+    wide = PPOParams(rollouts=B, minibatch=B // 2, micro_batch=B // 4, max_new_tokens=T)
+    return RunParams(policy=PolicyParams(dtype="bfloat16", **policy), reward=RewardParams(dtype="bfloat16"), ppo=wide,
+                     attribution=AttributionParams(permutations=1))  # fmt: skip
+
+
+def update(shape: str, reward_shape: str, name: str, policy: dict, B: int, P: int, T: int, repeats: int) -> None:
+    """Each step of an update, in the order of a training; the first update is not counted."""
+    params, lm = run_params(policy, B, T), random_model(AutoModelForCausalLM, shape)
+    reference = PolicyWithValue(lm, bf16=True).requires_grad_(False)
+    reward_model = random_reward_model(reward_shape, vocab_size=SHAPES[shape]["vocab_size"])  # reads what it writes
+    learner = ppo.make_learner(trainable_copy(reference, params.policy, reward_model), params.ppo, seed=0)
+    models = budget.Models(reference, learner.policy, reward_model.model)
+    queries = torch.tensor([one.prompt for one in random_readings(shape, B, P, 0)], device=DEVICE)
+    rounds = [one_update(learner, reference, reward_model, queries, params) for _ in range(repeats + 1)][1:]
+    needs, works = budget.memory(models, params, P, reward_model.budget), budget.time(models, params, P, ["shap"])
+    always = sum(need.bytes for need in needs if need.when == "always")
+    h100 = next(device for device in budget.DEVICES if device.name == "H100")
+    for work in works:
+        taken, gib = (statistics.median(one[work.step][i] for one in rounds) for i in (0, 1))
+        said = (always + sum(need.bytes for need in needs if need.when == work.step)) / 2**30
+        line("update", f"{shape}, {name}, {reward_shape} explained, prompt {P}, response {T}, batch {B}",
+             step=work.step, unit="s", repeats=repeats, ours=taken, said=work.seconds(h100), gib=gib,
+             said_gib=said, always_gib=always / 2**30, tflops=work.flops / taken / 1e12)  # fmt: skip
+
+
+def one_update(
+    learner: ppo.Learner, reference: PolicyWithValue, reward_model: RewardModel, queries: Tensor, params: RunParams
+) -> dict[str, tuple[float, float]]:
+    """Seconds and GiB of each step; responses have their full length."""
+    policy, T, found = learner.policy, params.ppo.max_new_tokens, {}
+
+    def step(name: str, act: Callable):
+        *found[name], made = clocked(act)
+        return made
+
+    mask, generator = torch.ones_like(queries, dtype=torch.bool), torch.Generator().manual_seed(0)
+    drawn, kept = step("sample", lambda: SAMPLERS["cache"](policy.sampling_model(), queries, mask, T, 1.0, -1, PAD,
+                                                           generator))  # fmt: skip
+    none = torch.zeros(len(queries), device=DEVICE)
+    texts = Responses(queries, mask, drawn, kept, none, none.bool())
+    scores = step("score", lambda: reward_model.score(reward_model.readings(texts)))
+    texts = replace(texts, scores=scores)
+    read = step("log-probabilities", lambda: appraise(policy, reference, texts, 1.0, params.ppo.micro_batch))
+    credit = step("explain", lambda: attribute(reward_model, read, ["shap"], params.attribution))
+    shaped = shape_rewards(read, credit, RewardShape(("shap",), (1.0,), "signed"))
+    step("update", lambda: ppo.update(learner, read, ppo.token_rewards(read, shaped, params.ppo), params.ppo))
+    return found
+
+
+def sampler(shape: str, B: int, P: int, T: int, repeats: int) -> None:
+    """Both samplers on the same prompts; the first call compiles and is told apart."""
+    lm, seconds = random_model(AutoModelForCausalLM, shape), {}
+    queries = torch.tensor([one.prompt for one in random_readings(shape, B, P, 0)], device=DEVICE)
+    for name in ("cache", "generate"):
+        act = lambda: SAMPLERS[name](lm, queries, torch.ones_like(queries, dtype=torch.bool), T, 1.0, -1, PAD,  # noqa: B023, E731
+                                     torch.Generator().manual_seed(0))  # fmt: skip
+        seconds[name] = [clocked(act)[0] for _ in range(repeats + 1)]
+    own, theirs = (statistics.median(taken[1:]) for taken in seconds.values())
+    first = {f"{who}_first": seconds[name][0] for who, name in (("ours", "cache"), ("theirs", "generate"))}
+    line("sampler", f"{shape}, prompt {P}, response {T}, batch {B}", peer="generate", ratio=theirs / own, unit="s",
+         repeats=repeats, ours=own, theirs=theirs, **first)  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------- all
+
+
+def peak() -> None:
+    """Operations a second of a large product, which the others are held against."""
+    n, dtype = (8192, torch.bfloat16) if DEVICE.type == "cuda" else (1024, torch.float32)
+    square = torch.randn(n, n, device=DEVICE, dtype=dtype)
+    taken = statistics.median(clocked(lambda: square @ square)[0] for _ in range(9))
+    line("peak", f"matrix product of {n}, {dtype}".replace("torch.", ""), tflops=2 * n**3 / taken / 1e12)
+
+
+def parts(quick: bool) -> dict[str, Callable]:
+    """What --only names."""
+    sizes = {"P": 16, "T": 16, "repeats": 1} if quick else {"P": 128, "T": 128, "repeats": 3}
+    B, few = (8, 2) if quick else (64, 4)
+    models = ["tiny"] if quick else ["135M", "1B"]
+    learners = [("tiny", "all weights", {}), ("tiny", "LoRA", {"lora_rank": 8})] if quick else [
+        ("135M", "all weights", {}), ("1B", "LoRA", {"lora_rank": 32})]  # fmt: skip
+
+    def updates() -> None:
+        for shape, name, policy in learners:
+            update(shape, models[0], name, policy, B, **sizes)
+
+    return {
+        "parity": parity, "explain": lambda: [explain(shape, B, few, **sizes) for shape in models], "update": updates,
+        "sampler": lambda: sampler(models[0], B, **sizes),
+    }  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="end within a minute: tiny models")
+    parser.add_argument("--only", action="append", choices=parts(True), help="some parts of it; repeatable")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    line("run", DEVICE.type, **provenance())
+    peak()
+    for name, act in parts(arguments.quick).items():
+        if name in (arguments.only or parts(True)):
+            act()
+    print("\n".join(f"differs: {case}" for case in failed), file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

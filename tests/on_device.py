@@ -1,0 +1,43 @@
+"""Tensors that tests make, on another device; those of the package are made where it makes them.
+
+    DENSE_RLHF_TEST_DEVICE=cuda python -m pytest tests/test_engine.py tests/test_policy.py
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
+
+HERE = str(Path(__file__).parent)
+INIT = torch.nn.init.__file__  # draws what tests ask of it
+FACTORIES = {*_device_constructors(), torch.from_numpy}
+TO_NUMPY = {torch.Tensor.numpy, torch.Tensor.__array__}
+
+
+class OnDevice(TorchFunctionMode):
+    """What a file of tests asks of torch itself: new tensors go to `device`, arrays come from it.
+
+    Where it draws with a generator of the CPU it draws there, so that every device sees the same numbers.
+    """
+
+    def __init__(self, device: str):
+        super().__init__()
+        self.device = device
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        caller = sys._getframe(1).f_code.co_filename
+        if caller.rpartition("/")[0] != HERE and caller != INIT:
+            return function(*args, **kwargs)
+        if function in FACTORIES and caller != INIT:
+            given = kwargs.get("device")
+            return function(*args, **kwargs) if given else function(*args, **kwargs).to(self.device)
+        drawn = getattr(kwargs.get("generator"), "device", None)
+        if function not in TO_NUMPY and drawn != torch.device("cpu"):
+            return function(*args, **kwargs)
+        found = function(*(x.cpu() if isinstance(x, torch.Tensor) else x for x in args), **kwargs)
+        if function in TO_NUMPY:
+            return found
+        return args[0].data.copy_(found) if function.__name__.endswith("_") else found.to(self.device)
