@@ -226,7 +226,7 @@ def memory_errors(gpu: Side, rollout: Rollout, rewards: Tensor) -> None:
     if DEVICE.type != "cuda":
         return
     torch.cuda.empty_cache()
-    free = torch.cuda.memory_allocated() + 2**28
+    free = torch.cuda.memory_allocated() + 2**26
     torch.cuda.set_per_process_memory_fraction(free / torch.cuda.get_device_properties(0).total_memory)
     learner, wide = gpu.learner(), replace(PPO, micro_batch=64, minibatch=64)
     greedy, modest = (replace(gpu.reward_model, token_budget=number) for number in (2**22, 2**12))

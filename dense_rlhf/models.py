@@ -44,7 +44,7 @@ def default_device() -> torch.device:
 
 @contextmanager
 def within_memory(doing: str, lower: str) -> Iterator[None]:
-    """A block or function that raises `InputError` saying what to `lower` where the GPU's memory is too small for it."""
+    """A block or function that raises `InputError` with what to `lower` where the GPU's memory is too small for it."""
     try:
         yield
     except torch.OutOfMemoryError as error:

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import torch
-from conftest import PROMPTS, SENTENCES, make_policy
+from conftest import DEVICE, PROMPTS, SENTENCES, make_policy
 
 from dense_rlhf import bilevel
 from dense_rlhf.additive import AdditiveJudge
@@ -40,7 +40,7 @@ def make_task() -> Task:
     tokenizer = train_tokenizer(SENTENCES, 300)
     torch.manual_seed(0)
     reference = PolicyWithValue(make_policy(tokenizer)).requires_grad_(False).eval()
-    classifier = _fresh_classifier(RewardParams(hidden=16, layers=1, heads=2), tokenizer).eval()
+    classifier = _fresh_classifier(RewardParams(hidden=16, layers=1, heads=2), tokenizer).eval().to(DEVICE)
     text = [LabelledText("the film was good", 1)]
     data = Dataset("inline", "r0", text, text, PROMPTS, PROMPTS[:4], text)
     judge = AdditiveJudge("gold", {chr(c): c / 1000 for c in range(97, 123)})
