@@ -27,8 +27,8 @@ class OnDevice(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        asked = sys._getframe(1).f_code.co_filename.rpartition("/")[0] == HERE or function.__module__ == "torch.nn.init"
-        if not asked:
+        caller = sys._getframe(1).f_code.co_filename.rpartition("/")[0]
+        if caller != HERE and getattr(function, "__module__", "") != "torch.nn.init":
             return function(*args, **kwargs)
         if function in FACTORIES:
             given = kwargs.get("device")
