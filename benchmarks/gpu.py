@@ -23,6 +23,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -231,7 +232,8 @@ def memory_errors(gpu: Side, rollout: Rollout, rewards: Tensor) -> None:
     learner, wide = gpu.learner(), replace(PPO, micro_batch=64, minibatch=64)
     greedy, modest = (replace(gpu.reward_model, token_budget=number) for number in (2**22, 2**12))
     read = replace(rollout, trunk=None)
-    for name, act in (("reward.token_budget", lambda: attribute(greedy, read, ["shap"], EXPLAIN)),
+    many = replace(EXPLAIN, permutations=8)
+    for name, act in (("reward.token_budget", lambda: attribute(greedy, read, ["shap"], many)),
                       ("ppo.micro_batch", lambda: ppo.update(learner, read, rewards, wide))):  # fmt: skip
         try:
             act()
@@ -240,7 +242,7 @@ def memory_errors(gpu: Side, rollout: Rollout, rewards: Tensor) -> None:
             said = str(error)
         torch.cuda.empty_cache()
         judge(f"memory runs out: {name} is named", float(name not in said), 0.0, said=said)
-    attribute(modest, read, ["shap"], EXPLAIN)
+    attribute(modest, read, ["shap"], many)
     torch.cuda.set_per_process_memory_fraction(1.0)
 
 
@@ -354,17 +356,21 @@ def one_update(
 
 
 def sampler(shape: str, B: int, P: int, T: int, repeats: int) -> None:
-    """Both samplers on the same prompts; the first call compiles and is told apart."""
-    lm, seconds = random_model(AutoModelForCausalLM, shape), {}
+    """Both samplers on prompts that are each time of another width, as in a study; the last round is compared."""
+    lm = random_model(AutoModelForCausalLM, shape)
     queries = torch.tensor([one.prompt for one in random_readings(shape, B, P, 0)], device=DEVICE)
-    for name in ("cache", "generate"):
-        act = lambda: SAMPLERS[name](lm, queries, torch.ones_like(queries, dtype=torch.bool), T, 1.0, -1, PAD,  # noqa: B023, E731
-                                     torch.Generator().manual_seed(0))  # fmt: skip
-        seconds[name] = [clocked(act)[0] for _ in range(repeats + 1)]
-    own, theirs = (statistics.median(taken[1:]) for taken in seconds.values())
-    first = {f"{who}_first": seconds[name][0] for who, name in (("ours", "cache"), ("theirs", "generate"))}
-    line("sampler", f"{shape}, prompt {P}, response {T}, batch {B}", peer="generate", ratio=theirs / own, unit="s",
-         repeats=repeats, ours=own, theirs=theirs, **first)  # fmt: skip
+    widths = [P - 5, P, *(P - 2 * i for i in range(1, repeats))]
+
+    def seconds(name: str) -> list[float]:
+        taken = []
+        for few in (queries[:, -width:] for width in widths):
+            settings = torch.ones_like(few, dtype=torch.bool), T, 1.0, -1, PAD, torch.Generator().manual_seed(0)
+            taken.append(round(clocked(partial(SAMPLERS[name], lm, few, *settings))[0], 3))
+        return taken
+
+    ours, theirs = seconds("cache"), seconds("generate")
+    line("sampler", f"{shape}, prompt to {P}, response {T}, batch {B}", peer="generate", ratio=theirs[-1] / ours[-1],
+         unit="s", repeats=1, ours=ours[-1], theirs=theirs[-1], our_rounds=ours, their_rounds=theirs)  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------- all

@@ -8,6 +8,7 @@ number, 4 or 2. A 2-operation multiply-add is counted as 2.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -252,9 +253,11 @@ def _rank(policy: PolicyWithValue) -> int:
 
 @dataclass(frozen=True)
 class Device:
-    """Assumed, not measured: peak operations a second in bfloat16 and float32, bytes a second, and what is reached.
+    """Peak operations a second in bfloat16 and float32 and bytes a second, by the vendor; the share that is reached.
 
-    `layer_seconds` is what Python and the driver need to start one layer, which bounds sampling token by token.
+    `layer_seconds` is what Python and the driver need to start one layer, which bounds sampling token by token and
+    small models. Both are assumed for a CPU core. Of GPUs they are what benchmarks/gpu.jsonl has of one H200, whose
+    chip is the H100's: from 0.12 of the peak for 135M parameters to 0.36 for a billion.
     """
 
     name: str
@@ -274,8 +277,8 @@ class Device:
 
 
 DEVICES = (
-    Device("A100", 312e12, 19.5e12, 2.0e12, 0.3, 4e-4),
-    Device("H100", 989e12, 67e12, 3.3e12, 0.3, 4e-4),
+    Device("A100", 312e12, 19.5e12, 2.0e12, 0.25, 9e-4),
+    Device("H100", 989e12, 67e12, 3.3e12, 0.25, 9e-4),
     Device("CPU core", 100e9, 50e9, 10e9, 0.7, 4e-4),
 )
 
@@ -315,15 +318,18 @@ def time(models: Models, params: RunParams, P: float, sources: Sequence[str]) ->
     s, head = 2 if models.policy.bf16 else 4, 2 * B * T * policy.hidden * policy.vocabulary
     below = forward(policy, B * (P + T), (P + T) / 2, models.policy.cut)
     above = forward(policy, B * (P + T), (P + T) / 2, policy.layers - models.policy.cut)
-    trunk = models.policy.value_trunk
-    critic = forward(Sizes.of(trunk), B * (P + T), (P + T) / 2) if trunk else 0
+    trunk = models.policy.value_trunk and Sizes.of(models.policy.value_trunk)
+    critic = forward(trunk, B * (P + T), (P + T) / 2) if trunk else 0
     adapters = 2 * B * (P + T) * sum(p.numel() for name, p in models.policy.lm.named_parameters() if "lora_" in name)
-    work.append(Work("log-probabilities", below + 2 * (above + head) + adapters + critic, s))
+    parts, depth, deep = math.ceil(B / ppo.micro_batch), policy.layers - models.policy.cut, trunk.layers if trunk else 0
+    work.append(Work("log-probabilities", below + 2 * (above + head) + adapters + critic, s, parts,
+                     models.policy.cut + 2 * depth + deep))  # fmt: skip
     back = 1 if _rank(models.policy) else 2  # frozen maps hand gradients on and have none of their own
     again = 1 if min(ppo.micro_batch, ppo.minibatch) * T * policy.vocabulary > LOGITS else 0
     learns = models.policy.lm.get_output_embeddings().weight.requires_grad
     heads = head * (2 + again + learns)
-    return [*work, Work("update", ppo.epochs * (above * (1 + back) + heads + 3 * (adapters + critic)), s)]
+    flops = ppo.epochs * (above * (1 + back) + heads + 3 * (adapters + critic))
+    return [*work, Work("update", flops, s, ppo.epochs * parts, 3 * (depth + deep))]
 
 
 def _sample(models: Models, ppo: PPOParams, P: float) -> Work:

@@ -291,7 +291,7 @@ def _gpu() -> tuple[str, float] | None:
 
 
 def _say_time(report: Report, study: StudyParams, models: budget.Models, typical: float) -> None:
-    """Seconds of each step of an update and hours of the study, on devices that are assumed."""
+    """Seconds of each step of an update and hours of the study, on `budget.DEVICES`."""
     run, devices, hours = study.run, budget.DEVICES, dict.fromkeys(budget.DEVICES, 0.0)
     report.say(f"\ntime of an update, at prompts of {typical:.0f} tokens and responses of {run.ppo.max_new_tokens}\n")
     report.say(f"  {'':32s}{'PFLOP':>10s}" + "".join(f"{device.name + ' s':>14s}" for device in devices))
@@ -308,4 +308,5 @@ def _say_time(report: Report, study: StudyParams, models: budget.Models, typical
                 report.say(f"  {name:32s}{step.flops / 1e15:10.4f}"
                            + "".join(f"{step.seconds(device):14.1f}" for device in devices))  # fmt: skip
     report.say(f"  {'all updates of all arms':42s}" + "".join(f"{hour:12.1f} h" for hour in hours.values()))
-    report.say("  assumed, not measured: " + "; ".join(map(str, devices)))
+    report.say("  at the share of the vendor's numbers that one H200 reached, and a core's assumed: "
+               + "; ".join(map(str, devices)))  # fmt: skip
