@@ -8,8 +8,8 @@
     update   seconds and most GiB of each step of an update, beside what dense_rlhf/budget.py computes of them
     sampler  seconds of transformers' own loop, compiled where there is a GPU, beside ours
 
-Models of `explain`, `update` and `sampler` have random weights: speed and memory do not depend on them. Where there is
-no GPU everything runs on the CPU, at sizes of --quick in a minute; parity then says nothing.
+All but parity has models of random weights: speed and memory do not depend on them. Where there is no GPU all runs on
+the CPU; parity then says nothing.
 """
 
 from __future__ import annotations
@@ -58,22 +58,20 @@ def line(measure: str, case: str, **more) -> None:
 
 def clocked(act: Callable) -> tuple[float, float, object]:
     """Seconds, most GiB at once (0 on a CPU), and what the work returned."""
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-    start = time.perf_counter()
-    found = act()
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-    taken = time.perf_counter() - start
-    return taken, torch.cuda.max_memory_allocated() / 2**30 if DEVICE.type == "cuda" else 0.0, found
+    if DEVICE.type == "cpu":
+        start, found = time.perf_counter(), act()
+        return time.perf_counter() - start, 0.0, found
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    start, found = time.perf_counter(), act()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start, torch.cuda.max_memory_allocated() / 2**30, found
 
 
 # ---------------------------------------------------------------------------------------------------- parity
 
 PROMPTS = ["The film", "A plot that", "I loved the music of", "What a", "The cast", "Bad", "It is", "This story of"]
-PPO = PPOParams(updates=4, rollouts=64, minibatch=32, micro_batch=16, max_new_tokens=24)
-EXPLAIN = AttributionParams(permutations=2)
+PPO, EXPLAIN = PPOParams(updates=4, rollouts=64, micro_batch=16), AttributionParams(permutations=2)
 EXACT = ("shap", "owen", "kernel", "leverage", "lime", "leave_one_out", "prefix", "attention", "gradient_input",
          "integrated_gradients")  # fmt: skip
 LEARNERS = {"all weights": {}, "LoRA": {"lora_rank": 8}, "last 2 layers": {"trainable_layers": 2},
@@ -106,8 +104,7 @@ class Side:
     def learner(self, start: dict[str, Tensor] | None = None, **policy) -> ppo.Learner:
         torch.manual_seed(0)
         made = trainable_copy(self.reference, PolicyParams(**policy), self.reward_model)
-        if start is not None:  # adapters start at random, and each device draws its own
-            made.load_state_dict(start)
+        made.load_state_dict(start or made.state_dict())  # adapters start at random, and each device draws its own
         return ppo.make_learner(made, PPO, seed=0)
 
 
@@ -116,14 +113,12 @@ def moved(rollout: Rollout, device: torch.device | str) -> Rollout:
 
 
 def compare(case: str, wanted: Tensor, found: Tensor, most: float = CLOSE) -> None:
-    wanted, found = wanted.double().cpu(), found.double().cpu()
-    judge(case, float((found - wanted).abs().max() / wanted.abs().max()), most)
+    judge(case, float((found.double().cpu() - wanted.double().cpu()).abs().max() / wanted.abs().max()), most)
 
 
 def judge(case: str, apart: float, most: float, **more) -> None:
     """A line, and a failure where `apart` is above `most` or no number."""
-    if not apart <= most:
-        failed.append(case)
+    failed.extend([case] * (not apart <= most))
     line("parity", case, peer="float32, CPU", apart=apart, most=most, ok=apart <= most, **more)
 
 
@@ -137,8 +132,8 @@ def parity() -> None:
     compare("values", here.values, again.values)
     compare("scores", here.scores, gpu.reward_model.score(gpu.reward_model.readings(carried)))
     by = [attribute(side.reward_model, rollout, EXACT, EXPLAIN) for side, rollout in ((cpu, here), (gpu, carried))]
-    for source in EXACT:
-        compare(f"credit of {source}", by[0][source].credit, by[1][source].credit, 10 * CLOSE)
+    for source, found in by[0].items():
+        compare(f"credit of {source}", found.credit, by[1][source].credit, 10 * CLOSE)
     for kind in ("signed", "softmax"):
         shape = RewardShape(("shap", "lime"), (0.7, 0.3), kind)
         compare(f"rewards, {kind}", shape_rewards(here, by[0], shape), shape_rewards(carried, by[1], shape), 10 * CLOSE)
@@ -148,11 +143,11 @@ def parity() -> None:
     checkpoints(cpu, gpu, here, rewards)
     same_again(gpu, carried, rewards.to(DEVICE))
     low_precision(here)
-    memory_errors(gpu, carried, rewards.to(DEVICE))
+    if DEVICE.type == "cuda":
+        memory_errors(gpu, carried, rewards.to(DEVICE))
 
 
 def learned(learner: ppo.Learner) -> Tensor:
-    """All that learns, as one vector."""
     return torch.cat([p.detach().double().cpu().flatten() for p in learner.policy.parameters() if p.requires_grad])
 
 
@@ -179,23 +174,19 @@ def checkpoints(cpu: Side, gpu: Side, rollout: Rollout, rewards: Tensor) -> None
     improve(original, gpu, rollout, rewards)
     with tempfile.TemporaryDirectory() as folder:
         save_checkpoint(Path(folder), 1, *learner_state(original))
-        resumed = {}
-        for name, side in (("GPU", gpu), ("CPU", cpu)):
-            resumed[name] = side.learner()
-            restore(resumed[name], *load_checkpoint(Path(folder)))
-            improve(resumed[name], side, rollout, rewards)
-    start = learned(original)
-    improve(original, gpu, rollout, rewards)
-    change = (learned(original) - start).norm()
+        resumed = {"GPU": gpu.learner(), "CPU": cpu.learner()}
+        for learner, side in zip(resumed.values(), (gpu, cpu)):
+            restore(learner, *load_checkpoint(Path(folder)))
+            improve(learner, side, rollout, rewards)
+    start, _ = learned(original), improve(original, gpu, rollout, rewards)
     for name, most in (("GPU", 0.0), ("CPU", 0.02)):
-        apart = (learned(resumed[name]) - learned(original)).norm() / change
+        apart = (learned(resumed[name]) - learned(original)).norm() / (learned(original) - start).norm()
         judge(f"update after a checkpoint of the GPU, on the {name}", apart.item(), most)
     with tempfile.TemporaryDirectory() as folder:
         save_policy(original.policy, gpu.tokenizer, Path(folder))
         read = AutoModelForCausalLM.from_pretrained(folder)
-    ours = original.policy.lm.state_dict()
-    compare("weights of a saved policy, read on the CPU", *(torch.cat([x.flatten().cpu() for x in (w[name] for name in
-            ours)]) for w in (ours, read.state_dict())), most=0.0)  # fmt: skip
+    weights = (torch.cat([p.detach().cpu().flatten() for p in lm.parameters()]) for lm in (original.policy.lm, read))
+    compare("weights of a saved policy, read on the CPU", *weights, most=0.0)
 
 
 def same_again(gpu: Side, rollout: Rollout, rewards: Tensor) -> None:
@@ -223,18 +214,15 @@ def low_precision(rollout: Rollout) -> None:
 
 
 def memory_errors(gpu: Side, rollout: Rollout, rewards: Tensor) -> None:
-    """Too little memory ends in one line that names what to lower; then the same with less goes through."""
-    if DEVICE.type != "cuda":
-        return
+    """Too little memory ends in one line that names what to lower; with less of that it goes through."""
     torch.cuda.empty_cache()
     free = torch.cuda.memory_allocated() + 2**26
     torch.cuda.set_per_process_memory_fraction(free / torch.cuda.get_device_properties(0).total_memory)
     learner, wide = gpu.learner(), replace(PPO, micro_batch=64, minibatch=64)
     greedy, modest = (replace(gpu.reward_model, token_budget=number) for number in (2**22, 2**12))
-    read = replace(rollout, trunk=None)
     many = replace(EXPLAIN, permutations=8)
-    for name, act in (("reward.token_budget", lambda: attribute(greedy, read, ["shap"], many)),
-                      ("ppo.micro_batch", lambda: ppo.update(learner, read, rewards, wide))):  # fmt: skip
+    for name, act in (("reward.token_budget", lambda: attribute(greedy, rollout, ["shap"], many)),
+                      ("ppo.micro_batch", lambda: ppo.update(learner, rollout, rewards, wide))):  # fmt: skip
         try:
             act()
             said = "no error"
@@ -242,7 +230,7 @@ def memory_errors(gpu: Side, rollout: Rollout, rewards: Tensor) -> None:
             said = str(error)
         torch.cuda.empty_cache()
         judge(f"memory runs out: {name} is named", float(name not in said), 0.0, said=said)
-    attribute(modest, read, ["shap"], many)
+    attribute(modest, rollout, ["shap"], many)  # raises where it does not
     torch.cuda.set_per_process_memory_fraction(1.0)
 
 
@@ -268,7 +256,7 @@ def random_model(kind: type, shape: str, **options) -> torch.nn.Module:
         return kind.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False)
 
 
-def random_reward_model(shape: str, **options) -> RewardModel:
+def random_scorer(shape: str, **options) -> RewardModel:
     return RewardModel(random_model(AutoModelForSequenceClassification, shape, num_labels=1, **options), TOKENIZER)
 
 
@@ -279,7 +267,7 @@ def random_readings(shape: str, B: int, P: int, T: int) -> list[Reading]:
 
 def explain(shape: str, B: int, few: int, P: int, T: int, repeats: int) -> None:
     """One antithetic permutation of T tokens: ours for B responses, peers for `few` of them."""
-    reward_model, readings = random_reward_model(shape), random_readings(shape, B, P, T)
+    reward_model, readings = random_scorer(shape), random_readings(shape, B, P, T)
     masks = permutation_shap(T, 1, 0).masks.numpy()
     rows = [[*one.prompt, *(t for t, keep in zip(one.response, mask) if keep)]
             for one in readings[:few] for mask in masks]  # fmt: skip
@@ -305,17 +293,14 @@ def explain(shape: str, B: int, few: int, P: int, T: int, repeats: int) -> None:
 # ---------------------------------------------------------------------------------------------------- update
 
 
-def run_params(policy: dict, B: int, T: int) -> RunParams:
-    wide = PPOParams(rollouts=B, minibatch=B // 2, micro_batch=B // 4, max_new_tokens=T)
-    return RunParams(policy=PolicyParams(dtype="bfloat16", **policy), reward=RewardParams(dtype="bfloat16"), ppo=wide,
-                     attribution=AttributionParams(permutations=1))  # fmt: skip
-
-
 def update(shape: str, reward_shape: str, name: str, policy: dict, B: int, P: int, T: int, repeats: int) -> None:
     """Each step of an update, in the order of a training; the first update is not counted."""
-    params, lm = run_params(policy, B, T), random_model(AutoModelForCausalLM, shape)
+    wide = PPOParams(rollouts=B, minibatch=B // 2, micro_batch=B // 4, max_new_tokens=T)
+    params = RunParams(policy=PolicyParams(dtype="bfloat16", **policy), reward=RewardParams(dtype="bfloat16"), ppo=wide,
+                       attribution=AttributionParams(permutations=1))  # fmt: skip
+    lm = random_model(AutoModelForCausalLM, shape)
     reference = PolicyWithValue(lm, bf16=True).requires_grad_(False)
-    reward_model = random_reward_model(reward_shape, vocab_size=SHAPES[shape]["vocab_size"])  # reads what it writes
+    reward_model = random_scorer(reward_shape, vocab_size=SHAPES[shape]["vocab_size"])  # reads what it writes
     learner = ppo.make_learner(trainable_copy(reference, params.policy, reward_model), params.ppo, seed=0)
     models = budget.Models(reference, learner.policy, reward_model.model)
     queries = torch.tensor([one.prompt for one in random_readings(shape, B, P, 0)], device=DEVICE)
@@ -346,8 +331,7 @@ def one_update(
                                                            generator))  # fmt: skip
     none = torch.zeros(len(queries), device=DEVICE)
     texts = Responses(queries, mask, drawn, kept, none, none.bool())
-    scores = step("score", lambda: reward_model.score(reward_model.readings(texts)))
-    texts = replace(texts, scores=scores)
+    texts = replace(texts, scores=step("score", lambda: reward_model.score(reward_model.readings(texts))))
     read = step("log-probabilities", lambda: appraise(policy, reference, texts, 1.0, params.ppo.micro_batch))
     credit = step("explain", lambda: attribute(reward_model, read, ["shap"], params.attribution))
     shaped = shape_rewards(read, credit, RewardShape(("shap",), (1.0,), "signed"))
@@ -377,27 +361,22 @@ def sampler(shape: str, B: int, P: int, T: int, repeats: int) -> None:
 
 
 def peak() -> None:
-    """Operations a second of a large product, which the others are held against."""
-    n, dtype = (8192, torch.bfloat16) if DEVICE.type == "cuda" else (1024, torch.float32)
-    square = torch.randn(n, n, device=DEVICE, dtype=dtype)
+    """Operations a second of a large product."""
+    n = 8192 if DEVICE.type == "cuda" else 512
+    square = torch.randn(n, n, device=DEVICE, dtype=torch.bfloat16)
     taken = statistics.median(clocked(lambda: square @ square)[0] for _ in range(9))
-    line("peak", f"matrix product of {n}, {dtype}".replace("torch.", ""), tflops=2 * n**3 / taken / 1e12)
+    line("peak", f"matrix product of {n}, bfloat16", tflops=2 * n**3 / taken / 1e12)
 
 
 def parts(quick: bool) -> dict[str, Callable]:
-    """What --only names."""
     sizes = {"P": 16, "T": 16, "repeats": 1} if quick else {"P": 128, "T": 128, "repeats": 3}
     B, few = (8, 2) if quick else (64, 4)
     models = ["tiny"] if quick else ["135M", "1B"]
-    learners = [("tiny", "all weights", {}), ("tiny", "LoRA", {"lora_rank": 8})] if quick else [
-        ("135M", "all weights", {}), ("1B", "LoRA", {"lora_rank": 32})]  # fmt: skip
-
-    def updates() -> None:
-        for shape, name, policy in learners:
-            update(shape, models[0], name, policy, B, **sizes)
-
+    learners = {"all weights": {}, "LoRA": {"lora_rank": 32}}
     return {
-        "parity": parity, "explain": lambda: [explain(shape, B, few, **sizes) for shape in models], "update": updates,
+        "parity": parity, "explain": lambda: [explain(shape, B, few, **sizes) for shape in models],
+        "update": lambda: [update(shape, models[0], name, policy, B, **sizes)
+                           for shape, (name, policy) in zip((models[0], models[-1]), learners.items())],
         "sampler": lambda: sampler(models[0], B, **sizes),
     }  # fmt: skip
 
