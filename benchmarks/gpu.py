@@ -215,10 +215,10 @@ def low_precision(rollout: Rollout) -> None:
 
 def memory_errors(gpu: Side, rollout: Rollout, rewards: Tensor) -> None:
     """Too little memory ends in one line that names what to lower; with less of that it goes through."""
-    torch.cuda.empty_cache()
-    free = torch.cuda.memory_allocated() + 2**26
-    torch.cuda.set_per_process_memory_fraction(free / torch.cuda.get_device_properties(0).total_memory)
     learner, wide = gpu.learner(), replace(PPO, micro_batch=64, minibatch=64)
+    torch.cuda.empty_cache()
+    most = torch.cuda.memory_reserved() + 2**27
+    torch.cuda.set_per_process_memory_fraction(most / torch.cuda.get_device_properties(0).total_memory)
     greedy, modest = (replace(gpu.reward_model, token_budget=number) for number in (2**22, 2**12))
     many = replace(EXPLAIN, permutations=8)
     for name, act in (("reward.token_budget", lambda: attribute(greedy, rollout, ["shap"], many)),
