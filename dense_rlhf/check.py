@@ -14,9 +14,10 @@ from dense_rlhf import budget
 from dense_rlhf.alignment import translate
 from dense_rlhf.data import Dataset, load_data, render
 from dense_rlhf.models import load_tokenizer, smollm2_folder
-from dense_rlhf.params import RewardParams, RunParams, StudyParams
+from dense_rlhf.params import RewardParams, RunParams
 from dense_rlhf.rewards import _fresh_classifier, shares_tokens
 from dense_rlhf.store import PACKAGE
+from dense_rlhf.study import StudyParams
 from dense_rlhf.types import InputError, Message, PreferencePair, Prompt
 
 ROWS = 1000  # of a hub dataset that are read
@@ -54,6 +55,8 @@ class Report:
 def check(study: StudyParams, say: Callable[[str], None]) -> int:
     """Say of each thing that the study needs whether it is there; returns how many are not. Reads no weights."""
     report, run = Report(say), study.run
+    if study.settings:
+        report.line("note", "settings", f"checked without what these change: {', '.join(study.settings)}")
     policy = find_policy(report, run)
     reward = find_reward(report, run.reward, policy)
     longest, typical = 0, 0.0

@@ -75,6 +75,7 @@ class RewardParams:
 
     name: str = "scratch"  # scratch, or the hub id or folder of a sequence classifier with one output
     revision: str | None = None
+    labels: float = 1.0  # scratch: the share of the people's labels, or pairs, that it learns from
     hidden: int = 64
     layers: int = 2
     heads: int = 4
@@ -90,6 +91,11 @@ class RewardParams:
 
     def __post_init__(self):
         _check_dtype("reward.dtype", self.dtype)
+        if not 0 < self.labels <= 1:
+            raise InputError(f"reward.labels is {self.labels}, wanted a share above 0, at most 1")
+        if self.labels < 1 and self.name != "scratch":
+            raise InputError(f"reward.labels is {self.labels} for {self.name!r}, which is finished; wanted 1, or "
+                             "reward.name 'scratch'")  # fmt: skip
         if self.dpo_steps < 0 or not 0 < self.dpo_beta < math.inf:
             raise InputError(f"reward.dpo_steps, dpo_beta: {self.dpo_steps}, {self.dpo_beta}; wanted 0 or more, over 0")
 
@@ -321,6 +327,7 @@ class RunParams:
     """What one notebook run is given."""
 
     arm: str = "sparse"
+    setting: str = ""  # the study's name for what it varies; empty where it varies nothing
     seed: int = 0
     threads: int | None = None  # of torch; the runner fills in its share. Another number rounds differently
     data: DataParams = field(default_factory=DataParams)
@@ -333,9 +340,14 @@ class RunParams:
     evaluation: EvaluationParams = field(default_factory=EvaluationParams)
     dimension: DimensionParams = field(default_factory=DimensionParams)
 
+    @property
+    def where(self) -> str:
+        """What arms are compared within: the dataset, and the setting where there is one."""
+        return "-".join(filter(None, (self.data.name, self.setting)))
+
     def flat(self) -> dict[str, object]:
         """One level, `group_field`, plain YAML values: what papermill takes with `-f`."""
-        plain: dict[str, object] = {"arm": self.arm, "seed": self.seed, "threads": self.threads}
+        plain: dict[str, object] = {name: getattr(self, name) for name in SINGLE}
         for group in GROUPS:
             for name, value in asdict(getattr(self, group)).items():
                 plain[f"{group}_{name}"] = _lists(value)
@@ -347,7 +359,7 @@ class RunParams:
 
         Pass a notebook's `globals()`: names that belong to no group are its own business, but `ppo_lrr = 1` is refused.
         """
-        nested: dict[str, object] = {name: names[name] for name in ("arm", "seed", "threads") if name in names}
+        nested: dict[str, object] = {name: names[name] for name in SINGLE if name in names}
         for name, value in names.items():
             group, _, key = name.partition("_")
             if group in GROUPS and key and isinstance(value, PLAIN):
@@ -359,6 +371,7 @@ def _lists(value: object) -> object:
     return [_lists(item) for item in value] if isinstance(value, tuple) else value
 
 
+SINGLE = ("arm", "setting", "seed", "threads")
 GROUPS: dict[str, type] = {
     "data": DataParams, "policy": PolicyParams, "reward": RewardParams, "attribution": AttributionParams,
     "shape": ShapeParams, "ppo": PPOParams, "bo": BOParams, "evaluation": EvaluationParams,
@@ -368,17 +381,3 @@ GROUPS: dict[str, type] = {
 NOTEBOOKS = ("01_reward_model", "02_attribution", "03_shaping", "04_ppo", "05_bayesian_optimisation", "06_comparison")
 ABLATIONS = ("ablations/explainers", "ablations/ppo", "ablations/baselines", "ablations/contextual",
              "ablations/human", "ablations/dimension")  # fmt: skip  # run where a study names them
-
-
-@dataclass(frozen=True)
-class StudyParams:
-    """A grid: datasets x arms x seeds, through the notebooks."""
-
-    study: str
-    arms: dict[str, ShapeParams]
-    datasets: tuple[DataParams, ...]
-    run: RunParams  # what all runs share
-    seeds: tuple[int, ...] = (0,)
-    notebooks: tuple[str, ...] = NOTEBOOKS
-    workers: int = 1  # runs at a time; the cores are divided among them
-    timeout_minutes: float = 240.0  # for one run

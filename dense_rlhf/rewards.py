@@ -25,6 +25,21 @@ from dense_rlhf.store import cached_folder, commit_of, source_sha256, weights_sh
 from dense_rlhf.types import InputError, LabelledText, PreferencePair
 
 
+def share_of(examples: list, labels: float, seed: int) -> list:
+    """A share `labels` of the examples, drawn with `seed`; a larger share holds a smaller one. All of them for 1.
+
+    Raises `InputError` where it rounds to none.
+    """
+    if labels == 1:
+        return examples
+    kept = round(labels * len(examples))
+    if not kept:
+        raise InputError(f"reward.labels is {labels:g}, which leaves none of {len(examples)} examples; wanted at least "
+                         f"{1 / len(examples):.2g}")  # fmt: skip
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))
+    return [examples[i] for i in order[:kept].tolist()]
+
+
 def _fresh_classifier(params: RewardParams, tokenizer: PreTrainedTokenizerBase) -> LlamaForSequenceClassification:
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=params.hidden, intermediate_size=2 * params.hidden,
@@ -108,7 +123,7 @@ def train_on_pairs(
     rows = [row for row in rows if max(map(len, row.values())) <= params.window]
     if len(rows) < params.batch:
         raise InputError(f"reward.window: {len(rows)} of {len(examples)} pairs have at most {params.window} tokens, "
-                         f"wanted at least reward.batch = {params.batch}; raise the window")  # fmt: skip
+                         f"wanted at least reward.batch = {params.batch}; raise the window or the labels")  # fmt: skip
     cpu = not torch.cuda.is_available()
     config = RewardConfig(
         str(folder / "trainer"), per_device_train_batch_size=params.batch, max_steps=params.steps, seed=seed,
@@ -125,12 +140,13 @@ def load_reward_model(
     examples: list[LabelledText] | list[PreferencePair], tokenizer: PreTrainedTokenizerBase, params: RewardParams,
     data_revision: str, seed: int = 0, progress: Callable = iter,
 ) -> RewardModel:  # fmt: skip
-    """The proxy of `params`: trained on `examples` and cached by content, or loaded from the hub.
+    """The proxy of `params`: trained on its share of `examples` and cached by content, or loaded from the hub.
 
     A hub model may have another vocabulary than the policy's; its tokens are then aligned by characters.
     """
     if params.name != "scratch":
         return _hub_reward_model(params, tokenizer)
+    examples = share_of(examples, params.labels, seed)
 
     def build(folder: Path) -> None:
         if isinstance(examples[0], PreferencePair):

@@ -5,6 +5,7 @@ r_t = score * sum_i w_i E_i,t with E_i = softmax(credit_i / temperature_i) over 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from dense_rlhf.context import features
@@ -18,6 +19,7 @@ def dense_reward(rollout: Rollout, attribution: Attribution, shape: RewardShape)
     - a share (terminal, uniform, random, attention) stays as it is;
     - `softmax`: score * softmax(credit / temperature), the paper's. A negative score punishes the best token most;
     - `sum`: score * credit / sum of credit, for credit of one sign; raises `InputError` on mixed signs;
+    - `magnitude`: the same of |credit|, so which way a token moved the score is lost; even where all credit is zero;
     - `signed`: credit itself; what it leaves of the score (baseline and gap) is spread evenly.
     """
     credit, mask = attribution.credit, rollout.mask
@@ -30,6 +32,9 @@ def dense_reward(rollout: Rollout, attribution: Attribution, shape: RewardShape)
         return scores * masked_softmax(credit / shape.temperature_of(attribution.source), mask)
     if shape.normalise == "signed":
         return _spread(rollout, credit)
+    if shape.normalise == "magnitude":
+        none = (credit == 0).all(-1, keepdim=True)
+        credit = torch.where(none, mask.to(credit), credit.abs())
     total = masked_sum(credit, mask, -1)[:, None]
     if bool(((credit > 0).any(-1) & (credit < 0).any(-1)).any()) or bool((total == 0).any()):
         raise InputError(f"shape.normalise 'sum' wants credit of one sign, {attribution.source!r} has both or none; "

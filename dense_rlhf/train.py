@@ -10,13 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dense_rlhf.params import RunParams, ShapeParams, StudyParams
+from dense_rlhf.params import RunParams, ShapeParams
 from dense_rlhf.runner.jobs import prepare
 from dense_rlhf.runner.plan import expand, runs_folder, threads_of
 from dense_rlhf.runs import RunFolder, provenance, repository_root
 from dense_rlhf.store import finite, remove_checkpoints, write_json
 from dense_rlhf.strict import read_yaml
-from dense_rlhf.study import load_study
+from dense_rlhf.study import StudyParams, load_study
 from dense_rlhf.types import InputError, RewardShape
 
 if TYPE_CHECKING:
@@ -34,11 +34,14 @@ def one_run(study: StudyParams, arm: str, seed: int) -> RunParams:
 
 
 def _known(study: StudyParams, arm: str) -> ShapeParams:
-    """An arm of a study of one dataset."""
+    """An arm of a study of one dataset and no settings."""
     if arm not in study.arms:
         raise InputError(f"--arm is {arm!r}, wanted one of {', '.join(study.arms)}")
     if len(study.datasets) != 1:
         raise InputError(f"the study has {len(study.datasets)} datasets; choose one with --set 'data={{name: ...}}'")
+    if study.settings:
+        raise InputError(f"the study has the settings {', '.join(study.settings)}; choose by the parameters "
+                         "themselves: --set settings=null --set ppo.kl_coef=0.1")  # fmt: skip
     return study.arms[arm]
 
 
@@ -89,7 +92,7 @@ def _write(
     save_policy(trained.policy, task.tokenizer, run.path / "policy")
     write_json(run.file("run.json"), {
         "job": run.path.name, "notebook": "train", "arm": params.arm, "seed": params.seed, "status": "ok",
-        "dataset": params.data.name, "processes": world, "params": finite(params.flat()), **provenance()})  # fmt: skip
+        "dataset": params.where, "processes": world, "params": finite(params.flat()), **provenance()})  # fmt: skip
     remove_checkpoints(run.path)
 
 

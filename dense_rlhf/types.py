@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Self
 if TYPE_CHECKING:
     from torch import Tensor
 
-NORMALISERS = ("softmax", "sum", "signed")
+NORMALISERS = ("softmax", "sum", "magnitude", "signed")
 REMOVALS = ("drop", "attention_mask", "replace")
 
 

@@ -29,6 +29,7 @@ class Study:
     study: str
     arms: dict
     seeds: tuple[int, ...] = (0, 1, 2)
+    comparisons: tuple = ()
 
 
 def record(job, notebook, dataset="reviews", arm="sparse", seed=0, status="ok", error=""):

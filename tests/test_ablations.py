@@ -47,6 +47,27 @@ def baselines(few_reviews):
     return run_study("params/ablations/baselines.yaml", "pytest_baselines", f"data.path={few_reviews}")
 
 
+@pytest.fixture(scope="module")
+def labels(few_reviews):
+    """One arm in two settings, through the notebooks of the story."""
+    return run_study("params/ablations/reward_model.yaml", "pytest_labels", f"data.path={few_reviews}",
+                     "notebooks=[04_ppo, 06_comparison]", "arms.sparse=null", "arms.uniform=null")  # fmt: skip
+
+
+def test_each_setting_has_its_own_reward_model_and_comparison(labels):
+    runs, reports = labels
+    names = ("labels-1", "labels-100")
+    taught = {name: runs[f"{name}-04_ppo-shap-signed-seed0"].load_json("metrics.json") for name in names}
+    assert taught["labels-1"]["revisions"]["reward"] != taught["labels-100"]["revisions"]["reward"]
+    for name in names:
+        beside = runs[f"{name}-06_comparison"].load_json("metrics.json")
+        judged = runs[f"{name}-04_ppo-shap-signed-seed0"].load_table(beside["table"])
+        assert beside["gold"]["shap-signed"] == pytest.approx(judged["gold"].mean()) and len(beside["gold"]) == 2
+        assert (reports / f"comparison-reviews-{name}.html").exists()
+    index = (reports / "index.html").read_text()
+    assert index.index("Gold of shap-signed over reference") < index.index(": labels-1 ") < index.index("; labels-100 ")
+
+
 def test_settings_of_ppo_are_compared_at_equal_updates_and_equal_kl(settings):
     run = settings[0]["ppo"]
     metrics, lines = run.load_json("metrics.json"), run.file("trainings.jsonl").read_text().splitlines()
@@ -125,6 +146,6 @@ def test_explainers_are_weighed_against_their_cost_and_human_labels(explainers):
 
 
 @pytest.mark.parametrize("study", ["explainers", "settings", "baselines", "contextual", "human",
-                                   "dimension"])
+                                   "dimension", "labels"])
 def test_reports_open_without_a_network(study, request):
     check_pages(*request.getfixturevalue(study))

@@ -38,6 +38,18 @@ def test_expansion_is_datasets_times_arms_times_seeds_in_order():
         assert job.stage < stage[f"{job.params.data.name}-06_comparison"] or job.notebook == "06_comparison"
 
 
+def test_settings_are_compared_each_by_itself():
+    study = load_study(REVIEWS, ["settings={low: {ppo: {kl_coef: 0.0}}, high: {ppo: {kl_coef: 1.0}}}", "seeds=[3]"])
+    found = {job.name: job for job in plan.expand(study)}
+    assert len(found) == 2 * len(plan.expand(load_study(REVIEWS, ["seeds=[3]"])))
+    for setting, price in (("low", 0.0), ("high", 1.0)):
+        beside = found[f"{setting}-06_comparison"]
+        assert beside.params.where == f"reviews-{setting}" and len(beside.reads) == 5
+        assert all(found[name].params.ppo.kl_coef == price and found[name].params.setting == setting
+                   for name in (*beside.reads, f"{setting}-05_bayesian_optimisation-bo-shap"))  # fmt: skip
+        assert found[f"{setting}-04_ppo-bo-shap-seed3"].weights_from == f"{setting}-05_bayesian_optimisation-bo-shap"
+
+
 def test_learned_weights_want_the_search():
     with pytest.raises(InputError, match="learns its weights"):
         plan.expand(load_study(REVIEWS, ["notebooks=[04_ppo]"]))

@@ -36,7 +36,8 @@ def pairs(tmp_path_factory):
             file.write(json.dumps(sides) + "\n")
     return run_study("params/hh_rlhf.yaml", "pytest_pairs", f"data.path={path}", "policy.name=tiny",
                      "policy.trainable_layers=2", "policy.dtype=float32", "reward.steps=30", "workers=2",
-                     "ppo.updates=2", "ppo.max_new_tokens=8", "arms.sparse=null", "evaluation.prompts=8")  # fmt: skip
+                     "ppo.updates=2", "ppo.max_new_tokens=8", "arms.sparse=null", "evaluation.prompts=8",
+                     "notebooks=[01_reward_model, 04_ppo]")  # fmt: skip
 
 
 def test_all_notebooks_of_the_study_ran_and_say_so(reviews):

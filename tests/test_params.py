@@ -1,12 +1,13 @@
 """Parameters: strict, typed, the same from YAML, command line and notebook."""
 
+import re
 from dataclasses import replace
 
 import pytest
 import yaml
 
 from dense_rlhf.__main__ import main
-from dense_rlhf.params import NOTEBOOKS, BOParams, RunParams, ShapeParams
+from dense_rlhf.params import ABLATIONS, NOTEBOOKS, BOParams, RunParams, ShapeParams
 from dense_rlhf.runs import repository_root
 from dense_rlhf.strict import parse
 from dense_rlhf.study import load_study
@@ -71,6 +72,19 @@ def test_notebook_globals_may_hold_other_things_but_no_misspelt_parameter():
     (["notebooks=[other]"], "'other' is not one"),
     (["study=../../etc"], "'../../etc' is not a name"),
     (["shape.temperature=2.0"], "shape belongs to an arm"),
+    (["settings=3"], "settings is a whole number, wanted a mapping of names"),
+    (["settings.a=1"], "settings.a is a whole number, wanted a mapping of parameters"),
+    (["settings={a: null}"], "settings: all are left out"),
+    (["settings={a/b: {ppo: {lr: 0.1}}}"], "settings: 'a/b' is not a name"),
+    (["settings.a.data.name=reviews"], "settings.a.data is nothing that a setting changes; wanted policy, "),
+    (["settings.a.ppo.lrr=1"], "settings.a: ppo.lrr is not a parameter"),
+    (["settings.a.ppo.rollouts=33"], "settings.a: ppo.rollouts is 33, wanted a multiple"),
+    (["settings.a.reward.steps=-1"], "reward.steps is -1, wanted at least 0"),
+    (["settings.a.evaluation.sst_path=nowhere"], "evaluation.sst_path: no file at nowhere"),
+    (["settings.a.bo.features=[nope]"], "bo.features: 'nope' is not known"),
+    (["reward.labels=0"], "reward.labels is 0.0, wanted a share above 0"),
+    (["reward.labels=1.5"], "reward.labels is 1.5, wanted a share above 0"),
+    (["reward.labels=0.1", "reward.name=some/model"], "reward.labels is 0.1 for 'some/model', which is finished"),
     (["nonsense"], "wanted key=value"),
     (["ppo.lr={"], "the value is not YAML"),
     (["workers=0"], "must be above 0"),
@@ -137,11 +151,34 @@ def test_whole_numbers_are_numbers_and_nothing_else_is_converted():
         parse(RunParams, {"seed": "1"}, "")
 
 
-@pytest.mark.parametrize("path", sorted((repository_root() / "params").rglob("*.yaml")), ids=lambda p: p.stem)
-def test_shipped_studies_parse_at_every_size(path):
-    given = yaml.safe_load(path.read_text())
-    if "arms" not in given:
-        pytest.skip("parameters of one notebook")
-    for size in ("full", *given.get("sizes", {})):
+def test_a_setting_changes_what_it_names_and_a_size_can_leave_it_out(study_file):
+    settings = {"low": {"ppo": {"lr": 0.5}}, "high": {"ppo": {"lr": 2.0}, "reward": {"labels": 0.1}}}
+    path = study_file(settings=settings, sizes={"smoke": {"settings": {"high": None}, "ppo": {"updates": 1}}})
+    high, low = load_study(path).comparisons
+    assert (low.setting, low.ppo.lr, low.ppo.updates, low.reward.labels) == ("low", 0.5, 3, 1.0)
+    assert (high.setting, high.ppo.lr, high.where, high.reward.labels) == ("high", 2.0, "reviews-high", 0.1)
+    assert [(run.setting, run.ppo.updates) for run in load_study(path, ["size=smoke"]).comparisons] == [("low", 1)]
+    (plain,) = load_study(path, ["settings=null"]).comparisons
+    assert (plain.where, plain.setting, plain.ppo) == ("reviews", "", load_study(study_file()).run.ppo)
+    assert RunParams.from_flat(yaml.safe_load(yaml.safe_dump(high.flat()))) == high
+
+
+STUDIES = [path for path in sorted((repository_root() / "params").rglob("*.yaml"))
+           if "study" in yaml.safe_load(path.read_text())]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_shipped_studies_can_be_planned_at_every_size(path, capsys):
+    for size in ("full", *yaml.safe_load(path.read_text()).get("sizes", {})):
         study = load_study(path, [f"size={size}"])
-        assert study.study == path.stem and set(study.notebooks) <= set(NOTEBOOKS)
+        assert study.study == path.stem and set(study.notebooks) <= set(NOTEBOOKS + ABLATIONS)
+        assert main(["run", str(path), "--set", f"size={size}", "--dry-run"]) == 0
+        assert "nothing was started" in capsys.readouterr().out
+
+
+def test_every_ablation_has_a_smallest_size_and_says_how_long_it_takes():
+    ablations = [path for path in STUDIES if path.parent.name == "ablations"]
+    assert len(ablations) > 10
+    for path in ablations:
+        assert "smoke" in yaml.safe_load(path.read_text())["sizes"], path
+        assert re.search(r"^# .*(minutes|hour)", path.read_text(), re.M), path

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from dense_rlhf import rewards
 from dense_rlhf.params import RewardParams
 from dense_rlhf.reward_model import RewardModel, under_budget
-from dense_rlhf.rewards import pack_kept, pair_ids
+from dense_rlhf.rewards import pack_kept, pair_ids, share_of
 from dense_rlhf.types import InputError, LabelledText, Message, PreferencePair, Reading
 
 
@@ -21,6 +21,27 @@ def texts(tokenizer):
     generator = torch.Generator().manual_seed(0)
     draw = lambda n: tuple(torch.randint(2, len(tokenizer), (n,), generator=generator).tolist())  # noqa: E731
     return [Reading(draw(n % 4), draw(n // 2)) for n in range(12)]
+
+
+# ---------------------------------------------------------------------------------------------------- labels
+
+
+@given(st.integers(1, 300), st.floats(0.001, 1), st.floats(0.001, 1), st.integers(0, 9))
+def test_a_larger_share_of_the_labels_holds_a_smaller_one(n, labels, other, seed):
+    examples, few, many = list(range(n)), min(labels, other), max(labels, other)
+    if round(few * n) == 0:
+        with pytest.raises(InputError, match=f"leaves none of {n} examples"):
+            share_of(examples, few, seed)
+    else:
+        smaller, larger = (share_of(examples, share, seed) for share in (few, many))
+        assert len(smaller) == len(set(smaller)) == round(few * n)
+        assert set(smaller) <= set(larger) <= set(examples) and share_of(examples, 1.0, seed) == examples
+
+
+def test_a_share_is_drawn_over_the_whole_file():
+    """Files are often in order of label."""
+    kept = share_of([0] * 500 + [1] * 500, 0.1, seed=0)
+    assert 30 < sum(kept) < 70 and share_of(list(range(50)), 0.1, 0) != share_of(list(range(50)), 0.1, 1)
 
 
 # ---------------------------------------------------------------------------------------------------- proxy

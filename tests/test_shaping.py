@@ -33,7 +33,7 @@ def check_contract(rewards, rollout):
     assert torch.allclose(rewards.sum(-1), rollout.scores, atol=2e-4)
 
 
-@pytest.mark.parametrize("normalise", ["softmax", "signed"])
+@pytest.mark.parametrize("normalise", ["softmax", "magnitude", "signed"])
 @pytest.mark.parametrize("source", SOURCES)
 def test_every_source_sums_to_the_scores(source, normalise, attributions, rollout):
     check_contract(shape_rewards(rollout, attributions, RewardShape((source,), (1.0,), normalise)), rollout)
@@ -107,6 +107,15 @@ def test_sum_is_the_share_of_the_score(rollout):
     assert torch.allclose(rewards, wanted, atol=1e-5)
     negative = dense_reward(rollout, plain(-credit, rollout), shape)
     assert torch.allclose(rewards, negative, atol=1e-5)
+
+
+def test_magnitude_is_the_share_of_the_sizes_and_even_where_there_are_none(rollout):
+    credit, shape = torch.randn(rollout.mask.shape), RewardShape(("x",), (1.0,), "magnitude")
+    sizes = dense_reward(rollout, plain(credit.abs() + 0.1, rollout), replace(shape, normalise="sum"))
+    given_ = (credit.abs() + 0.1) * torch.where(credit < 0, -1, 1)
+    assert torch.allclose(dense_reward(rollout, plain(given_, rollout), shape), sizes, atol=1e-5)
+    even = (rollout.scores / rollout.mask.sum(-1))[:, None] * rollout.mask
+    assert torch.allclose(dense_reward(rollout, plain(0 * credit, rollout), shape), even, atol=1e-6)
 
 
 def test_sum_refuses_mixed_signs_and_nothing(rollout):

@@ -128,13 +128,13 @@ def verdicts(found: Mapping, where: str = "", of: str = "") -> str:
 
 
 def study_index(found: Mapping, thumbnails: Mapping[str, str], notes: Mapping[str, str], more: str) -> tuple[str, str]:
-    """Body and contents of a study's index; `thumbnails` and `notes` are HTML by run, `more` a figure over datasets."""
+    """Body and contents of a study's index; `thumbnails` and `notes` are HTML by run, `more` what is side by side."""
     columns = [(link(f"comparison-{name}.html", esc(name)) if numbers else esc(name), found,
                 numbers | {"dataset": name}, "") for name, numbers in _datasets(found).items()]  # fmt: skip
     body, listed = sections([
         ("failures", "Failures", troubles(found)),
         ("verdict", "Did dense rewards help?", verdicts(found)),
-        ("across", "Over all datasets", more),
+        ("across", "Side by side", more),
         ("arms", "Arms", matrix(columns, notes) if columns else ""),
         ("notebooks", "Notebooks", _cards(found, thumbnails)),
         ("runs", "Every run", _run_table(found)),

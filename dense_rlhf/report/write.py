@@ -11,15 +11,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dense_rlhf.escape import esc
-from dense_rlhf.params import StudyParams
 from dense_rlhf.report import index as drawn
 from dense_rlhf.report.charts import thumbnail
 from dense_rlhf.report.comparison import ablation_page, across_html, dataset_page
 from dense_rlhf.report.findings import Finding, findings
 from dense_rlhf.report.notebook_page import notebook_body
 from dense_rlhf.report.page import GOOD, chip, footer, made_from, page
+from dense_rlhf.report.settings import in_order, settings_html
 from dense_rlhf.runs import RunFolder, repository_root
 from dense_rlhf.store import content_key, file_sha256, package_sha256, write_json, write_text
+from dense_rlhf.study import StudyParams
 from dense_rlhf.types import InputError
 
 ALL = ("all studies", "../index.html")
@@ -89,13 +90,14 @@ def write_reports(study: StudyParams, records: list[dict]) -> Path:
     runs = {record["job"]: RunFolder(runs_root / record["job"]) for record in records}
     pages, lost = _run_pages(records, runs, folder)
     done = [runs[r["job"]] for r in records if r["status"] in GOOD]
-    found = _comparisons(study, records, runs, folder, done, lost)
+    found = in_order(_comparisons(study, records, runs, folder, done, lost), study.comparisons)
     left = {job: left_by(run) for job, run in runs.items()}
     told = drawn.summary(study.study, study.seeds, records, found, pages, left, lost)
     write_json(folder / "summary.json", told)
     notes = {job: warned(run, in_full=False) for job, run in runs.items()}
     thumbnails = {job: thumbnail(runs[job].file("notebook.ipynb")) for job in _pictured(records, pages)}
-    body, listed = drawn.study_index(told, thumbnails, notes, across_html(found))
+    beside = settings_html(found, study.comparisons) or across_html(found)
+    body, listed = drawn.study_index(told, thumbnails, notes, beside)
     index = folder / "index.html"
     write_text(index, page(study.study, body, _footer(records, study.seeds), [ALL], listed, root=root))
     write_overview(root)

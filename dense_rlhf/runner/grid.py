@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from dense_rlhf.params import RunParams, ShapeParams, StudyParams
+from dense_rlhf.params import RunParams, ShapeParams
 from dense_rlhf.runner.executors import Local
 from dense_rlhf.runner.jobs import BAD, GOOD, STATES, blank, cancel, finish, finished, held_by, run_job
 from dense_rlhf.runner.plan import Job, awaits, expand, runs_folder, threads_of
 from dense_rlhf.runs import RunFolder
 from dense_rlhf.store import write_json
+from dense_rlhf.study import StudyParams
 from dense_rlhf.types import InputError
 
 PATIENCE = 1.0  # seconds until a job that another process runs is looked at again
@@ -180,7 +181,8 @@ def check_data(study: StudyParams) -> None:
     from dense_rlhf.data import load_data
 
     readers = [("data.path", data.path, lambda data=data: load_data(data)) for data in study.datasets if data.path]
-    for name, path, load in (*readers, *_readers(study.run)):
+    people = {reader[:2]: reader for run in study.comparisons for reader in _readers(run)}
+    for name, path, load in (*readers, *people.values()):
         try:
             load()
         except InputError as error:
@@ -228,5 +230,5 @@ def quick_study(params: RunParams, folder: Path, progress: Callable = iter) -> N
         for name in [name for name, prompts in splits.items() if prompts]:
             held_out = splits[name][: params.evaluation.prompts]
             run.save_table(name, judge_against_reference(task, trained.policy, held_out, params.ppo, params.seed))
-        record = {"notebook": "04_ppo", "arm": arm, "seed": params.seed, "dataset": params.data.name, "status": "ok"}
+        record = {"notebook": "04_ppo", "arm": arm, "seed": params.seed, "dataset": params.where, "status": "ok"}
         write_json(run.file("run.json"), record)

@@ -113,7 +113,7 @@ def finish(job: Job, folder: Path, status: str, error: str, start: float) -> dic
 def blank(job: Job, status: str, error: str) -> dict:
     return {
         "job": job.name, "notebook": job.notebook, "arm": job.params.arm, "seed": job.params.seed, "status": status,
-        "dataset": job.params.data.name, "error": error, "key": "", "started": time.time(), "seconds": 0.0,
+        "dataset": job.params.where, "error": error, "key": "", "started": time.time(), "seconds": 0.0,
     }  # fmt: skip
 
 

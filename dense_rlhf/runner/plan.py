@@ -16,10 +16,11 @@ from dense_rlhf.attribution import SOURCES
 from dense_rlhf.context import check_features
 from dense_rlhf.data import DATASETS
 from dense_rlhf.ledger import trial_seed
-from dense_rlhf.params import ABLATIONS, RunParams, ShapeParams, StudyParams
+from dense_rlhf.params import ABLATIONS, RunParams, ShapeParams
 from dense_rlhf.runs import RunFolder, altered, repository_root
 from dense_rlhf.store import content_key, file_sha256, package_sha256, settled_sha256
 from dense_rlhf.strict import parse
+from dense_rlhf.study import StudyParams
 from dense_rlhf.types import InputError
 
 
@@ -54,19 +55,21 @@ def check_names(study: StudyParams) -> None:
         check_features(f"arms.{arm}.features", shape.features)
         if shape.is_learned and not {"04_ppo", "05_bayesian_optimisation"} <= set(study.notebooks):
             raise InputError(f"arms.{arm} learns its weights: notebooks must name 04_ppo and 05_bayesian_optimisation")
-        trials = [trial_seed(study.seeds[0], trial) for trial in range(study.run.bo.trials)] if shape.is_learned else []
+        most = max(run.bo.trials for run in study.comparisons) if shape.is_learned else 0
+        trials = [trial_seed(study.seeds[0], trial) for trial in range(most)]
         if known := [seed for seed in study.seeds if seed in trials]:
             raise InputError(f"seeds: {known[0]} is a trial's of the search for arms.{arm}; policies want fresh seeds")
-    check_features("bo.features", study.run.bo.features)
+    for run in study.comparisons:
+        check_features("bo.features", run.bo.features)
 
 
 def expand(study: StudyParams) -> list[Job]:
-    """datasets x arms x seeds, as jobs in the order in which they can run."""
+    """datasets x settings x arms x seeds, as jobs in the order in which they can run."""
     check_names(study)
     jobs: list[Job] = []
-    for data in study.datasets:
-        prefix = f"{data.name}-" if len(study.datasets) > 1 else ""
-        base = replace(study.run, data=data, seed=study.seeds[0])
+    for run in study.comparisons:
+        several = [run.data.name] * (len(study.datasets) > 1) + [run.setting] * bool(run.setting)
+        prefix, base = "".join(f"{name}-" for name in several), replace(run, seed=study.seeds[0])
         arms = [job for arm, shape in study.arms.items()
                 for job in _arm_jobs(study, replace(base, arm=arm, shape=shape), prefix)]  # fmt: skip
         policies = tuple(job.name for job in arms if job.notebook == "04_ppo")

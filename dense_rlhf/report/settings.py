@@ -1,0 +1,46 @@
+"""The settings of a study beside each other: what each arm gains over the baseline of its own setting."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dense_rlhf.escape import esc
+from dense_rlhf.params import RunParams
+from dense_rlhf.report.charts import forest
+from dense_rlhf.report.comparison import METHOD, _cell
+from dense_rlhf.report.findings import Arm, Finding
+from dense_rlhf.report.page import table
+
+EQUAL_UPDATES = "after equal updates on the same prompts, 95 % interval over seeds"
+EQUAL_KL = "where both first reach the largest KL that both know, 95 % interval over seeds"
+HEAD = ("setting", "arm", "gold (log-odds)", "KL (nats)", "gain at equal updates", "gain at equal KL")
+
+
+def in_order(found: Sequence[Finding], comparisons: Sequence[RunParams]) -> list[Finding]:
+    """Findings in the order in which a study names its datasets and settings."""
+    places = [run.where for run in comparisons]
+    return sorted(found, key=lambda f: places.index(f.dataset) if f.dataset in places else len(places))
+
+
+def settings_html(found: Sequence[Finding], comparisons: Sequence[RunParams]) -> str:
+    """Two figures an arm, a line a setting, and all numbers; nothing for a study without settings."""
+    several = len({run.data.name for run in comparisons}) > 1
+    names = {run.where: run.where if several else run.setting for run in comparisons if run.setting}
+    varied = {names[f.dataset]: f for f in found if f.dataset in names}
+    arms = dict.fromkeys(arm for f in varied.values() for arm in f.arms if arm not in (f.baseline, "reference"))
+    figures = "".join(_figures(arm, {name: f for name, f in varied.items() if arm in f.arms}) for arm in arms)
+    rows = [_row(name, arm) for name, f in varied.items() for arm in f.arms.values()]
+    return figures + table(f"Every arm in every setting; {METHOD}", HEAD, rows) if varied else ""
+
+
+def _figures(arm: str, varied: dict[str, Finding]) -> str:
+    """What one arm gains over the baseline by setting, in two ways of comparing."""
+    base = next(iter(varied.values())).baseline
+    gains = {name: gain for name, f in varied.items() if (gain := f.arms[arm].gain)}
+    at_kl = {name: gain for name, f in varied.items() if (gain := f.arms[arm].gain_at_kl)}
+    return (forest(gains, f"Gold of {arm} over {base} {EQUAL_UPDATES}")
+            + forest(at_kl, f"Gold of {arm} over {base} {EQUAL_KL}"))  # fmt: skip
+
+
+def _row(setting: str, arm: Arm) -> list[str]:
+    return [esc(setting), esc(arm.name), *map(_cell, (arm.gold, arm.kl, arm.gain, arm.gain_at_kl))]
