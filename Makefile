@@ -29,7 +29,7 @@ test: env ## all tests, one process a core
 	$(BIN)/python -m pytest -n $$(nproc) --dist loadfile --no-loadscope-reorder
 
 lint: env ## style of package, notebooks and tests; notebooks without outputs
-	$(BIN)/ruff check dense_rlhf notebooks tests benchmarks
+	$(BIN)/ruff check dense_rlhf notebooks tests benchmarks examples
 	$(BIN)/nbstripout --verify --keep-id notebooks/*.ipynb notebooks/*/*.ipynb
 
 report: env ## render the reports of the finished runs again

@@ -1,0 +1,49 @@
+"""Bring a dataset: one function from parameters to a `Dataset`, and one line in the registry.
+
+    python examples/bring_a_dataset.py
+
+In a checkout both go to the end of `dense_rlhf/data.py`, and `data.name=replies` works in every study and notebook; the
+contract tests pick it up. (Preference pairs and labelled texts in a file need no code: see the README.)
+"""
+
+import random
+
+from dense_rlhf.bilevel import load_task
+from dense_rlhf.data import DATASETS, Dataset, review_prompts, split_reviews
+from dense_rlhf.explain import explain
+from dense_rlhf.params import DataParams, PolicyParams, PPOParams, RewardParams
+from dense_rlhf.rewards import proxy_correct
+from dense_rlhf.store import content_key
+
+KIND = ("thank you for asking", "happy to help you", "we are sorry for that", "we will put it right today")
+RUDE = ("that is not our problem", "stop asking us that", "read the terms you signed", "we do not care at all")
+START = "about your order of last {} number {}: {} and then {}, "
+
+
+def load_replies(params: DataParams, rows: int | None = None) -> Dataset:
+    """Made-up replies of a shop, labelled 1 kind and 0 rude."""
+    dice, found = random.Random(0), []
+    for number in range(rows or 1500):
+        label = dice.randrange(2)
+        day, said = dice.choice(("monday", "friday", "sunday")), dice.choices(KIND if label else RUDE, k=2)
+        found.append((START.format(day, number, *said) + dice.choice(KIND if label else RUDE), str(label)))
+    splits, counts = split_reviews(found)  # by content: no text serves two purposes
+    train, validation = (review_prompts(splits[name], params.prompt_words, counts) for name in ("train", "validation"))
+    return Dataset("replies", content_key(found), splits["reward"], splits["gold"], train, validation, splits["test"],
+                   counts=dict(counts))  # fmt: skip
+
+
+DATASETS["replies"] = load_replies
+
+
+def main(reward_steps: int = 100) -> None:
+    reward, ppo = RewardParams(steps=reward_steps, batch=32), PPOParams(rollouts=16, minibatch=16)
+    task = load_task(DataParams(name="replies"), PolicyParams(name="tiny"), reward, ppo)
+    print(task.data.counts)
+    agreed = proxy_correct(task.reward_model, task.data.test, reward.window).mean()
+    print(f"the reward model agrees with {agreed:.0%} of {len(task.data.test)} labels; what it saw in one reply:")
+    print(explain(task.reward_model.model, task.tokenizer, "about your order: ", task.data.test[0].text[40:]))
+
+
+if __name__ == "__main__":
+    main()
