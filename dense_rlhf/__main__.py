@@ -1,4 +1,4 @@
-"""python -m dense_rlhf run|status|report|list|search|train|check"""
+"""python -m dense_rlhf run|status|report|list|search|train|check|serve"""
 
 from __future__ import annotations
 
@@ -175,6 +175,14 @@ def _list(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _serve(arguments: argparse.Namespace) -> int:
+    from dense_rlhf.judge.serve import how, serve
+
+    print(f"once it says that it is running, in another terminal:\n  {how(arguments.port)}", flush=True)
+    serve(arguments.port)
+    return 0
+
+
 def _execute(arguments: argparse.Namespace) -> int:
     from dense_rlhf.runner.execution import work
 
@@ -215,6 +223,9 @@ def main(argv: list[str] | None = None) -> int:
         if name == "run":
             _add_run_options(command)
     commands.add_parser("list", help="what can be named: studies, datasets, sources").set_defaults(act=_list)
+    server = commands.add_parser("serve", help="a small judge on this machine, behind an OpenAI-compatible endpoint")
+    server.add_argument("--port", type=int, default=8000)
+    server.set_defaults(act=_serve)
     execute = commands.add_parser("execute", help="run one notebook in its prepared folder (the runner calls this)")
     execute.add_argument("notebook")
     execute.add_argument("folder")

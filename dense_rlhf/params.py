@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
+from dense_rlhf.params_judge import DownstreamParams, JudgeParams
 from dense_rlhf.strict import parse
 from dense_rlhf.types import InputError, RewardShape, check_removal
 
@@ -23,7 +24,6 @@ PLAYERS = ("tokens", "words", "sentences")
 STRATEGIES = ("gp", "saas", "additive", "nei", "random", "sobol")
 OBJECTIVES = ("proxy", "gold", "penalised")
 TEMPERATURES = ("fixed", "shared", "each")
-REPLY_LIMITS = ("max_tokens", "max_completion_tokens")
 LANDSCAPES = ("interior", "vertex", "face", "ridge", "flat")
 PLAIN = (bool, int, float, str, list, tuple, type(None))  # what a parameters cell can hold
 
@@ -263,32 +263,6 @@ class EvaluationParams:
 
 
 @dataclass(frozen=True)
-class JudgeParams:
-    """How an endpoint is asked to judge, and what that may cost."""
-
-    calls: int = 4000  # requests; earlier starts on the same record count
-    tokens: int = 4_000_000  # read and written; earlier starts count. What is under way when it is reached comes on top
-    concurrency: int = 4  # requests under way at once
-    timeout: float = 60.0  # seconds until an answer must be whole
-    attempts: int = 5  # requests for one judgement, where the server is busy, fails or is silent
-    wait: float = 1.0  # seconds before the second attempt at most; doubles with each, a random share of it is waited
-    longest_wait: float = 60.0  # seconds; a server that asks for more patience than this is not asked again
-    temperature: float | None = 0.0  # none: the server's own
-    reply_tokens: int = 512  # a longer reply is cut, and no judgement
-    limit_as: str = "max_tokens"  # the field that says so; or max_completion_tokens, for models that want that
-
-    def __post_init__(self):
-        for name in ("calls", "tokens", "concurrency", "timeout", "attempts", "reply_tokens"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"judge.{name} is {getattr(self, name)}, wanted above 0")
-        if min(self.wait, self.longest_wait, self.temperature or 0) < 0:
-            raise InputError(f"judge.wait, longest_wait, temperature: {self.wait}, {self.longest_wait}, "
-                             f"{self.temperature}; wanted 0 or more")  # fmt: skip
-        if self.limit_as not in REPLY_LIMITS:
-            raise InputError(f"judge.limit_as is {self.limit_as!r}, wanted one of {', '.join(REPLY_LIMITS)}")
-
-
-@dataclass(frozen=True)
 class DimensionParams:
     """The ablation that asks how many trials more sources need."""
 
@@ -339,6 +313,8 @@ class RunParams:
     bo: BOParams = field(default_factory=BOParams)
     evaluation: EvaluationParams = field(default_factory=EvaluationParams)
     dimension: DimensionParams = field(default_factory=DimensionParams)
+    judge: JudgeParams = field(default_factory=JudgeParams)
+    downstream: DownstreamParams = field(default_factory=DownstreamParams)
 
     @property
     def where(self) -> str:
@@ -375,9 +351,10 @@ SINGLE = ("arm", "setting", "seed", "threads")
 GROUPS: dict[str, type] = {
     "data": DataParams, "policy": PolicyParams, "reward": RewardParams, "attribution": AttributionParams,
     "shape": ShapeParams, "ppo": PPOParams, "bo": BOParams, "evaluation": EvaluationParams,
-    "dimension": DimensionParams,
+    "dimension": DimensionParams, "judge": JudgeParams, "downstream": DownstreamParams,
 }  # fmt: skip
 
 NOTEBOOKS = ("01_reward_model", "02_attribution", "03_shaping", "04_ppo", "05_bayesian_optimisation", "06_comparison")
 ABLATIONS = ("ablations/explainers", "ablations/ppo", "ablations/baselines", "ablations/contextual",
              "ablations/human", "ablations/dimension")  # fmt: skip  # run where a study names them
+BENCHMARKS = ("07_downstream",)  # likewise; they ask a judge over the network

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from IPython.display import display
@@ -57,6 +59,24 @@ def panels(names: Sequence[str], width: float = 9.5, height: float = 3.8, share:
     for ax, name in zip(found, names):
         ax.set_title(name, loc="right", fontsize="small")
     return list(found)
+
+
+def radar(spokes: Sequence[str], intervals: Mapping[str, Sequence[Interval]], top: float, height: float = 4.6) -> Axes:
+    """A closed line for each method with its 95 % band, where it is known; an interval a spoke, from 0 to `top`."""
+    import matplotlib.pyplot as plt
+
+    ax = plt.subplots(figsize=(6.5, height), layout="constrained", subplot_kw={"projection": "polar"})[1]
+    angles = [2 * math.pi * i / len(spokes) for i in range(len(spokes))]
+    for name, found in intervals.items():
+        closed = [i if i.known else replace(i, low=i.mean, high=i.mean) for i in (*found, found[0])]
+        mean, low, high = ([getattr(i, part) for i in closed] for part in ("mean", "low", "high"))
+        ax.plot([*angles, 0.0], mean, "o-", ms=4, color=colour(name), label=name)
+        ax.fill_between([*angles, 0.0], low, high, color=colour(name), alpha=0.15)
+    ax.set_xticks(angles, list(spokes), fontsize="small")
+    ax.tick_params(axis="x", pad=9)
+    ax.set(ylim=(0, top), theta_zero_location="N", theta_direction=-1)
+    ax.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.1, 1))
+    return ax
 
 
 def show(ax: Axes, alt: str) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
 
-from dense_rlhf.params import ABLATIONS, GROUPS, NOTEBOOKS, DataParams, RunParams, ShapeParams
+from dense_rlhf.params import ABLATIONS, BENCHMARKS, GROUPS, NOTEBOOKS, DataParams, RunParams, ShapeParams
 from dense_rlhf.strict import cast, check_numbers, kind, merge, parse, parse_settings, read_yaml, shown
 from dense_rlhf.types import InputError
 
@@ -132,7 +132,7 @@ def _checked(study: StudyParams) -> StudyParams:
     for shape in [shape for shape in study.arms.values() if shape.is_learned]:
         for run in study.comparisons:
             run.bo.check(shape)
-    known = NOTEBOOKS + ABLATIONS
+    known = NOTEBOOKS + ABLATIONS + BENCHMARKS
     unknown = [n for n in study.notebooks if n not in known]
     if unknown:
         raise InputError(f"notebooks: {unknown[0]!r} is not one; wanted some of {', '.join(known)}")
@@ -140,10 +140,14 @@ def _checked(study: StudyParams) -> StudyParams:
     for name, path in paths:
         if path is not None and not Path(path).is_file():
             raise InputError(f"{name}: no file at {path}; give the path of a file that exists")
+    for folder in filter(None, [run.downstream.mt_bench_path for run in study.comparisons]):
+        if not Path(folder).is_dir():
+            raise InputError(f"downstream.mt_bench_path: no folder at {folder}; give one with MT-Bench's files")
     return replace(study, notebooks=tuple(n for n in known if n in study.notebooks))
 
 
-PATHS = ("data.path", "attribution.rationale_path", "evaluation.sst_path", "evaluation.toxic_path")
+PATHS = ("data.path", "attribution.rationale_path", "evaluation.sst_path", "evaluation.toxic_path",
+         "downstream.alpaca_path")  # fmt: skip
 LEAST = {
     "data": {"prompt_words": 1, "max_prompt_chars": 1}, "policy": {"lora_alpha": 0},
     "reward": {"hidden": 1, "layers": 1, "heads": 1, "steps": 0, "batch": 1, "lr": 0, "window": 1, "max_drop": 0,

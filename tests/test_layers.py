@@ -9,19 +9,19 @@ import pytest
 from dense_rlhf.store import PACKAGE
 
 LAYERS = {
-    "types": 0, "strict": 0, "params": 0, "study": 0, "masked": 0, "store": 0, "escape": 0,
+    "types": 0, "strict": 0, "params": 0, "params_judge": 0, "study": 0, "masked": 0, "store": 0, "escape": 0,
     "alignment": 1, "data": 1, "models": 1, "policy": 1, "processes": 1, "reward_model": 1, "rewards": 1, "additive": 1,
     "language_model": 1, "statistics": 1,
     "rollout": 2, "attribution": 2, "context": 2, "shaping": 2, "ppo": 2, "checkpoint": 2, "health": 2, "bayesopt": 2,
     "judge": 2, "toy": 2, "implicit": 2, "ledger": 2, "landscapes": 2, "overoptimisation": 2,
-    "bilevel": 3, "arms": 3, "baselines": 3, "budget": 3, "audit": 3, "dimension": 3,
+    "bilevel": 3, "arms": 3, "baselines": 3, "budget": 3, "audit": 3, "dimension": 3, "downstream": 3,
     "runs": 4, "runner": 4, "plots": 4, "plots_search": 4, "display": 4, "explore": 4, "explain": 4, "live": 4,
     "report": 4, "train": 4, "check": 4,
     "__main__": 4,
 }  # fmt: skip
 # within a layer: everyone may raise InputError and read the parameters; the others are spelt out
-SIDEWAYS = {(module, "types") for module in ("strict", "params", "study", "masked", "store")} | {
-    ("params", "strict"), ("study", "params"), ("study", "strict"),
+SIDEWAYS = {(module, "types") for module in ("strict", "params", "params_judge", "study", "masked", "store")} | {
+    ("params", "strict"), ("params", "params_judge"), ("study", "params"), ("study", "strict"),
     ("policy", "reward_model"), ("checkpoint", "ppo"), ("shaping", "context"), ("baselines", "bilevel"),
     ("arms", "bilevel"), ("dimension", "audit"), ("judge", "ledger"),
     ("rewards", "data"), ("rewards", "reward_model"), ("reward_model", "alignment"),

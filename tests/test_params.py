@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from dense_rlhf.__main__ import main
-from dense_rlhf.params import ABLATIONS, NOTEBOOKS, BOParams, RunParams, ShapeParams
+from dense_rlhf.params import ABLATIONS, BENCHMARKS, NOTEBOOKS, BOParams, RunParams, ShapeParams
 from dense_rlhf.runs import repository_root
 from dense_rlhf.strict import parse
 from dense_rlhf.study import load_study
@@ -171,7 +171,7 @@ STUDIES = [path for path in sorted((repository_root() / "params").rglob("*.yaml"
 def test_shipped_studies_can_be_planned_at_every_size(path, capsys):
     for size in ("full", *yaml.safe_load(path.read_text()).get("sizes", {})):
         study = load_study(path, [f"size={size}"])
-        assert study.study == path.stem and set(study.notebooks) <= set(NOTEBOOKS + ABLATIONS)
+        assert study.study == path.stem and set(study.notebooks) <= set(NOTEBOOKS + ABLATIONS + BENCHMARKS)
         assert main(["run", str(path), "--set", f"size={size}", "--dry-run"]) == 0
         assert "nothing was started" in capsys.readouterr().out
 

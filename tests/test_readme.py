@@ -52,11 +52,11 @@ def test_commands_are_ones_that_we_have(line, monkeypatch):
     words = shlex.split(line)
     words = words[words.index("dense_rlhf") + 1 :]
     kept = {}
-    for name in ("_run", "_status", "_check", "_train", "_search", "_report", "_list"):
+    for name in ("_run", "_status", "_check", "_train", "_search", "_report", "_list", "_serve"):
         if hasattr(__main__, name):
             monkeypatch.setattr(__main__, name, lambda arguments: kept.update(vars(arguments)) or 0)
     assert __main__.main(words) == 0 and kept
-    if "study" in kept and not any(part in line for part in ("FILE", "STUDY")):
+    if "study" in kept and not any(part in line for part in ("FILE", "FOLDER", "STUDY")):
         load_study(ROOT / kept["study"], kept.get("set") or ())
 
 

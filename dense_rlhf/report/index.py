@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from dense_rlhf.escape import esc
 from dense_rlhf.live import duration
+from dense_rlhf.params import ABLATIONS, BENCHMARKS
 from dense_rlhf.report.charts import spark
 from dense_rlhf.report.comparison import Verdict, verdict, verdict_html
 from dense_rlhf.report.findings import Finding
@@ -164,7 +165,7 @@ def _cards(found: Mapping, thumbnails: Mapping[str, str]) -> str:
 
 def _beside(run: Mapping) -> str:
     """The page that compares what an ablation left."""
-    if not str(run["notebook"]).startswith("ablations/") or run["status"] not in GOOD:
+    if run["notebook"] not in ABLATIONS + BENCHMARKS or run["status"] not in GOOD:
         return ""
     return "<br>" + link(f"comparison-{run['job']}.html", "its numbers and tables")
 

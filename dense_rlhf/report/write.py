@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dense_rlhf.escape import esc
+from dense_rlhf.params import ABLATIONS, BENCHMARKS
 from dense_rlhf.report import index as drawn
 from dense_rlhf.report.charts import thumbnail
 from dense_rlhf.report.comparison import ablation_page, across_html, dataset_page
@@ -128,7 +129,7 @@ def _comparisons(study: StudyParams, records: list[dict], runs: dict[str, RunFol
         found = []
     made += [(f.dataset, dataset_page(study.study, f)) for f in found]
     for record in records:
-        if str(record["notebook"]).startswith("ablations/") and record["status"] in GOOD:
+        if record["notebook"] in ABLATIONS + BENCHMARKS and record["status"] in GOOD:
             made.append((record["job"], ablation_page(study.study, runs[record["job"]])))
     for name, (body, listed) in made:
         write_text(folder / f"comparison-{name}.html", page(f"comparison: {name}", body, _footer(records, study.seeds),

@@ -16,7 +16,7 @@ from dense_rlhf.attribution import SOURCES
 from dense_rlhf.context import check_features
 from dense_rlhf.data import DATASETS
 from dense_rlhf.ledger import trial_seed
-from dense_rlhf.params import ABLATIONS, RunParams, ShapeParams
+from dense_rlhf.params import ABLATIONS, BENCHMARKS, RunParams, ShapeParams
 from dense_rlhf.runs import RunFolder, altered, repository_root
 from dense_rlhf.store import content_key, file_sha256, package_sha256, settled_sha256
 from dense_rlhf.strict import parse
@@ -74,7 +74,7 @@ def expand(study: StudyParams) -> list[Job]:
                 for job in _arm_jobs(study, replace(base, arm=arm, shape=shape), prefix)]  # fmt: skip
         policies = tuple(job.name for job in arms if job.notebook == "04_ppo")
         single = {"01_reward_model": 0, "02_attribution": 1, "03_shaping": 1, "06_comparison": 3}
-        single |= dict.fromkeys(ABLATIONS, 1)
+        single |= dict.fromkeys(ABLATIONS + BENCHMARKS, 1)
         for notebook in [n for n in study.notebooks if n in single]:
             reads = policies if notebook == "06_comparison" else ()
             jobs.append(Job(prefix + Path(notebook).name, notebook, single[notebook], base, reads=reads))
@@ -158,6 +158,7 @@ def _files(flat: dict) -> dict[str, str]:
     """Hashes of the local files and models that parameters name. What a hub's branch is at now is not asked."""
     named = {name: Path(value) for name, value in flat.items()
              if value and (name.endswith("_path") or name in ("policy_name", "reward_name"))}  # fmt: skip
+    named |= {path: Path(path) for path in flat["downstream_checkpoints"]}
     paths = {name: sorted(path.iterdir()) if path.is_dir() else [path] for name, path in named.items() if path.exists()}
     return {name: content_key([[path.name, settled_sha256(path)] for path in found if path.is_file()])
             for name, found in paths.items()}  # fmt: skip
