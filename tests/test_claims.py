@@ -117,7 +117,7 @@ def test_other_normalisations_are_no_rivals_of_learned_weights():
     assert [c.rival for c in said(found, "2").cases[0].comparisons] == ["sparse", "uniform"]
 
 
-@pytest.mark.parametrize("trials, wanted, part", [({"bo": 25, "bo-shap": 25}, SUPPORTED, "bo less bo-shap"),
+@pytest.mark.parametrize("trials, wanted, part", [({"bo": 25, "bo-shap": 25}, SUPPORTED, "bo less bo-shap in gold"),
                                                   ({"bo": 8, "bo-shap": 8}, UNDECIDED, "Not asked in this study"),
                                                   ({"bo": 25}, UNDECIDED, "Not asked in this study")])  # fmt: skip
 def test_four_sources_are_asked_about_at_enough_trials(trials, wanted, part):

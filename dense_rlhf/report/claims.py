@@ -104,7 +104,6 @@ class Claim:
     text: str
     verdict: str
     why: str
-    measure: str = ""
     unit: str = ""
     cases: tuple[Case, ...] = ()
 
@@ -171,8 +170,8 @@ def judge(found: Finding) -> tuple[Claim, ...]:
     for question, cases in asked:
         decided = tuple(_decide(case, corrected.get(id(case), 1.0), len(told)) for case in cases)
         verdict = _overall([case.verdict for case in decided])
-        claims.append(Claim(question.key, question.text, verdict, _why(question, decided, verdict), question.measure,
-                            question.unit, decided))  # fmt: skip
+        why = _why(question, decided, verdict)
+        claims.append(Claim(question.key, question.text, verdict, why, question.unit, decided))
     return *claims, _identity(found.shaping)
 
 
@@ -217,8 +216,8 @@ def _said(case: Case, question: Question) -> str:
     """An arm with its difference from its first rival."""
     first = case.comparisons[0]
     parts = [f"{signed(d)} at {where}" for d, where in ((first.updates, UPDATES), (first.at_kl, EQUAL_KL)) if d]
-    return (f"{case.arm} less {first.rival}: {', '.join(parts) or 'unknown'} ({question.unit}; {case.seeds} "
-            f"seed{'s' * (case.seeds != 1)}, p {number(case.p)} after Holm)")  # fmt: skip
+    return (f"{case.arm} less {first.rival} in {question.measure}: {', '.join(parts) or 'unknown'} ({question.unit}; "
+            f"{case.seeds} seed{'s' * (case.seeds != 1)}, p {number(case.p)} after Holm)")  # fmt: skip
 
 
 def _open(case: Case) -> str:
