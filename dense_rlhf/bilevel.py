@@ -24,7 +24,8 @@ from dense_rlhf.checkpoint import keep, resume, save_failure, save_policy
 from dense_rlhf.data import Dataset, load_data
 from dense_rlhf.health import Sign, diagnose
 from dense_rlhf.implicit import load_implicit
-from dense_rlhf.judge import win_rate
+from dense_rlhf.judge import length_controlled, win_rate
+from dense_rlhf.judge.length_control import FOLDS
 from dense_rlhf.ledger import Halfway, Ledger, lock
 from dense_rlhf.models import LanguageModel, default_device, load_policy, within_memory
 from dense_rlhf.params import AttributionParams, BOParams, DataParams, PolicyParams, PPOParams, RewardParams
@@ -225,10 +226,12 @@ def evaluate(
 def judge_against_reference(
     task: Task, policy: PolicyWithValue, prompts: Sequence[Prompt], params: PPOParams, seed: int
 ) -> pd.DataFrame:
-    """`evaluate` with the reference's answers to the same prompts beside it: reference_gold, reference_proxy, win."""
+    """`evaluate` with the reference's answers to the same prompts beside it: reference_gold, reference_proxy, win, and
+    from five prompts on win_lc, the win at equal length."""
     judged, before = (evaluate(task, p, prompts, params, seed) for p in (policy, task.reference))
-    return judged.assign(reference_gold=before["gold"], reference_proxy=before["proxy"],
-                         win=win_rate(judged["gold"], before["gold"]))  # fmt: skip
+    win = win_rate(judged["gold"], before["gold"])
+    known = {"win_lc": length_controlled(win, judged["response"], before["response"])} if len(win) >= FOLDS else {}
+    return judged.assign(reference_gold=before["gold"], reference_proxy=before["proxy"], win=win, **known)
 
 
 # ---------------------------------------------------------------------------------------------------- outer loop

@@ -68,6 +68,7 @@ def evaluation(gold, kl, seed, texts, prompts=60):
             "reference_gold": reference,
             "reference_proxy": reference,
             "win": (scores > reference) * 1.0,
+            "win_lc": ((scores > reference) * 1.0).mean(),
         }
     )
 

@@ -9,7 +9,8 @@ from test_bilevel import EXPLAIN, MIXED, PARAMS, SPARSE, task  # noqa: F401
 
 from dense_rlhf import arms
 from dense_rlhf.arms import KEPT, train_arms
-from dense_rlhf.bilevel import judge_against_reference, train_policy
+from dense_rlhf.bilevel import evaluate, judge_against_reference, train_policy
+from dense_rlhf.judge import length_controlled
 from dense_rlhf.ledger import read_ledger
 from dense_rlhf.params import RunParams
 
@@ -63,3 +64,14 @@ def test_a_comparison_that_was_killed_goes_on(compared, task, tmp_path, monkeypa
     train_arms(task, {"sparse": SPARSE}, replace(STUDY, ppo=replace(PARAMS, lr=1e-3)), (0,), PROMPTS[:4], cut)
     train_arms(task, {"sparse": SPARSE}, STUDY, (0,), PROMPTS[:3], cut)
     assert trained == [5, 0, 0]
+
+
+def test_wins_at_equal_length_are_told_from_five_prompts_on(task):  # noqa: F811
+    few, some = (judge_against_reference(task, task.reference, PROMPTS[:n], PARAMS, 0) for n in (4, 5))
+    assert "win_lc" not in few and some["win"].tolist() == [0.5] * 5
+    assert some["win_lc"].tolist() == pytest.approx([0.5] * 5, abs=1e-6)
+    other = train_policy(task, MIXED, PARAMS, EXPLAIN, 0)
+    judged, before = (evaluate(task, p, PROMPTS, PARAMS, 0) for p in (other.policy, task.reference))
+    found = judge_against_reference(task, other.policy, PROMPTS, PARAMS, 0)
+    expected = length_controlled(found["win"], judged["response"], before["response"])
+    assert found["win"].nunique() > 1 and found["win_lc"].tolist() == expected.tolist()

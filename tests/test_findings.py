@@ -63,6 +63,17 @@ def test_test_prompts_are_judged_on_where_all_runs_have_them(tmp_path):
     assert found.table == "evaluation" and "validation prompts" in verdict(found).grounds["How sure"]
 
 
+def test_wins_at_equal_length_stand_beside_wins_where_every_run_has_them(tmp_path):
+    found = found_of(tmp_path, SEEDS, sparse=0, shap=1)
+    shap = found.arms["shap"]
+    assert shap.win_lc.mean == pytest.approx(shap.win.mean) and shap.win_lc.known
+    assert "win rate, equal length" in dataset_page("s", found)[0]
+    path = tmp_path / "runs" / "s" / "04_ppo-shap-seed0" / "evaluation.csv"
+    pd.read_csv(path).drop(columns="win_lc").to_csv(path, index=False)
+    again = findings(finished_runs(tmp_path / "runs" / "s"), ["sparse", "shap"])[0]
+    assert again.arms["shap"].win_lc is None and again.arms["sparse"].win_lc == found.arms["sparse"].win_lc
+
+
 def test_searches_tell_which_arms_learned_their_weights(tmp_path):
     policies(tmp_path, "s", arms={name: ARMS[name] for name in ("sparse", "bo-shap")})
     one = record("05_bayesian_optimisation-bo-shap", "05_bayesian_optimisation", arm="bo-shap")

@@ -75,7 +75,7 @@ def test_policies_leave_history_and_judgements(reviews):
         history, judged = run.load_table("history"), run.load_table("evaluation")
         assert (history["first_ratio_error"] < 1e-4).all() and abs(history["kl"].iloc[0]) < 1e-4
         assert {"proxy", "gold", "value_loss", "explained_variance", "entropy"} <= set(history)
-        assert {"proxy", "gold", "kl", "reference_gold", "win"} <= set(judged) and len(judged) == 16
+        assert {"proxy", "gold", "kl", "reference_gold", "win", "win_lc"} <= set(judged) and len(judged) == 16
         metrics = run.load_json("metrics.json")
         assert metrics["revisions"].keys() == {"data", "policy", "reward"} and metrics["warnings"] == []
 

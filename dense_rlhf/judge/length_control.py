@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -50,8 +51,11 @@ def length_controlled(
         known = _features(gamed["std_delta_len"], None if difficulty is None else gamed["instruction_difficulty"], 0.0)
         X, y = np.concatenate([known, X]), np.concatenate([gamed["preference"], y])
         weight = np.concatenate([np.full(len(known), GAMED_WEIGHT), weight])
+    with warnings.catch_warnings():  # of a fold that a weak penalty tells apart without error
+        warnings.filterwarnings("ignore", "Liblinear failed to converge")
+        inverse_penalty = _best_penalty(X, y, weight)
     equal = features * (np.arange(features.shape[1]) > 0)  # the length term is the first
-    return _fit(X, y, weight, _best_penalty(X, y, weight)).predict_proba(equal)[:, 1]
+    return _fit(X, y, weight, inverse_penalty).predict_proba(equal)[:, 1]
 
 
 def _features(gap: Sequence[float], difficulty: Sequence[float] | None, ours: float = 1.0) -> np.ndarray:

@@ -173,10 +173,10 @@ def _laws(found: Finding) -> str:
 
 
 def _arm_table(arms: Sequence[Arm]) -> str:
-    head = ("arm", "kind", "seeds", "gold, mean", "gold, IQM", "KL (nats)", "win rate", "gain", "gain at equal KL",
-            "P(improvement)", "training", "explaining")  # fmt: skip
+    head = ("arm", "kind", "seeds", "gold, mean", "gold, IQM", "KL (nats)", "win rate", "win rate, equal length",
+            "gain", "gain at equal KL", "P(improvement)", "training", "explaining")  # fmt: skip
     cells = [[esc(a.name), a.kind, str(len(a.seeds)), _cell(a.gold), _cell(a.iqm), _cell(a.kl), _cell(a.win),
-             _cell(a.gain), _cell(a.gain_at_kl), _cell(a.improves),
+             _cell(a.win_lc), _cell(a.gain), _cell(a.gain_at_kl), _cell(a.improves),
              duration(a.seconds) if a.seconds else "–", f"{a.explain:.0%}" if a.explain is not None else "–"]
             for a in arms]  # fmt: skip
     return table("Every arm, with 95 % intervals over seeds (IQM: from five seeds on); gold in log-odds, wins over the "

@@ -42,6 +42,7 @@ class Arm:
     iqm: Interval
     kl: Interval | None = None
     win: Interval | None = None
+    win_lc: Interval | None = None  # were its responses as long as the reference's
     gain: Difference | None = None
     gain_at_kl: Difference | None = None
     improves: Interval | None = None
@@ -209,7 +210,7 @@ def _about(arm: str, shape: tuple[tuple[str, ...], str] | None, search: RunFolde
 def _arm(found: Finding, name: str, what: str, about: Mapping) -> Arm:
     tables, base = found.judged.get(name, {}), found.judged[found.baseline]
     gold, rivals = ([float(t["gold"].mean()) for t in side.values()] for side in (tables, base))
-    columns = {c: over_seeds([t[c].to_numpy() for t in tables.values()]) for c in ("kl", "win")
+    columns = {c: over_seeds([t[c].to_numpy() for t in tables.values()]) for c in ("kl", "win", "win_lc")
                if all(c in t for t in tables.values())}  # fmt: skip
     gains = {} if name == found.baseline else {
         "gain": found.compare(name, found.baseline), "improves": improvement([gold], [rivals]),
