@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -366,6 +367,16 @@ def test_without_an_endpoint_nothing_starts_and_one_line_says_why(monkeypatch, c
     error = capsys.readouterr().err
     assert error.startswith(f"error: {missing} is not set") and error.count("\n") == 1
     assert not (ROOT / "runs" / "pytest_no_endpoint").exists()
+
+
+def test_without_the_client_nothing_starts(monkeypatch, capsys):
+    for name in ("OPENAI_BASE_URL", "OPENAI_API_KEY", "OPENAI_MODEL"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9/v1")
+    monkeypatch.setitem(sys.modules, "openai", None)
+    assert main(["run", "params/downstream.yaml", "--set", "size=smoke", "--set", "study=pytest_no_client"]) == 2
+    error = capsys.readouterr().err
+    assert "needs the package openai" in error and error.count("\n") == 1
+    assert not (ROOT / "runs" / "pytest_no_client").exists()
 
 
 def test_ratings_are_those_that_the_server_gave(endpoint, tmp_path):

@@ -169,7 +169,7 @@ def read_back(folder: Path, generator: str, wanted: int) -> tuple[dict[str, floa
     """The leaderboard's row of `generator` by name (win_rate, in per cent, ...), and the annotations.
 
     A row an instruction: instruction, preference in [0, 1] for the generator (NaN where the reply could not be read),
-    output_1 (the baseline's), output_2, raw_completion. Raises `InputError` unless there are `wanted` rows.
+    output_1 (the baseline's), output_2. Raises `InputError` unless there are `wanted` rows.
     """
     import pandas as pd
 

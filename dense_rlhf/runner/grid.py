@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from dense_rlhf.params import BENCHMARKS, DownstreamParams, RunParams, ShapeParams
+from dense_rlhf.params import BENCHMARKS, RunParams, ShapeParams
 from dense_rlhf.runner.executors import Local
 from dense_rlhf.runner.jobs import BAD, GOOD, STATES, blank, cancel, finish, finished, held_by, run_job
 from dense_rlhf.runner.plan import Job, awaits, expand, runs_folder, threads_of
@@ -183,7 +183,7 @@ def check_data(study: StudyParams) -> None:
     readers = [("data.path", data.path, lambda data=data: load_data(data)) for data in study.datasets if data.path]
     people = {reader[:2]: reader for run in study.comparisons for reader in _readers(run)}
     if set(BENCHMARKS) & set(study.notebooks):
-        readers += [reader for run in study.comparisons for reader in _benchmark_readers(run.downstream)]
+        readers += [reader for run in study.comparisons for reader in _benchmark_readers(run)]
     for name, path, load in (*readers, *people.values()):
         try:
             load()
@@ -191,14 +191,14 @@ def check_data(study: StudyParams) -> None:
             raise InputError(f"{name} is {path}: {str(error).removeprefix(f'{path} ')}") from error
 
 
-def _benchmark_readers(params: DownstreamParams) -> list[tuple[str, str, Callable]]:
-    """As `_readers`, of the benchmarks' files. Raises `InputError` where the environment names no endpoint."""
+def _benchmark_readers(run: RunParams) -> list[tuple[str, str, Callable]]:
+    """As `_readers`, of the benchmarks' files. Raises `InputError` where there is no endpoint that could be asked."""
     from dense_rlhf.judge import alpaca_eval, mt_bench
-    from dense_rlhf.judge.client import ADDRESS, KEY, MODEL, setting
+    from dense_rlhf.judge.client import MODEL, connect, setting
 
-    for variable in (ADDRESS, KEY, MODEL):
-        setting(variable)
-    alpaca, folder = params.alpaca_path, params.mt_bench_path
+    setting(MODEL)
+    connect(run.judge)
+    alpaca, folder = run.downstream.alpaca_path, run.downstream.mt_bench_path
     found = [("downstream.alpaca_path", alpaca, partial(alpaca_eval.read_instructions, alpaca))] if alpaca else []
     if folder:
         readers = mt_bench.read_prompts, mt_bench.read_questions
