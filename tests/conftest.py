@@ -31,12 +31,14 @@ settings.register_profile("tests", deadline=None, max_examples=30, derandomize=T
 settings.load_profile("tests")
 
 
-LONGEST = ("test_notebooks.py", "test_ablations.py")
+LONGEST = ("test_ablations.py", "test_notebooks.py", "test_training.py", "test_examples.py", "test_grid.py",
+           "test_runner.py", "test_faults.py", "test_search.py")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):
-    """Whole runs take longest: their files are handed out first, one a worker."""
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    """Whole runs take longest: their files are handed out first, so that no worker ends with one."""
+    rank = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(LONGEST)))
 
 
 DEVICE = os.environ.get("DENSE_RLHF_TEST_DEVICE", "cpu")  # cuda: models and tensors that the tests make are there
@@ -80,15 +82,18 @@ def make_policy(tokenizer, seed: int = 0, eos_share: float = 0.2) -> LlamaForCau
     return jitter(lm, seed)
 
 
-@pytest.fixture(scope="session")
-def few_reviews(tmp_path_factory):
-    """Every tenth review in a file of its own: a whole run spends its time on the run, not on reading."""
-    path = tmp_path_factory.mktemp("reviews") / "reviews.csv"
+def reviews_file(path, every):
+    """Write every so many-th review to `path`: a whole run then spends its time on the run, not on reading."""
     with open(wheel_member(*REVIEWS_WHEEL, REVIEWS_MEMBER), newline="", encoding="utf-8") as source:
         rows = list(csv.reader(source))
     with open(path, "w", newline="", encoding="utf-8") as target:
-        csv.writer(target).writerows(rows[:1] + rows[1::10])
+        csv.writer(target).writerows(rows[:1] + rows[1::every])
     return path
+
+
+@pytest.fixture(scope="session")
+def few_reviews(tmp_path_factory):
+    return reviews_file(tmp_path_factory.mktemp("reviews") / "reviews.csv", every=10)
 
 
 @pytest.fixture(scope="session")

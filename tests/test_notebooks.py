@@ -8,7 +8,7 @@ import sys
 
 import nbformat
 import pytest
-from conftest import ROOT
+from conftest import ROOT, reviews_file
 from whole_runs import check_pages, run_study
 
 from dense_rlhf.ledger import trials
@@ -104,9 +104,10 @@ def test_reports_open_without_a_network(study, request):
     check_pages(*request.getfixturevalue(study))
 
 
-def test_tiny_language_model_notebook(few_reviews, tmp_path):
+def test_tiny_language_model_notebook(tmp_path):
     notebook, folder = "notebooks/00_tiny_language_model.ipynb", str(tmp_path / "lm")
-    values = {"language_model_steps": 2, "language_model_batch": 4, "data_path": few_reviews, "folder": folder}
+    data = reviews_file(tmp_path / "reviews.csv", every=100)
+    values = {"language_model_steps": 2, "language_model_batch": 4, "data_path": data, "folder": folder}
     options = [part for name, value in values.items() for part in ("-p", name, str(value))]
     command = [sys.executable, "-m", "papermill", notebook, str(tmp_path / "out.ipynb"), *options, "-k", "python3"]
     subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
