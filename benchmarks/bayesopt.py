@@ -348,9 +348,9 @@ def main() -> None:
     asked = selected()
     os.environ["OMP_NUM_THREADS"] = "1"  # of the workers
     folder = str(peers_folder()) if {"ax", "tpe"} & set(asked.peer) else ""
-    print(json.dumps({"benchmark": "bayesopt/run", "threads": 1, "jobs": asked.jobs,
-                      "peers": REQUIREMENTS, **provenance()}), flush=True)  # fmt: skip
     seeds = range(asked.first_seed, asked.first_seed + asked.seeds)
+    print(json.dumps({"benchmark": "bayesopt/run", "threads": 1, "jobs": asked.jobs, "seeds": [seeds[0], seeds[-1]],
+                      "peers": REQUIREMENTS, **provenance()}), flush=True)  # fmt: skip
     context = get_context("spawn")
     if asked.timed_at:
         with ProcessPoolExecutor(1, context, start_worker, (folder,)) as alone:
