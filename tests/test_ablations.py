@@ -115,12 +115,12 @@ def test_trials_are_counted_against_sources_on_known_functions_and_on_reviews(di
     found = run.load_table("searches")
     face = found[(found["landscape"] == "face") & (found["method"] == "gp")].groupby("d")["regret"].mean()
     assert {int(d): at["mean"] for d, at in metrics["regret"]["gp"].items()} == pytest.approx(dict(face))
-    for d in (2, 3, 4):
+    for d in (2, 3):
         tried = trials(run.path / f"{d}_sources" / "trials.jsonl")
         assert len(tried) == 6 and {len(t["weights"]) for t in tried} == {d} == {len(t["sources"]) for t in tried}
         assert len(metrics["weights"][f"{d} sources"]) == d and metrics["kind"][f"{d} sources"]
     fresh = {line["seed"] for line in read_ledger(run.file("trainings.jsonl"))}
-    assert not fresh & {t["seed"] for t in tried} and set(metrics["loss"]) == {"3 sources", "4 sources"}
+    assert not fresh & {t["seed"] for t in tried} and set(metrics["loss"]) == {"3 sources"}
 
 
 def test_peoples_marks_are_trained_on_in_score_units(human):
