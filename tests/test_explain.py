@@ -272,6 +272,7 @@ def draw(found):
 
     matplotlib.use("agg")
     for plot in (shap.plots.bar, shap.plots.waterfall):
+        matplotlib.pyplot.figure()  # theirs draw into whatever axes another test left
         plot(found.to_shap(), show=False)
         matplotlib.pyplot.gcf().canvas.draw()  # labels are read as mathematics only now
         matplotlib.pyplot.close("all")

@@ -68,7 +68,7 @@ def test_wins_at_equal_length_stand_beside_wins_where_every_run_has_them(tmp_pat
     shap = found.arms["shap"]
     assert shap.win_lc.mean == pytest.approx(shap.win.mean) and shap.win_lc.known
     assert "win rate, equal length" in dataset_page("s", found)[0]
-    path = tmp_path / "runs" / "s" / "04_ppo-shap-seed0" / "evaluation.csv"
+    path = tmp_path / "runs" / "s" / "reviews-04_ppo-shap-seed0" / f"{found.table}.csv"
     pd.read_csv(path).drop(columns="win_lc").to_csv(path, index=False)
     again = findings(finished_runs(tmp_path / "runs" / "s"), ["sparse", "shap"])[0]
     assert again.arms["shap"].win_lc is None and again.arms["sparse"].win_lc == found.arms["sparse"].win_lc

@@ -1,6 +1,7 @@
 """A checkout with made-up notebooks, that the command line takes for the real one."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -46,7 +47,8 @@ sys.exit(main(sys.argv[1:]))"""
 
 
 def command(folder: Path, *arguments: str) -> subprocess.Popen:
-    """The command line in the checkout, its output to be read."""
+    """The command line in the checkout, its output to be read; it heeds Ctrl-C also where tests run behind a `&`."""
     environment = os.environ | {"PYTHONPATH": str(folder)}
     return subprocess.Popen([sys.executable, "-c", PAGELESS, *arguments], cwd=folder, env=environment,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
