@@ -8,10 +8,12 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import is_dataclass
-from functools import cache
 from pathlib import Path
 
 from dense_rlhf.types import InputError
+
+if typing.TYPE_CHECKING:
+    import yaml
 
 LARGEST = 2**31  # whole numbers stay below
 LONGEST = 1_000_000  # bytes of a YAML file
@@ -85,21 +87,22 @@ def merge(base: dict, over: Mapping) -> dict:
     return merged
 
 
-@cache
-def _loader() -> type:
-    """YAML's safe loader, which refuses a key that is given twice; YAML itself would drop the first."""
+def _check_keys(node: yaml.Node | None, met: set[int]) -> None:
+    """Raise for a key that a mapping gives twice, of which YAML would keep the last."""
     import yaml
 
-    class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node, deep=False):
-            seen = set()
-            for key, _ in node.value:
-                if isinstance(key.value, str) and key.value in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
-                seen |= {key.value} if isinstance(key.value, str) else set()
-            return super().construct_mapping(node, deep)
-
-    return Loader
+    if node is None or id(node) in met:  # an empty file; an alias
+        return
+    met.add(id(node))
+    seen: set[str] = set()
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        if isinstance(key, yaml.ScalarNode) and key.value in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
+        seen |= {key.value} if isinstance(key, yaml.ScalarNode) else set()
+        _check_keys(key, met)
+        _check_keys(value, met)
+    for item in node.value if isinstance(node, yaml.SequenceNode) else ():
+        _check_keys(item, met)
 
 
 def _from_yaml(text: str) -> object:
@@ -107,7 +110,8 @@ def _from_yaml(text: str) -> object:
     import yaml
 
     try:
-        return yaml.load(text, _loader())
+        _check_keys(yaml.compose(text, yaml.SafeLoader), set())
+        return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, TypeError, AttributeError) as error:  # also of dates and numbers
         raise ValueError(" ".join(str(error).split())) from error
     except RecursionError as error:

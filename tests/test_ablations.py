@@ -10,6 +10,21 @@ from dense_rlhf.attribution import SOURCES
 from dense_rlhf.ledger import read_ledger, trials
 
 
+def executed(name, *settings):
+    """A fixture: what the ablation leaves, run whole."""
+
+    @pytest.fixture(scope="module")
+    def found(few_reviews):
+        return run_study(f"params/ablations/{name}.yaml", f"pytest_{name}", f"data.path={few_reviews}", *settings)
+
+    return found
+
+
+contextual, dimension, baselines, settings = map(executed, ("contextual", "dimension", "baselines", "ppo"))
+human = executed("human", f"attribution.rationale_path={RATIONALES}")
+labels = executed("reward_model", "notebooks=[04_ppo, 06_comparison]", "arms.sparse=null", "arms.uniform=null")
+
+
 @pytest.fixture(scope="module")
 def explainers(few_reviews, tmp_path_factory):
     """The ablation, with a few words that people marked."""
@@ -19,39 +34,6 @@ def explainers(few_reviews, tmp_path_factory):
     return run_study("params/ablations/explainers.yaml", "pytest_explainers", f"data.path={few_reviews}",
                      f"evaluation.sst_path={folder}/trees.txt",
                      f"evaluation.toxic_path={folder}/toxic.csv")  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def contextual(few_reviews):
-    return run_study("params/ablations/contextual.yaml", "pytest_contextual", f"data.path={few_reviews}")
-
-
-@pytest.fixture(scope="module")
-def dimension(few_reviews):
-    return run_study("params/ablations/dimension.yaml", "pytest_dimension", f"data.path={few_reviews}")
-
-
-@pytest.fixture(scope="module")
-def human(few_reviews):
-    return run_study("params/ablations/human.yaml", "pytest_human", f"data.path={few_reviews}",
-                     f"attribution.rationale_path={RATIONALES}")  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def settings(few_reviews):
-    return run_study("params/ablations/ppo.yaml", "pytest_ppo", f"data.path={few_reviews}")
-
-
-@pytest.fixture(scope="module")
-def baselines(few_reviews):
-    return run_study("params/ablations/baselines.yaml", "pytest_baselines", f"data.path={few_reviews}")
-
-
-@pytest.fixture(scope="module")
-def labels(few_reviews):
-    """One arm in two settings, through the notebooks of the story."""
-    return run_study("params/ablations/reward_model.yaml", "pytest_labels", f"data.path={few_reviews}",
-                     "notebooks=[04_ppo, 06_comparison]", "arms.sparse=null", "arms.uniform=null")  # fmt: skip
 
 
 def test_each_setting_has_its_own_reward_model_and_comparison(labels):

@@ -175,15 +175,15 @@ def _laws(found: Finding) -> str:
 def _arm_table(arms: Sequence[Arm]) -> str:
     head = ("arm", "kind", "seeds", "gold, mean", "gold, IQM", "KL (nats)", "win rate", "win rate, equal length",
             "gain", "gain at equal KL", "P(improvement)", "training", "explaining")  # fmt: skip
-    cells = [[esc(a.name), a.kind, str(len(a.seeds)), _cell(a.gold), _cell(a.iqm), _cell(a.kl), _cell(a.win),
-             _cell(a.win_lc), _cell(a.gain), _cell(a.gain_at_kl), _cell(a.improves),
+    cells = [[esc(a.name), a.kind, str(len(a.seeds)), cell(a.gold), cell(a.iqm), cell(a.kl), cell(a.win),
+             cell(a.win_lc), cell(a.gain), cell(a.gain_at_kl), cell(a.improves),
              duration(a.seconds) if a.seconds else "–", f"{a.explain:.0%}" if a.explain is not None else "–"]
             for a in arms]  # fmt: skip
     return table("Every arm, with 95 % intervals over seeds (IQM: from five seeds on); gold in log-odds, wins over the "
                  "untrained reference", head, cells)
 
 
-def _cell(interval: Interval | None) -> str:
+def cell(interval: Interval | None) -> str:
     return f"<span class='number'>{esc(interval)}</span>" if interval else "–"
 
 

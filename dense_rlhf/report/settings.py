@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dense_rlhf.escape import esc
 from dense_rlhf.params import RunParams
 from dense_rlhf.report.charts import forest
-from dense_rlhf.report.comparison import METHOD, _cell
+from dense_rlhf.report.comparison import METHOD, cell
 from dense_rlhf.report.findings import Arm, Finding
 from dense_rlhf.report.page import table
 
@@ -43,4 +43,4 @@ def _figures(arm: str, varied: dict[str, Finding]) -> str:
 
 
 def _row(setting: str, arm: Arm) -> list[str]:
-    return [esc(setting), esc(arm.name), *map(_cell, (arm.gold, arm.kl, arm.gain, arm.gain_at_kl))]
+    return [esc(setting), esc(arm.name), *map(cell, (arm.gold, arm.kl, arm.gain, arm.gain_at_kl))]
