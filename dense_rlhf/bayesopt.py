@@ -7,7 +7,6 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING
 
@@ -226,7 +225,10 @@ class Search:
         if len(self.values) < 2:
             raise InputError(f"{len(self.values)} observations cannot fit a model; wanted at least 2")
         if self._fitted is None or self._fitted[0] != len(self.values):
-            self._fitted = len(self.values), MODELS.get(self.strategy, _plain)(self, *self._tensors())
+            from dense_rlhf import surrogate
+
+            model = surrogate.MODELS.get(self.strategy, surrogate.Ensemble)
+            self._fitted = len(self.values), model(*self._tensors(), self.seed)
         return self._fitted[1]
 
     def _tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -240,51 +242,6 @@ class Search:
             return X, Y, None
         own = [noise.variance - noise.between if e is None else e**2 for e in self.errors]
         return X, Y, torch.tensor(own, dtype=torch.float64)[:, None] + noise.between
-
-
-# ---------------------------------------------------------------------------------------------------- models
-
-
-def _kernel(size: int):
-    """Smooth, with a length-scale for each number and a scale for all.
-
-    Length-scales from 1, as weights go from 0 to 1, up to where a source hardly matters; botorch's default expects
-    some 4 sqrt(d). A scale near one variance of the values. The priors' modes are exp(mu - sigma^2) = 1.
-    """
-    from gpytorch.kernels import RBFKernel, ScaleKernel
-    from gpytorch.priors import LogNormalPrior
-
-    smooth = RBFKernel(ard_num_dims=size, lengthscale_prior=LogNormalPrior(0.49, 0.7))
-    kernel = ScaleKernel(smooth, outputscale_prior=LogNormalPrior(1.0, 1.0))
-    smooth.lengthscale, kernel.outputscale = 1.0, 1.0
-    return kernel
-
-
-def _plain(search: Search, X: Tensor, Y: Tensor, variance: Tensor | None) -> Model:
-    from botorch.fit import fit_gpytorch_mll
-    from botorch.models import SingleTaskGP
-    from botorch.models.utils.gpytorch_modules import get_gaussian_likelihood_with_gamma_prior
-    from gpytorch.mlls import ExactMarginalLogLikelihood
-
-    # the default noise prior expects far quieter functions than a reward after PPO
-    likelihood = get_gaussian_likelihood_with_gamma_prior() if variance is None else None
-    model = SingleTaskGP(X, Y, variance, likelihood=likelihood, covar_module=_kernel(X.shape[-1]))
-    fit_gpytorch_mll(ExactMarginalLogLikelihood(model.likelihood, model))
-    return model
-
-
-def _sparse(name: str, search: Search, X: Tensor, Y: Tensor, variance: Tensor | None) -> Model:
-    """For many weights of which few matter: length-scales under sparse priors (Eriksson & Jankowiak, 2021), by MAP."""
-    import torch
-    from botorch.fit import fit_gpytorch_mll
-    from botorch.models import map_saas
-    from gpytorch.mlls import ExactMarginalLogLikelihood
-
-    with torch.random.fork_rng():
-        torch.manual_seed(search.seed)  # the priors' scales are drawn
-        model = getattr(map_saas, name)(X, Y, variance)
-        fit_gpytorch_mll(ExactMarginalLogLikelihood(model.likelihood, model))
-    return model
 
 
 # ---------------------------------------------------------------------------------------------------- strategies
@@ -352,15 +309,25 @@ def _most_promising(search: Search, pending: list[Point]) -> Point:
 
 
 def _pool(search: Search, seed: int) -> list[Point]:
-    """Where to look: everywhere, at the anchors, near few sources, between the points that look best, around one."""
+    """Where to look: everywhere, at the anchors, at mixtures of few sources, between the points that look best, around
+    one, and at these without some source."""
     space, rng = search.space, np.random.default_rng(seed)
     mean, _ = search.posterior(search.points)
     best = space.to_unit(search.points)[np.argsort(-mean)[:5]]
     everywhere = space.sobol(256, seed) + space.anchors()
-    few = np.hstack([rng.dirichlet(np.full(space.d, 0.3), 128), rng.random((128, len(space.bounds)))])
+    few = rng.random((128, space.size))
+    few[:, : space.d] = rng.dirichlet(np.ones(space.d), 128) * _some(rng, 128, space.d)
     between = rng.dirichlet(np.full(len(best), 0.5), 64) @ best
     around = best[0] + rng.uniform(0, 0.3, (64, 1)) * (space.to_unit(space.sobol(64, seed + 1)) - best[0])
-    return everywhere + [space.from_unit(row) for row in np.concatenate([few, between, around])]
+    without = best[rng.integers(0, len(best), 32)]
+    without[:, : space.d] *= _some(rng, 32, space.d)
+    rows = np.concatenate([few, between, around, without])
+    return everywhere + [space.from_unit(row) for row in rows if row[: space.d].any()]
+
+
+def _some(rng: np.random.Generator, n: int, d: int) -> np.ndarray:
+    """Subsets of `d` sources, of any size from one on: rows (n, d) of bool."""
+    return rng.random((n, d)).argsort(1) < rng.integers(1, d + 1, (n, 1))
 
 
 def _random(search: Search, pending: list[Point]) -> Point:
@@ -373,10 +340,6 @@ def _sobol(search: Search, pending: list[Point]) -> Point:
     return search.space.sobol(n + 1, search.seed)[n]
 
 
-MODELS: dict[str, Callable] = {
-    "saas": partial(_sparse, "EnsembleMapSaasSingleTaskGP"),
-    "additive": partial(_sparse, "AdditiveMapSaasSingleTaskGP"),
-}  # every other strategy's is plain
 STRATEGIES: dict[str, Callable[[Search, list[Point]], Point]] = {
     "gp": _most_telling, "saas": _most_telling, "additive": _most_telling, "nei": _most_promising,
     "random": _random, "sobol": _sobol,

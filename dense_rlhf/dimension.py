@@ -23,7 +23,7 @@ CHECKPOINTS = (10, 15, 20, 25, 30, 40, 50, 60, 80, 100)  # trials after which a 
 OBSERVED = ("random", "sobol")  # strategies without a model: they answer with the best they saw
 AUDITED = "gp"
 SLOW = ("saas", "additive", "nei")  # strategies whose proposals take longer
-MODULES = ("audit.py", "bayesopt.py", "dimension.py", "landscapes.py")  # that decide a search
+MODULES = ("audit.py", "bayesopt.py", "dimension.py", "landscapes.py", "surrogate.py")  # that decide a search
 
 
 @dataclass(frozen=True)

@@ -243,7 +243,7 @@ def test_a_surer_observation_weighs_more():
     assert means((1, 1, 0.1, 3)) < -0.1 < 0.1 < means((1, 1, 3, 0.1))
 
 
-@pytest.mark.parametrize("strategy", ["gp", "saas"])
+@pytest.mark.parametrize("strategy", ["gp", "nei", "saas"])
 def test_the_joint_posterior_is_a_covariance_and_of_an_ensemble_its_mixtures(strategy):
     import torch
 
@@ -254,7 +254,8 @@ def test_the_joint_posterior_is_a_covariance_and_of_an_ensemble_its_mixtures(str
     np.testing.assert_allclose(search.posterior(points), (mean, np.sqrt(covariance.diagonal())))
     with torch.no_grad():
         found = search.model().posterior(torch.from_numpy(search.space.to_unit(points)))
-    of = "mixture_" if strategy == "saas" else ""
+    of = "" if strategy == "nei" else "mixture_"
+    of = "" if strategy == "nei" else "mixture_"
     np.testing.assert_allclose(mean, getattr(found, of + "mean").numpy().reshape(-1), atol=1e-9)
     np.testing.assert_allclose(covariance.diagonal(), getattr(found, of + "variance").numpy().reshape(-1), atol=1e-9)
 

@@ -11,7 +11,7 @@ from dense_rlhf.store import PACKAGE
 LAYERS = {
     "types": 0, "strict": 0, "params": 0, "params_judge": 0, "study": 0, "masked": 0, "store": 0, "escape": 0,
     "alignment": 1, "data": 1, "models": 1, "policy": 1, "processes": 1, "reward_model": 1, "rewards": 1, "additive": 1,
-    "language_model": 1, "statistics": 1,
+    "language_model": 1, "statistics": 1, "surrogate": 1,
     "rollout": 2, "attribution": 2, "context": 2, "shaping": 2, "ppo": 2, "checkpoint": 2, "health": 2, "bayesopt": 2,
     "judge": 2, "toy": 2, "implicit": 2, "ledger": 2, "landscapes": 2, "overoptimisation": 2,
     "bilevel": 3, "arms": 3, "baselines": 3, "budget": 3, "audit": 3, "dimension": 3, "downstream": 3,
