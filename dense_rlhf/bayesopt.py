@@ -123,9 +123,9 @@ class Search:
     """Maximise a noisy function over a `Space`: `suggest`, evaluate, `observe`, repeat.
 
     First come the `anchors`, each `replicates` times, and `initial` scrambled Sobol points, of which behind anchors the
-    first have the weights of `Space.pairs`; then one of `STRATEGIES`: a Gaussian process and the knowledge gradient
-    (`gp`; `saas` and `additive` with other models), the process and log noisy expected improvement (`nei`), or points
-    that ask no model.
+    first have the weights of `Space.pairs`; then one of `STRATEGIES`: the knowledge gradient of an ensemble of Gaussian
+    processes (`gp`; `saas` and `additive` with other models), one process and log noisy expected improvement (`nei`),
+    or points that ask no model.
     There is no hidden state: same settings, observations and pending points give the same suggestion, so a search is
     resumed by observing its record again.
     """

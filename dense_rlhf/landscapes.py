@@ -53,6 +53,13 @@ def ridge(d: int, rng: np.random.Generator) -> tuple[np.ndarray, Callable]:
     return best, lambda w: w[..., i] + w[..., j] - 8 * np.square(w[..., i] - ratio * w[..., j])
 
 
+def tent(d: int, rng: np.random.Generator) -> tuple[np.ndarray, Callable]:
+    """A mixture of two sources, and no curve: all weight that is moved costs alike. The only one without a square."""
+    best = np.zeros(d)
+    best[rng.choice(d, 2, replace=False)] = rng.dirichlet([5.0, 5.0])
+    return best, lambda w: -np.abs(w - best).sum(-1)
+
+
 def flat(d: int, rng: np.random.Generator) -> tuple[np.ndarray, Callable]:
     """All weights are as good."""
     return np.full(d, 1 / d), lambda w: np.zeros(np.shape(w)[:-1])
@@ -69,5 +76,5 @@ def landscape(name: str, d: int, seed: int) -> Landscape:
 
 
 LANDSCAPES: dict[str, Callable] = {
-    "interior": interior, "vertex": vertex, "face": face, "ridge": ridge, "flat": flat,
+    "interior": interior, "vertex": vertex, "face": face, "ridge": ridge, "tent": tent, "flat": flat,
 }  # fmt: skip

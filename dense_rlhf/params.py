@@ -24,7 +24,7 @@ PLAYERS = ("tokens", "words", "sentences")
 STRATEGIES = ("gp", "saas", "additive", "nei", "random", "sobol")
 OBJECTIVES = ("proxy", "gold", "penalised")
 TEMPERATURES = ("fixed", "shared", "each")
-LANDSCAPES = ("interior", "vertex", "face", "ridge", "flat")
+LANDSCAPES = ("interior", "vertex", "face", "ridge", "tent", "flat")
 PLAIN = (bool, int, float, str, list, tuple, type(None))  # what a parameters cell can hold
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 MEMBERS = 16  # draws of the hyperparameters that an ensemble holds
 CANDIDATES = 512  # of the prior, from which they start
-SLICES = 8  # steps of each
+SLICES = 8  # each of them then takes
 DTYPE = torch.float64
 JITTER = 1e-6  # of the values' variance
 
@@ -32,8 +32,8 @@ class Ensemble(SingleTaskGP):
 
     A priori one is as likely as the other, and log a, log b, log l and the entries of L are normal, for values of
     variance 1; so is the noise's log variance, where no `variance` (N, 1) of the values Y (N, 1) is known. `MEMBERS`
-    draws of the posterior hold what the values leave open; a single best fit would be too sure. The second kind sees a
-    peak between two sources that fail alone, the first one that no quadratic form has.
+    draws of the posterior hold what the values leave open; a single best fit would be too sure. The second kind sees
+    that two sources which fail alone have a peak between them; the first, peaks that no quadratic form has.
     """
 
     _is_ensemble = True

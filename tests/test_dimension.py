@@ -39,7 +39,7 @@ def test_what_cannot_be_asked_is_refused(wrong):
 
 def test_seeds_are_outermost_and_only_the_audit_is_asked_about_flat_ones():
     found = cases(DimensionParams(seeds=2, snr=(1.0, 0.5)))
-    assert len(found) == len(set(found)) == 2 * 7 * (2 * (4 * 3 + 1) + 4 * 3)
+    assert len(found) == len(set(found)) == 2 * 7 * (2 * (5 * 3 + 1) + 5 * 3)
     assert {(case.trials, case.seed) for case in found if case.strategy in ("saas", "additive", "nei")} == {(40, 0)}
     assert [case.seed for case in found] == sorted(case.seed for case in found)
     assert {case.strategy for case in found if case.landscape == "flat"} == {"gp"}

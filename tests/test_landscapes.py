@@ -41,10 +41,10 @@ def test_a_landscape_has_unit_standard_deviation_and_its_best_alone(name, d):
 
 def test_where_the_best_lies_is_what_the_name_says():
     for seed in range(10):
-        inside, corner, edge, ridge = (np.array(landscape(name, 4, seed).best)
-                                       for name in ("interior", "vertex", "face", "ridge"))  # fmt: skip
+        inside, corner, edge, ridge, tent = (np.array(landscape(name, 4, seed).best)
+                                             for name in ("interior", "vertex", "face", "ridge", "tent"))  # fmt: skip
         assert inside.min() > 0 and sorted(corner) == [0, 0, 0, 1]
-        assert (edge > 0).sum() == 2 and (ridge > 0).sum() == 2
+        assert (edge > 0).sum() == (ridge > 0).sum() == (tent > 0).sum() == 2
         assert 1 / 3 - 1e-9 <= ridge.max() / ridge.sum() <= 2 / 3 + 1e-9  # one to two at most
 
 
