@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dense_rlhf.bayesopt import STRATEGIES, Search, Space
+from dense_rlhf.bayesopt import STRATEGIES, Search, Space, _pool
 from dense_rlhf.types import InputError, check_simplex
 
 BEST = np.array([0.15, 0.55, 0.3])
@@ -276,6 +276,15 @@ def test_the_knowledge_gradient_is_the_expected_gain_of_one_more_observation():
         return (mean[:, None] + step[:, None] * draws).max(0).mean() - mean[:-1].max()
 
     assert gain(chosen) > 0.98 * max(gain(point) for point in others)
+
+
+def test_candidates_are_points_of_the_space_and_lie_on_every_kind_of_face():
+    for space in (Space(3), Space(4, ((-1.0, 1.0),)), Space(1, ((0.0, 1.0),))):
+        candidates = _pool(half_way("gp", space, 4), 0)
+        for point in candidates:
+            space.check(point)
+        kinds = [sum(weight > 0 for weight in point[: space.d]) for point in candidates]
+        assert min(kinds.count(some) for some in range(1, space.d + 1)) > 20
 
 
 def test_a_point_is_tried_again_where_that_tells_most():
