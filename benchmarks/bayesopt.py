@@ -15,7 +15,7 @@ standard error of an observation is told it: ours, gp on sobol, and ax. Regret i
 `ours` and `theirs` are medians over seeds (`repeats`), ratio is theirs / ours (null where ours is 0); `difference` is
 the mean of theirs less ours of the same seed, `interval` its 95 % bootstrap interval over seeds.
 
-    ours          `Search` as it comes: anchors, 5 Sobol points, Gaussian process, incumbent
+    ours          `Search` as it comes: anchors, pairs, ensemble of Gaussian processes, incumbent
     random        Dirichlet(1); hands over the best observation
     sobol         Sobol points on the simplex; best observation
     gp on sobol   the same points; our model's incumbent, so what is left of our lead is due to choosing the points

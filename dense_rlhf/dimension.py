@@ -22,7 +22,7 @@ from dense_rlhf.store import content_key, source_sha256
 CHECKPOINTS = (10, 15, 20, 25, 30, 40, 50, 60, 80, 100)  # trials after which a search is asked for its answer
 OBSERVED = ("random", "sobol")  # strategies without a model: they answer with the best they saw
 AUDITED = "gp"
-SLOW = ("saas", "additive", "nei")  # strategies whose proposals take longer
+SLOW = ("saas", "additive", "nei")  # beside the question: trials and seeds of their own
 MODULES = ("audit.py", "bayesopt.py", "dimension.py", "landscapes.py", "surrogate.py")  # that decide a search
 
 

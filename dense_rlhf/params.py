@@ -269,7 +269,7 @@ class DimensionParams:
     d: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)  # numbers of weights of the synthetic searches
     trials: int = 100  # of each
     seeds: int = 3  # of each
-    slow_trials: int = 40  # at most, of strategies whose proposals take longer
+    slow_trials: int = 40  # at most, of saas, additive and nei, which are beside the question
     slow_seeds: int = 1
     landscapes: tuple[str, ...] = LANDSCAPES
     strategies: tuple[str, ...] = STRATEGIES

@@ -76,7 +76,7 @@ class _Drawn(Kernel):
 
 
 def _prior(d: int, noisy: bool) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of: which kind, log a, log b, log l (d), L (d x d), and the noise's log variance."""
+    """Mean and sd of: which kind, by its sign; log a, log b, log l (d), L (d x d), and the noise's log variance."""
     rows = [*[(0.0, 1.0)] * 3, *[(0.0, 0.7)] * d, *[(0.0, 0.55)] * d**2, *[(-1.0, 2.0)] * noisy]
     mean, sd = torch.tensor(rows, dtype=DTYPE).T
     return mean, sd

@@ -255,7 +255,6 @@ def test_the_joint_posterior_is_a_covariance_and_of_an_ensemble_its_mixtures(str
     with torch.no_grad():
         found = search.model().posterior(torch.from_numpy(search.space.to_unit(points)))
     of = "" if strategy == "nei" else "mixture_"
-    of = "" if strategy == "nei" else "mixture_"
     np.testing.assert_allclose(mean, getattr(found, of + "mean").numpy().reshape(-1), atol=1e-9)
     np.testing.assert_allclose(covariance.diagonal(), getattr(found, of + "variance").numpy().reshape(-1), atol=1e-9)
 
