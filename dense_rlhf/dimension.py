@@ -22,7 +22,7 @@ from dense_rlhf.store import content_key, source_sha256
 CHECKPOINTS = (10, 15, 20, 25, 30, 40, 50, 60, 80, 100)  # trials after which a search is asked for its answer
 OBSERVED = ("random", "sobol")  # strategies without a model: they answer with the best they saw
 AUDITED = "gp"
-SLOW = ("saas", "additive", "nei")  # beside the question: trials and seeds of their own
+RIVALS = ("saas", "additive", "nei")  # of `gp`, beside the question: trials and seeds of their own
 MODULES = ("audit.py", "bayesopt.py", "dimension.py", "landscapes.py", "surrogate.py")  # that decide a search
 
 
@@ -41,13 +41,14 @@ class Case:
 def cases(params: DimensionParams) -> list[Case]:
     """Every search that the parameters ask for. Seeds are outermost, so that what is there is comparable.
 
-    On a flat landscape, where all answers are right, only the audit is asked. `SLOW` strategies have trials and seeds
-    of their own.
+    On a flat landscape, where all answers are right, only the audit is asked. `RIVALS` have trials and seeds of
+    their own.
     """
-    return [Case(name, d, snr, strategy, seed, min(params.trials, params.slow_trials if strategy in SLOW else math.inf))
+    trials = {strategy: min(params.trials, params.rival_trials) for strategy in RIVALS}
+    return [Case(name, d, snr, strategy, seed, trials.get(strategy, params.trials))
             for seed in range(params.seeds) for snr in params.snr for d in params.d for name in params.landscapes
             for strategy in params.strategies
-            if (name != "flat" or strategy == AUDITED) and not (strategy in SLOW and seed >= params.slow_seeds)
+            if (name != "flat" or strategy == AUDITED) and not (strategy in RIVALS and seed >= params.rival_seeds)
             ]  # fmt: skip
 
 

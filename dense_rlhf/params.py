@@ -269,8 +269,8 @@ class DimensionParams:
     d: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)  # numbers of weights of the synthetic searches
     trials: int = 100  # of each
     seeds: int = 3  # of each
-    slow_trials: int = 40  # at most, of saas, additive and nei, which are beside the question
-    slow_seeds: int = 1
+    rival_trials: int = 40  # at most, of saas, additive and nei, which are beside the question
+    rival_seeds: int = 1
     landscapes: tuple[str, ...] = LANDSCAPES
     strategies: tuple[str, ...] = STRATEGIES
     snr: tuple[float, ...] = (1.0,)  # sd of the function over sd of an observation's noise
@@ -290,8 +290,8 @@ class DimensionParams:
             raise InputError(f"dimension.strategies is {list(self.strategies)}, wanted gp, and others beside it")
         if len(set(self.sources)) < 3:
             raise InputError(f"dimension.sources is {list(self.sources)}, wanted at least 3")
-        if self.slow_trials < 2 or self.slow_seeds < 0:
-            raise InputError(f"dimension.slow_trials, slow_seeds: {self.slow_trials}, {self.slow_seeds}; wanted 2, 0")
+        if self.rival_trials < 2 or self.rival_seeds < 0:
+            raise InputError(f"dimension.rival_trials, rival_seeds: {self.rival_trials}, {self.rival_seeds}; from 2, 0")
         if self.seeds < 1 or not self.goal > 0 or not min(self.snr, default=0) > 0:
             raise InputError(f"dimension.seeds, goal, snr: {self.seeds}, {self.goal}, {self.snr}; wanted above 0")
 

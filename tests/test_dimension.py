@@ -30,7 +30,7 @@ def test_parameters_know_all_landscapes():
 @pytest.mark.parametrize("wrong", [
     {"d": (2,)}, {"d": (1, 2)}, {"trials": 1}, {"landscapes": ("hill",)}, {"landscapes": ("flat",)}, {"seeds": 0},
     {"strategies": ("sobol",)}, {"strategies": ("gp", "tpe")}, {"sources": ("shap", "terminal")}, {"snr": ()},
-    {"snr": (0.0,)}, {"goal": 0.0}, {"slow_trials": 1}, {"slow_seeds": -1},
+    {"snr": (0.0,)}, {"goal": 0.0}, {"rival_trials": 1}, {"rival_seeds": -1},
 ])  # fmt: skip
 def test_what_cannot_be_asked_is_refused(wrong):
     with pytest.raises(InputError, match="dimension."):
