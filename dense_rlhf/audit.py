@@ -174,7 +174,7 @@ def baselines(search: Search, names: Sequence[str]) -> dict[str, Point]:
         raise InputError(f"{len(names)} names for {d} weights: {', '.join(names)}; wanted one for each weight")
     labels = ["equal weights", *(f"{name} alone" + " (sparse)" * (name == "terminal") for name in names)]
     weights = [(1 / d,) * d, *map(tuple, np.eye(d).tolist())]
-    return {label: point + tuple(beyond) for label, point in zip(labels, weights)}
+    return {label: search.space.settled(point + beyond) for label, point in zip(labels, weights)}
 
 
 def beats(search: Search, names: Sequence[str]) -> pd.DataFrame:

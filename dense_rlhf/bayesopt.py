@@ -27,12 +27,14 @@ RESTARTS = 3
 class Space:
     """What is searched: `d` weights on the simplex, then numbers within `bounds`; of these, `switches` are 0 or 1.
 
+    A number may change nothing at some value of a weight. There it is halfway, so that what is the same is one point.
     Raises `InputError` where there is nothing to choose.
     """
 
     d: int
     bounds: tuple[tuple[float, float], ...] = ()
     switches: tuple[int, ...] = ()  # places in `bounds`
+    idle: tuple[tuple[int, int, float], ...] = ()  # a place in `bounds`, a weight, and its value that makes it idle
 
     def __post_init__(self):
         if self.d < 1 or self.size < 2:
@@ -41,6 +43,8 @@ class Space:
             raise InputError(f"bounds are {list(self.bounds)}, wanted pairs of finite numbers, the lower first")
         if any(self.bounds[i : i + 1] != ((0, 1),) for i in self.switches):
             raise InputError(f"switches are {list(self.switches)}, wanted places of bounds (0, 1) in {self.bounds}")
+        if not all(0 <= i < len(self.bounds) and 0 <= k < self.d for i, k, _ in self.idle):
+            raise InputError(f"idle is {list(self.idle)}, wanted places in {self.bounds} and among {self.d} weights")
 
     @property
     def size(self) -> int:
@@ -64,13 +68,21 @@ class Space:
         return (np.asarray(points, float).reshape(-1, self.size) - low) / (high - low)
 
     def from_unit(self, unit: np.ndarray) -> Point:
-        """One row of `to_unit` back, exactly on the simplex and at the switches' ends."""
+        """One row of `to_unit` back, exactly on the simplex and at the switches' ends, settled."""
         low, high = self._box()
         unit = np.clip(unit, 0, 1)
         unit[[self.d + i for i in self.switches]] = unit[[self.d + i for i in self.switches]] >= 0.5
         point = low + unit * (high - low)
         point[: self.d] /= point[: self.d].sum()
-        return tuple(point.tolist())
+        return self.settled(point.tolist())
+
+    def settled(self, point: Sequence[float]) -> Point:
+        """The same point, its idle numbers halfway."""
+        found = list(point)
+        for i, k, value in self.idle:
+            if found[k] == value:
+                found[self.d + i] = sum(self.bounds[i]) / 2
+        return tuple(found)
 
     def _box(self) -> tuple[np.ndarray, np.ndarray]:
         box = np.array([*[(0.0, 1.0)] * self.d, *self.bounds])
@@ -167,7 +179,8 @@ class Search:
         spread = self.space.sobol(self.initial, self.seed)
         if not self.anchors:
             return spread
-        pairs = [pair + point[self.space.d :] for pair, point in zip(self.space.pairs(self.seed), spread)]
+        pairs = zip(self.space.pairs(self.seed), spread)
+        pairs = [self.space.settled(pair + point[self.space.d :]) for pair, point in pairs]
         return self.space.anchors() * self.replicates + pairs + spread[len(pairs) :]
 
     def suggest(self, pending: Sequence[Point] = ()) -> Point:

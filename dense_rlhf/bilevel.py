@@ -240,15 +240,18 @@ def judge_against_reference(
 def search_space(shape: RewardShape, bo: BOParams) -> Space:
     """Points are the weights of the sources, then, where searched, log temperatures, the sign switch, and slopes.
 
-    Slopes are a row a source, a number a feature; the last source's are zero, since only differences matter.
+    Slopes are a row a source, a number a feature; the last source's are zero, since only differences matter. A source
+    without weight needs no numbers, and one with all weight no slopes.
     Raises `InputError` where numbers are searched that change nothing.
     """
     bo.check(shape)
-    K = len(shape.sources)
+    K, F = len(shape.sources), len(bo.features)
     temperatures = {"fixed": 0, "shared": 1, "each": K}[bo.temperature]
     bounds = ((math.log(bo.temperature_low), math.log(bo.temperature_high)),) * temperatures
-    slopes = ((-bo.slope, bo.slope),) * ((K - 1) * len(bo.features))
-    return Space(K, bounds + ((0.0, 1.0),) * bo.signs + slopes, (temperatures,) * bo.signs)
+    slopes, first = ((-bo.slope, bo.slope),) * ((K - 1) * F), temperatures + bo.signs
+    idle = [(k, k, 0.0) for k in range(K) if bo.temperature == "each"]
+    idle += [(first + i, i // F, value) for i in range(len(slopes)) for value in (0.0, 1.0)]
+    return Space(K, bounds + ((0.0, 1.0),) * bo.signs + slopes, (temperatures,) * bo.signs, tuple(idle))
 
 
 def shape_at(shape: RewardShape, bo: BOParams, point: Point) -> RewardShape:

@@ -86,7 +86,7 @@ def _slice(ax: Axes, search: Search, weights: Sequence[Sequence[float]], varied:
 def _points(search: Search, weights: Sequence[Sequence[float]]) -> list[Point]:
     """Weights (N, d) as points: what is searched beyond them stays at the incumbent's."""
     beyond = search.incumbent()[0][search.space.d :]
-    return [tuple(map(float, row)) + tuple(beyond) for row in weights]
+    return [search.space.settled((*map(float, row), *beyond)) for row in weights]
 
 
 def ternary(axes: Sequence[Axes], search: Search, names: Sequence[str], unit: str, steps: int = 30) -> Sequence[Axes]:

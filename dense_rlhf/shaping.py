@@ -52,7 +52,7 @@ def token_weights(rollout: Rollout, shape: RewardShape) -> Tensor:
     """The weight of each source at each token, (B, T, K), on the simplex over K.
 
     w_k(t) = w_k exp(slopes_k . phi(t)) / sum_j w_j exp(slopes_j . phi(t)), phi the `FEATURES` of the shape. A source of
-    weight zero keeps it everywhere; where there are no slopes, or all are zero, so does every other.
+    weight zero keeps it everywhere; unless the shape is contextual, so does every other.
     """
     phi = features(rollout, shape.features)
     base = phi.new_tensor(shape.weights)

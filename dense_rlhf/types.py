@@ -232,8 +232,8 @@ class RewardShape:
 
     @property
     def is_contextual(self) -> bool:
-        """Whether the weights differ from token to token."""
-        return any(any(row) for row in self.slopes)
+        """Whether the weights differ from token to token: not where all sources of weight have the same slopes."""
+        return len({row for row, weight in zip(self.slopes, self.weights) if weight > 0}) > 1
 
 
 def check_simplex(name: str, weights: Sequence[float], size: int) -> None:

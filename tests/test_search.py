@@ -16,10 +16,12 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dense_rlhf import bayesopt, bilevel, params, ppo
+from dense_rlhf.attribution import attribute
 from dense_rlhf.bayesopt import Search, Space
 from dense_rlhf.bilevel import OBJECTIVES, TrainedPolicy, evaluate, search_shape, search_space, shape_at, train_policy
 from dense_rlhf.ledger import Halfway, append_line, read_ledger, trials
 from dense_rlhf.params import AttributionParams, BOParams, PPOParams
+from dense_rlhf.shaping import shape_rewards
 from dense_rlhf.types import InputError, RewardShape
 
 PARAMS = PPOParams(updates=3, rollouts=4, max_new_tokens=6, minibatch=2, lr=1e-2)
@@ -77,6 +79,25 @@ def test_every_number_of_a_point_is_where_it_belongs(temperatures, signs, F):
         assert found.normalise == ("signed" if signs and sign else "softmax") and found.weights == (0.2, 0.3, 0.5)
         assert found.features == names and found.sources == shape.sources
         assert found.slopes == ((tuple(slopes[:F]), tuple(slopes[F:]), (0.0,) * F) if F else ())
+
+
+@pytest.mark.parametrize("weights", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0.5, 0.5), (0.5, 0, 0.5), (0.2, 0.8, 0)])
+def test_idle_numbers_change_no_reward(weights, reward_model, rollout):
+    shape = RewardShape(("shap", "lime", "leave_one_out"), (1.0, 0.0, 0.0))
+    bo = replace(BO, temperature="each", features=("position", "surprisal"))
+    space, found = search_space(shape, bo), attribute(reward_model, rollout, list(shape.sources), EXPLAIN)
+    for seed in range(5):
+        point = weights + space.random(np.random.default_rng(seed))[3:]
+        settled = space.settled(point)
+        assert settled != point and settled[:3] == weights
+        assert torch.equal(*(shape_rewards(rollout, found, shape_at(shape, bo, p)) for p in (point, settled)))
+
+
+def test_no_number_is_idle_between():
+    shape = replace(MIXED, normalise="softmax")
+    space = search_space(shape, replace(BO, temperature="each", features=("position",)))
+    within = (0.2, 0.3, 0.5, 0.1, 0.2, 0.3, 1.0, -1.0)
+    assert space.settled(within) == within
 
 
 @settings(max_examples=10)

@@ -217,7 +217,7 @@ def test_slopes_of_zero_are_the_static_shape_bit_for_bit(feature, normalise, att
 @pytest.mark.parametrize("normalise", NORMALISERS)
 def test_one_hot_terminal_is_sparse_rlhf_whatever_the_slopes(normalise, attributions, rollout):
     shape = replace(CONTEXT, weights=(0.0, 1.0), normalise=normalise)
-    assert shape.is_contextual
+    assert not shape.is_contextual
     assert torch.equal(shape_rewards(rollout, attributions, shape), attributions["terminal"].credit)
 
 

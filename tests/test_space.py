@@ -9,7 +9,8 @@ from dense_rlhf.bayesopt import Space
 from dense_rlhf.types import InputError
 
 MIXED = Space(3, ((-2.0, 3.0), (0.0, 1.0)), switches=(1,))  # weights, a number, a switch
-spaces = st.sampled_from([Space(2), Space(5), MIXED, Space(1, ((0.0, 9.0),)), Space(2, ((0, 1), (0, 1)), (0, 1))])
+IDLE = Space(2, ((-1.0, 3.0), (0.0, 4.0)), idle=((0, 0, 0.0), (0, 0, 1.0), (1, 1, 0.0)))
+spaces = st.sampled_from([Space(2), Space(5), MIXED, IDLE, Space(1, ((0.0, 9.0),)), Space(2, ((0, 1), (0, 1)), (0, 1))])
 
 
 @given(spaces, st.integers(0, 10**6))
@@ -39,6 +40,12 @@ def test_the_unit_scale_is_that_of_the_bounds():
     assert MIXED.from_unit(np.array([1, 1, 2, 0.8, 0.4])) == (1 / 3, 1 / 3, 1 / 3, 2.0, 0.0)
 
 
+def test_idle_numbers_are_halfway():
+    assert IDLE.settled((1.0, 0.0, -1.0, 4.0)) == (1, 0, 1, 2) and IDLE.settled((0.0, 1.0, -1.0, 4.0)) == (0, 1, 1, 4)
+    assert IDLE.settled((0.5, 0.5, -1.0, 4.0)) == (0.5, 0.5, -1, 4)
+    assert IDLE.from_unit(np.array([3, 0, 0.1, 0.9])) == IDLE.anchors()[0]
+
+
 def test_sobol_points_are_uniform_on_the_simplex():
     points = np.array(Space(4).sobol(1024, 0))
     np.testing.assert_allclose(points.mean(0), 0.25, atol=0.01)
@@ -54,13 +61,14 @@ def test_anchors_are_the_vertices_and_the_centroid_all_else_halfway():
 
 
 @pytest.mark.parametrize(
-    "d, bounds, switches, said",
-    [(0, (), (), "nothing to choose"), (1, (), (), "nothing to choose"), (2, ((1, 1),), (), "the lower first"),
-     (2, ((0, float("inf")),), (), "finite"), (2, ((0, 2),), (0,), "switches"), (2, ((0, 1),), (1,), "switches")],
+    "asked, said",
+    [((0,), "nothing to choose"), ((1,), "nothing to choose"), ((2, ((1, 1),)), "the lower first"),
+     ((2, ((0, float("inf")),)), "finite"), ((2, ((0, 2),), (0,)), "switches"), ((2, ((0, 1),), (1,)), "switches"),
+     ((2, ((0, 1),), (), ((1, 0, 0.0),)), "idle"), ((2, ((0, 1),), (), ((0, 2, 0.0),)), "idle")],
 )  # fmt: skip
-def test_a_space_that_cannot_be_searched_raises(d, bounds, switches, said):
+def test_a_space_that_cannot_be_searched_raises(asked, said):
     with pytest.raises(InputError, match=said):
-        Space(d, bounds, switches)
+        Space(*asked)
 
 
 @pytest.mark.parametrize("point", [(0.5, 0.5, 0, 0, 0, 0), (0.5, 0.4, 0, 0, 0), (1, 0, 0, 3.1, 0), (1, 0, 0, 0, 0.5)])

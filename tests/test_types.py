@@ -100,8 +100,9 @@ def test_shape_refuses(change, word):
         replace(good, **change)
 
 
-def test_a_shape_depends_on_context_where_a_slope_is_not_zero():
-    good = RewardShape(("shap", "terminal"), (0.0, 1.0), "softmax", (1.0, 2.0), ("p", "q"), ((0.0, 0.0),) * 2)
-    assert not good.is_contextual and replace(good, slopes=((0.0, 0.0), (0.0, -1.0))).is_contextual
+def test_a_shape_depends_on_context_where_slopes_of_weighted_sources_differ():
+    good = RewardShape(("shap", "terminal"), (0.0, 1.0), "softmax", (1.0, 2.0), ("p", "q"), ((0.0, 0.0), (0.0, -1.0)))
+    mixed, alike = replace(good, weights=(0.5, 0.5)), ((0.0, -1.0),) * 2
+    assert mixed.is_contextual and not good.is_contextual and not replace(mixed, slopes=alike).is_contextual
     assert good.weighted == ("terminal",) and good.temperature_of("terminal") == 2
     assert replace(good, temperature=3.0).temperature_of("another") == 3
