@@ -169,7 +169,8 @@ def test_what_needs_a_failed_run_is_cancelled_with_the_reason(study, faked, caps
     assert out.startswith(f"failed    {SEARCH}: In [2]") and f"cancelled {BO}: needs {SEARCH}" in out
     faked.clear()
     assert main(["run", str(study), "--only", "failed"]) == 0
-    assert "2 runs: 2 ok" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "  1/2  ok" in out and "  2/2  ok" in out and "2 runs: 2 ok" in out
     assert statuses(study)[COMPARISON] == "ok", "which now reads more"
     assert main(["status", str(study)]) == 0
     faked += [SPARSE, BO]

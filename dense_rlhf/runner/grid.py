@@ -28,6 +28,7 @@ class _Grid:
     """What has ended, what runs, and what waits."""
 
     jobs: list[Job]
+    chosen: set[str]  # names of those to run; the others only stand as they are
     folder: Path
     study: StudyParams
     executor: object  # of `executors`
@@ -132,20 +133,25 @@ class _Grid:
         self.ended[job.name] = record
         if record["status"] == "cached" or (self.bar and record["status"] == "ok"):
             return self._show()
-        self.say(f"{len(self.ended):3d}/{len(self.jobs)}  {record['status']:9s}{record['seconds']:6.0f} s  {job.name}"
+        count = f"{len(self._records()):3d}/{len(self.chosen)}"
+        self.say(f"{count}  {record['status']:9s}{record['seconds']:6.0f} s  {job.name}"
                  + (f": {record['error']}" if record["error"] else "") + self._left())  # fmt: skip
         self._show()
 
     def _show(self) -> None:
         if self.bar:
-            counts = [f"{n} {name}" for name, n in tally(self.ended.values()).items()]
-            self.bar(f"{len(self.ended)}/{len(self.jobs)} · {len(self.running)} running"
+            counts = [f"{n} {name}" for name, n in tally(self._records()).items()]
+            self.bar(f"{len(self._records())}/{len(self.chosen)} · {len(self.running)} running"
                      + "".join(f" · {text}" for text in counts) + self._left())  # fmt: skip
+
+    def _records(self) -> list[dict]:
+        """Of the chosen jobs that have ended."""
+        return [record for name, record in self.ended.items() if name in self.chosen]
 
     def _left(self) -> str:
         """An estimate from the pace of what was not cached."""
-        ran = sum(record["status"] != "cached" for record in self.ended.values())
-        left = len(self.jobs) - len(self.ended)
+        ran = sum(record["status"] != "cached" for record in self._records())
+        left = len(self.chosen) - len(self._records())
         minutes = (time.time() - self.start) / ran * left / 60 if ran else 0
         return f"   (about {minutes:.0f} min left)" if ran and left else ""
 
@@ -169,7 +175,7 @@ def run_grid(
     _forget_stale(folder, {job.name for job in jobs})
     chosen = {job.name for job in jobs} if names is None else set(names)
     with executor or Local(study.workers) as where:
-        grid = _Grid(jobs, folder, study, where, say, bar, force, max_failures)
+        grid = _Grid(jobs, chosen, folder, study, where, say, bar, force, max_failures)
         for job in [job for job in jobs if job.name not in chosen]:
             grid.ended[job.name] = finished(job, folder / job.name, grid.threads(job)) or {"status": "pending"}
         grid.run()
