@@ -213,15 +213,16 @@ def test_win_rate_and_annotations_are_read_back(tmp_path):
         alpaca_eval.read_back(tmp_path, "ours", 4)
 
 
-def test_alpaca_eval_that_fails_is_one_line_without_the_key(tmp_path, monkeypatch):
+@pytest.mark.parametrize("before", ["", "-" * 280])  # where a cut would go through the key
+def test_alpaca_eval_that_fails_is_one_line_without_the_key(before, tmp_path, monkeypatch):
     fake = tmp_path / "python"
-    fake.write_text("#!/bin/sh\necho Traceback >&2; echo \"Error: bad key $OPENAI_API_KEY\" >&2; exit 3\n")
+    fake.write_text(f"#!/bin/sh\necho Traceback >&2; echo \"{before}Error: bad key $OPENAI_API_KEY\" >&2; exit 3\n")
     fake.chmod(0o755)
     monkeypatch.setenv("OPENAI_API_KEY", "sk-made-for-this-test")
     monkeypatch.setattr(alpaca_eval, "python", lambda: fake)
     with pytest.raises(InputError) as found:
         alpaca_eval.annotate(tmp_path, "any", False)
-    assert str(found.value) == "alpaca_eval ended with code 3: Error: bad key ***"
+    assert str(found.value) == f"alpaca_eval ended with code 3: {before}Error: bad key ***"
 
 
 def weighted(asked):

@@ -159,10 +159,10 @@ def annotate(folder: Path, config: str, length_control: bool) -> None:
 
 
 def _last_word(said: str) -> str:
-    """The last line, without the key."""
-    line = next((line for line in reversed(said.splitlines()) if line.strip()), "it gave no reason")[:300]
+    """The last line, without the key, which goes before the line is cut: no part of it stays."""
+    line = next((line for line in reversed(said.splitlines()) if line.strip()), "it gave no reason")
     key = os.environ.get("OPENAI_API_KEY")
-    return line.replace(key, "***") if key else line
+    return (line.replace(key, "***") if key else line)[:300]
 
 
 def read_back(folder: Path, generator: str, wanted: int) -> tuple[dict[str, float], pd.DataFrame]:
