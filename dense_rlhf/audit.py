@@ -26,6 +26,7 @@ LEVEL = 0.05  # false alarms of "the weights can be told apart"
 LENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0)  # length-scales of the test, in median distances between the points
 SHARES = (0.1, 0.3, 0.5, 0.7, 0.9, 0.97)  # of the variance that is signal
 TOLERANCE = 0.25, 0.05  # regret not worth a trial: a share of one observation's sd, and of the posterior's range
+EARLIEST = 4  # trials a number, before which the model is too sure for anything to have converged
 JUMP, OFTEN = 0.25, 0.25  # oscillation: of all weight, moved in one step; and the share of such steps
 EVEN = 0.95  # ESS/T from which credit is an even spread in all but name
 PER_DIMENSION = 6  # trials
@@ -221,7 +222,7 @@ class Verdict:
     regret: Regret
     tolerance: float
     noise: float  # standard deviation of one observation
-    more: int  # trials, by the law that regret falls with the root of their number
+    more: int  # trials: regret falls with the root of their number, and `EARLIEST` a number are the least
 
     @property
     def winner(self) -> bool:
@@ -234,12 +235,13 @@ def verdict(search: Search, names: Sequence[str], unit: str = "") -> Verdict:
 
     Told apart: `p_flat` below `LEVEL`. Converged: told apart, and the expected regret is within a quarter of one
     observation's standard deviation or a twentieth of the posterior's range, whichever is more: nobody would see
-    a smaller one, or it does not matter.
+    a smaller one, or it does not matter. Not before `EARLIEST` trials a number: of fewer the model is too sure, as
+    functions that are known show (`ablations/dimension`).
     """
     n, p, left = len(search.values), p_flat(search), regret(search)
     noise = float(np.sqrt(noise_variance(search).mean()))
     tolerance = max(TOLERANCE[0] * noise, TOLERANCE[1] * left.spread)
-    more = max(0, math.ceil(n * ((left.expected / tolerance) ** 2 - 1)))
+    more = max(0, math.ceil(n * ((left.expected / tolerance) ** 2 - 1)), EARLIEST * search.space.size - n)
     more = more if more < 10 else 5 * math.ceil(more / 5)  # a rough law deserves no more digits
     kind = FLAT if p >= LEVEL else MORE if more else CONVERGED
     found = Verdict(kind, "", p, left, tolerance, noise, more)
@@ -251,12 +253,15 @@ def _said(found: Verdict, search: Search, names: Sequence[str], unit: str) -> st
     test = f"permutation test over {n} trials, p = {found.p:.3f}, level {LEVEL:g}"
     bound = f"{found.tolerance:.2g} (a quarter of one observation's sd or a twentieth of the posterior's range)"
     gain = f"the best weights are expected to gain another {left.expected:.2g}{unit}, "
+    small = left.expected <= found.tolerance
+    early = f", which {n} trials of {search.space.size} numbers are too few to trust" * small
     told = f"The weights can be told apart ({test}). {_compared(search, names)}"
     unsaid = "" if search.noise().degrees else " No point was tried twice: what another seed changes is not counted."
     return {
         FLAT: f"The weights cannot be told apart at this noise ({test}). One observation scatters by {found.noise:.2g}"
               f"{unit} (sd); over all weights the posterior mean moves by {left.spread:.2g}. No winner is claimed.",
-        MORE: f"Needs about {found.more} more trials: {gain}more than {bound}. {told}",
+        MORE: f"Needs about {found.more} more trials: {gain}{'within' if small else 'more than'} {bound}{early}. "
+              f"{told}",
         CONVERGED: f"Converged: {gain}within {bound}. {told}",
     }[found.kind] + unsaid  # fmt: skip
 

@@ -85,6 +85,13 @@ def test_an_early_search_needs_more_trials(early):
     assert found.tolerance == max(0.25 * found.noise, 0.05 * found.regret.spread)
 
 
+def test_four_trials_a_number_are_the_least_to_have_converged(known):
+    sooner, enough = (audit.verdict(audit.until(known, n), NAMES) for n in (11, 12))
+    assert sooner.regret.expected <= sooner.tolerance and (sooner.kind, sooner.more) == (audit.MORE, 1)
+    assert f"within {sooner.tolerance:.2g} (a" in sooner.text and ", which 11 trials of 3 numbers are" in sooner.text
+    assert enough.kind == audit.CONVERGED
+
+
 def test_a_flat_function_has_no_winner(nothing):
     found = audit.verdict(nothing, NAMES)
     assert found.kind == audit.FLAT and not found.winner and found.p >= audit.LEVEL
