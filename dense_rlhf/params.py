@@ -291,7 +291,8 @@ class DimensionParams:
         if len(set(self.sources)) < 3:
             raise InputError(f"dimension.sources is {list(self.sources)}, wanted at least 3")
         if self.rival_trials < 2 or self.rival_seeds < 0:
-            raise InputError(f"dimension.rival_trials, rival_seeds: {self.rival_trials}, {self.rival_seeds}; from 2, 0")
+            raise InputError(f"dimension.rival_trials, rival_seeds: {self.rival_trials}, {self.rival_seeds}; wanted at "
+                             "least 2 and 0")  # fmt: skip
         if self.seeds < 1 or not self.goal > 0 or not min(self.snr, default=0) > 0:
             raise InputError(f"dimension.seeds, goal, snr: {self.seeds}, {self.goal}, {self.snr}; wanted above 0")
 
