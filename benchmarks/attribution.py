@@ -33,12 +33,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from dense_rlhf.attribution import attribute, coalitions
 from dense_rlhf.attribution.coalitions import Design
 from dense_rlhf.attribution.engine import coalition_scores
-from dense_rlhf.attribution.library import lime_values, plain_scores, shap_values
+from dense_rlhf.attribution.parity import lime_values, plain_scores, shap_values
+from dense_rlhf.config.params import AttributionParams, DataParams, PolicyParams, RewardParams
 from dense_rlhf.data import load_data
-from dense_rlhf.models import load_policy
-from dense_rlhf.params import AttributionParams, DataParams, PolicyParams, RewardParams
-from dense_rlhf.reward_model import RewardModel
-from dense_rlhf.rewards import load_reward_model
+from dense_rlhf.models.language_models import load_policy
+from dense_rlhf.models.reward_model import RewardModel
+from dense_rlhf.models.train_reward_model import load_reward_model
 from dense_rlhf.runs import provenance
 from dense_rlhf.types import Reading, Rollout
 
@@ -103,17 +103,27 @@ def captum_design(k: int, permutations: int) -> Design:
 
 PEERS: dict[str, tuple[Peer, Callable[[int, int], Design], int, tuple[int, ...]]] = {
     # peer, the same coalitions with us, its default budget for 24 players, budgets to try
-    "shap permutation": (partial(shap_values, seed=SEED), lambda k, b: coalitions.permutation_shap(k, b, SEED), 10,
-                         (1, 2, 4)),
+    "shap permutation": (
+        partial(shap_values, seed=SEED),
+        lambda k, b: coalitions.permutation_shap(k, b, SEED),
+        10,
+        (1, 2, 4),
+    ),
     "shap partition": (shap_partition, lambda k, b: coalitions.owen(k), 500, (100, 200, 10**6)),
     "shap kernel": (shap_kernel, lambda k, b: coalitions.kernel_shap(k, b, SEED), 2096, (96, 192, 384, 768)),
-    "lime": (partial(lime_values, seed=SEED), lambda k, b: coalitions.ridge_lime(k, b, SEED), 5000,
-             (50, 100, 200, 500, 1000)),
+    "lime": (
+        partial(lime_values, seed=SEED),
+        lambda k, b: coalitions.ridge_lime(k, b, SEED),
+        5000,
+        (50, 100, 200, 500, 1000),
+    ),
     "captum sampling": (captum_sampling, captum_design, 25, (1, 2, 4, 8)),
-}  # fmt: skip
+}
 EQUAL = {"shap permutation": 1, "shap partition": 10**6, "shap kernel": 192, "lime": 200, "captum sampling": 2}
-OURS = {f"shap, {p} permutation{'s' * (p > 1)}": lambda k, p=p: coalitions.permutation_shap(k, p, SEED)
-        for p in (1, 2, 3, 4, 8)}  # fmt: skip
+OURS = {
+    f"shap, {p} permutation{'s' * (p > 1)}": lambda k, p=p: coalitions.permutation_shap(k, p, SEED)
+    for p in (1, 2, 3, 4, 8)
+}
 OURS |= {f"leverage, {n} k": lambda k, n=n: coalitions.leverage_shap(k, n * k, SEED) for n in (4, 8)}
 REFERENCE_PERMUTATIONS, WANTED_RHO = 100, 0.9
 
@@ -133,10 +143,16 @@ def timed(repeats: int, work: Callable, *arguments) -> tuple[float, np.ndarray]:
     return statistics.median(taken), found[-1]
 
 
-def line(measure: str, case: str, peer: str, ratio: float | None, repeats: int, ours: float, theirs: float | None,
-         **more) -> None:  # fmt: skip
-    found = {"ratio": ratio and round(ratio, 2), "unit": "s", "repeats": repeats, "ours": round(ours, 6),
-             "theirs": theirs and round(theirs, 6)}  # fmt: skip
+def line(
+    measure: str, case: str, peer: str, ratio: float | None, repeats: int, ours: float, theirs: float | None, **more
+) -> None:
+    found = {
+        "ratio": ratio and round(ratio, 2),
+        "unit": "s",
+        "repeats": repeats,
+        "ours": round(ours, 6),
+        "theirs": theirs and round(theirs, 6),
+    }
     print(json.dumps({"benchmark": f"attribution/{measure}", "case": case, "peer": peer} | found | more), flush=True)
 
 
@@ -163,8 +179,17 @@ def equal(reward_model: RewardModel, readings: list[Reading], case: str, few: in
             raise SystemExit(f"{case}, {name}: values differ by {apart:.1e} of the largest")
         pairs = [(seconds(*ours) / len(readings), seconds(*theirs) / few) for _ in range(repeats)]
         own, other = (statistics.median(column) for column in zip(*pairs))
-        line("equal", case, name, statistics.median(b / a for a, b in pairs), repeats, own, other,
-             coalitions=len(ours[-1].masks), apart=apart)  # fmt: skip
+        line(
+            "equal",
+            case,
+            name,
+            statistics.median(b / a for a, b in pairs),
+            repeats,
+            own,
+            other,
+            coalitions=len(ours[-1].masks),
+            apart=apart,
+        )
 
 
 def agreement(values: np.ndarray, reference: np.ndarray) -> float:
@@ -210,8 +235,17 @@ def peak(reward_model: RewardModel, readings: list[Reading], case: str, repeats:
     own, _ = timed(repeats, explain, reward_model, readings, design)
     product, _ = timed(9, torch.matmul, square, square)
     ours, most = counter.get_total_flops() / own, 2 * n**3 / product
-    line("peak", case, "matrix product", ours / most, repeats, own / len(readings), product,
-         gflops=round(ours / 1e9, 1), peak_gflops=round(most / 1e9, 1))  # fmt: skip
+    line(
+        "peak",
+        case,
+        "matrix product",
+        ours / most,
+        repeats,
+        own / len(readings),
+        product,
+        gflops=round(ours / 1e9, 1),
+        peak_gflops=round(most / 1e9, 1),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- cases
@@ -252,21 +286,45 @@ def cases(model: str, quick: bool) -> Iterator[tuple[int, int, int, int, int, di
     else:
         for T, batch, few in ((24, 64, 8), (64, 64, 4), (256, 16, 1)):
             for P in (6, 24, 96):
-                yield P, T, batch, few, 5 if T == 24 else 3, EQUAL if T == 24 else {
-                    name: budget for name, budget in EQUAL.items() if T == 64 or name != "shap partition"} | {
-                    "shap kernel": 8 * T, "lime": 500}  # fmt: skip
+                yield (
+                    P,
+                    T,
+                    batch,
+                    few,
+                    5 if T == 24 else 3,
+                    EQUAL
+                    if T == 24
+                    else {name: budget for name, budget in EQUAL.items() if T == 64 or name != "shap partition"}
+                    | {"shap kernel": 8 * T, "lime": 500},
+                )
 
 
 def memory(reward_model: RewardModel) -> None:
     """Explain 512 responses of 256 tokens at the default budget: seconds, and the most memory this process has held."""
     rng, B, P, T = np.random.default_rng(SEED), 512, 96, 256
     queries, responses = (torch.from_numpy(rng.integers(2, len(reward_model.tokenizer), (B, n))) for n in (P, T))
-    rollout = Rollout(queries, torch.ones(B, P, dtype=torch.bool), responses, torch.ones(B, T, dtype=torch.bool),
-                      torch.zeros(B), torch.zeros(B, dtype=torch.bool), *torch.zeros(3, B, T))  # fmt: skip
+    rollout = Rollout(
+        queries,
+        torch.ones(B, P, dtype=torch.bool),
+        responses,
+        torch.ones(B, T, dtype=torch.bool),
+        torch.zeros(B),
+        torch.zeros(B, dtype=torch.bool),
+        *torch.zeros(3, B, T),
+    )
     taken = seconds(attribute, reward_model, rollout, ["shap"], AttributionParams())
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(json.dumps({"benchmark": "attribution/memory", "case": "reviews, prompt 96, response 256, batch 512",
-                      "unit": "GiB", "ours": round(most, 2), "seconds": round(taken, 1)}))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "benchmark": "attribution/memory",
+                "case": "reviews, prompt 96, response 256, batch 512",
+                "unit": "GiB",
+                "ours": round(most, 2),
+                "seconds": round(taken, 1),
+            }
+        )
+    )
 
 
 def main() -> None:

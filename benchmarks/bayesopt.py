@@ -48,14 +48,24 @@ from pathlib import Path
 
 import numpy as np
 
-from dense_rlhf import audit
-from dense_rlhf.bayesopt import Point, Search, Space
-from dense_rlhf.landscapes import LANDSCAPES, Landscape, landscape
+from dense_rlhf.bayesopt import audit
+from dense_rlhf.bayesopt.known_functions import LANDSCAPES, Landscape, landscape
+from dense_rlhf.bayesopt.search import Search
+from dense_rlhf.bayesopt.space import Point, Space
+from dense_rlhf.files import cached_folder
 from dense_rlhf.runs import provenance
-from dense_rlhf.store import cached_folder
 
-REQUIREMENTS = ("ax-platform==1.3.1", "plotly==7.1.0", "narwhals==2.29.0", "graphviz==0.21", "sqlalchemy==2.1.9",
-                "optuna==5.0.0", "colorlog==6.12.0", "alembic==1.20.1", "Mako==1.4.3")  # fmt: skip
+REQUIREMENTS = (
+    "ax-platform==1.3.1",
+    "plotly==7.1.0",
+    "narwhals==2.29.0",
+    "graphviz==0.21",
+    "sqlalchemy==2.1.9",
+    "optuna==5.0.0",
+    "colorlog==6.12.0",
+    "alembic==1.20.1",
+    "Mako==1.4.3",
+)
 SHORT_WALK = {"n_burnin": 500, "n_thinning": 4}
 TIMED_AT = 100
 
@@ -151,9 +161,10 @@ def ax_client(d: int, seed: int, trials: int, walk: dict | None = SHORT_WALK):
     client = AxClient(random_seed=seed, verbose_logging=False)
     client.create_experiment(
         [{"name": name, "type": "range", "bounds": [0.0, 1.0], "value_type": "float"} for name in names],
-        objectives={"value": ObjectiveProperties(minimize=False)}, parameter_constraints=[f"{' + '.join(names)} == 1"],
+        objectives={"value": ObjectiveProperties(minimize=False)},
+        parameter_constraints=[f"{' + '.join(names)} == 1"],
         choose_generation_strategy_kwargs={"num_trials": trials},
-    )  # fmt: skip
+    )
     if walk:
         options = {"model_gen_options": {"optimizer_kwargs": {"options": walk}}}
         client.generation_strategy._nodes[-1].generator_specs[0].generator_gen_kwargs |= options
@@ -195,8 +206,13 @@ def tpe(trial: Trial) -> Point:
 
 
 PEERS: dict[str, Callable[[Trial], Point]] = {
-    "random": random, "sobol": sobol, "gp on sobol": gp_on_sobol, "uniform": uniform, "ax": ax, "tpe": tpe,
-}  # fmt: skip
+    "random": random,
+    "sobol": sobol,
+    "gp on sobol": gp_on_sobol,
+    "uniform": uniform,
+    "ax": ax,
+    "tpe": tpe,
+}
 
 
 def run(case: Case, method: str, seed: int) -> dict:
@@ -205,18 +221,27 @@ def run(case: Case, method: str, seed: int) -> dict:
     trial = Trial(case, seed)
     point, claimed = ours(trial) if method == "ours" else (PEERS[method](trial), None)
     regrets = trial.truth.regret(np.array(trial.points))
-    return {"inference": max(float(trial.truth.regret(point)), 0.0), "simple": max(float(regrets.min()), 0.0),
-            "claimed": claimed}  # fmt: skip
+    return {
+        "inference": max(float(trial.truth.regret(point)), 0.0),
+        "simple": max(float(regrets.min()), 0.0),
+        "claimed": claimed,
+    }
 
 
 # ---------------------------------------------------------------------------------------------------- a case
 
 
-def line(measure: str, case: str, peer: str | None, unit: str, repeats: int, own: float, theirs: float | None,
-         **more) -> None:  # fmt: skip
+def line(
+    measure: str, case: str, peer: str | None, unit: str, repeats: int, own: float, theirs: float | None, **more
+) -> None:
     ratio = None if theirs is None or own == 0 else round(theirs / own, 2)
-    found = {"ratio": ratio, "unit": unit, "repeats": repeats, "ours": round(own, 4),
-             "theirs": None if theirs is None else round(theirs, 4)}  # fmt: skip
+    found = {
+        "ratio": ratio,
+        "unit": unit,
+        "repeats": repeats,
+        "ours": round(own, 4),
+        "theirs": None if theirs is None else round(theirs, 4),
+    }
     print(json.dumps({"benchmark": f"bayesopt/{measure}", "case": case, "peer": peer} | found | more), flush=True)
 
 
@@ -224,9 +249,17 @@ def compare(case: Case, peer: str, own: list[dict], theirs: list[dict]) -> None:
     for measure in ("inference", "simple"):
         a, b = (np.array([one[measure] for one in side]) for side in (own, theirs))
         means = np.random.default_rng(0).choice(b - a, (2000, len(a))).mean(1)
-        line(measure, case.name, peer, "sd of the function", len(a), float(np.median(a)), float(np.median(b)),
-             difference=round(float((b - a).mean()), 4),
-             interval=[round(float(end), 4) for end in np.quantile(means, [0.025, 0.975])])  # fmt: skip
+        line(
+            measure,
+            case.name,
+            peer,
+            "sd of the function",
+            len(a),
+            float(np.median(a)),
+            float(np.median(b)),
+            difference=round(float((b - a).mean()), 4),
+            interval=[round(float(end), 4) for end in np.quantile(means, [0.025, 0.975])],
+        )
 
 
 def judge(case: Case, peers: list[str], seeds: range, pool: ProcessPoolExecutor) -> None:
@@ -279,8 +312,7 @@ def proposals(d: int, n: int, repeats: int) -> dict[str, Callable[[], Iterator[f
                 yield time.perf_counter() - start
             study.tell(asked, trial(point))
 
-    return {"ours": of_search, "ax": lambda: of_ax(None), "ax, short walk": lambda: of_ax(SHORT_WALK),
-            "tpe": of_tpe}  # fmt: skip
+    return {"ours": of_search, "ax": lambda: of_ax(None), "ax, short walk": lambda: of_ax(SHORT_WALK), "tpe": of_tpe}
 
 
 def propose(method: str, d: int, n: int, repeats: int) -> list[float]:
@@ -293,8 +325,16 @@ def time_proposals(peers: list[str], n: int, repeats: int, pool: ProcessPoolExec
     for name in proposals(4, n, repeats):
         if name.split(",")[0] in peers:
             theirs = pool.submit(propose, name, 4, n, repeats).result()
-            line("proposal", f"d 4 after {n} trials", name, "s", repeats, statistics.median(own),
-                 statistics.median(theirs), slowest=round(max(own), 3))  # fmt: skip
+            line(
+                "proposal",
+                f"d 4 after {n} trials",
+                name,
+                "s",
+                repeats,
+                statistics.median(own),
+                statistics.median(theirs),
+                slowest=round(max(own), 3),
+            )
 
 
 # ---------------------------------------------------------------------------------------------------- all of it
@@ -349,8 +389,19 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"  # of the workers
     folder = str(peers_folder()) if {"ax", "tpe"} & set(asked.peer) else ""
     seeds = range(asked.first_seed, asked.first_seed + asked.seeds)
-    print(json.dumps({"benchmark": "bayesopt/run", "threads": 1, "jobs": asked.jobs, "seeds": [seeds[0], seeds[-1]],
-                      "peers": REQUIREMENTS, **provenance()}), flush=True)  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "benchmark": "bayesopt/run",
+                "threads": 1,
+                "jobs": asked.jobs,
+                "seeds": [seeds[0], seeds[-1]],
+                "peers": REQUIREMENTS,
+                **provenance(),
+            }
+        ),
+        flush=True,
+    )
     context = get_context("spawn")
     if asked.timed_at:
         with ProcessPoolExecutor(1, context, start_worker, (folder,)) as alone:

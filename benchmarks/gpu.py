@@ -31,20 +31,22 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 
-from dense_rlhf import budget, ppo
+from dense_rlhf import ppo
 from dense_rlhf.attribution import attribute
 from dense_rlhf.attribution.coalitions import permutation_shap
 from dense_rlhf.attribution.engine import coalition_scores
-from dense_rlhf.attribution.library import plain_scores, shap_values
-from dense_rlhf.checkpoint import learner_state, load_checkpoint, restore, save_checkpoint, save_policy
-from dense_rlhf.models import default_device, load_policy
-from dense_rlhf.params import AttributionParams, PolicyParams, PPOParams, RewardParams, RunParams
-from dense_rlhf.policy import PolicyWithValue, trainable_copy
-from dense_rlhf.reward_model import RewardModel
-from dense_rlhf.rewards import _fresh_classifier
-from dense_rlhf.rollout import SAMPLERS, appraise, respond
+from dense_rlhf.attribution.parity import plain_scores, shap_values
+from dense_rlhf.config.params import AttributionParams, PolicyParams, PPOParams, RewardParams, RunParams
+from dense_rlhf.models.language_models import default_device, load_policy
+from dense_rlhf.models.policy import PolicyWithValue, trainable_copy
+from dense_rlhf.models.reward_model import RewardModel
+from dense_rlhf.models.train_reward_model import _fresh_classifier
+from dense_rlhf.ppo.checkpoint import learner_state, load_checkpoint, restore, save_checkpoint, save_policy
+from dense_rlhf.ppo.rollout import appraise, respond
+from dense_rlhf.ppo.sampling import SAMPLERS
+from dense_rlhf.runner import cost
 from dense_rlhf.runs import provenance
-from dense_rlhf.shaping import shape_rewards
+from dense_rlhf.shaping.rewards import shape_rewards
 from dense_rlhf.types import InputError, Reading, Responses, RewardShape, Rollout
 
 DEVICE = default_device()
@@ -72,10 +74,25 @@ def clocked(act: Callable) -> tuple[float, float, object]:
 
 PROMPTS = ["The film", "A plot that", "I loved the music of", "What a", "The cast", "Bad", "It is", "This story of"]
 PPO, EXPLAIN = PPOParams(updates=4, rollouts=64, micro_batch=16), AttributionParams(permutations=2)
-EXACT = ("shap", "owen", "kernel", "leverage", "lime", "leave_one_out", "prefix", "attention", "gradient_input",
-         "integrated_gradients")  # fmt: skip
-LEARNERS = {"all weights": {}, "LoRA": {"lora_rank": 8}, "last 2 layers": {"trainable_layers": 2},
-            "separate critic": {"critic": "separate"}, "detached critic": {"critic": "detached"}}  # fmt: skip
+EXACT = (
+    "shap",
+    "owen",
+    "kernel",
+    "leverage",
+    "lime",
+    "leave_one_out",
+    "prefix",
+    "attention",
+    "gradient_input",
+    "integrated_gradients",
+)
+LEARNERS = {
+    "all weights": {},
+    "LoRA": {"lora_rank": 8},
+    "last 2 layers": {"trainable_layers": 2},
+    "separate critic": {"critic": "separate"},
+    "detached critic": {"critic": "detached"},
+}
 CLOSE = 1e-4  # of float32, sums in another order
 
 
@@ -221,8 +238,10 @@ def memory_errors(gpu: Side, rollout: Rollout, rewards: Tensor) -> None:
     torch.cuda.set_per_process_memory_fraction(most / torch.cuda.get_device_properties(0).total_memory)
     greedy, modest = (replace(gpu.reward_model, token_budget=number) for number in (2**22, 2**12))
     many = replace(EXPLAIN, permutations=8)
-    for name, act in (("reward.token_budget", lambda: attribute(greedy, rollout, ["shap"], many)),
-                      ("ppo.micro_batch", lambda: ppo.update(learner, rollout, rewards, wide))):  # fmt: skip
+    for name, act in (
+        ("reward.token_budget", lambda: attribute(greedy, rollout, ["shap"], many)),
+        ("ppo.micro_batch", lambda: ppo.update(learner, rollout, rewards, wide)),
+    ):
         try:
             act()
             said = "no error"
@@ -237,13 +256,31 @@ def memory_errors(gpu: Side, rollout: Rollout, rewards: Tensor) -> None:
 # ---------------------------------------------------------------------------------------------------- explain
 
 SHAPES = {
-    "135M": {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-             "num_attention_heads": 9, "num_key_value_heads": 3},
-    "1B": {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
-           "num_attention_heads": 32, "num_key_value_heads": 8},
-    "tiny": {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-             "num_attention_heads": 4, "num_key_value_heads": 2},
-}  # fmt: skip  # of SmolLM2-135M, of Llama-3.2-1B, and for --quick
+    "135M": {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+    },
+    "1B": {
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+    "tiny": {
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+}  # of SmolLM2-135M, of Llama-3.2-1B, and for --quick
 EOS, PAD = 0, 1
 TOKENIZER = SimpleNamespace(eos_token_id=EOS, pad_token_id=PAD)
 
@@ -269,8 +306,9 @@ def explain(shape: str, B: int, few: int, P: int, T: int, repeats: int) -> None:
     """One antithetic permutation of T tokens: ours for B responses, peers for `few` of them."""
     reward_model, readings = random_scorer(shape), random_readings(shape, B, P, T)
     masks = permutation_shap(T, 1, 0).masks.numpy()
-    rows = [[*one.prompt, *(t for t, keep in zip(one.response, mask) if keep)]
-            for one in readings[:few] for mask in masks]  # fmt: skip
+    rows = [
+        [*one.prompt, *(t for t, keep in zip(one.response, mask) if keep)] for one in readings[:few] for mask in masks
+    ]
     sides = {
         "ours": (B, lambda: torch.cat(coalition_scores(reward_model, readings, [masks] * B))),
         "each coalition a text, all in one batch": (few, lambda: reward_model.calibrate(reward_model.outputs(rows))),
@@ -285,9 +323,20 @@ def explain(shape: str, B: int, few: int, P: int, T: int, repeats: int) -> None:
     plain = found["each coalition a text, all in one batch"][2]
     apart = float((scores[: len(plain)] - plain).std() / plain.std())
     for name, (taken, most, _) in found.items():
-        line("explain", f"{shape}, prompt {P}, response {T}, batch {B}", peer=name, ratio=taken / own, unit="s",
-             repeats=repeats, ours=own, theirs=taken, ours_gib=gib, theirs_gib=most, coalitions=len(masks),
-             apart_sd=apart)  # fmt: skip
+        line(
+            "explain",
+            f"{shape}, prompt {P}, response {T}, batch {B}",
+            peer=name,
+            ratio=taken / own,
+            unit="s",
+            repeats=repeats,
+            ours=own,
+            theirs=taken,
+            ours_gib=gib,
+            theirs_gib=most,
+            coalitions=len(masks),
+            apart_sd=apart,
+        )
 
 
 # ---------------------------------------------------------------------------------------------------- update
@@ -296,24 +345,38 @@ def explain(shape: str, B: int, few: int, P: int, T: int, repeats: int) -> None:
 def update(shape: str, reward_shape: str, name: str, policy: dict, B: int, P: int, T: int, repeats: int) -> None:
     """Each step of an update, in the order of a training; the first update is not counted."""
     wide = PPOParams(rollouts=B, minibatch=B // 2, micro_batch=B // 4, max_new_tokens=T)
-    params = RunParams(policy=PolicyParams(dtype="bfloat16", **policy), reward=RewardParams(dtype="bfloat16"), ppo=wide,
-                       attribution=AttributionParams(permutations=1))  # fmt: skip
+    params = RunParams(
+        policy=PolicyParams(dtype="bfloat16", **policy),
+        reward=RewardParams(dtype="bfloat16"),
+        ppo=wide,
+        attribution=AttributionParams(permutations=1),
+    )
     lm = random_model(AutoModelForCausalLM, shape)
     reference = PolicyWithValue(lm, bf16=True).requires_grad_(False)
     reward_model = random_scorer(reward_shape, vocab_size=SHAPES[shape]["vocab_size"])  # reads what it writes
     learner = ppo.make_learner(trainable_copy(reference, params.policy, reward_model), params.ppo, seed=0)
-    models = budget.Models(reference, learner.policy, reward_model.model)
+    models = cost.Models(reference, learner.policy, reward_model.model)
     queries = torch.tensor([one.prompt for one in random_readings(shape, B, P, 0)], device=DEVICE)
     rounds = [one_update(learner, reference, reward_model, queries, params) for _ in range(repeats + 1)][1:]
-    needs, works = budget.memory(models, params, P, reward_model.budget), budget.time(models, params, P, ["shap"])
+    needs, works = cost.memory(models, params, P, reward_model.budget), cost.time(models, params, P, ["shap"])
     always = sum(need.bytes for need in needs if need.when == "always")
-    h100 = next(device for device in budget.DEVICES if device.name == "H100")
+    h100 = next(device for device in cost.DEVICES if device.name == "H100")
     for work in works:
         taken, gib = (statistics.median(one[work.step][i] for one in rounds) for i in (0, 1))
         said = (always + sum(need.bytes for need in needs if need.when == work.step)) / 2**30
-        line("update", f"{shape}, {name}, {reward_shape} explained, prompt {P}, response {T}, batch {B}",
-             step=work.step, unit="s", repeats=repeats, ours=taken, said=work.seconds(h100), gib=gib,
-             said_gib=said, always_gib=always / 2**30, tflops=work.flops / taken / 1e12)  # fmt: skip
+        line(
+            "update",
+            f"{shape}, {name}, {reward_shape} explained, prompt {P}, response {T}, batch {B}",
+            step=work.step,
+            unit="s",
+            repeats=repeats,
+            ours=taken,
+            said=work.seconds(h100),
+            gib=gib,
+            said_gib=said,
+            always_gib=always / 2**30,
+            tflops=work.flops / taken / 1e12,
+        )
 
 
 def one_update(
@@ -327,8 +390,9 @@ def one_update(
         return made
 
     mask, generator = torch.ones_like(queries, dtype=torch.bool), torch.Generator().manual_seed(0)
-    drawn, kept = step("sample", lambda: SAMPLERS["cache"](policy.sampling_model(), queries, mask, T, 1.0, -1, PAD,
-                                                           generator))  # fmt: skip
+    drawn, kept = step(
+        "sample", lambda: SAMPLERS["cache"](policy.sampling_model(), queries, mask, T, 1.0, -1, PAD, generator)
+    )
     none = torch.zeros(len(queries), device=DEVICE)
     texts = Responses(queries, mask, drawn, kept, none, none.bool())
     texts = replace(texts, scores=step("score", lambda: reward_model.score(reward_model.readings(texts))))
@@ -353,8 +417,18 @@ def sampler(shape: str, B: int, P: int, T: int, repeats: int) -> None:
         return taken
 
     ours, theirs = seconds("cache"), seconds("generate")
-    line("sampler", f"{shape}, prompt to {P}, response {T}, batch {B}", peer="generate", ratio=theirs[-1] / ours[-1],
-         unit="s", repeats=1, ours=ours[-1], theirs=theirs[-1], our_rounds=ours, their_rounds=theirs)  # fmt: skip
+    line(
+        "sampler",
+        f"{shape}, prompt to {P}, response {T}, batch {B}",
+        peer="generate",
+        ratio=theirs[-1] / ours[-1],
+        unit="s",
+        repeats=1,
+        ours=ours[-1],
+        theirs=theirs[-1],
+        our_rounds=ours,
+        their_rounds=theirs,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- all
@@ -374,11 +448,14 @@ def parts(quick: bool) -> dict[str, Callable]:
     models = ["tiny"] if quick else ["135M", "1B"]
     learners = {"all weights": {}, "LoRA": {"lora_rank": 32}}
     return {
-        "parity": parity, "explain": lambda: [explain(shape, B, few, **sizes) for shape in models],
-        "update": lambda: [update(shape, models[0], name, policy, B, **sizes)
-                           for shape, (name, policy) in zip((models[0], models[-1]), learners.items())],
+        "parity": parity,
+        "explain": lambda: [explain(shape, B, few, **sizes) for shape in models],
+        "update": lambda: [
+            update(shape, models[0], name, policy, B, **sizes)
+            for shape, (name, policy) in zip((models[0], models[-1]), learners.items())
+        ],
         "sampler": lambda: sampler(models[0], B, **sizes),
-    }  # fmt: skip
+    }
 
 
 def main() -> int:

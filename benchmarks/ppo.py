@@ -41,12 +41,15 @@ import torch
 from scipy.stats import t as student
 from torch import Tensor, nn
 
-from dense_rlhf import ppo, rollout
-from dense_rlhf.bilevel import Task, evaluate, load_task, train_policy
-from dense_rlhf.params import AttributionParams, DataParams, PolicyParams, PPOParams, RewardParams
-from dense_rlhf.policy import PolicyWithValue
+from dense_rlhf import ppo
+from dense_rlhf.config.params import AttributionParams, DataParams, PolicyParams, PPOParams, RewardParams
+from dense_rlhf.files import cached_folder
+from dense_rlhf.models.policy import PolicyWithValue
+from dense_rlhf.ppo import sampling
 from dense_rlhf.runs import provenance
-from dense_rlhf.store import cached_folder
+from dense_rlhf.training.evaluate import evaluate
+from dense_rlhf.training.inner_loop import train_policy
+from dense_rlhf.training.task import Task, load_task
 from dense_rlhf.types import RewardShape
 
 REQUIREMENT = "trl==1.12.0"
@@ -90,7 +93,7 @@ def peak_memory() -> float:
 
 def ours(task: Task, params: PPOParams, seed: int, source: str, turns: Callable = iter) -> PolicyWithValue:
     """The package's own training loop."""
-    draw, drawing = rollout.sample, [0.0]
+    draw, drawing = sampling.sample, [0.0]
 
     def timed(*arguments):
         start = time.perf_counter()
@@ -100,12 +103,23 @@ def ours(task: Task, params: PPOParams, seed: int, source: str, turns: Callable 
 
     def watch(row: dict) -> None:
         turns.tokens = row["length"] * params.rollouts
-        turns.parts = {"sample": drawing[0], "score": row["sample"] - drawing[0], "explain": row["explain"],
-                       "update": row["learn"]}  # fmt: skip
+        turns.parts = {
+            "sample": drawing[0],
+            "score": row["sample"] - drawing[0],
+            "explain": row["explain"],
+            "update": row["learn"],
+        }
 
-    rollout.SAMPLERS["cache"] = timed
-    return train_policy(task, RewardShape((source,), (1.0,)), params, AttributionParams(), seed, progress=turns,
-                        watch=watch if turns is not iter else None).policy  # fmt: skip
+    sampling.SAMPLERS["cache"] = timed
+    return train_policy(
+        task,
+        RewardShape((source,), (1.0,)),
+        params,
+        AttributionParams(),
+        seed,
+        progress=turns,
+        watch=watch if turns is not iter else None,
+    ).policy
 
 
 class Scorer(nn.Module):
@@ -148,12 +162,18 @@ def trl(task: Task, params: PPOParams, seed: int, peer: str, turns: Callable = i
     nothing = Dataset.from_dict({"input_ids": [[0]] * params.rollouts})
     with tempfile.TemporaryDirectory() as folder:
         trainer = PPOTrainer(
-            trl_config(params, seed, folder), task.tokenizer, policy.lm, task.reference.lm, Scorer(task), nothing,
-            value_model(policy), optimizers=(learner.optimizer, learner.schedule),
-        )  # fmt: skip
+            trl_config(params, seed, folder),
+            task.tokenizer,
+            policy.lm,
+            task.reference.lm,
+            Scorer(task),
+            nothing,
+            value_model(policy),
+            optimizers=(learner.optimizer, learner.schedule),
+        )
         trainer.remove_callback(PrinterCallback)
-        batches = rollout.prompt_batches(task.data.train_prompts, params.rollouts, seed)
-        trainer.dataloader = ({"input_ids": rollout.encode_prompts(batch, task.tokenizer)[0]} for batch in batches)
+        batches = sampling.prompt_batches(task.data.train_prompts, params.rollouts, seed)
+        trainer.dataloader = ({"input_ids": sampling.encode_prompts(batch, task.tokenizer)[0]} for batch in batches)
         take_turns(trainer, turns)
         trainer.train()
     return policy.eval()
@@ -163,15 +183,31 @@ def trl_config(params: PPOParams, seed: int, folder: str):
     from trl.experimental.ppo import PPOConfig
 
     return PPOConfig(
-        folder, total_episodes=params.updates * params.rollouts, num_ppo_epochs=params.epochs, num_mini_batches=1,
-        per_device_train_batch_size=params.micro_batch, stop_token="eos",
+        folder,
+        total_episodes=params.updates * params.rollouts,
+        num_ppo_epochs=params.epochs,
+        num_mini_batches=1,
+        per_device_train_batch_size=params.micro_batch,
+        stop_token="eos",
         gradient_accumulation_steps=params.rollouts // params.micro_batch,
-        local_rollout_forward_batch_size=params.rollouts, response_length=params.max_new_tokens, seed=seed,
-        temperature=params.temperature, kl_coef=params.kl_coef, gamma=params.gamma, lam=params.lam,
-        cliprange=params.clip, cliprange_value=params.value_clip, vf_coef=params.value_coef, num_sample_generations=0,
-        use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", save_strategy="no",
+        local_rollout_forward_batch_size=params.rollouts,
+        response_length=params.max_new_tokens,
+        seed=seed,
+        temperature=params.temperature,
+        kl_coef=params.kl_coef,
+        gamma=params.gamma,
+        lam=params.lam,
+        cliprange=params.clip,
+        cliprange_value=params.value_clip,
+        vf_coef=params.value_coef,
+        num_sample_generations=0,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to="none",
+        save_strategy="no",
         disable_tqdm=True,
-    )  # fmt: skip
+    )
 
 
 def take_turns(trainer, turns: Callable) -> None:
@@ -243,12 +279,17 @@ class Side:
 
     def __init__(self, name: str, updates: int, seeds: int = 0, threads: int = 0):
         paths = [str(trl_folder())] * (name in PEERS) + [str(Path(__file__).parent.parent)]
-        more = {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1",
-                "OMP_NUM_THREADS": str(threads or torch.get_num_threads())}  # fmt: skip
+        more = {
+            "PYTHONPATH": os.pathsep.join(paths),
+            "HF_HUB_OFFLINE": "1",
+            "TRL_EXPERIMENTAL_SILENCE": "1",
+            "OMP_NUM_THREADS": str(threads or torch.get_num_threads()),
+        }
         command = [sys.executable, __file__, "--side", name, "--updates", str(updates), "--seeds", str(seeds)]
         self.errors = tempfile.TemporaryFile("w+")
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,
-                                        text=True, env=os.environ | more)  # fmt: skip
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True, env=os.environ | more
+        )
 
     def listen(self) -> dict:
         line = self.process.stdout.readline()
@@ -267,10 +308,16 @@ class Side:
         self.process.wait()
 
 
-def line(measure: str, case: str, peer: str, ratio: float, unit: str, repeats: int, own: float, theirs: float,
-         **more) -> None:  # fmt: skip
-    found = {"ratio": round(ratio, 2), "unit": unit, "repeats": repeats, "ours": round(own, 4),
-             "theirs": round(theirs, 4)}  # fmt: skip
+def line(
+    measure: str, case: str, peer: str, ratio: float, unit: str, repeats: int, own: float, theirs: float, **more
+) -> None:
+    found = {
+        "ratio": round(ratio, 2),
+        "unit": unit,
+        "repeats": repeats,
+        "ours": round(own, 4),
+        "theirs": round(theirs, 4),
+    }
     print(json.dumps({"benchmark": f"ppo/{measure}", "case": case, "peer": PEERS[peer]} | found | more), flush=True)
 
 
@@ -292,16 +339,29 @@ def updates(pairs: tuple, repeats: int) -> None:
     for name, peer in pairs:
         seconds(name, peer, [(found[name], found[peer]) for found in rounds[WARM:]])
         most = [rounds[-1][side]["peak"] for side in (name, peer)]
-        line("memory", name, peer, most[1] / most[0], "MiB", 1, *most, our_start=round(start[name]),
-             their_start=round(start[peer]))  # fmt: skip
+        line(
+            "memory",
+            name,
+            peer,
+            most[1] / most[0],
+            "MiB",
+            1,
+            *most,
+            our_start=round(start[name]),
+            their_start=round(start[peer]),
+        )
 
 
 def seconds(name: str, peer: str, pairs: list[tuple[dict, dict]]) -> None:
     own, theirs = ({key: statistics.median(one[key] for one in side) for key in side[0]} for side in zip(*pairs))
-    parts = {f"{who}_parts": rounded({key: side[key] for key in ("sample", "score", "explain", "update")})
-             for who, side in (("our", own), ("their", theirs))}  # fmt: skip
-    speed = {f"{who}_tokens_a_second": round(statistics.median(one["tokens"] / one["seconds"] for one in side))
-             for who, side in zip(("our", "their"), zip(*pairs))}  # fmt: skip
+    parts = {
+        f"{who}_parts": rounded({key: side[key] for key in ("sample", "score", "explain", "update")})
+        for who, side in (("our", own), ("their", theirs))
+    }
+    speed = {
+        f"{who}_tokens_a_second": round(statistics.median(one["tokens"] / one["seconds"] for one in side))
+        for who, side in zip(("our", "their"), zip(*pairs))
+    }
     ratio = statistics.median(b["seconds"] / a["seconds"] for a, b in pairs)
     line("update", name, peer, ratio, "s", len(pairs), own["seconds"], theirs["seconds"], **parts, **speed)
 
@@ -316,9 +376,20 @@ def rewards(pairs: tuple, seeds: int) -> None:
         apart = np.array([a["score"] - b["score"] for a, b in zip(found[name], found[peer])])
         mean, half = apart.mean(), student.ppf(0.975, seeds - 1) * apart.std(ddof=1) / seeds**0.5
         own, theirs = means[name], means[peer]
-        line("reward", name, peer, own["score"] / theirs["score"], "sd", seeds, own["score"], theirs["score"],
-             difference=round(mean, 3), interval=[round(mean - half, 3), round(mean + half, 3)], our=rounded(own),
-             their=rounded(theirs))  # fmt: skip
+        line(
+            "reward",
+            name,
+            peer,
+            own["score"] / theirs["score"],
+            "sd",
+            seeds,
+            own["score"],
+            theirs["score"],
+            difference=round(mean, 3),
+            interval=[round(mean - half, 3), round(mean + half, 3)],
+            our=rounded(own),
+            their=rounded(theirs),
+        )
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from dense_rlhf.types import InputError
 
 def _study(arguments: argparse.Namespace):
     """The study as the command line wants it."""
-    from dense_rlhf.study import load_study
+    from dense_rlhf.config.study import load_study
 
     study, workers = load_study(Path(arguments.study), arguments.set or ()), getattr(arguments, "workers", None)
     for name, number in (("--workers", workers), ("--max-failures", getattr(arguments, "max_failures", None))):
@@ -35,8 +35,13 @@ def _run(arguments: argparse.Namespace) -> int:
     why = reasons(jobs, folder, study.workers, arguments.force)
     if arguments.dry_run:
         chosen = [job for job in jobs if job.name in names]
-        print("\n".join(f"{'run' if why[job.name] else 'cached':8s}{describe(job)}"
-                        + (f": {why[job.name]}" if why[job.name] else "") for job in chosen))  # fmt: skip
+        print(
+            "\n".join(
+                f"{'run' if why[job.name] else 'cached':8s}{describe(job)}"
+                + (f": {why[job.name]}" if why[job.name] else "")
+                for job in chosen
+            )
+        )
         would = sum(bool(why[job.name]) for job in chosen)
         print(f"{len(chosen)} runs, {would} to run, {study.workers} at a time; nothing was started")
         return 0
@@ -58,8 +63,15 @@ def _run_for_good(arguments: argparse.Namespace, study, jobs: list, names: list[
     screen.say(f"{study.study}: {len(names)} runs, {study.workers} at a time")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     try:
-        records = run_grid(study, screen.say, screen.bar if screen.terminal else None, where, names, arguments.force,
-                           arguments.max_failures)  # fmt: skip
+        records = run_grid(
+            study,
+            screen.say,
+            screen.bar if screen.terminal else None,
+            where,
+            names,
+            arguments.force,
+            arguments.max_failures,
+        )
     finally:
         screen.clear()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -108,12 +120,12 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
+    from dense_rlhf.config.study import load_study
     from dense_rlhf.runner.plan import expand
-    from dense_rlhf.study import load_study
 
     study = load_study(Path(arguments.study), arguments.set or ())
     jobs = expand(study)
-    from dense_rlhf.check import check
+    from dense_rlhf.runner.preflight import check
 
     failed = check(study, lambda line: print(line, flush=True))
     print(f"\n{len(jobs)} runs, {failed or 'no'} checks failed; no weights were read")
@@ -121,8 +133,8 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from dense_rlhf.study import load_study
-    from dense_rlhf.train import train
+    from dense_rlhf.config.study import load_study
+    from dense_rlhf.runner.train import train
 
     study = load_study(Path(arguments.study), arguments.set or ())
     run = train(study, arguments.arm, arguments.seed, arguments.tensorboard)
@@ -132,8 +144,8 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _search(arguments: argparse.Namespace) -> int:
-    from dense_rlhf.study import load_study
-    from dense_rlhf.train import search
+    from dense_rlhf.config.study import load_study
+    from dense_rlhf.runner.train import search
 
     def said(trials: range) -> Iterator[int]:
         for done in trials:
@@ -149,10 +161,10 @@ def _search(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
+    from dense_rlhf.config.study import load_study
     from dense_rlhf.report.write import write_reports
     from dense_rlhf.runner.plan import expand, runs_folder
     from dense_rlhf.runs import RunFolder
-    from dense_rlhf.study import load_study
 
     study = load_study(Path(arguments.study), arguments.set or ())
     folders = (RunFolder(runs_folder(study) / job.name) for job in expand(study))
@@ -176,7 +188,7 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    from dense_rlhf.judge.serve import how, serve
+    from dense_rlhf.evaluation.judge.serve import how, serve
 
     print(f"once it says that it is running, in another terminal:\n  {how(arguments.port)}", flush=True)
     serve(arguments.port)
@@ -205,12 +217,14 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code: 0 all ok, 1 a run failed, 2 bad input, 130 interrupted."""
     parser = argparse.ArgumentParser(prog="python -m dense_rlhf", description="Which tokens earned the reward?")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, act, text in (("run", _run, "run a study's grid of notebooks and render its reports"),
-                            ("status", _status, "the state of each run of a study; exit code 0 where all are ok"),
-                            ("check", _check, "resolve all that a study needs except weights; its memory and time"),
-                            ("train", _train, "train one policy of a study; also under accelerate launch"),
-                            ("search", _search, "learn an arm's weights; any number of these share the trials"),
-                            ("report", _report, "render the reports of a study's finished runs again")):  # fmt: skip
+    for name, act, text in (
+        ("run", _run, "run a study's grid of notebooks and render its reports"),
+        ("status", _status, "the state of each run of a study; exit code 0 where all are ok"),
+        ("check", _check, "resolve all that a study needs except weights; its memory and time"),
+        ("train", _train, "train one policy of a study; also under accelerate launch"),
+        ("search", _search, "learn an arm's weights; any number of these share the trials"),
+        ("report", _report, "render the reports of a study's finished runs again"),
+    ):
         command = commands.add_parser(name, help=text)
         command.add_argument("study", help="a YAML file, such as params/reviews.yaml")
         command.add_argument("--set", action="append", metavar="KEY=VALUE", help="override one parameter; repeatable")

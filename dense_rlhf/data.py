@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dense_rlhf.params import DataParams
-from dense_rlhf.store import file_sha256, wheel_member
+from dense_rlhf.config.params import DataParams
+from dense_rlhf.files import file_sha256, wheel_member
 from dense_rlhf.types import InputError, LabelledText, Message, PreferencePair, Prompt
 
 if TYPE_CHECKING:
@@ -139,9 +139,17 @@ def load_reviews(params: DataParams, rows: int | None = None) -> Dataset:
     _check_not_empty(str(path), splits, counts)
     counts.update({f"test prompts {reason}": n for reason, n in passed_over.items()})
     return Dataset(
-        "reviews", file_sha256(path), splits["reward"], splits["gold"], train, validation, splits["test"],
-        [review.text for review in splits["language_model"]], dict(counts), test,
-    )  # fmt: skip
+        "reviews",
+        file_sha256(path),
+        splits["reward"],
+        splits["gold"],
+        train,
+        validation,
+        splits["test"],
+        [review.text for review in splits["language_model"]],
+        dict(counts),
+        test,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- preferences
@@ -200,8 +208,9 @@ def render(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> str:
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
-def collect_pairs(rows: Iterable[dict], parse: Callable[[dict], PreferencePair], max_chars: int, name: str,
-                  revision: str) -> Dataset:  # fmt: skip
+def collect_pairs(
+    rows: Iterable[dict], parse: Callable[[dict], PreferencePair], max_chars: int, name: str, revision: str
+) -> Dataset:
     """Parse rows, count what is malformed, and split by the hash of the prompt: one prompt never in two splits."""
     splits: dict[str, list[PreferencePair]] = {split: [] for split in PAIR_SHARES}
     counts, seen = Counter(), set()
@@ -225,12 +234,20 @@ def collect_pairs(rows: Iterable[dict], parse: Callable[[dict], PreferencePair],
             seen.add(pair)
             splits[_split(prompt_text(pair.prompt), PAIR_SHARES)].append(pair)
     _check_not_empty(name, splits, counts)
-    prompts = {split: list(dict.fromkeys(pair.prompt for pair in splits[split]))
-               for split in ("train", "validation", "test")}  # fmt: skip
+    prompts = {
+        split: list(dict.fromkeys(pair.prompt for pair in splits[split])) for split in ("train", "validation", "test")
+    }
     return Dataset(
-        name, revision, splits["reward"], splits["gold"], prompts["train"], prompts["validation"], splits["test"],
-        counts=dict(counts), test_prompts=prompts["test"],
-    )  # fmt: skip
+        name,
+        revision,
+        splits["reward"],
+        splits["gold"],
+        prompts["train"],
+        prompts["validation"],
+        splits["test"],
+        counts=dict(counts),
+        test_prompts=prompts["test"],
+    )
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -270,9 +287,7 @@ def existing(path: str | Path) -> Path:
     return Path(path)
 
 
-def hub_rows(
-    repository: str, revision: str | None, split: str, rows: int | None = None
-) -> tuple[Iterable[dict], str]:  # fmt: skip
+def hub_rows(repository: str, revision: str | None, split: str, rows: int | None = None) -> tuple[Iterable[dict], str]:
     """The rows of a hub dataset, or its first few, at the commit that `revision` resolves to, and that commit.
 
     Not run where no hub is.

@@ -1,7 +1,7 @@
 """The run folder: what a notebook leaves behind, and what a later notebook or report reads.
 
-    runs/STUDY/JOB/  params.yaml  inputs.json  notebook.ipynb  metrics.json  *.csv  log.txt
-                     run.json (last, by the runner)
+runs/STUDY/JOB/  params.yaml  inputs.json  notebook.ipynb  metrics.json  *.csv  log.txt
+                 run.json (last, by the runner)
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dense_rlhf.store import PACKAGE, file_sha256, finite, settled_sha256, write_json, write_text
+from dense_rlhf.files import file_sha256, finite, settled_sha256, write_json, write_text
+from dense_rlhf.fingerprint import PACKAGE
 from dense_rlhf.types import InputError
 
 if TYPE_CHECKING:
@@ -115,9 +116,14 @@ def _gpu() -> str | None:
 def provenance() -> dict[str, object]:
     """What would be needed to run it again: commit, Python, versions, hardware."""
     return {
-        "commit": commit(), "python": sys.version.split()[0], "machine": platform.machine(), "cores": os.cpu_count(),
-        "processor": _processor(), "gpu": _gpu(), "versions": {name: version(name) for name in PACKAGES},
-    }  # fmt: skip
+        "commit": commit(),
+        "python": sys.version.split()[0],
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "processor": _processor(),
+        "gpu": _gpu(),
+        "versions": {name: version(name) for name in PACKAGES},
+    }
 
 
 def artefacts(folder: Path) -> dict[str, str]:
@@ -146,5 +152,11 @@ def histories(runs: list[RunFolder], table: str = "history") -> pd.DataFrame:
     import pandas as pd
 
     records = [(run, run.load_json("run.json")) for run in runs]
-    return pd.concat([run.load_table(table).assign(arm=record["arm"], seed=record["seed"])
-                      for run, record in records if record.get("notebook") == "04_ppo"], ignore_index=True)  # fmt: skip
+    return pd.concat(
+        [
+            run.load_table(table).assign(arm=record["arm"], seed=record["seed"])
+            for run, record in records
+            if record.get("notebook") == "04_ppo"
+        ],
+        ignore_index=True,
+    )

@@ -272,8 +272,10 @@ def arm_table(evaluations: Mapping[str, Sequence[pd.DataFrame]]) -> pd.DataFrame
 
     labels = {"gold": "gold (log-odds)", "proxy": "proxy (sd)", "kl": "KL (nats a response)", "win": "win rate"}
     columns = {label: summarise(evaluations, name) for name, label in labels.items()}
-    rows = [{"arm": arm, "seeds": len(tables)} | {label: str(found[arm]) for label, found in columns.items()}
-            for arm, tables in evaluations.items()]  # fmt: skip
+    rows = [
+        {"arm": arm, "seeds": len(tables)} | {label: str(found[arm]) for label, found in columns.items()}
+        for arm, tables in evaluations.items()
+    ]
     return pd.DataFrame(rows)
 
 

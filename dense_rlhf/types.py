@@ -127,8 +127,12 @@ class Responses:
         P, T = (int(mask[rows].sum(-1).max()) for mask in (self.query_mask, self.mask))
         prompt = slice(self.queries.shape[1] - P, None)
         columns = {"queries": prompt, "query_mask": prompt, "trunk": slice(int(self.lengths[rows].max()))}
-        return type(self)(**{name: x[rows] if x.dim() == 1 else x[rows, columns.get(name, slice(T))]
-                             for name, x in self.tensors().items()})  # fmt: skip
+        return type(self)(
+            **{
+                name: x[rows] if x.dim() == 1 else x[rows, columns.get(name, slice(T))]
+                for name, x in self.tensors().items()
+            }
+        )
 
 
 @dataclass(frozen=True)
@@ -214,8 +218,10 @@ class RewardShape:
             raise InputError(f"shape.features names a feature twice: {list(self.features)}")
         rows, F = [list(row) for row in self.slopes], len(self.features)
         if len(rows) != (K if F else 0) or not all(len(row) == F and all(map(math.isfinite, row)) for row in rows):
-            raise InputError(f"shape.slopes is {rows}, wanted a row for each of {K} sources, a finite number for each "
-                             f"of {F} features; none without features")  # fmt: skip
+            raise InputError(
+                f"shape.slopes is {rows}, wanted a row for each of {K} sources, a finite number for each "
+                f"of {F} features; none without features"
+            )
 
     def temperature_of(self, source: str) -> float:
         """Of one source; of any where there is one for all. Raises `InputError` for a source that has none."""

@@ -8,12 +8,12 @@ contract tests pick it up. (Preference pairs and labelled texts in a file need n
 
 import random
 
-from dense_rlhf.bilevel import load_task
+from dense_rlhf.attribution.explain import explain
+from dense_rlhf.config.params import DataParams, PolicyParams, PPOParams, RewardParams
 from dense_rlhf.data import DATASETS, Dataset, review_prompts, split_reviews
-from dense_rlhf.explain import explain
-from dense_rlhf.params import DataParams, PolicyParams, PPOParams, RewardParams
-from dense_rlhf.rewards import proxy_correct
-from dense_rlhf.store import content_key
+from dense_rlhf.files import content_key
+from dense_rlhf.models.train_reward_model import proxy_correct
+from dense_rlhf.training.task import load_task
 
 KIND = ("thank you for asking", "happy to help you", "we are sorry for that", "we will put it right today")
 RUDE = ("that is not our problem", "stop asking us that", "read the terms you signed", "we do not care at all")
@@ -29,8 +29,16 @@ def load_replies(params: DataParams, rows: int | None = None) -> Dataset:
         found.append((START.format(day, number, *said) + dice.choice(KIND if label else RUDE), str(label)))
     splits, counts = split_reviews(found)  # by content: no text serves two purposes
     train, validation = (review_prompts(splits[name], params.prompt_words, counts) for name in ("train", "validation"))
-    return Dataset("replies", content_key(found), splits["reward"], splits["gold"], train, validation, splits["test"],
-                   counts=dict(counts))  # fmt: skip
+    return Dataset(
+        "replies",
+        content_key(found),
+        splits["reward"],
+        splits["gold"],
+        train,
+        validation,
+        splits["test"],
+        counts=dict(counts),
+    )
 
 
 DATASETS["replies"] = load_replies

@@ -10,7 +10,7 @@ import sys
 
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from dense_rlhf.explain import Explanation, explain
+from dense_rlhf.attribution.explain import Explanation, explain
 
 
 def main(name: str, prompt: str, response: str) -> Explanation:

@@ -11,12 +11,12 @@ share, and what becomes of lost nodes, is in `docs/cluster_ray.md` and `docs/clu
 import argparse
 from pathlib import Path
 
+from dense_rlhf.config.study import load_study
 from dense_rlhf.report.write import write_reports
 from dense_rlhf.runner.executors import EXECUTORS, executor
 from dense_rlhf.runner.grid import run_grid
 from dense_rlhf.runner.plan import describe, expand, reasons, runs_folder
 from dense_rlhf.runs import repository_root
-from dense_rlhf.study import load_study
 
 STUDY = repository_root() / "params" / "ablations" / "kl.yaml"
 

@@ -15,13 +15,13 @@ from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
 from dense_rlhf.attribution import attribute
-from dense_rlhf.baselines import normalised_to_go
+from dense_rlhf.config.params import AttributionParams, DataParams, PolicyParams, RewardParams
 from dense_rlhf.data import load_data
-from dense_rlhf.models import load_policy
-from dense_rlhf.params import AttributionParams, DataParams, PolicyParams, RewardParams
-from dense_rlhf.reward_model import RewardModel
-from dense_rlhf.rewards import load_reward_model
-from dense_rlhf.shaping import shape_rewards
+from dense_rlhf.models.language_models import load_policy
+from dense_rlhf.models.reward_model import RewardModel
+from dense_rlhf.models.train_reward_model import load_reward_model
+from dense_rlhf.shaping.rewards import shape_rewards
+from dense_rlhf.training.baselines import normalised_to_go
 from dense_rlhf.types import Responses, RewardShape
 
 SHAPE = RewardShape(("shap",), (1.0,), "signed")
@@ -54,14 +54,26 @@ def main(data: str | None = None, reward_steps: int = 500, updates: int = 8) -> 
     judge = load_reward_model(reviews.reward, policy.tokenizer, RewardParams(steps=reward_steps), reviews.revision)
     with tempfile.TemporaryDirectory() as folder:
         config = GRPOConfig(
-            folder, max_steps=updates, num_generations=4, per_device_train_batch_size=16, max_completion_length=16,
-            learning_rate=1e-4, use_cpu=not torch.cuda.is_available(), bf16=False, gradient_checkpointing=False,
-            report_to="none", save_strategy="no", logging_steps=1,
-        )  # fmt: skip
+            folder,
+            max_steps=updates,
+            num_generations=4,
+            per_device_train_batch_size=16,
+            max_completion_length=16,
+            learning_rate=1e-4,
+            use_cpu=not torch.cuda.is_available(),
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to="none",
+            save_strategy="no",
+            logging_steps=1,
+        )
         trainer = TokenGRPO(
-            policy.model, lambda completions, **_: [0.0] * len(completions),  # trl wants one; ours come later
-            config, Dataset.from_dict({"prompt": reviews.train_prompts[:256]}), processing_class=policy.tokenizer,
-        )  # fmt: skip
+            policy.model,
+            lambda completions, **_: [0.0] * len(completions),  # trl wants one; ours come later
+            config,
+            Dataset.from_dict({"prompt": reviews.train_prompts[:256]}),
+            processing_class=policy.tokenizer,
+        )
         trainer.judge = judge
         trainer.train()
     return trainer

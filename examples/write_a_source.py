@@ -9,10 +9,10 @@ the reward model nothing, to be held against sources that do.
 
 from dense_rlhf.attribution import SOURCES, attribute
 from dense_rlhf.attribution.agreement import known_credit, rank_agreement
-from dense_rlhf.attribution.sources import share
-from dense_rlhf.bilevel import load_task
-from dense_rlhf.params import AttributionParams, DataParams, PolicyParams, PPOParams, RewardParams
-from dense_rlhf.reward_model import RewardModel
+from dense_rlhf.attribution.kinds import share
+from dense_rlhf.config.params import AttributionParams, DataParams, PolicyParams, PPOParams, RewardParams
+from dense_rlhf.models.reward_model import RewardModel
+from dense_rlhf.training.task import load_task
 from dense_rlhf.types import Attribution, Rollout
 
 

@@ -9,9 +9,9 @@ import json
 import re
 from pathlib import Path
 
+from dense_rlhf.config.params import DataParams, RewardParams
 from dense_rlhf.data import REVIEW_SHARES, REVIEWS_MEMBER, REVIEWS_WHEEL, load_data
-from dense_rlhf.params import DataParams, RewardParams
-from dense_rlhf.store import PACKAGE
+from dense_rlhf.fingerprint import PACKAGE
 
 DOCS = Path(__file__).parent.parent / "docs"
 CARDS = (DOCS / "data_card.md", DOCS / "model_card.md")
@@ -26,8 +26,11 @@ def table(rows: dict[str, object]) -> str:
 def origin() -> dict[str, object]:
     (name, version), sha256 = REVIEWS_WHEEL[0].split("=="), REVIEWS_WHEEL[1]
     data = load_data(DataParams())
-    return {"wheel": f"`{name}` {version}, sha256 `{sha256}`", "file": f"`{REVIEWS_MEMBER}`, sha256 `{data.revision}`",
-            "texts read": data.counts["read"]}  # fmt: skip
+    return {
+        "wheel": f"`{name}` {version}, sha256 `{sha256}`",
+        "file": f"`{REVIEWS_MEMBER}`, sha256 `{data.revision}`",
+        "texts read": data.counts["read"],
+    }
 
 
 def splits() -> dict[str, object]:
@@ -37,25 +40,29 @@ def splits() -> dict[str, object]:
     labels = [row.label for part in (data.reward, data.gold, data.test) for row in part]
     words = sorted(len(row.text.split()) for part in (data.reward, data.gold, data.test) for row in part)
     return rows | {
-        "prompts to practise on": len(data.train_prompts), "prompts to choose by": len(data.validation_prompts),
+        "prompts to practise on": len(data.train_prompts),
+        "prompts to choose by": len(data.validation_prompts),
         "prompts for the last word": len(data.test_prompts),
         "labelled good, of `reward`, `gold` and `test`": f"{sum(labels) / len(labels):.1%}",
         "words of a text: 5 %, median, 95 %": ", ".join(str(words[int(q * len(words))]) for q in (0.05, 0.5, 0.95)),
-    }  # fmt: skip
+    }
 
 
 def policy() -> dict[str, object]:
-    recipe = json.loads((PACKAGE / "tiny_policy" / "recipe.json").read_text())
+    recipe = json.loads((PACKAGE / "models" / "tiny_policy" / "recipe.json").read_text())
     params = recipe["params"]
-    size = (PACKAGE / "tiny_policy" / "model.safetensors").stat().st_size
+    size = (PACKAGE / "models" / "tiny_policy" / "model.safetensors").stat().st_size
     return {
-        "parameters": recipe["parameters"], "vocabulary": params["vocabulary"],
+        "parameters": recipe["parameters"],
+        "vocabulary": params["vocabulary"],
         "layers, heads, width": f"{params['layers']}, {params['heads']}, {params['hidden']}",
-        "file": f"{size / 1e6:.1f} MB", "trained on": f"{recipe['tokens']:,} tokens in {params['steps']:,} steps",
-        "took": f"{recipe['seconds'] / 60:.0f} minutes", "seed": recipe["seed"],
+        "file": f"{size / 1e6:.1f} MB",
+        "trained on": f"{recipe['tokens']:,} tokens in {params['steps']:,} steps",
+        "took": f"{recipe['seconds'] / 60:.0f} minutes",
+        "seed": recipe["seed"],
         "data, sha256": f"`{recipe['data']['sha256']}`",
         "held-out loss": f"{recipe['held_out_loss']:.2f} nats a token, {params['held_out_tokens']:,} tokens of `test`",
-    }  # fmt: skip
+    }
 
 
 def proxy() -> dict[str, object]:
@@ -64,7 +71,7 @@ def proxy() -> dict[str, object]:
         "layers, heads, width": f"{params.layers}, {params.heads}, {params.hidden}",
         "trained on": f"{params.steps} batches of {params.batch} snippets of at most {params.window} tokens",
         "tokens left out of a snippet": f"up to {params.max_drop:.0%}",
-    }  # fmt: skip
+    }
 
 
 NUMBERS = {"origin": origin, "splits": splits, "policy": policy, "proxy": proxy}

@@ -17,22 +17,30 @@ from hypothesis import settings
 from on_device import OnDevice
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dense_rlhf import language_model
+from dense_rlhf.config.params import PPOParams, RewardParams
 from dense_rlhf.data import REVIEWS_MEMBER, REVIEWS_WHEEL
-from dense_rlhf.implicit import ImplicitReward
-from dense_rlhf.params import PPOParams, RewardParams
-from dense_rlhf.policy import PolicyWithValue
-from dense_rlhf.reward_model import RewardModel
-from dense_rlhf.rewards import _fresh_classifier
-from dense_rlhf.rollout import appraise, respond
-from dense_rlhf.store import wheel_member
+from dense_rlhf.files import wheel_member
+from dense_rlhf.models import tiny_recipe
+from dense_rlhf.models.policy import PolicyWithValue
+from dense_rlhf.models.reward_model import RewardModel
+from dense_rlhf.models.train_reward_model import _fresh_classifier
+from dense_rlhf.ppo.rollout import appraise, respond
+from dense_rlhf.training.dpo import ImplicitReward
 
 settings.register_profile("tests", deadline=None, max_examples=30, derandomize=True, database=None)
 settings.load_profile("tests")
 
 
-LONGEST = ("test_ablations.py", "test_notebooks.py", "test_training.py", "test_examples.py", "test_grid.py",
-           "test_runner.py", "test_faults.py", "test_search.py")  # fmt: skip
+LONGEST = (
+    "test_ablations.py",
+    "test_notebooks.py",
+    "test_inner_loop.py",
+    "test_examples.py",
+    "test_grid.py",
+    "test_jobs.py",
+    "test_faults.py",
+    "test_outer_loop.py",
+)
 
 
 def pytest_collection_modifyitems(items):
@@ -53,7 +61,7 @@ SENTENCES = [
 ]
 PROMPTS = ["the film", "a", "I loved the music of this", "what a waste of", "the story was slow but", "bad plot"]
 ROOT = Path(__file__).parent.parent
-RATIONALES = str(Path(__file__).parent / "rationales.jsonl")  # some of SENTENCES, with made-up marks
+RATIONALES = str(Path(__file__).parent / "attribution" / "rationales.jsonl")  # some of SENTENCES, with made-up marks
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 
 
@@ -70,10 +78,16 @@ def jitter(model: torch.nn.Module, seed: int, scale: float = 0.15) -> torch.nn.M
 def make_policy(tokenizer, seed: int = 0, eos_share: float = 0.2) -> LlamaForCausalLM:
     """A random two-layer policy whose output bias makes about `eos_share` of its tokens EOS."""
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        tie_word_embeddings=False, bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id,
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        tie_word_embeddings=False,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+    )
     lm = LlamaForCausalLM(config)
     lm.lm_head = torch.nn.Linear(16, len(tokenizer), bias=True)
     torch.nn.init.zeros_(lm.lm_head.bias)
@@ -98,7 +112,7 @@ def few_reviews(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return language_model.train_tokenizer(SENTENCES, 300)
+    return tiny_recipe.train_tokenizer(SENTENCES, 300)
 
 
 @pytest.fixture(scope="session")
@@ -117,8 +131,9 @@ def reward_model(tokenizer, reference):
     """A random proxy; its implicit reward is another's, of a policy that nobody taught."""
     params = RewardParams(hidden=16, layers=2, heads=2)
     other = PolicyWithValue(make_policy(tokenizer, seed=9)).requires_grad_(False).eval()
-    return RewardModel(jitter(_fresh_classifier(params, tokenizer), seed=1), tokenizer,
-                       implicit=ImplicitReward(other, reference, 0.1))  # fmt: skip
+    return RewardModel(
+        jitter(_fresh_classifier(params, tokenizer), seed=1), tokenizer, implicit=ImplicitReward(other, reference, 0.1)
+    )
 
 
 def make_rollout(policy, reference, reward_model, tokenizer, seed=3, T=8, temperature=1.0):

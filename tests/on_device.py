@@ -1,6 +1,6 @@
 """Tensors that tests make, on another device; those of the package are made where it makes them.
 
-    DENSE_RLHF_TEST_DEVICE=cuda python -m pytest tests/test_engine.py tests/test_policy.py
+DENSE_RLHF_TEST_DEVICE=cuda python -m pytest tests/attribution/test_engine.py tests/models/test_policy.py
 """
 
 import sys

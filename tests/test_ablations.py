@@ -7,7 +7,8 @@ from conftest import RATIONALES
 from whole_runs import check_pages, run_study
 
 from dense_rlhf.attribution import SOURCES
-from dense_rlhf.ledger import read_ledger, trials
+from dense_rlhf.bayesopt.ledger import trials
+from dense_rlhf.files import read_ledger
 
 
 def executed(name, *settings):
@@ -31,9 +32,13 @@ def explainers(few_reviews, tmp_path_factory):
     folder = tmp_path_factory.mktemp("labels")
     (folder / "trees.txt").write_text("(3 (2 a) (3 (4 good) (2 film)))\n(1 (2 a) (1 (0 bad) (2 film)))\n")
     (folder / "toxic.csv").write_text('spans,text\n"[2, 3, 4]",a bad film\n"[0, 1, 2, 3, 4]",awful film\n')
-    return run_study("params/ablations/explainers.yaml", "pytest_explainers", f"data.path={few_reviews}",
-                     f"evaluation.sst_path={folder}/trees.txt",
-                     f"evaluation.toxic_path={folder}/toxic.csv")  # fmt: skip
+    return run_study(
+        "params/ablations/explainers.yaml",
+        "pytest_explainers",
+        f"data.path={few_reviews}",
+        f"evaluation.sst_path={folder}/trees.txt",
+        f"evaluation.toxic_path={folder}/toxic.csv",
+    )
 
 
 def test_each_setting_has_its_own_reward_model_and_comparison(labels):
@@ -93,7 +98,8 @@ def test_trials_are_counted_against_sources_on_known_functions_and_on_reviews(di
     assert len(searches) == len({line["key"] for line in searches}) == 8  # face by three strategies, flat by gp
     assert {line["strategy"] for line in searches if line["landscape"] == "flat"} == {"gp"}
     assert {method: set(by_size) for method, by_size in metrics["needed"].items()} == {
-        method: {"2", "3"} for method in ("gp", "sobol", "gp on sobol")}  # fmt: skip
+        method: {"2", "3"} for method in ("gp", "sobol", "gp on sobol")
+    }
     found = run.load_table("searches")
     face = found[(found["landscape"] == "face") & (found["method"] == "gp")].groupby("d")["regret"].mean()
     assert {int(d): at["mean"] for d, at in metrics["regret"]["gp"].items()} == pytest.approx(dict(face))
@@ -127,7 +133,6 @@ def test_explainers_are_weighed_against_their_cost_and_human_labels(explainers):
     assert run.load_json("metrics.json")["recommended"]["permutations"] >= 1
 
 
-@pytest.mark.parametrize("study", ["explainers", "settings", "baselines", "contextual", "human",
-                                   "dimension", "labels"])
+@pytest.mark.parametrize("study", ["explainers", "settings", "baselines", "contextual", "human", "dimension", "labels"])
 def test_reports_open_without_a_network(study, request):
     check_pages(*request.getfixturevalue(study))

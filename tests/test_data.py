@@ -9,8 +9,8 @@ import pytest
 from conftest import SHARED
 
 from dense_rlhf import data
+from dense_rlhf.config.params import DataParams
 from dense_rlhf.data import collect_pairs, hh_pair, load_data, read_rows, ultrafeedback_pair
-from dense_rlhf.params import DataParams
 from dense_rlhf.types import InputError, LabelledText, Message, PreferencePair
 
 
@@ -40,10 +40,14 @@ def test_split_counts_duplicates_and_empty_rows():
     assert counts == {"read": 6, "left out: duplicate": 1, "left out: empty": 1, "left out: label is not 0 or 1": 2}
 
 
-@pytest.mark.parametrize("content, message", [
-    (b"words,stars\nx,1\n", "has columns"), (b"text,label\nx,1\n", "leave nothing for"),
-    (b"text,label\n\xff\xfe,1\n", "not readable as CSV"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"words,stars\nx,1\n", "has columns"),
+        (b"text,label\nx,1\n", "leave nothing for"),
+        (b"text,label\n\xff\xfe,1\n", "not readable as CSV"),
+    ],
+)
 def test_a_bad_csv_of_labels_is_named(tmp_path, content, message):
     path = tmp_path / "mine.csv"
     path.write_bytes(content)
@@ -197,8 +201,13 @@ def test_local_file_round_trip(tmp_path, name):
 
 
 def test_local_ultrafeedback_parquet(tmp_path):
-    rows = [{side: [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": side}]
-             for side in ("chosen", "rejected")} for i in range(400)]  # fmt: skip
+    rows = [
+        {
+            side: [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": side}]
+            for side in ("chosen", "rejected")
+        }
+        for i in range(400)
+    ]
     write_rows(tmp_path / "u.parquet", rows)
     found = load_data(DataParams("ultrafeedback", path=str(tmp_path / "u.parquet")))
     assert found.reward[0].chosen == "chosen" and found.reward[0].prompt[0].role == "user"
@@ -208,10 +217,14 @@ def test_local_ultrafeedback_parquet(tmp_path):
 def bad_files(folder):
     whole = gzip.compress(b'{"chosen": "' + random.Random(0).randbytes(4000).hex().encode() + b'"}\n')
     contents = {
-        "cut.jsonl": b'{"chosen": "a"}\n{"chosen": ', "cut.jsonl.gz": whole[: len(whole) // 2],
-        "flipped.jsonl.gz": whole[:100] + bytes(50) + whole[150:], "plain.jsonl.gz": b'{"chosen": "a"}\n',
-        "list.json": b"[1, 2", "latin.jsonl": b'{"chosen": "\xe9"}\n', "not.parquet": b"PAR1 but no table",
-    }  # fmt: skip
+        "cut.jsonl": b'{"chosen": "a"}\n{"chosen": ',
+        "cut.jsonl.gz": whole[: len(whole) // 2],
+        "flipped.jsonl.gz": whole[:100] + bytes(50) + whole[150:],
+        "plain.jsonl.gz": b'{"chosen": "a"}\n',
+        "list.json": b"[1, 2",
+        "latin.jsonl": b'{"chosen": "\xe9"}\n',
+        "not.parquet": b"PAR1 but no table",
+    }
     for name, content in contents.items():
         (folder / name).write_bytes(content)
     return list(contents)

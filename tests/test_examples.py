@@ -12,8 +12,8 @@ from checkout import WRITES, make_checkout
 from conftest import ROOT
 
 from dense_rlhf.attribution import SOURCES
+from dense_rlhf.config.params import AttributionParams, DataParams
 from dense_rlhf.data import DATASETS, load_data
-from dense_rlhf.params import AttributionParams, DataParams
 
 SCRIPTS = {path.stem: path for path in sorted((ROOT / "examples").glob("*.py"))}
 
@@ -61,8 +61,10 @@ def test_grpo_trains_on_an_advantage_for_each_token(example, few_reviews):
     spread = [row[keep].unique().numel() for row, keep in zip(batch["advantages"], mask) if keep.sum() > 2]
     assert min(spread) > 1  # also within a response
     rewards = script.token_rewards(trainer.judge, batch, trainer.processing_class.eos_token_id)
-    ids = [torch.cat([q[m.bool()], r[k]]).tolist() for q, m, r, k in zip(
-        batch["prompt_ids"], batch["prompt_mask"], batch["completion_ids"], mask)]  # fmt: skip
+    ids = [
+        torch.cat([q[m.bool()], r[k]]).tolist()
+        for q, m, r, k in zip(batch["prompt_ids"], batch["prompt_mask"], batch["completion_ids"], mask)
+    ]
     eos = trainer.processing_class.eos_token_id
     scores = trainer.judge.outputs([row[:-1] if row[-1] == eos else row for row in ids])
     assert torch.allclose(rewards.sum(-1), scores, atol=1e-4)
@@ -83,17 +85,30 @@ def test_a_source_is_written(example, few_reviews, reward_model, rollout):
     found = script.surprisal(reward_model, rollout, AttributionParams())
     assert torch.allclose(found.credit.sum(-1), rollout.scores, atol=1e-4) and not found.credit[~rollout.mask].any()
     paid = (found.credit / rollout.scores[:, None])[rollout.mask]
-    assert torch.equal(paid.argmax(), (-rollout.ref_logprobs * rollout.mask / (
-        -rollout.ref_logprobs * rollout.mask).sum(-1, keepdim=True))[rollout.mask].argmax())  # fmt: skip
+    assert torch.equal(
+        paid.argmax(),
+        (-rollout.ref_logprobs * rollout.mask / (-rollout.ref_logprobs * rollout.mask).sum(-1, keepdim=True))[
+            rollout.mask
+        ].argmax(),
+    )
     assert set(script.main(str(few_reviews), reward_steps=20, responses=16)) == {"surprisal", "shap", "random"}
 
 
 @pytest.fixture
 def cluster(tmp_path):
     """Calls the script in a checkout whose one notebook takes no time."""
-    study = make_checkout(tmp_path, {"notebooks": ["04_ppo"], "workers": 1, "threads": 1, "ppo": {"lr": 0.5},
-                                     "arms": {"a": {"sources": ["terminal"]}}, "sizes": {"smoke": {"seeds": [3]}}},
-                          {"04_ppo": ("import json, pathlib", WRITES)})  # fmt: skip
+    study = make_checkout(
+        tmp_path,
+        {
+            "notebooks": ["04_ppo"],
+            "workers": 1,
+            "threads": 1,
+            "ppo": {"lr": 0.5},
+            "arms": {"a": {"sources": ["terminal"]}},
+            "sizes": {"smoke": {"seeds": [3]}},
+        },
+        {"04_ppo": ("import json, pathlib", WRITES)},
+    )
     (tmp_path / "params" / "ablations").mkdir()
     study.rename(tmp_path / "params" / "ablations" / "kl.yaml")
 

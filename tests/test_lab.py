@@ -13,8 +13,14 @@ import pytest
 from chromium import launched
 from conftest import ROOT
 
-SMALL = {"reward_steps": 30, "ppo_rollouts": 16, "ppo_minibatch": 16, "ppo_max_new_tokens": 8, "evaluation_prompts": 16,
-         "attribution_lime_samples": 16}  # fmt: skip
+SMALL = {
+    "reward_steps": 30,
+    "ppo_rollouts": 16,
+    "ppo_minibatch": 16,
+    "ppo_max_new_tokens": 8,
+    "evaluation_prompts": 16,
+    "attribution_lime_samples": 16,
+}
 TRACKER = "lab/settings/@jupyterlab/notebook-extension/tracker.jupyterlab-settings"
 
 
@@ -37,11 +43,24 @@ def lab(tmp_path):
     settings.write_text(json.dumps({"windowingMode": "none"}))  # all cells are in the page
     places = {f"JUPYTER_{name}_DIR": str(tmp_path / name.lower()) for name in ("CONFIG", "DATA", "RUNTIME")}
     places |= {"JUPYTERLAB_SETTINGS_DIR": str(tmp_path / "lab" / "settings"), "PYTHONPATH": str(ROOT)}
-    options = ["--no-browser", "--allow-root", "--port=0", f"--ServerApp.root_dir={tmp_path}", "--ServerApp.token=t",
-               "--LabApp.expose_app_in_browser=True", "--LabApp.news_url=", "--LabApp.extension_manager=readonly"]
+    options = [
+        "--no-browser",
+        "--allow-root",
+        "--port=0",
+        f"--ServerApp.root_dir={tmp_path}",
+        "--ServerApp.token=t",
+        "--LabApp.expose_app_in_browser=True",
+        "--LabApp.news_url=",
+        "--LabApp.extension_manager=readonly",
+    ]
     with open(tmp_path / "lab.log", "w") as log:
-        server = subprocess.Popen([sys.executable, "-m", "jupyterlab", *options], stdout=log, stderr=log,
-                                  env=os.environ | places, cwd=tmp_path)  # fmt: skip
+        server = subprocess.Popen(
+            [sys.executable, "-m", "jupyterlab", *options],
+            stdout=log,
+            stderr=log,
+            env=os.environ | places,
+            cwd=tmp_path,
+        )
     yield address(tmp_path, server)
     server.terminate()
     server.wait(30)

@@ -1,66 +1,43 @@
-"""The import rule: a module imports from lower layers only, and nothing heavy where an answer must come at once."""
+"""The import rule: a package imports from those before it in one list, and no files form a circle."""
 
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 
 import pytest
 
-from dense_rlhf.store import PACKAGE
+from dense_rlhf.fingerprint import PACKAGE, imports, modules
 
-LAYERS = {
-    "types": 0, "strict": 0, "params": 0, "params_judge": 0, "study": 0, "masked": 0, "store": 0, "escape": 0,
-    "alignment": 1, "data": 1, "models": 1, "policy": 1, "processes": 1, "reward_model": 1, "rewards": 1, "additive": 1,
-    "language_model": 1, "statistics": 1, "surrogate": 1,
-    "rollout": 2, "attribution": 2, "context": 2, "shaping": 2, "ppo": 2, "checkpoint": 2, "health": 2, "bayesopt": 2,
-    "judge": 2, "toy": 2, "implicit": 2, "ledger": 2, "landscapes": 2, "overoptimisation": 2,
-    "bilevel": 3, "arms": 3, "baselines": 3, "budget": 3, "audit": 3, "dimension": 3, "downstream": 3,
-    "runs": 4, "runner": 4, "plots": 4, "plots_search": 4, "display": 4, "explore": 4, "explain": 4, "live": 4,
-    "report": 4, "train": 4, "check": 4,
-    "__main__": 4,
-}  # fmt: skip
-# within a layer: everyone may raise InputError and read the parameters; the others are spelt out
-SIDEWAYS = {(module, "types") for module in ("strict", "params", "params_judge", "study", "masked", "store")} | {
-    ("params", "strict"), ("params", "params_judge"), ("study", "params"), ("study", "strict"),
-    ("policy", "reward_model"), ("checkpoint", "ppo"), ("shaping", "context"), ("baselines", "bilevel"),
-    ("arms", "bilevel"), ("dimension", "audit"), ("judge", "ledger"),
-    ("rewards", "data"), ("rewards", "reward_model"), ("reward_model", "alignment"),
-    ("additive", "alignment"), ("implicit", "rollout"),
-    ("explore", "display"), ("explain", "display"), ("live", "display"), ("live", "plots"), ("plots_search", "plots"),
-    ("runner", "runs"), ("report", "runs"), ("report", "plots"), ("report", "live"),
-    ("train", "runner"), ("train", "live"), ("train", "runs"),
-    ("__main__", "check"), ("__main__", "runner"), ("__main__", "report"), ("__main__", "runs"), ("__main__", "train"),
-}  # fmt: skip
+ORDER = """types masked files fingerprint statistics config runs data shaping bayesopt view models attribution ppo training
+           evaluation report runner __main__""".split()
+ENTRIES = 20  # of the package's folder, so that a newcomer takes it in at a glance
+GRAPH = {name: imports(name, typing=True) for name in modules()}
+EDGES = [(name, other) for name, others in sorted(GRAPH.items()) for other in sorted(others)]
 
 
-def imports(path):
-    """Names of this package's modules that a file imports when it runs (not for type checking only)."""
-    nodes, found = list(ast.walk(ast.parse(path.read_text()))), set()
-    checked = [n for n in nodes if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
-    typing_only = {inner for node in checked for inner in ast.walk(node)}
-    for node in set(nodes) - typing_only:
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dense_rlhf"):
-            parts = node.module.split(".")
-            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
-    return found & set(LAYERS)
+def box(module):
+    """The top-level package or file that a module lies in."""
+    return module.split(".")[1] if "." in module else module
 
 
-def modules():
-    for path in sorted(PACKAGE.rglob("*.py")):
-        name = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        if name != "__init__":
-            yield pytest.param(name, path, id=str(path.relative_to(PACKAGE)))
+def test_every_package_has_its_place():
+    assert {box(name) for name in GRAPH} - {"dense_rlhf"} == set(ORDER)
+    assert len([path for path in PACKAGE.iterdir() if path.name != "__pycache__"]) <= ENTRIES
 
 
-@pytest.mark.parametrize("name, path", list(modules()))
-def test_imports_point_down(name, path):
-    for other in imports(path) - {name}:
-        assert LAYERS[other] < LAYERS[name] or (name, other) in SIDEWAYS, f"{name} imports {other}"
+@pytest.mark.parametrize("name, other", EDGES, ids=lambda value: value.removeprefix("dense_rlhf."))
+def test_imports_point_to_what_comes_before(name, other):
+    if box(name) != box(other):
+        assert ORDER.index(box(other)) < ORDER.index(box(name)), f"{name} imports {other}"
 
 
-def test_every_module_has_a_layer():
-    names = {p.relative_to(PACKAGE).parts[0].removesuffix(".py") for p in PACKAGE.rglob("*.py")} - {"__init__"}
-    assert names == set(LAYERS)
+def test_files_form_no_circle():
+    TopologicalSorter(GRAPH).prepare()  # raises CycleError
+
+
+def test_boxes_have_few_arrows():
+    assert len({(box(a), box(b)) for a, b in EDGES if box(a) != box(b)}) <= 110
 
 
 def test_files_are_short():
@@ -68,8 +45,26 @@ def test_files_are_short():
         assert len(path.read_text().splitlines()) <= 400, path
 
 
+def parameters(function):
+    """How many arguments a caller may have to know."""
+    given = function.args
+    names = [a.arg for a in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
+    return len([name for name in names if name not in ("self", "cls")])
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_functions_are_short_and_take_few_parameters(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert parameters(node) <= 6, f"{node.name} takes {parameters(node)} parameters"
+            first = node.body[1] if ast.get_docstring(node) and len(node.body) > 1 else node.body[0]
+            assert node.end_lineno - first.lineno < 30, f"{node.name} has {node.end_lineno - first.lineno + 1} lines"
+
+
 def test_validation_needs_nothing_heavy():
-    code = ("import sys, dense_rlhf.runner.grid, dense_rlhf.study, dense_rlhf.__main__; "
-            "print([m for m in ('torch', 'transformers', 'numpy', 'pandas', 'trl') if m in sys.modules])")  # fmt: skip
+    code = (
+        "import sys, dense_rlhf.runner.grid, dense_rlhf.config.study, dense_rlhf.__main__; "
+        "print([m for m in ('torch', 'transformers', 'numpy', 'pandas', 'trl') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

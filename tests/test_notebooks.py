@@ -11,8 +11,8 @@ import pytest
 from conftest import ROOT, reviews_file
 from whole_runs import check_pages, run_study
 
-from dense_rlhf.ledger import trials
-from dense_rlhf.params import NOTEBOOKS
+from dense_rlhf.bayesopt.ledger import trials
+from dense_rlhf.config.params import NOTEBOOKS
 from dense_rlhf.runs import RunFolder
 
 PATHS = sorted((ROOT / "notebooks").rglob("*.ipynb"))
@@ -31,13 +31,26 @@ def pairs(tmp_path_factory):
     start = "\n\nHuman: What do you think of film number {}?\n\nAssistant: "
     with gzip.open(path, "wt") as file:
         for i in range(400):
-            sides = {"chosen": start.format(i) + "It is a wonderful film, I loved it.",
-                     "rejected": start.format(i) + "It is a terrible film, I hated it."}  # fmt: skip
+            sides = {
+                "chosen": start.format(i) + "It is a wonderful film, I loved it.",
+                "rejected": start.format(i) + "It is a terrible film, I hated it.",
+            }
             file.write(json.dumps(sides) + "\n")
-    return run_study("params/hh_rlhf.yaml", "pytest_pairs", f"data.path={path}", "policy.name=tiny",
-                     "policy.trainable_layers=2", "policy.dtype=float32", "reward.steps=30", "workers=2",
-                     "ppo.updates=2", "ppo.max_new_tokens=8", "arms.sparse=null", "evaluation.prompts=8",
-                     "notebooks=[01_reward_model, 04_ppo]")  # fmt: skip
+    return run_study(
+        "params/hh_rlhf.yaml",
+        "pytest_pairs",
+        f"data.path={path}",
+        "policy.name=tiny",
+        "policy.trainable_layers=2",
+        "policy.dtype=float32",
+        "reward.steps=30",
+        "workers=2",
+        "ppo.updates=2",
+        "ppo.max_new_tokens=8",
+        "arms.sparse=null",
+        "evaluation.prompts=8",
+        "notebooks=[01_reward_model, 04_ppo]",
+    )
 
 
 def test_all_notebooks_of_the_study_ran_and_say_so(reviews):
@@ -84,8 +97,21 @@ def test_same_parameters_give_the_same_metrics(reviews, tmp_path):
     """Plain papermill with the run's own parameters file repeats it."""
     runs, _ = reviews
     run = runs["04_ppo-sparse-seed0"]
-    command = [sys.executable, "-m", "papermill", "notebooks/04_ppo.ipynb", str(tmp_path / "out.ipynb"), "-f",
-               str(run.file("params.yaml")), "-p", "run_dir", str(tmp_path), "--no-progress-bar", "-k", "python3"]
+    command = [
+        sys.executable,
+        "-m",
+        "papermill",
+        "notebooks/04_ppo.ipynb",
+        str(tmp_path / "out.ipynb"),
+        "-f",
+        str(run.file("params.yaml")),
+        "-p",
+        "run_dir",
+        str(tmp_path),
+        "--no-progress-bar",
+        "-k",
+        "python3",
+    ]
     subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
     again = RunFolder(tmp_path)
     for name in ("history.csv", "evaluation.csv", "metrics.json"):

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 from dense_rlhf import __main__
-from dense_rlhf.study import load_study
+from dense_rlhf.config.study import load_study
 
 
 def blocks() -> list[str]:

@@ -92,9 +92,18 @@ def test_intervals_that_overlap_are_not_apart():
 
 
 @pytest.mark.parametrize("nothing", [[], [np.nan], [1.0, math.inf], [[1.0]]])
-@pytest.mark.parametrize("call", [t_interval, bootstrap, over_seeds, lambda x: paired(x, [1.0]),
-                                  lambda x: welch([1.0], x), lambda x: interquartile_mean([x]),
-                                  lambda x: improvement([x], [[1.0]])])  # fmt: skip
+@pytest.mark.parametrize(
+    "call",
+    [
+        t_interval,
+        bootstrap,
+        over_seeds,
+        lambda x: paired(x, [1.0]),
+        lambda x: welch([1.0], x),
+        lambda x: interquartile_mean([x]),
+        lambda x: improvement([x], [[1.0]]),
+    ],
+)
 def test_an_interval_of_nothing_is_refused(call, nothing):
     if call is over_seeds and nothing == [[1.0]]:
         return  # one seed with one prompt
@@ -145,9 +154,14 @@ def test_intervals_over_seeds_cover_at_their_nominal_rate(seeds):
     shared = RNG.normal(0, 1, (REPEATS, seeds))
     ours, theirs = shared + RNG.normal(0.5, 1, shared.shape), shared + RNG.normal(0, 1, shared.shape)
     wild = RNG.normal(0, 3, shared.shape)
-    rates = [np.mean([covers(call(i), truth) for i in range(REPEATS // 4)]) for call, truth in (
-        (lambda i: t_interval(ours[i]), 0.5), (lambda i: paired(ours[i], theirs[i]), 0.5),
-        (lambda i: welch(ours[i], wild[i]), 0.5))]  # fmt: skip
+    rates = [
+        np.mean([covers(call(i), truth) for i in range(REPEATS // 4)])
+        for call, truth in (
+            (lambda i: t_interval(ours[i]), 0.5),
+            (lambda i: paired(ours[i], theirs[i]), 0.5),
+            (lambda i: welch(ours[i], wild[i]), 0.5),
+        )
+    ]
     assert rates[0] == pytest.approx(0.95, abs=0.025) and rates[1] == pytest.approx(0.95, abs=0.025)
     assert 0.93 < rates[2] <= 1  # Welch's is careful where a side has two seeds
 
@@ -224,8 +238,10 @@ def test_seeds_are_resampled_within_their_task():
     assert far.high - far.low < 1.5 * (near.high - near.low)
 
 
-@pytest.mark.parametrize("ours, theirs, wanted", [((1, 2), (3, 4), 0), ((3, 4), (1, 2), 1), ((1, 2), (1, 2), 0.5),
-                                                  ((1, 4), (2, 3), 0.5), ((2,), (1, 3, 1), 2 / 3)])  # fmt: skip
+@pytest.mark.parametrize(
+    "ours, theirs, wanted",
+    [((1, 2), (3, 4), 0), ((3, 4), (1, 2), 1), ((1, 2), (1, 2), 0.5), ((1, 4), (2, 3), 0.5), ((2,), (1, 3, 1), 2 / 3)],
+)
 def test_probability_of_improvement_counts_pairs(ours, theirs, wanted):
     found = improvement([ours], [theirs])
     assert found.mean == pytest.approx(wanted) and 0 <= found.low < found.high <= 1

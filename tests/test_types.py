@@ -12,11 +12,16 @@ def tiny_rollout(**changes) -> Rollout:
     B, P, T = 3, 2, 4
     mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]]).bool()
     fields = {
-        "queries": torch.ones(B, P, dtype=torch.long), "query_mask": torch.ones(B, P, dtype=torch.bool),
-        "responses": torch.ones(B, T, dtype=torch.long), "mask": mask, "logprobs": torch.zeros(B, T),
-        "ref_logprobs": torch.zeros(B, T), "values": torch.zeros(B, T), "scores": torch.zeros(B),
+        "queries": torch.ones(B, P, dtype=torch.long),
+        "query_mask": torch.ones(B, P, dtype=torch.bool),
+        "responses": torch.ones(B, T, dtype=torch.long),
+        "mask": mask,
+        "logprobs": torch.zeros(B, T),
+        "ref_logprobs": torch.zeros(B, T),
+        "values": torch.zeros(B, T),
+        "scores": torch.zeros(B),
         "ended": torch.tensor([True, False, True]),
-    }  # fmt: skip
+    }
     return Rollout(**fields | changes)
 
 
@@ -85,15 +90,28 @@ def test_shape_refuses_weights_off_the_simplex(weights):
 
 @pytest.mark.parametrize(
     "change, word",
-    [({"normalise": "l2"}, "normalise"), ({"sources": ("a", "a")}, "sources names a source twice"),
-     *(({"temperature": t}, "shape.temperature is .* or 2 of them")
-       for t in (0.0, float("nan"), float("inf"), (), (1.0,), (1.0, 0.0), (1.0, 1.0, 1.0))),
-     ({"features": ("p", "p"), "slopes": ((1.0, 1.0),) * 2}, "features names a feature twice"),
-     *(({"features": ("p", "q"), "slopes": slopes}, "shape.slopes is .* each of 2 sources, .* each of 2 features")
-       for slopes in ((), ((1.0, 1.0),), ((1.0, 1.0), (1.0,)), ((1.0, 1.0), (1.0, float("nan"))),
-                      ((1.0, 1.0), (float("inf"), 1.0)), ((1.0, 1.0),) * 3)),
-     ({"slopes": ((1.0,), (1.0,))}, "none without features")],
-)  # fmt: skip
+    [
+        ({"normalise": "l2"}, "normalise"),
+        ({"sources": ("a", "a")}, "sources names a source twice"),
+        *(
+            ({"temperature": t}, "shape.temperature is .* or 2 of them")
+            for t in (0.0, float("nan"), float("inf"), (), (1.0,), (1.0, 0.0), (1.0, 1.0, 1.0))
+        ),
+        ({"features": ("p", "p"), "slopes": ((1.0, 1.0),) * 2}, "features names a feature twice"),
+        *(
+            ({"features": ("p", "q"), "slopes": slopes}, "shape.slopes is .* each of 2 sources, .* each of 2 features")
+            for slopes in (
+                (),
+                ((1.0, 1.0),),
+                ((1.0, 1.0), (1.0,)),
+                ((1.0, 1.0), (1.0, float("nan"))),
+                ((1.0, 1.0), (float("inf"), 1.0)),
+                ((1.0, 1.0),) * 3,
+            )
+        ),
+        ({"slopes": ((1.0,), (1.0,))}, "none without features"),
+    ],
+)
 def test_shape_refuses(change, word):
     good = RewardShape(("shap", "terminal"), (0.25, 0.75))
     with pytest.raises(InputError, match=word):

@@ -10,7 +10,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dense_rlhf.additive import AdditiveJudge
+from dense_rlhf.models.word_judge import AdditiveJudge
 from dense_rlhf.types import Rollout
 
 

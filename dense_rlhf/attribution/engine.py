@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from dense_rlhf.attribution.packing import Pack, pack
-from dense_rlhf.models import within_memory
-from dense_rlhf.reward_model import RewardModel, padded, under_budget
+from dense_rlhf.models.language_models import within_memory
+from dense_rlhf.models.reward_model import RewardModel, padded, under_budget
 from dense_rlhf.types import InputError, Reading, check_removal
 
 PACKED = ("llama", "mistral", "qwen2", "qwen3")  # decoders whose numbers the tests compare with their own forward
@@ -31,9 +31,12 @@ def is_packed(model: PreTrainedModel, longest: int) -> bool:
 
 @within_memory("coalitions are scored", "reward.token_budget")
 def coalition_scores(
-    reward_model: RewardModel, readings: Sequence[Reading], masks: Sequence[np.ndarray], removal: str = "drop",
+    reward_model: RewardModel,
+    readings: Sequence[Reading],
+    masks: Sequence[np.ndarray],
+    removal: str = "drop",
     progress: Callable = iter,
-) -> list[Tensor]:  # fmt: skip
+) -> list[Tensor]:
     """Scores (m_i,) of each reading under its coalitions `masks[i]` (m_i, k_i) of bool over its response's tokens.
 
     `removal`: `drop` closes the gap, `attention_mask` hides the token and keeps positions, `replace:TOKEN` writes
@@ -56,8 +59,10 @@ def coalition_scores(
     scores = reward_model.calibrate(outputs)
     if not bool(scores.isfinite().all()):
         bad = int((~scores.isfinite()).nonzero()[0])
-        raise InputError(f"the reward model gave {scores[bad].item()} for a coalition of response "
-                         f"{np.searchsorted(starts, bad, 'right') - 1}; look at its weights and dtype")  # fmt: skip
+        raise InputError(
+            f"the reward model gave {scores[bad].item()} for a coalition of response "
+            f"{np.searchsorted(starts, bad, 'right') - 1}; look at its weights and dtype"
+        )
     return list(scores.tensor_split(starts[1:-1].tolist())) if len(masks) else []
 
 
@@ -122,8 +127,13 @@ def reading_only(model: PreTrainedModel, read: Tensor) -> Iterator[None]:
     def narrow(hidden: Tensor, attention_mask=None, position_embeddings=None, past_key_values=None, **options):
         keep = _Keep(past_key_values)
         try:
-            forward(hidden, attention_mask=attention_mask, position_embeddings=position_embeddings,
-                    past_key_values=keep, **options)  # fmt: skip
+            forward(
+                hidden,
+                attention_mask=attention_mask,
+                position_embeddings=position_embeddings,
+                past_key_values=keep,
+                **options,
+            )
         except _Keep.Done:
             pass
         if not read.shape[1]:
@@ -131,8 +141,13 @@ def reading_only(model: PreTrainedModel, read: Tensor) -> Iterator[None]:
         rows = torch.arange(len(read), device=read.device)[:, None]
         turned = tuple(x.expand(len(read), -1, -1)[rows, read] for x in position_embeddings)
         seen = attention_mask[rows, 0, read][:, None]
-        return forward(hidden[rows, read], attention_mask=seen, position_embeddings=turned,
-                       past_key_values=_Give(keep.kept), **options)  # fmt: skip
+        return forward(
+            hidden[rows, read],
+            attention_mask=seen,
+            position_embeddings=turned,
+            past_key_values=_Give(keep.kept),
+            **options,
+        )
 
     layer.forward = narrow
     try:
@@ -187,8 +202,13 @@ def _batches(group, packs, longest, reward_model) -> Iterator[list[tuple[int, Pa
 def _collate(items: list[tuple[int, Pack]], tokens: list[np.ndarray], replacement: int, starts: np.ndarray) -> _Batch:
     b, N, (r, width) = len(items), max(len(one) for _, one in items), np.max([one.path.shape for _, one in items], 0)
     nodes = np.zeros((4, b, N), int)
-    batch = _Batch(*nodes, np.full((b, r, width), -1), np.zeros((b, r), int), np.zeros((b, r), bool),
-                   np.concatenate([starts[i] + one.coalition for i, one in items]))  # fmt: skip
+    batch = _Batch(
+        *nodes,
+        np.full((b, r, width), -1),
+        np.zeros((b, r), int),
+        np.zeros((b, r), bool),
+        np.concatenate([starts[i] + one.coalition for i, one in items]),
+    )
     for row, ((_, one), ids) in enumerate(zip(items, tokens)):
         n, (m, columns) = len(one), one.path.shape
         nodes[:, row, :n] = np.where(one.absent, replacement, ids[one.column]), one.position, one.column, one.owner
@@ -243,4 +263,4 @@ def _trunk(model: PreTrainedModel, ids: Tensor, seen: Tensor, position: Tensor, 
     bias = torch.zeros(seen.shape, device=ids.device, dtype=model.dtype).masked_fill_(~seen, -torch.inf)
     return model.base_model(
         input_ids=ids, attention_mask=bias[:, None], position_ids=position, past_key_values=cache, use_cache=True
-    ).last_hidden_state  # fmt: skip
+    ).last_hidden_state

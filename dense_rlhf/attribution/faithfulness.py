@@ -22,9 +22,9 @@ from scipy.stats import kendalltau
 from dense_rlhf.attribution.agreement import rank_agreement, varied
 from dense_rlhf.attribution.engine import coalition_scores
 from dense_rlhf.attribution.removal import player_groups
+from dense_rlhf.config.params import AttributionParams
 from dense_rlhf.masked import effective_share, masked_softmax
-from dense_rlhf.params import AttributionParams
-from dense_rlhf.reward_model import RewardModel
+from dense_rlhf.models.reward_model import RewardModel
 from dense_rlhf.types import Attribution, InputError, Reading, Rollout
 
 if TYPE_CHECKING:
@@ -195,9 +195,15 @@ class _Case:
 
     @classmethod
     def of(
-        cls, full: float, sign: float, claims: dict[str, _Claim], k: int, rng: np.random.Generator, fresh: int,
+        cls,
+        full: float,
+        sign: float,
+        claims: dict[str, _Claim],
+        k: int,
+        rng: np.random.Generator,
+        fresh: int,
         orders: int,
-    ) -> _Case:  # fmt: skip
+    ) -> _Case:
         questions = {"fresh": fresh_coalitions(k, fresh, rng), "without": ~np.eye(k, dtype=bool)}
         ties = rng.permutation(k)
         supports = {(RANDOM, i): rng.random(k) for i in range(orders)}
@@ -235,15 +241,20 @@ class _Case:
 
 
 def _ask(
-    reward_model: RewardModel, readings: Sequence[Reading], groups: Sequence[np.ndarray],
-    questions: Sequence[dict[Hashable, np.ndarray]], removal: str, progress: Callable = iter,
-) -> list[dict[Hashable, np.ndarray]]:  # fmt: skip
+    reward_model: RewardModel,
+    readings: Sequence[Reading],
+    groups: Sequence[np.ndarray],
+    questions: Sequence[dict[Hashable, np.ndarray]],
+    removal: str,
+    progress: Callable = iter,
+) -> list[dict[Hashable, np.ndarray]]:
     """Scores of each block of coalitions of players, every coalition of a response once, in one pass for all."""
     books, places = [], []
     for blocks in questions:
         number: dict[bytes, int] = {}
-        places.append({key: [number.setdefault(mask.tobytes(), len(number)) for mask in masks]
-                       for key, masks in blocks.items()})  # fmt: skip
+        places.append(
+            {key: [number.setdefault(mask.tobytes(), len(number)) for mask in masks] for key, masks in blocks.items()}
+        )
         books.append(np.frombuffer(b"".join(number), bool).reshape(len(number), -1))
     masks = [book[:, group] for book, group in zip(books, groups)]
     scores = map(_numpy, coalition_scores(reward_model, readings, masks, removal, progress))
@@ -256,18 +267,28 @@ def _numpy(tensor: Tensor) -> np.ndarray:
 
 def _check(rollout: Rollout, readings: Sequence[Reading], attributions: dict[str, Attribution]) -> None:
     if any(reading.spread is not None for reading in readings):
-        raise InputError("the reward model reads other tokens than the policy's, and credit is of the policy's; "
-                         "explain its texts in its own tokens (text_rollout without policy_tokenizer)")  # fmt: skip
+        raise InputError(
+            "the reward model reads other tokens than the policy's, and credit is of the policy's; "
+            "explain its texts in its own tokens (text_rollout without policy_tokenizer)"
+        )
     for source, found in attributions.items():
         if found.credit.shape != rollout.mask.shape or source == RANDOM:
-            raise InputError(f"credit of {source!r} is {tuple(found.credit.shape)}, wanted {tuple(rollout.mask.shape)} "
-                             f"as the responses, and another name than {RANDOM!r}")  # fmt: skip
+            raise InputError(
+                f"credit of {source!r} is {tuple(found.credit.shape)}, wanted {tuple(rollout.mask.shape)} "
+                f"as the responses, and another name than {RANDOM!r}"
+            )
 
 
 def faithfulness(
-    reward_model: RewardModel, rollout: Rollout, attributions: dict[str, Attribution], params: AttributionParams,
-    seed: int = 0, fresh: int = 64, orders: int = 4, progress: Callable = iter,
-) -> pd.DataFrame:  # fmt: skip
+    reward_model: RewardModel,
+    rollout: Rollout,
+    attributions: dict[str, Attribution],
+    params: AttributionParams,
+    seed: int = 0,
+    fresh: int = 64,
+    orders: int = 4,
+    progress: Callable = iter,
+) -> pd.DataFrame:
     """All `MEASURES` of all sources: columns source, measure, response, value; NaN where undefined.
 
     Removal and players are those of `params`. Each response is asked, once for all sources, `fresh` coalitions, its
@@ -308,6 +329,8 @@ def _frame(rollout: Rollout, attributions: dict[str, Attribution], by_row: dict[
     for row, values in by_row.items():
         for key, value in values.items():
             table[key][row] = value
-    frames = [pd.DataFrame({"source": source, "measure": name, "response": range(B), "value": values})
-              for (source, name), values in table.items()]  # fmt: skip
+    frames = [
+        pd.DataFrame({"source": source, "measure": name, "response": range(B), "value": values})
+        for (source, name), values in table.items()
+    ]
     return pd.concat(frames, ignore_index=True)

@@ -16,14 +16,11 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from dense_rlhf.additive import AdditiveJudge, load_lexicon
-from dense_rlhf.attribution.agreement import known_credit
 from dense_rlhf.attribution.engine import coalition_scores
-from dense_rlhf.attribution.rationales import load_rationale_judge
+from dense_rlhf.attribution.kinds import share
 from dense_rlhf.attribution.removal import on_policy_tokens
-from dense_rlhf.attribution.sources import share
-from dense_rlhf.params import AttributionParams
-from dense_rlhf.reward_model import RewardModel, padded, under_budget
+from dense_rlhf.config.params import AttributionParams
+from dense_rlhf.models.reward_model import RewardModel, padded, under_budget
 from dense_rlhf.types import Attribution, InputError, Reading, Rollout
 
 WATCHED = ("llama", "mistral", "qwen2", "qwen3")  # decoders whose attention the tests compare with their eager one
@@ -50,8 +47,10 @@ def read_attention(reward_model: RewardModel, readings: Sequence[Reading]) -> li
     """Last-layer attention of the read position, mean over heads, at each response's tokens (n_i,)."""
     kind = reward_model.model.config.model_type
     if kind not in WATCHED:
-        raise InputError(f"attention of a reward model of type {kind!r} is not read; take one of {', '.join(WATCHED)}, "
-                         "or another source")  # fmt: skip
+        raise InputError(
+            f"attention of a reward model of type {kind!r} is not read; take one of {', '.join(WATCHED)}, "
+            "or another source"
+        )
     found: list[Tensor] = [torch.empty(0)] * len(readings)
     with watched(reward_model.model):
         for rows in _batches(reward_model, readings, reward_model.budget):
@@ -105,15 +104,25 @@ def prefix(reward_model: RewardModel, rollout: Rollout, params: AttributionParam
     masks = [np.tril(np.ones((k + 1, k), bool), -1) for k in (len(reading.response) for reading in readings)]
     scores = coalition_scores(reward_model, readings, masks)
     return _in_score_units(
-        "prefix", rollout, readings, [one.double().diff() for one in scores], torch.stack([one[0] for one in scores]),
-        sum(map(len, masks)), complete=True,
-    )  # fmt: skip
+        "prefix",
+        rollout,
+        readings,
+        [one.double().diff() for one in scores],
+        torch.stack([one[0] for one in scores]),
+        sum(map(len, masks)),
+        complete=True,
+    )
 
 
 def _in_score_units(
-    source: str, rollout: Rollout, readings: Sequence[Reading], credits: list[Tensor], baseline: Tensor,
-    evaluations: int, complete: bool = False,
-) -> Attribution:  # fmt: skip
+    source: str,
+    rollout: Rollout,
+    readings: Sequence[Reading],
+    credits: list[Tensor],
+    baseline: Tensor,
+    evaluations: int,
+    complete: bool = False,
+) -> Attribution:
     """Credit of the readings' tokens laid on the policy's, with the gap that is left; `evaluations` of the batch."""
     credit, baseline = on_policy_tokens(rollout, readings, credits), baseline.to(rollout.scores)
     gap = rollout.scores - baseline - credit.sum(-1)
@@ -208,44 +217,3 @@ def _batches(reward_model: RewardModel, readings: Sequence[Reading], budget: int
 
 
 # ---------------------------------------------------------------------------------------------------- not the model's
-
-
-def lexicon(reward_model: RewardModel, rollout: Rollout, params: AttributionParams) -> Attribution:
-    """What people feel of the words alone: VADER's valence, -4 to 4, of each word, evenly over its tokens.
-
-    Not in score units. The reward model is not asked; of negation and phrases the lexicon knows nothing.
-    """
-    return _by_words("lexicon", load_lexicon(), reward_model, rollout)
-
-
-def rationale(reward_model: RewardModel, rollout: Rollout, params: AttributionParams) -> Attribution:
-    """What people marked in other texts: the mean value of each word in `rationale_path`, evenly over its tokens.
-
-    In the unit of that file, shrunk where a word is rare; words that are not in it have none. The reward model is not
-    asked. Raises `InputError` where no file is given, or one that is not as it should be.
-    """
-    if params.rationale_path is None:
-        raise InputError("rationale needs texts in which people marked words; set attribution.rationale_path to a file")
-    return _by_words("rationale", load_rationale_judge(params.rationale_path), reward_model, rollout)
-
-
-def _by_words(source: str, judge: AdditiveJudge, reward_model: RewardModel, rollout: Rollout) -> Attribution:
-    tokenizer = reward_model.policy_tokenizer or reward_model.tokenizer
-    return _in_other_units(source, known_credit(judge, rollout, tokenizer).to(rollout.scores), 0)
-
-
-def log_ratio(reward_model: RewardModel, rollout: Rollout, params: AttributionParams) -> Attribution:
-    """The implicit reward of a DPO policy: credit_t = beta (log pi_dpo - log pi_ref)(y_t | x, y_<t) (RTO, 2404.18922).
-
-    Nats times beta. The two policies run, not the reward model, and the sum is the score only up to what DPO has not
-    learned and a constant of the prompt, so it is not complete. Raises `InputError` where there is no DPO policy.
-    """
-    if reward_model.implicit is None:
-        raise InputError("log_ratio needs a policy trained by DPO, and there is none; set reward.dpo_steps above 0")
-    credit = reward_model.implicit(rollout).to(rollout.scores).masked_fill(~rollout.players, 0)
-    return _in_other_units("log_ratio", credit, 2)
-
-
-def _in_other_units(source: str, credit: Tensor, evaluations: float) -> Attribution:
-    zero = credit.new_zeros(len(credit))
-    return Attribution(source, credit, zero, zero + torch.nan, evaluations, 0.0)

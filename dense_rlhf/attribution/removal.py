@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dense_rlhf.alignment import cut, groups, token_spans
 from dense_rlhf.attribution.engine import coalition_scores
-from dense_rlhf.params import AttributionParams
-from dense_rlhf.reward_model import RewardModel
+from dense_rlhf.config.params import AttributionParams
+from dense_rlhf.models.reward_model import RewardModel
+from dense_rlhf.models.text_spans import cut, groups, token_spans
 from dense_rlhf.types import Attribution, Reading, Rollout
 
 if TYPE_CHECKING:
-    from dense_rlhf.attribution.sources import Designed
+    from dense_rlhf.attribution.kinds import Designed
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,13 @@ class Explained(NamedTuple):
 
 
 def explain_readings(
-    reward_model: RewardModel, readings: Sequence[Reading], groups: Sequence[np.ndarray], sources: dict[str, Designed],
-    params: AttributionParams, progress: Callable = iter,
-) -> dict[str, Explained]:  # fmt: skip
+    reward_model: RewardModel,
+    readings: Sequence[Reading],
+    groups: Sequence[np.ndarray],
+    sources: dict[str, Designed],
+    params: AttributionParams,
+    progress: Callable = iter,
+) -> dict[str, Explained]:
     """Explain readings whose tokens belong to the players `groups[i]` (n_i,), numbered from 0, by each source.
 
     A player's credit is spread evenly over its tokens. Coalitions that several sources need are scored once and
@@ -90,9 +94,12 @@ def explain_readings(
 
 
 def explain_by_removal(
-    reward_model: RewardModel, rollout: Rollout, sources: dict[str, Designed], params: AttributionParams,
+    reward_model: RewardModel,
+    rollout: Rollout,
+    sources: dict[str, Designed],
+    params: AttributionParams,
     progress: Callable = iter,
-) -> dict[str, Attribution]:  # fmt: skip
+) -> dict[str, Attribution]:
     """An attribution of a rollout for each source; seconds are divided as evaluations are."""
     start = time.perf_counter()
     readings = reward_model.readings(rollout)

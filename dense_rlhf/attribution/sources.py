@@ -7,54 +7,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from importlib import import_module
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from dense_rlhf.params import AttributionParams
+from dense_rlhf.config.params import AttributionParams
 from dense_rlhf.types import Attribution, InputError, Rollout
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dense_rlhf.attribution.coalitions import Design
-    from dense_rlhf.reward_model import RewardModel
-
-
-@dataclass(frozen=True)
-class Designed:
-    """A source that is linear in coalition scores: a function of `coalitions`, and its arguments after k."""
-
-    function: str
-    arguments: Callable[[int, AttributionParams], tuple]
-    complete: bool = False
-
-    def design(self, k: int, params: AttributionParams) -> Design:
-        """The coalitions of k players and the operator on their scores."""
-        coalitions = import_module("dense_rlhf.attribution.coalitions")
-        return getattr(coalitions, self.function)(k, *self.arguments(k, params))
-
-
-@dataclass(frozen=True)
-class Internal:
-    """A source that looks inside the reward model: a function of another module of this package."""
-
-    module: str
-    function: str
-
-    def __call__(self, reward_model: RewardModel, rollout: Rollout, params: AttributionParams) -> Attribution:
-        from dense_rlhf.models import within_memory
-
-        explain = getattr(import_module(f"dense_rlhf.attribution.{self.module}"), self.function)
-        with within_memory(f"{self.function} explains", "reward.token_budget"):
-            return explain(reward_model, rollout, params)
-
-
-def share(source: str, rollout: Rollout, weights: Tensor, evaluations: float = 0) -> Attribution:
-    """A distribution over the response (B, T), times the score: complete against a baseline of zero."""
-    credit = (weights * rollout.scores[:, None]).masked_fill(~rollout.mask, 0)
-    gap = rollout.scores - credit.sum(-1)
-    return Attribution(source, credit, gap.new_zeros(gap.shape), gap, evaluations, 0.0, complete=True, is_share=True)
+    from dense_rlhf.models.reward_model import RewardModel
+from dense_rlhf.attribution.kinds import Designed, Internal, share
 
 
 def terminal(reward_model: RewardModel, rollout: Rollout, params: AttributionParams) -> Attribution:
@@ -95,9 +58,12 @@ def _exponential(rollout: Rollout, seed: int) -> Tensor:
 
 
 def attribute(
-    reward_model: RewardModel, rollout: Rollout, sources: Sequence[str], params: AttributionParams,
+    reward_model: RewardModel,
+    rollout: Rollout,
+    sources: Sequence[str],
+    params: AttributionParams,
     progress: Callable = iter,
-) -> dict[str, Attribution]:  # fmt: skip
+) -> dict[str, Attribution]:
     """Explain every response of `rollout` by each source; sources that remove tokens share their evaluations.
 
     `progress` wraps the batches of coalitions and may raise to cancel. Raises `InputError` for an unknown source, and
@@ -119,8 +85,10 @@ def attribute(
             done[source] = replace(found, seconds=time.perf_counter() - start)
     for source, found in done.items():
         if not bool(found.credit.isfinite().all()):
-            raise InputError(f"{source}: credit is not finite, so a score or gradient of the reward model is not; look "
-                             "at its weights and dtype")  # fmt: skip
+            raise InputError(
+                f"{source}: credit is not finite, so a score or gradient of the reward model is not; look "
+                "at its weights and dtype"
+            )
     return {source: done[source] for source in sources}
 
 
@@ -143,11 +111,11 @@ SOURCES: dict[str, Designed | Callable[[RewardModel, Rollout, AttributionParams]
     "lime": Designed("ridge_lime", lambda k, p: (p.lime_samples, p.seed)),
     "shared_lime": Designed("shared_lime", lambda k, p: (p.permutations, p.seed)),
     "leave_one_out": Designed("leave_one_out", lambda k, p: ()),
-    "attention": Internal("internals", "attention"),
-    "prefix": Internal("internals", "prefix"),
-    "gradient_input": Internal("internals", "gradient_input"),
-    "integrated_gradients": Internal("internals", "integrated_gradients"),
-    "lexicon": Internal("internals", "lexicon"),
-    "rationale": Internal("internals", "rationale"),
-    "log_ratio": Internal("internals", "log_ratio"),
+    "attention": Internal("dense_rlhf.attribution.internals:attention"),
+    "prefix": Internal("dense_rlhf.attribution.internals:prefix"),
+    "gradient_input": Internal("dense_rlhf.attribution.internals:gradient_input"),
+    "integrated_gradients": Internal("dense_rlhf.attribution.internals:integrated_gradients"),
+    "lexicon": Internal("dense_rlhf.attribution.external:lexicon"),
+    "rationale": Internal("dense_rlhf.attribution.external:rationale"),
+    "log_ratio": Internal("dense_rlhf.attribution.external:log_ratio"),
 }

@@ -9,9 +9,9 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dense_rlhf.escape import esc
-from dense_rlhf.plots import colour
 from dense_rlhf.statistics import Interval
+from dense_rlhf.view.escape import esc
+from dense_rlhf.view.figures import colour
 
 WIDTH, LABELS, VALUES, ROW = 700, 170, 150, 26
 
@@ -21,8 +21,11 @@ def forest(intervals: Mapping[str, Interval], what: str) -> str:
 
     What is not finite otherwise is left out.
     """
-    known = {name: i for name, i in intervals.items()
-             if math.isfinite(i.mean) and (not i.known or math.isfinite(i.low) and math.isfinite(i.high))}  # fmt: skip
+    known = {
+        name: i
+        for name, i in intervals.items()
+        if math.isfinite(i.mean) and (not i.known or math.isfinite(i.low) and math.isfinite(i.high))
+    }
     if not known:
         return ""
     ends = [end for i in known.values() for end in ((i.low, i.high) if i.known else (i.mean,))]
@@ -35,24 +38,37 @@ def forest(intervals: Mapping[str, Interval], what: str) -> str:
         return round(LABELS + (value - low) * scale, 1)
 
     bottom = ROW * len(known) + 6
-    lines = "".join(f"<line class='{'axis' if t else 'zero'}' x1='{x(t)}' x2='{x(t)}' y1='0' y2='{bottom}'/>"
-                    f"<text x='{x(t)}' y='{bottom + 16}' text-anchor='middle'>{t:g}</text>" for t in steps)  # fmt: skip
+    lines = "".join(
+        f"<line class='{'axis' if t else 'zero'}' x1='{x(t)}' x2='{x(t)}' y1='0' y2='{bottom}'/>"
+        f"<text x='{x(t)}' y='{bottom + 16}' text-anchor='middle'>{t:g}</text>"
+        for t in steps
+    )
     rows = "".join(_row(name, i, x, ROW * n + ROW / 2) for n, (name, i) in enumerate(known.items()))
     words = f"{what}: " + "; ".join(f"{name} {i}" for name, i in known.items())
-    return (f"<figure><svg viewBox='0 0 {WIDTH} {bottom + 24}' width='{WIDTH}' role='img' aria-label='{esc(words)}'>"
-            f"{lines}{rows}</svg><figcaption>{esc(what)}</figcaption></figure>")  # fmt: skip
+    return (
+        f"<figure><svg viewBox='0 0 {WIDTH} {bottom + 24}' width='{WIDTH}' role='img' aria-label='{esc(words)}'>"
+        f"{lines}{rows}</svg><figcaption>{esc(what)}</figcaption></figure>"
+    )
 
 
 def _row(name: str, interval: Interval, x, y: float) -> str:
     hue = colour(name)
     ink = "currentColor" if hue == "#000000" else hue
     shown = name if len(name) <= 24 else name[:23] + "…"
-    bar = (f"<line x1='{x(interval.low)}' x2='{x(interval.high)}' y1='{y}' y2='{y}' stroke='{ink}' stroke-width='4' "
-           f"stroke-linecap='round' stroke-opacity='.55'/>") if interval.known else ""  # fmt: skip
+    bar = (
+        (
+            f"<line x1='{x(interval.low)}' x2='{x(interval.high)}' y1='{y}' y2='{y}' stroke='{ink}' stroke-width='4' "
+            f"stroke-linecap='round' stroke-opacity='.55'/>"
+        )
+        if interval.known
+        else ""
+    )
     fill = ink if interval.known else "none"
-    return (f"<text x='{LABELS - 12}' y='{y + 4}' text-anchor='end'>{esc(shown)}</text>{bar}"
-            f"<circle cx='{x(interval.mean)}' cy='{y}' r='5' fill='{fill}' stroke='{ink}'/>"
-            f"<text x='{WIDTH - VALUES + 14}' y='{y + 4}'>{esc(interval)}</text>")  # fmt: skip
+    return (
+        f"<text x='{LABELS - 12}' y='{y + 4}' text-anchor='end'>{esc(shown)}</text>{bar}"
+        f"<circle cx='{x(interval.mean)}' cy='{y}' r='5' fill='{fill}' stroke='{ink}'/>"
+        f"<text x='{WIDTH - VALUES + 14}' y='{y + 4}'>{esc(interval)}</text>"
+    )
 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
@@ -70,11 +86,15 @@ def spark(values: Sequence[float], what: str) -> str:
     if len(known) < 2:
         return ""
     low, high = min(known), max(known)
-    points = " ".join(f"{round(80 * i / (len(known) - 1) + 1, 1)},{round(19 - 17 * (v - low) / ((high - low) or 1), 1)}"
-                      for i, v in enumerate(known))  # fmt: skip
+    points = " ".join(
+        f"{round(80 * i / (len(known) - 1) + 1, 1)},{round(19 - 17 * (v - low) / ((high - low) or 1), 1)}"
+        for i, v in enumerate(known)
+    )
     words = f"{what}, from {known[0]:.2f} to {known[-1]:.2f}"
-    return (f"<svg viewBox='0 0 82 20' width='82' height='20' role='img' aria-label='{esc(words)}'>"
-            f"<polyline class='path' points='{points}'/></svg>")  # fmt: skip
+    return (
+        f"<svg viewBox='0 0 82 20' width='82' height='20' role='img' aria-label='{esc(words)}'>"
+        f"<polyline class='path' points='{points}'/></svg>"
+    )
 
 
 def thumbnail(notebook: Path, width: int = 420) -> str:

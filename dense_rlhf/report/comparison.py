@@ -9,16 +9,26 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dense_rlhf.escape import esc
-from dense_rlhf.live import duration
-from dense_rlhf.overoptimisation import fits, law_table
-from dense_rlhf.report import claims
+from dense_rlhf.evaluation import claims
+from dense_rlhf.evaluation.claims import (
+    CONTRADICTED,
+    EQUAL_KL,
+    SUPPORTED,
+    UNDECIDED,
+    UPDATES,
+    Claim,
+    basis,
+    judge,
+    signed,
+)
+from dense_rlhf.evaluation.findings import CONTROL, DENSE, Arm, Finding, across
+from dense_rlhf.evaluation.overoptimisation import fits, law_table
 from dense_rlhf.report.charts import forest
-from dense_rlhf.report.claims import CONTRADICTED, EQUAL_KL, SUPPORTED, UNDECIDED, UPDATES, Claim, basis, judge, signed
-from dense_rlhf.report.findings import CONTROL, DENSE, Arm, Finding, across
 from dense_rlhf.report.page import sections, table
 from dense_rlhf.runs import RunFolder
 from dense_rlhf.statistics import Interval
+from dense_rlhf.view.escape import esc
+from dense_rlhf.view.live import duration
 
 ROWS = 60  # of an ablation's table; the whole is in the file
 HELPED = "1b"  # the claim that the answer is: gold after training, of every dense arm
@@ -90,8 +100,10 @@ def _sure(found: Finding, claim: Claim, best: Arm) -> str:
     case = next((case for case in claim.cases if case.arm == best.name and case.told), None)
     if case is None:
         return f"{basis(found)} No interval: that takes two seeds."
-    return (f"{basis(found)} p {claims.number(case.p)} after Holm's correction of {case.tests} answers. "
-            f"{claims.seen(case, claim.unit)}")  # fmt: skip
+    return (
+        f"{basis(found)} p {claims.number(case.p)} after Holm's correction of {case.tests} answers. "
+        f"{claims.seen(case, claim.unit)}"
+    )
 
 
 def cost(arm: Arm, base: Arm) -> str:
@@ -120,8 +132,15 @@ def _chip(word: str) -> str:
 def claims_html(found: Finding) -> str:
     """Every comparison that a verdict rests on, and the rule."""
     cells = [[esc(row[name]) for name in claims.HEAD] for row in claims.rows(judge(found))]
-    listed = table("Every comparison: gold in log-odds, value loss (1a) in squared scores; 95 % intervals over seeds",
-                   claims.HEAD, cells) if cells else ""  # fmt: skip
+    listed = (
+        table(
+            "Every comparison: gold in log-odds, value loss (1a) in squared scores; 95 % intervals over seeds",
+            claims.HEAD,
+            cells,
+        )
+        if cells
+        else ""
+    )
     return f"<p><strong>The rule.</strong> {esc(claims.RULE)}</p><p>{esc(basis(found))}</p>{listed}"
 
 
@@ -136,19 +155,27 @@ def dataset_page(study: str, found: Finding) -> tuple[str, str]:
     at_kl = {arm.name: arm.gain_at_kl for arm in ranked if arm.gain_at_kl}
     improves = {arm.name: arm.improves for arm in ranked if arm.improves and arm.kind != "reference"}
     base = found.baseline
-    body, listed = sections([
-        ("verdict", "Did dense rewards help?", verdict_html(verdict(found))),
-        ("claims", "What the verdicts rest on", claims_html(found)),
-        ("gold", "Gold score", forest({a.name: a.gold for a in ranked}, f"Gold score (log-odds), {METHOD}")),
-        ("gain", f"Gain over {base} at equal updates",
-         forest(gains, f"Mean gold over {base} on the same prompts, 95 % interval over seeds")),
-        ("kl", f"Gain over {base} at equal KL", _at_kl(at_kl, base)),
-        ("improvement", "Probability of improvement",
-         forest(improves, f"Probability that a run scores higher than one of {base}; 0.5 is a coin")),
-        ("laws", "Over-optimisation", _laws(found)),
-        ("numbers", "All numbers", _arm_table(arms)),
-        ("seeds", "Each seed", _seed_table(found)),
-    ])  # fmt: skip
+    body, listed = sections(
+        [
+            ("verdict", "Did dense rewards help?", verdict_html(verdict(found))),
+            ("claims", "What the verdicts rest on", claims_html(found)),
+            ("gold", "Gold score", forest({a.name: a.gold for a in ranked}, f"Gold score (log-odds), {METHOD}")),
+            (
+                "gain",
+                f"Gain over {base} at equal updates",
+                forest(gains, f"Mean gold over {base} on the same prompts, 95 % interval over seeds"),
+            ),
+            ("kl", f"Gain over {base} at equal KL", _at_kl(at_kl, base)),
+            (
+                "improvement",
+                "Probability of improvement",
+                forest(improves, f"Probability that a run scores higher than one of {base}; 0.5 is a coin"),
+            ),
+            ("laws", "Over-optimisation", _laws(found)),
+            ("numbers", "All numbers", _arm_table(arms)),
+            ("seeds", "Each seed", _seed_table(found)),
+        ]
+    )
     return f"<h1>{esc(study)}: all arms on {esc(found.dataset)}</h1>{body}", listed
 
 
@@ -173,14 +200,45 @@ def _laws(found: Finding) -> str:
 
 
 def _arm_table(arms: Sequence[Arm]) -> str:
-    head = ("arm", "kind", "seeds", "gold, mean", "gold, IQM", "KL (nats)", "win rate", "win rate, equal length",
-            "gain", "gain at equal KL", "P(improvement)", "training", "explaining")  # fmt: skip
-    cells = [[esc(a.name), a.kind, str(len(a.seeds)), cell(a.gold), cell(a.iqm), cell(a.kl), cell(a.win),
-             cell(a.win_lc), cell(a.gain), cell(a.gain_at_kl), cell(a.improves),
-             duration(a.seconds) if a.seconds else "–", f"{a.explain:.0%}" if a.explain is not None else "–"]
-            for a in arms]  # fmt: skip
-    return table("Every arm, with 95 % intervals over seeds (IQM: from five seeds on); gold in log-odds, wins over the "
-                 "untrained reference", head, cells)
+    head = (
+        "arm",
+        "kind",
+        "seeds",
+        "gold, mean",
+        "gold, IQM",
+        "KL (nats)",
+        "win rate",
+        "win rate, equal length",
+        "gain",
+        "gain at equal KL",
+        "P(improvement)",
+        "training",
+        "explaining",
+    )
+    cells = [
+        [
+            esc(a.name),
+            a.kind,
+            str(len(a.seeds)),
+            cell(a.gold),
+            cell(a.iqm),
+            cell(a.kl),
+            cell(a.win),
+            cell(a.win_lc),
+            cell(a.gain),
+            cell(a.gain_at_kl),
+            cell(a.improves),
+            duration(a.seconds) if a.seconds else "–",
+            f"{a.explain:.0%}" if a.explain is not None else "–",
+        ]
+        for a in arms
+    ]
+    return table(
+        "Every arm, with 95 % intervals over seeds (IQM: from five seeds on); gold in log-odds, wins over the "
+        "untrained reference",
+        head,
+        cells,
+    )
 
 
 def cell(interval: Interval | None) -> str:
@@ -188,9 +246,17 @@ def cell(interval: Interval | None) -> str:
 
 
 def _seed_table(found: Finding) -> str:
-    rows = [(esc(arm), esc(seed), f"{t['gold'].mean():.2f}", f"{t['proxy'].mean():.2f}",
-             f"{t['kl'].mean():.2f}" if "kl" in t else "–") for arm, by in found.judged.items()
-            for seed, t in by.items()]  # fmt: skip
+    rows = [
+        (
+            esc(arm),
+            esc(seed),
+            f"{t['gold'].mean():.2f}",
+            f"{t['proxy'].mean():.2f}",
+            f"{t['kl'].mean():.2f}" if "kl" in t else "–",
+        )
+        for arm, by in found.judged.items()
+        for seed, t in by.items()
+    ]
     return table("Means over the held-out prompts of each run", ("arm", "seed", "gold", "proxy", "KL"), rows)
 
 
@@ -203,8 +269,9 @@ def across_html(found: Sequence[Finding]) -> str:
     names = ", ".join(f.dataset for f in both)
     units = "in standard deviations of the reference's gold score"
     gains, odds = ({arm: o[key] for arm, o in over.items()} for key in ("iqm", "improves"))
-    return (forest(gains, f"Gain over sparse {units}, interquartile mean over {names}")
-            + forest(odds, f"Probability of improvement over sparse, mean over {names}"))  # fmt: skip
+    return forest(gains, f"Gain over sparse {units}, interquartile mean over {names}") + forest(
+        odds, f"Probability of improvement over sparse, mean over {names}"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- an ablation
@@ -215,13 +282,16 @@ def ablation_page(study: str, run: RunFolder) -> tuple[str, str]:
     metrics, name = run.load_json("metrics.json"), run.path.name
     groups = {key: found for key, value in metrics.items() if (found := dict(_intervals(value)))}
     plain = {key: value for key, value in metrics.items() if key not in groups and key != "revisions"}
-    parts = [(f"m-{i}", key.replace("_", " "), forest(found, f"{key.replace('_', ' ')}: value with its 95 % interval"))
-             for i, (key, found) in enumerate(groups.items())]  # fmt: skip
+    parts = [
+        (f"m-{i}", key.replace("_", " "), forest(found, f"{key.replace('_', ' ')}: value with its 95 % interval"))
+        for i, (key, found) in enumerate(groups.items())
+    ]
     rows = [(esc(key), f"<code>{esc(value)}</code>") for key, value in plain.items()]
     listed = table("What metrics.json holds beside", ("name", "value"), rows) if rows else ""
     parts.append(("numbers", "Numbers", listed))
-    parts += [(f"t-{path.stem}", f"Table: {path.stem}", csv_table(run, path.stem))
-              for path in sorted(run.path.glob("*.csv"))]  # fmt: skip
+    parts += [
+        (f"t-{path.stem}", f"Table: {path.stem}", csv_table(run, path.stem)) for path in sorted(run.path.glob("*.csv"))
+    ]
     body, listed = sections(parts)
     return f"<h1>{esc(study)}: {esc(name)}</h1>{body}", listed
 

@@ -4,42 +4,72 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from dense_rlhf.escape import esc
-from dense_rlhf.live import duration
-from dense_rlhf.params import ABLATIONS, BENCHMARKS
+from dense_rlhf.config.params import ABLATIONS, BENCHMARKS
+from dense_rlhf.evaluation.findings import Finding
 from dense_rlhf.report.charts import spark
 from dense_rlhf.report.comparison import Verdict, verdict, verdict_html
-from dense_rlhf.report.findings import Finding
 from dense_rlhf.report.page import GOOD, chip, link, sections, table
+from dense_rlhf.view.escape import esc
+from dense_rlhf.view.live import duration
 
 QUESTION = "Which tokens earned the reward?"
 
 
-def summary(study: str, seeds: Sequence[int], records: Sequence[Mapping], found: Sequence[Finding],
-            pages: Mapping[str, str], left: Mapping[str, Sequence[str]], lost: Sequence[str]) -> dict:  # fmt: skip
+def summary(
+    study: str,
+    seeds: Sequence[int],
+    records: Sequence[Mapping],
+    found: Sequence[Finding],
+    pages: Mapping[str, str],
+    left: Mapping[str, Sequence[str]],
+    lost: Sequence[str],
+) -> dict:
     """What an index tells of a study: its runs with their `pages` and the files they `left`, its arms with their
     numbers, and what was `lost` in rendering."""
-    runs = [{key: r.get(key) for key in ("job", "notebook", "dataset", "arm", "seed", "status", "error", "seconds")}
-            | {"page": pages.get(str(r.get("job"))), "files": list(left.get(str(r.get("job")), ()))} for r in records]
+    runs = [
+        {key: r.get(key) for key in ("job", "notebook", "dataset", "arm", "seed", "status", "error", "seconds")}
+        | {"page": pages.get(str(r.get("job"))), "files": list(left.get(str(r.get("job")), ()))}
+        for r in records
+    ]
     newest = max(records, key=lambda r: r.get("started") or 0)
     return {
-        "study": study, "seeds": list(seeds), "runs": runs, "lost": list(lost),
-        "seconds": sum(r.get("seconds") or 0 for r in records), "commit": newest.get("commit", "unknown"),
+        "study": study,
+        "seeds": list(seeds),
+        "runs": runs,
+        "lost": list(lost),
+        "seconds": sum(r.get("seconds") or 0 for r in records),
+        "commit": newest.get("commit", "unknown"),
         "started": newest.get("started") or 0,
         "datasets": {f.dataset: _numbers(f) for f in found},
-    }  # fmt: skip
+    }
 
 
 def _numbers(found: Finding) -> dict:
     said, base = verdict(found), found.arms[found.baseline]
-    arms = {a.name: {"kind": a.kind, "gold": str(a.gold), "mean": a.gold.mean, "seeds": len(a.seeds),
-                     "gain": a.gain.mean if a.gain else None, "path": list(a.path),
-                     "at_kl": a.gain_at_kl.mean if a.gain_at_kl else None, "seconds": a.seconds,
-                     "cost": a.seconds / base.seconds if a.seconds and base.seconds else None}
-            for a in found.arms.values()}  # fmt: skip
+    arms = {
+        a.name: {
+            "kind": a.kind,
+            "gold": str(a.gold),
+            "mean": a.gold.mean,
+            "seeds": len(a.seeds),
+            "gain": a.gain.mean if a.gain else None,
+            "path": list(a.path),
+            "at_kl": a.gain_at_kl.mean if a.gain_at_kl else None,
+            "seconds": a.seconds,
+            "cost": a.seconds / base.seconds if a.seconds and base.seconds else None,
+        }
+        for a in found.arms.values()
+    }
     evidence = found.prompts * sum(len(a.seeds) for a in found.arms.values())
-    return {"answer": said.answer, "line": said.line, "grounds": said.grounds, "claims": list(said.claims),
-            "baseline": found.baseline, "arms": arms, "evidence": evidence}  # fmt: skip
+    return {
+        "answer": said.answer,
+        "line": said.line,
+        "grounds": said.grounds,
+        "claims": list(said.claims),
+        "baseline": found.baseline,
+        "arms": arms,
+        "evidence": evidence,
+    }
 
 
 # ---------------------------------------------------------------------------------------------------- parts
@@ -47,8 +77,11 @@ def _numbers(found: Finding) -> dict:
 
 def troubles(found: Mapping, where: str = "") -> str:
     """What failed, with its error; nothing where all is well."""
-    items = [f"{chip(r['status'])} {_link(r, where)}: {esc(r['error'] or 'no reason was given')}"
-             for r in found["runs"] if r["status"] not in GOOD]  # fmt: skip
+    items = [
+        f"{chip(r['status'])} {_link(r, where)}: {esc(r['error'] or 'no reason was given')}"
+        for r in found["runs"]
+        if r["status"] not in GOOD
+    ]
     items += [f"{chip('not rendered')} {esc(text)}" for text in found["lost"]]
     return "<ul class='failed'>" + "".join(f"<li>{item}</li>" for item in items) + "</ul>" if items else ""
 
@@ -72,8 +105,14 @@ def matrix(columns: Sequence[tuple[str, Mapping, Mapping, str]], notes: Mapping[
     orders = {"as listed": listed} | {label: _sorted(listed, columns, *how) for label, how in ORDERS.items()}
     head = ["arm", *(heading for heading, *_ in columns)]
     cells = {arm: [_cell(arm, *column[1:], notes) for column in columns] for arm in listed}
-    views = {label: table(f"Gold score after training, mean and 95 % interval; order: {label}", head,
-                          ([esc(arm), *cells[arm]] for arm in names)) for label, names in orders.items()}  # fmt: skip
+    views = {
+        label: table(
+            f"Gold score after training, mean and 95 % interval; order: {label}",
+            head,
+            ([esc(arm), *cells[arm]] for arm in names),
+        )
+        for label, names in orders.items()
+    }
     return choose("Order of the arms", views)
 
 
@@ -98,8 +137,10 @@ def _cell(arm: str, found: Mapping, numbers: Mapping, where: str, notes: Mapping
     runs = [r for r in found["runs"] if r["notebook"] == "04_ppo" and (r["dataset"], r["arm"]) == (dataset, arm)]
     if not known and not runs:
         return "–"
-    chips = "".join(f"<span>{_link(r, where, chip(r['status'], ' · seed ' + str(r['seed'])))}"
-                    f"{notes.get(r['job'], '')}</span>" for r in runs)  # fmt: skip
+    chips = "".join(
+        f"<span>{_link(r, where, chip(r['status'], ' · seed ' + str(r['seed'])))}{notes.get(r['job'], '')}</span>"
+        for r in runs
+    )
     seeds = f"<div class='seeds'>{chips}</div>" if chips else ""
     if not known:
         return seeds
@@ -109,8 +150,11 @@ def _cell(arm: str, found: Mapping, numbers: Mapping, where: str, notes: Mapping
 
 def choose(label: str, views: Mapping[str, str], group: str = "order") -> str:
     """One of several views at a time, by buttons that need no script; `group` tells two choices of a page apart."""
-    buttons = "".join(f"<input type='radio' name='{group}' id='{group}-{n}'{' checked' * (n == 0)}>"
-                      f"<label for='{group}-{n}'>{esc(name)}</label>" for n, name in enumerate(views))  # fmt: skip
+    buttons = "".join(
+        f"<input type='radio' name='{group}' id='{group}-{n}'{' checked' * (n == 0)}>"
+        f"<label for='{group}-{n}'>{esc(name)}</label>"
+        for n, name in enumerate(views)
+    )
     shown = "".join(f"<div class='view'>{html}</div>" for html in views.values())
     return f"<div class='views' role='radiogroup' aria-label='{esc(label)}'>{buttons}{shown}</div>"
 
@@ -130,16 +174,20 @@ def verdicts(found: Mapping, where: str = "", of: str = "") -> str:
 
 def study_index(found: Mapping, thumbnails: Mapping[str, str], notes: Mapping[str, str], more: str) -> tuple[str, str]:
     """Body and contents of a study's index; `thumbnails` and `notes` are HTML by run, `more` what is side by side."""
-    columns = [(link(f"comparison-{name}.html", esc(name)) if numbers else esc(name), found,
-                numbers | {"dataset": name}, "") for name, numbers in _datasets(found).items()]  # fmt: skip
-    body, listed = sections([
-        ("failures", "Failures", troubles(found)),
-        ("verdict", "Did dense rewards help?", verdicts(found)),
-        ("across", "Side by side", more),
-        ("arms", "Arms", matrix(columns, notes) if columns else ""),
-        ("notebooks", "Notebooks", _cards(found, thumbnails)),
-        ("runs", "Every run", _run_table(found)),
-    ])  # fmt: skip
+    columns = [
+        (link(f"comparison-{name}.html", esc(name)) if numbers else esc(name), found, numbers | {"dataset": name}, "")
+        for name, numbers in _datasets(found).items()
+    ]
+    body, listed = sections(
+        [
+            ("failures", "Failures", troubles(found)),
+            ("verdict", "Did dense rewards help?", verdicts(found)),
+            ("across", "Side by side", more),
+            ("arms", "Arms", matrix(columns, notes) if columns else ""),
+            ("notebooks", "Notebooks", _cards(found, thumbnails)),
+            ("runs", "Every run", _run_table(found)),
+        ]
+    )
     return f"<h1>{esc(found['study'])}: which tokens earned the reward?</h1>{_totals(found)}{body}", listed
 
 
@@ -157,9 +205,11 @@ def _totals(found: Mapping) -> str:
 
 def _cards(found: Mapping, thumbnails: Mapping[str, str]) -> str:
     single = [r for r in found["runs"] if r["notebook"] != "04_ppo"]
-    items = "".join(f"<li>{thumbnails.get(r['job'], '')}{_link(r)}<br>{chip(r['status'])} "
-                    f"<small class='quiet'>{duration(r['seconds'] or 0)}</small>{_beside(r)}</li>"
-                    for r in single)  # fmt: skip
+    items = "".join(
+        f"<li>{thumbnails.get(r['job'], '')}{_link(r)}<br>{chip(r['status'])} "
+        f"<small class='quiet'>{duration(r['seconds'] or 0)}</small>{_beside(r)}</li>"
+        for r in single
+    )
     return f"<ul class='cards'>{items}</ul>" if items else ""
 
 
@@ -180,8 +230,10 @@ def files(study: str, job: str, names: Sequence[str]) -> str:
 
 def _run_table(found: Mapping) -> str:
     runs = sorted(found["runs"], key=lambda r: r["status"] in GOOD)
-    rows = ((_link(r), chip(r["status"]), duration(r["seconds"] or 0), files(found["study"], r["job"], r["files"]))
-            for r in runs)  # fmt: skip
+    rows = (
+        (_link(r), chip(r["status"]), duration(r["seconds"] or 0), files(found["study"], r["job"], r["files"]))
+        for r in runs
+    )
     return table("Failures first; links lead to what each run left", ("run", "status", "took", "files"), rows)
 
 
@@ -191,18 +243,30 @@ def _run_table(found: Mapping) -> str:
 def overview(studies: Sequence[Mapping], thumbnails: Mapping[str, str]) -> tuple[str, str]:
     """Body and contents of the index over all studies: those that know most first, failures before them."""
     studies = sorted(studies, key=lambda s: (-_evidence(s), -s["started"]))
-    columns = [(link(f"{s['study']}/index.html", esc(s["study"])) + f", {esc(name)}", s, numbers | {"dataset": name},
-                f"{s['study']}/")
-               for s in studies for name, numbers in _datasets(s).items()]  # fmt: skip
+    columns = [
+        (
+            link(f"{s['study']}/index.html", esc(s["study"])) + f", {esc(name)}",
+            s,
+            numbers | {"dataset": name},
+            f"{s['study']}/",
+        )
+        for s in studies
+        for name, numbers in _datasets(s).items()
+    ]
     failed = "".join(f"<h3>{esc(s['study'])}</h3>{found}" for s in studies if (found := troubles(s, f"{s['study']}/")))
     said = "".join(verdicts(s, f"{s['study']}/", f"{s['study']}, ") for s in studies)
-    body, listed = sections([
-        ("failures", "Failures", failed), ("verdict", "Did dense rewards help?", said),
-        ("arms", "Arms by study and dataset", matrix(columns, {}) if columns else ""),
-        ("studies", "Studies", _study_cards(studies, thumbnails)),
-    ])  # fmt: skip
-    lead = ("<p class='lead'>RLHF scores a whole response. These studies pay single tokens for their share of it, and "
-            "ask whether the policy learns faster or better for it.</p>")  # fmt: skip
+    body, listed = sections(
+        [
+            ("failures", "Failures", failed),
+            ("verdict", "Did dense rewards help?", said),
+            ("arms", "Arms by study and dataset", matrix(columns, {}) if columns else ""),
+            ("studies", "Studies", _study_cards(studies, thumbnails)),
+        ]
+    )
+    lead = (
+        "<p class='lead'>RLHF scores a whole response. These studies pay single tokens for their share of it, and "
+        "ask whether the policy learns faster or better for it.</p>"
+    )
     return f"<h1>{QUESTION}</h1>{lead}{body}", listed
 
 
@@ -211,6 +275,8 @@ def _evidence(found: Mapping) -> int:
 
 
 def _study_cards(studies: Sequence[Mapping], thumbnails: Mapping[str, str]) -> str:
-    items = "".join(f'<li>{thumbnails.get(s["study"], "")}{link(s["study"] + "/index.html", esc(s["study"]))}'
-                    f"{_totals(s)}</li>" for s in studies)  # fmt: skip
+    items = "".join(
+        f"<li>{thumbnails.get(s['study'], '')}{link(s['study'] + '/index.html', esc(s['study']))}{_totals(s)}</li>"
+        for s in studies
+    )
     return f"<ul class='cards'>{items}</ul>"

@@ -9,10 +9,10 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dense_rlhf.escape import esc
+from dense_rlhf.fingerprint import PACKAGE
 from dense_rlhf.report.page import LIMIT, contents
 from dense_rlhf.report.sanitise import clean
-from dense_rlhf.store import PACKAGE
+from dense_rlhf.view.escape import esc
 
 if TYPE_CHECKING:
     from bs4 import BeautifulSoup, Tag

@@ -8,9 +8,9 @@ from functools import cache
 from pathlib import Path
 from urllib.parse import quote
 
-from dense_rlhf.escape import esc, scrub
-from dense_rlhf.live import duration
-from dense_rlhf.store import PACKAGE
+from dense_rlhf.fingerprint import PACKAGE
+from dense_rlhf.view.escape import esc, scrub
+from dense_rlhf.view.live import duration
 
 TEMPLATE = PACKAGE / "report" / "template"
 GOOD = ("ok", "cached")
@@ -24,13 +24,27 @@ def _template():
     return Template((TEMPLATE / "page.html.j2").read_text()), (TEMPLATE / "style.css").read_text()
 
 
-def page(title: str, body: str, footer: str, trail: Sequence[tuple[str, str]] = (), contents: str = "",
-         made_from: str = "", root: Path | None = None) -> str:  # fmt: skip
+def page(
+    title: str,
+    body: str,
+    footer: str,
+    trail: Sequence[tuple[str, str]] = (),
+    contents: str = "",
+    made_from: str = "",
+    root: Path | None = None,
+) -> str:
     """A whole HTML page around `body`; `trail` is the way here as (text, target), `made_from` what it was made of."""
     template, style = _template()
     links = "".join(f"<li>{link(target, esc(text))}</li>" for text, target in trail)
-    parts = {"title": title, "body": body, "footer": footer, "style": style, "trail": links, "contents": contents,
-             "made_from": made_from}  # fmt: skip
+    parts = {
+        "title": title,
+        "body": body,
+        "footer": footer,
+        "style": style,
+        "trail": links,
+        "contents": contents,
+        "made_from": made_from,
+    }
     return scrub(template.render(parts), root)
 
 
@@ -70,10 +84,13 @@ def chip(status: object, note: str = "") -> str:
 def table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]], name: str = "") -> str:
     """A table of cells that are already HTML; the first of each row is its header. Wide ones scroll by themselves."""
     top = "".join(f"<th scope='col'>{cell}</th>" for cell in head)
-    body = "".join(f"<tr><th scope='row'>{row[0]}</th>" + "".join(f"<td>{cell}</td>" for cell in row[1:]) + "</tr>"
-                   for row in rows)  # fmt: skip
-    return (f"<div class='wide' role='region' tabindex='0' aria-label='{esc(name or caption)}'><table>"
-            f"<caption>{esc(caption)}</caption><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>")
+    body = "".join(
+        f"<tr><th scope='row'>{row[0]}</th>" + "".join(f"<td>{cell}</td>" for cell in row[1:]) + "</tr>" for row in rows
+    )
+    return (
+        f"<div class='wide' role='region' tabindex='0' aria-label='{esc(name or caption)}'><table>"
+        f"<caption>{esc(caption)}</caption><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
 
 
 def footer(record: Mapping, params: Mapping | None = None, seeds: Sequence[int] = ()) -> str:
@@ -83,10 +100,12 @@ def footer(record: Mapping, params: Mapping | None = None, seeds: Sequence[int] 
     more = [str(record[name]) for name in ("processor", "gpu", "memory") if record.get(name)]
     lines = {
         "run": f"{record.get('job', '')}, {record.get('status', '')} in {duration(record.get('seconds') or 0)}",
-        "commit": record.get("commit", "unknown"), "seeds": ", ".join(map(str, seeds)),
-        "hardware": ", ".join([cores, *more]), "Python": record.get("python", "unknown"),
+        "commit": record.get("commit", "unknown"),
+        "seeds": ", ".join(map(str, seeds)),
+        "hardware": ", ".join([cores, *more]),
+        "Python": record.get("python", "unknown"),
         "versions": ", ".join(f"{name} {v}" for name, v in (record.get("versions") or {}).items()),
-    }  # fmt: skip
+    }
     facts = "".join(f"<dt>{esc(name)}</dt><dd>{esc(value)}</dd>" for name, value in lines.items())
     return f"<dl>{facts}</dl>" + (parameters(params) if params else "")
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dense_rlhf.escape import esc
-from dense_rlhf.params import RunParams
+from dense_rlhf.config.params import RunParams
+from dense_rlhf.evaluation.findings import Arm, Finding
 from dense_rlhf.report.charts import forest
 from dense_rlhf.report.comparison import METHOD, cell
-from dense_rlhf.report.findings import Arm, Finding
 from dense_rlhf.report.page import table
+from dense_rlhf.view.escape import esc
 
 EQUAL_UPDATES = "after equal updates on the same prompts, 95 % interval over seeds"
 EQUAL_KL = "where both first reach the largest KL that both know, 95 % interval over seeds"
@@ -38,8 +38,9 @@ def _figures(arm: str, varied: dict[str, Finding]) -> str:
     base = next(iter(varied.values())).baseline
     gains = {name: gain for name, f in varied.items() if (gain := f.arms[arm].gain)}
     at_kl = {name: gain for name, f in varied.items() if (gain := f.arms[arm].gain_at_kl)}
-    return (forest(gains, f"Gold of {arm} over {base} {EQUAL_UPDATES}")
-            + forest(at_kl, f"Gold of {arm} over {base} {EQUAL_KL}"))  # fmt: skip
+    return forest(gains, f"Gold of {arm} over {base} {EQUAL_UPDATES}") + forest(
+        at_kl, f"Gold of {arm} over {base} {EQUAL_KL}"
+    )
 
 
 def _row(setting: str, arm: Arm) -> list[str]:

@@ -10,19 +10,20 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from dense_rlhf.escape import esc
-from dense_rlhf.params import ABLATIONS, BENCHMARKS
+from dense_rlhf.config.params import ABLATIONS, BENCHMARKS
+from dense_rlhf.config.study import StudyParams
+from dense_rlhf.evaluation.findings import Finding, findings
+from dense_rlhf.files import content_key, file_sha256, write_json, write_text
+from dense_rlhf.fingerprint import package_sha256
 from dense_rlhf.report import index as drawn
 from dense_rlhf.report.charts import thumbnail
 from dense_rlhf.report.comparison import ablation_page, across_html, dataset_page
-from dense_rlhf.report.findings import Finding, findings
 from dense_rlhf.report.notebook_page import notebook_body
 from dense_rlhf.report.page import GOOD, chip, footer, made_from, page
 from dense_rlhf.report.settings import in_order, settings_html
 from dense_rlhf.runs import RunFolder, repository_root
-from dense_rlhf.store import content_key, file_sha256, package_sha256, write_json, write_text
-from dense_rlhf.study import StudyParams
 from dense_rlhf.types import InputError
+from dense_rlhf.view.escape import esc
 
 ALL = ("all studies", "../index.html")
 
@@ -63,9 +64,18 @@ def write_run_page(record: dict, run: RunFolder, target: Path) -> bool:
     study, (body, listed) = run.path.parent.name, notebook_body(notebook)
     failed = f"<p class='failed'>{chip(record['status'])} {esc(record['error'])}</p>" if record.get("error") else ""
     links = f"<p class='small'>Executed {drawn.files(study, run.path.name, left_by(run))}</p>"
-    write_text(target, page(record["job"], failed + warned(run, in_full=True) + body + links,
-                            footer(record, parameters_of(run)), [ALL, (study, "index.html")], listed, key,
-                            repository_root()))  # fmt: skip
+    write_text(
+        target,
+        page(
+            record["job"],
+            failed + warned(run, in_full=True) + body + links,
+            footer(record, parameters_of(run)),
+            [ALL, (study, "index.html")],
+            listed,
+            key,
+            repository_root(),
+        ),
+    )
     return True
 
 
@@ -118,8 +128,14 @@ def _run_pages(records: list[dict], runs: dict[str, RunFolder], folder: Path) ->
     return pages, lost
 
 
-def _comparisons(study: StudyParams, records: list[dict], runs: dict[str, RunFolder], folder: Path,
-                 done: Sequence[RunFolder], lost: list[str]) -> list[Finding]:  # fmt: skip
+def _comparisons(
+    study: StudyParams,
+    records: list[dict],
+    runs: dict[str, RunFolder],
+    folder: Path,
+    done: Sequence[RunFolder],
+    lost: list[str],
+) -> list[Finding]:
     """Write the page of each dataset and each ablation; returns what the datasets say."""
     trail, made = [ALL, (study.study, "index.html")], []
     try:
@@ -132,8 +148,10 @@ def _comparisons(study: StudyParams, records: list[dict], runs: dict[str, RunFol
         if record["notebook"] in ABLATIONS + BENCHMARKS and record["status"] in GOOD:
             made.append((record["job"], ablation_page(study.study, runs[record["job"]])))
     for name, (body, listed) in made:
-        write_text(folder / f"comparison-{name}.html", page(f"comparison: {name}", body, _footer(records, study.seeds),
-                                                            trail, listed, root=repository_root()))  # fmt: skip
+        write_text(
+            folder / f"comparison-{name}.html",
+            page(f"comparison: {name}", body, _footer(records, study.seeds), trail, listed, root=repository_root()),
+        )
     return found
 
 
@@ -161,6 +179,14 @@ def write_overview(root: Path) -> Path:
         pictures[found["study"]] = next(filter(None, map(thumbnail, notebooks)), "")
     body, listed = drawn.overview(studies, pictures)
     commits = sorted({str(found["commit"]) for found in studies})
-    write_text(folder / "index.html", page(drawn.QUESTION, body, f"<p>{len(studies)} studies, made from commits "
-                                           f"{esc(', '.join(commits))}</p>", contents=listed, root=root))  # fmt: skip
+    write_text(
+        folder / "index.html",
+        page(
+            drawn.QUESTION,
+            body,
+            f"<p>{len(studies)} studies, made from commits {esc(', '.join(commits))}</p>",
+            contents=listed,
+            root=root,
+        ),
+    )
     return folder / "index.html"

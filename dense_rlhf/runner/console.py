@@ -46,8 +46,9 @@ def selected(jobs: list[Job], folder: Path, only: str | None) -> list[str]:
         return [name for name in names if state(folder / name, "")[0] in (*BAD, "cancelled")]
     found = names if only is None else [name for name in names if fnmatchcase(name, only)]
     if not found:
-        raise InputError(f"--only is {only!r}, wanted failed, or the name of a run, * for any letters: "
-                         + ", ".join(names))  # fmt: skip
+        raise InputError(
+            f"--only is {only!r}, wanted failed, or the name of a run, * for any letters: " + ", ".join(names)
+        )
     return found
 
 
@@ -60,8 +61,11 @@ def failures(records: Iterable[dict], study: str, command: str) -> list[str]:
         lines += [f"{record['status']}: {record['job']}", f"  {record['error']}"]
         if record["status"] in BAD:
             folder = f"runs/{study}/{record['job']}"
-            lines += [f"  log:   {folder}/log.txt", f"  again: {command} --only {shlex.quote(record['job'])}",
-                      f"  alone: papermill notebooks/{record['notebook']}.ipynb out.ipynb -f {folder}/params.yaml"]
+            lines += [
+                f"  log:   {folder}/log.txt",
+                f"  again: {command} --only {shlex.quote(record['job'])}",
+                f"  alone: papermill notebooks/{record['notebook']}.ipynb out.ipynb -f {folder}/params.yaml",
+            ]
     return lines
 
 

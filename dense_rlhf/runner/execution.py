@@ -20,8 +20,8 @@ from contextlib import suppress
 from pathlib import Path
 from threading import Event, Thread
 
+from dense_rlhf.files import write_json
 from dense_rlhf.runs import RunFolder, python_path, repository_root
-from dense_rlhf.store import write_json
 from dense_rlhf.types import InputError
 
 HEARTBEAT = ".heartbeat"  # touched by the worker while it lives; holds the cell that runs
@@ -42,9 +42,14 @@ def die_with_parent(parent: int) -> None:
 
 
 def launch(
-    notebook: str, folder: Path, threads: int, timeout: float, gpus: str | None = None, stop: Event | None = None,
+    notebook: str,
+    folder: Path,
+    threads: int,
+    timeout: float,
+    gpus: str | None = None,
+    stop: Event | None = None,
     keep: tuple[int, ...] = (),
-) -> tuple[str, str]:  # fmt: skip
+) -> tuple[str, str]:
     """Execute a prepared run in a subprocess, for `timeout` seconds at most: its status, and what went wrong.
 
     `gpus` is its CUDA_VISIBLE_DEVICES; `stop` ends it as `cancelled`; `keep` are open files it holds, such as locks.
@@ -53,10 +58,15 @@ def launch(
     with open(log, "a", encoding="utf-8") as file:
         begin = file.tell()
         child = subprocess.Popen(
-            [sys.executable, "-m", "dense_rlhf", "execute", notebook, str(folder)], cwd=repository_root(),
-            stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=_environment(threads, gpus),
-            start_new_session=True, pass_fds=keep,
-        )  # fmt: skip
+            [sys.executable, "-m", "dense_rlhf", "execute", notebook, str(folder)],
+            cwd=repository_root(),
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            env=_environment(threads, gpus),
+            start_new_session=True,
+            pass_fds=keep,
+        )
     try:
         while child.poll() is None:
             if stop is not None and stop.is_set():
@@ -170,10 +180,16 @@ def execute_notebook(notebook: str, folder: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="drl-") as sockets:  # unnamed, kernels of two runs would share theirs
         manager = {"transport": "ipc", "ip": f"{sockets}/k"}
         done = papermill.execute_notebook(
-            str(source), str(target), parameters=parameters, kernel_name="python3", progress_bar=False,
-            cwd=str(repository_root()), config=Config({"KernelManager": manager}), kernel_manager_class=_manager(),
+            str(source),
+            str(target),
+            parameters=parameters,
+            kernel_name="python3",
+            progress_bar=False,
+            cwd=str(repository_root()),
+            config=Config({"KernelManager": manager}),
+            kernel_manager_class=_manager(),
             on_cell_start=_beating(folder),
-        )  # fmt: skip
+        )
     if left := unfinished(done):
         raise InputError(f"{left} was not executed to its end; a cell must not call exit()")
 

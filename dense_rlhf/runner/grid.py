@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from dense_rlhf.params import BENCHMARKS, RunParams, ShapeParams
+from dense_rlhf.config.params import BENCHMARKS, RunParams, ShapeParams
+from dense_rlhf.config.study import StudyParams
+from dense_rlhf.files import write_json
 from dense_rlhf.runner.executors import Local
 from dense_rlhf.runner.jobs import BAD, GOOD, STATES, blank, cancel, finish, finished, held_by, run_job
 from dense_rlhf.runner.plan import Job, awaits, expand, runs_folder, threads_of
 from dense_rlhf.runs import RunFolder
-from dense_rlhf.store import write_json
-from dense_rlhf.study import StudyParams
 from dense_rlhf.types import InputError
 
 PATIENCE = 1.0  # seconds until a job that another process runs is looked at again
@@ -134,15 +134,21 @@ class _Grid:
         if record["status"] == "cached" or (self.bar and record["status"] == "ok"):
             return self._show()
         count = f"{len(self._records()):3d}/{len(self.chosen)}"
-        self.say(f"{count}  {record['status']:9s}{record['seconds']:6.0f} s  {job.name}"
-                 + (f": {record['error']}" if record["error"] else "") + self._left())  # fmt: skip
+        self.say(
+            f"{count}  {record['status']:9s}{record['seconds']:6.0f} s  {job.name}"
+            + (f": {record['error']}" if record["error"] else "")
+            + self._left()
+        )
         self._show()
 
     def _show(self) -> None:
         if self.bar:
             counts = [f"{n} {name}" for name, n in tally(self._records()).items()]
-            self.bar(f"{len(self._records())}/{len(self.chosen)} · {len(self.running)} running"
-                     + "".join(f" · {text}" for text in counts) + self._left())  # fmt: skip
+            self.bar(
+                f"{len(self._records())}/{len(self.chosen)} · {len(self.running)} running"
+                + "".join(f" · {text}" for text in counts)
+                + self._left()
+            )
 
     def _records(self) -> list[dict]:
         """Of the chosen jobs that have ended."""
@@ -163,9 +169,14 @@ def tally(records: Iterable[dict]) -> dict[str, int]:
 
 
 def run_grid(
-    study: StudyParams, say: Callable[[str], None], bar: Callable[[str], None] | None = None, executor=None,
-    names: Iterable[str] | None = None, force: bool = False, max_failures: int | None = None,
-) -> list[dict]:  # fmt: skip
+    study: StudyParams,
+    say: Callable[[str], None],
+    bar: Callable[[str], None] | None = None,
+    executor=None,
+    names: Iterable[str] | None = None,
+    force: bool = False,
+    max_failures: int | None = None,
+) -> list[dict]:
     """Run every job, or those in `names`, as many at a time as the executor takes; a failure stops nothing else.
 
     `say` takes lines, `bar` the text of a line that is written over, where there is a terminal. After `max_failures`
@@ -199,8 +210,8 @@ def check_data(study: StudyParams) -> None:
 
 def _benchmark_readers(run: RunParams) -> list[tuple[str, str, Callable]]:
     """As `_readers`, of the benchmarks' files. Raises `InputError` where there is no endpoint that could be asked."""
-    from dense_rlhf.judge import alpaca_eval, mt_bench
-    from dense_rlhf.judge.client import MODEL, connect, setting
+    from dense_rlhf.evaluation.judge import alpaca_eval, mt_bench
+    from dense_rlhf.evaluation.judge.client import MODEL, connect, setting
 
     setting(MODEL)
     connect(run.judge)
@@ -217,12 +228,15 @@ def _readers(run: RunParams) -> list[tuple[str, str, Callable]]:
     people = run.attribution.rationale_path, run.evaluation.sst_path, run.evaluation.toxic_path
     if not any(people):
         return []
-    from dense_rlhf.attribution.gold_labels import load_sst_trees, load_toxic_spans
-    from dense_rlhf.attribution.rationales import load_rationale_judge
+    from dense_rlhf.attribution.human_marks import load_sst_trees, load_toxic_spans
+    from dense_rlhf.attribution.human_words import load_rationale_judge
 
     names = "attribution.rationale_path", "evaluation.sst_path", "evaluation.toxic_path"
-    return [(name, path, partial(load, path)) for name, path, load in
-            zip(names, people, (load_rationale_judge, load_sst_trees, load_toxic_spans)) if path]  # fmt: skip
+    return [
+        (name, path, partial(load, path))
+        for name, path, load in zip(names, people, (load_rationale_judge, load_sst_trees, load_toxic_spans))
+        if path
+    ]
 
 
 def _forget_stale(folder: Path, names: Iterable[str]) -> None:
@@ -234,14 +248,17 @@ def _forget_stale(folder: Path, names: Iterable[str]) -> None:
 
 
 QUICK_ARMS = {
-    "sparse": ShapeParams(("terminal",)), "uniform": ShapeParams(("uniform",)),
+    "sparse": ShapeParams(("terminal",)),
+    "uniform": ShapeParams(("uniform",)),
     "shap-signed": ShapeParams(("shap",), normalise="signed"),
-}  # fmt: skip
+}
 
 
 def quick_study(params: RunParams, folder: Path, progress: Callable = iter) -> None:
     """Train three arms in this process and leave their run folders under `folder`: a comparison to play with."""
-    from dense_rlhf.bilevel import judge_against_reference, load_task, train_policy
+    from dense_rlhf.evaluation.arms import judge_against_reference
+    from dense_rlhf.training.inner_loop import train_policy
+    from dense_rlhf.training.task import load_task
 
     task = load_task(params.data, params.policy, params.reward, params.ppo, progress)
     splits = {"evaluation": task.data.validation_prompts, "test": task.data.test_prompts}

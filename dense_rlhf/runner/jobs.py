@@ -1,6 +1,6 @@
 """One job in its folder: prepared, executed, recorded, and what its folder tells of it.
 
-    .lock  held while the folder is prepared      .running  held while the job runs, by whoever runs it
+.lock  held while the folder is prepared      .running  held while the job runs, by whoever runs it
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import time
 from pathlib import Path
 from threading import Event
 
-from dense_rlhf.ledger import is_live, lock
+from dense_rlhf.bayesopt.ledger import is_live
+from dense_rlhf.files import lock, remove_checkpoints, write_json, write_text
 from dense_rlhf.runner.execution import HEARTBEAT, heartbeat, launch
 from dense_rlhf.runner.plan import Job, judge
 from dense_rlhf.runs import RunFolder, artefacts, provenance
-from dense_rlhf.store import remove_checkpoints, write_json, write_text
 from dense_rlhf.types import InputError
 
 STATES = ("ok", "cached", "running", "failed", "timeout", "killed", "cancelled", "stale", "pending")
@@ -72,9 +72,14 @@ def _empty(folder: Path) -> None:
 
 
 def run_job(
-    job: Job, folder: Path, threads: int, timeout: float, force: bool = False, gpus: str | None = None,
+    job: Job,
+    folder: Path,
+    threads: int,
+    timeout: float,
+    force: bool = False,
+    gpus: str | None = None,
     stop: Event | None = None,
-) -> dict:  # fmt: skip
+) -> dict:
     """Prepare, execute, and write `run.json` last. Returns its content; status `cached` where nothing had to run.
 
     Status `busy`, and nothing done, where another process runs this job. `timeout` in seconds; `gpus` and `stop` as in
@@ -112,9 +117,17 @@ def finish(job: Job, folder: Path, status: str, error: str, start: float) -> dic
 
 def blank(job: Job, status: str, error: str) -> dict:
     return {
-        "job": job.name, "notebook": job.notebook, "arm": job.params.arm, "seed": job.params.seed, "status": status,
-        "dataset": job.params.where, "error": error, "key": "", "started": time.time(), "seconds": 0.0,
-    }  # fmt: skip
+        "job": job.name,
+        "notebook": job.notebook,
+        "arm": job.params.arm,
+        "seed": job.params.seed,
+        "status": status,
+        "dataset": job.params.where,
+        "error": error,
+        "key": "",
+        "started": time.time(),
+        "seconds": 0.0,
+    }
 
 
 def finished(job: Job, folder: Path, threads: int) -> dict | None:

@@ -13,14 +13,15 @@ from functools import cache
 from pathlib import Path
 
 from dense_rlhf.attribution import SOURCES
-from dense_rlhf.context import check_features
+from dense_rlhf.bayesopt.ledger import trial_seed
+from dense_rlhf.config.params import ABLATIONS, BENCHMARKS, RunParams, ShapeParams
+from dense_rlhf.config.parse import parse
+from dense_rlhf.config.study import StudyParams
 from dense_rlhf.data import DATASETS
-from dense_rlhf.ledger import trial_seed
-from dense_rlhf.params import ABLATIONS, BENCHMARKS, RunParams, ShapeParams
+from dense_rlhf.files import content_key, file_sha256, settled_sha256
+from dense_rlhf.fingerprint import package_sha256
 from dense_rlhf.runs import RunFolder, altered, repository_root
-from dense_rlhf.store import content_key, file_sha256, package_sha256, settled_sha256
-from dense_rlhf.strict import parse
-from dense_rlhf.study import StudyParams
+from dense_rlhf.shaping.features import check_features
 from dense_rlhf.types import InputError
 
 
@@ -70,8 +71,11 @@ def expand(study: StudyParams) -> list[Job]:
     for run in study.comparisons:
         several = [run.data.name] * (len(study.datasets) > 1) + [run.setting] * bool(run.setting)
         prefix, base = "".join(f"{name}-" for name in several), replace(run, seed=study.seeds[0])
-        arms = [job for arm, shape in study.arms.items()
-                for job in _arm_jobs(study, replace(base, arm=arm, shape=shape), prefix)]  # fmt: skip
+        arms = [
+            job
+            for arm, shape in study.arms.items()
+            for job in _arm_jobs(study, replace(base, arm=arm, shape=shape), prefix)
+        ]
         policies = tuple(job.name for job in arms if job.notebook == "04_ppo")
         single = {"01_reward_model": 0, "02_attribution": 1, "03_shaping": 1, "06_comparison": 3}
         single |= dict.fromkeys(ABLATIONS + BENCHMARKS, 1)
@@ -134,20 +138,28 @@ def inputs(job: Job, flat: dict, runs: Path) -> dict:
     """All that decides a run: its key is their hash. `upstream` holds the keys of the finished runs that it reads."""
     notebook = repository_root() / "notebooks" / f"{job.notebook}.ipynb"
     code = _code_sha256(notebook, notebook.stat().st_mtime_ns)
-    finished = {name: record.get("key") for name in job.upstream
-                if (record := RunFolder(runs / name).load_json("run.json")).get("status") == "ok"}  # fmt: skip
+    finished = {
+        name: record.get("key")
+        for name in job.upstream
+        if (record := RunFolder(runs / name).load_json("run.json")).get("status") == "ok"
+    }
     return {
-        "notebook": code, "package": package_sha256(), "locks": _locks_sha256(),
-        "parameters": flat, "files": _files(flat), "upstream": finished,
-    }  # fmt: skip
+        "notebook": code,
+        "package": package_sha256(),
+        "locks": _locks_sha256(),
+        "parameters": flat,
+        "files": _files(flat),
+        "upstream": finished,
+    }
 
 
 @cache
 def _code_sha256(notebook: Path, changed: int) -> str:
     """Hash of the code cells and their tags; text, outputs and other metadata change no result."""
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    return content_key([["".join(cell["source"]), cell["metadata"].get("tags", [])]
-                        for cell in cells if cell["cell_type"] == "code"])  # fmt: skip
+    return content_key(
+        [["".join(cell["source"]), cell["metadata"].get("tags", [])] for cell in cells if cell["cell_type"] == "code"]
+    )
 
 
 def _locks_sha256() -> str:
@@ -156,12 +168,17 @@ def _locks_sha256() -> str:
 
 def _files(flat: dict) -> dict[str, str]:
     """Hashes of the local files and models that parameters name. What a hub's branch is at now is not asked."""
-    named = {name: Path(value) for name, value in flat.items()
-             if value and (name.endswith("_path") or name in ("policy_name", "reward_name"))}  # fmt: skip
+    named = {
+        name: Path(value)
+        for name, value in flat.items()
+        if value and (name.endswith("_path") or name in ("policy_name", "reward_name"))
+    }
     named |= {path: Path(path) for path in flat["downstream_checkpoints"]}
     paths = {name: sorted(path.iterdir()) if path.is_dir() else [path] for name, path in named.items() if path.exists()}
-    return {name: content_key([[path.name, settled_sha256(path)] for path in found if path.is_file()])
-            for name, found in paths.items()}  # fmt: skip
+    return {
+        name: content_key([[path.name, settled_sha256(path)] for path in found if path.is_file()])
+        for name, found in paths.items()
+    }
 
 
 # ---------------------------------------------------------------------------------------------------- the reason
@@ -202,8 +219,11 @@ def _changes(left: dict, now: dict) -> str:
     """Which inputs differ, in words."""
     labels = {"notebook": "notebook changed", "package": "package source changed", "locks": "lock file changed"}
     found = [text for name, text in labels.items() if left.get(name) != now[name]]
-    for name, text in (("parameters", "parameters changed"), ("files", "files changed"),
-                       ("upstream", "upstream changed")):  # fmt: skip
+    for name, text in (
+        ("parameters", "parameters changed"),
+        ("files", "files changed"),
+        ("upstream", "upstream changed"),
+    ):
         old, new = left.get(name, {}), now[name]
         names = [key for key in {**old, **new} if old.get(key) != new.get(key)]
         if name == "parameters":

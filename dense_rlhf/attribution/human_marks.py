@@ -1,0 +1,173 @@
+"""Texts in which people marked the words, from local files: what a source of credit should find.
+
+Nothing here is downloaded or shipped. A file is read whole or not at all.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from dense_rlhf.models.reward_model import RewardModel, padded
+from dense_rlhf.models.text_spans import Spans, overlap, token_spans
+from dense_rlhf.types import InputError, Rollout
+
+LEAF = re.compile(r"\(([0-4]) ([^() ]+)\)")
+ESCAPED = {"-LRB-": "(", "-RRB-": ")", "``": '"', "''": '"', "\\/": "/", "\\*": "*"}
+ESCAPE = re.compile("|".join(map(re.escape, ESCAPED)))
+
+
+@dataclass(frozen=True)
+class MarkedText:
+    """A text with what people said of stretches of its characters; of the rest they said nothing."""
+
+    text: str
+    spans: Spans  # (start, end) in characters
+    values: tuple[float, ...]  # one a span
+    label: float = float("nan")  # of the whole text, in the unit of the values
+
+    @property
+    def marked(self) -> set[int]:
+        """The characters within spans whose value is not zero."""
+        return {i for (start, end), value in zip(self.spans, self.values) if value for i in range(start, end)}
+
+
+def read_text(path: str | Path) -> str:
+    """A whole file as UTF-8 text. Raises `InputError` where there is none."""
+    try:
+        return Path(path).read_bytes().decode("utf-8-sig")
+    except FileNotFoundError as error:
+        raise InputError(f"no file at {path}; give the path of a file that exists") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not readable as UTF-8 text: {error}") from error
+
+
+def parse_tree(tree: str) -> MarkedText:
+    """One tree of the Stanford Sentiment Treebank (Socher et al., 2013): words with valence -2 to 2, the root's label.
+
+    Words stand apart by one space, as the treebank cuts them (`It 's a film .`); its escapes are undone. Labels of
+    phrases between word and root are not kept. Raises `InputError` where brackets and labels do not form a tree.
+    """
+    rest, shrunk = tree.strip(), LEAF.sub("@", tree.strip())
+    while shrunk != rest:
+        rest, shrunk = shrunk, re.sub(r"\([0-4](?: @)+\)", "@", shrunk)
+    if rest != "@":
+        raise InputError(f"{tree.strip()[:60]!r} is not one tree of (label word) and (label tree ...), labels 0 to 4")
+    leaves = [(int(label) - 2.0, ESCAPE.sub(lambda m: ESCAPED[m.group()], word)) for label, word in LEAF.findall(tree)]
+    ends = np.cumsum([len(word) + 1 for _, word in leaves]) - 1
+    spans = [(int(end) - len(word), int(end)) for end, (_, word) in zip(ends, leaves)]
+    values, words = zip(*leaves)
+    return MarkedText(" ".join(words), spans, values, int(tree.strip()[1]) - 2.0)
+
+
+def load_sst_trees(path: str | Path) -> list[MarkedText]:
+    """`parse_tree` of every line. Raises `InputError` that names file and line."""
+    found = []
+    for number, line in enumerate(read_text(path).rstrip("\n").split("\n"), 1):
+        try:
+            found.append(parse_tree(line))
+        except InputError as error:
+            raise InputError(f"{path}, line {number}: {error}") from error
+    return found
+
+
+def _runs(characters: Sequence[int]) -> Spans:
+    """Numbers as stretches (start, end) without gaps."""
+    numbers = np.unique(np.array(characters, dtype=int))
+    return [
+        (int(run[0]), int(run[-1]) + 1)
+        for run in np.split(numbers, np.flatnonzero(np.diff(numbers) > 1) + 1)
+        if len(run)
+    ]
+
+
+def load_toxic_spans(path: str | Path) -> list[MarkedText]:
+    """A CSV with `text`, and `spans`, the list of its toxic characters (SemEval-2021 task 5), each marked 1.
+
+    Posts without a toxic character stay, without a span. Raises `InputError` that names file and line (the last of
+    the row).
+    """
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
+    if not {"spans", "text"} <= set(reader.fieldnames or ()):
+        raise InputError(f"{path}, line 1: columns {reader.fieldnames}, wanted spans and text")
+    found = []
+    for row in reader:
+        try:
+            characters = json.loads(row["spans"])
+            right = all(type(i) is int and 0 <= i < len(row["text"]) for i in characters)
+        except (TypeError, ValueError):
+            right = False
+        if not right:
+            raise InputError(
+                f"{path}, line {reader.line_num}: spans {str(row['spans'])[:60]!r}, wanted a list of "
+                f"places within its text of {len(row['text'] or '')} characters"
+            )
+        spans = _runs(characters)
+        found.append(MarkedText(row["text"], spans, (1.0,) * len(spans)))
+    return found
+
+
+def readable(
+    texts: Sequence[MarkedText], tokenizer: PreTrainedTokenizerBase, longest: int
+) -> tuple[list[MarkedText], dict[str, int]]:
+    """The texts of 1 to `longest` tokens that the tokenizer gives back as they are, and a count of all by reason.
+
+    No text is cut: its human label is of the whole.
+    """
+    counts, kept = Counter(read=len(texts), kept=0), []
+    for marked in texts:
+        ids = tokenizer(marked.text, add_special_tokens=False)["input_ids"]
+        if not ids:
+            counts["empty"] += 1
+        elif len(ids) > longest:
+            counts["too long"] += 1
+        elif tokenizer.decode(ids) != marked.text:
+            counts["changed by the tokenizer"] += 1
+        else:
+            kept.append(marked)
+    counts["kept"] = len(kept)
+    return kept, dict(counts)
+
+
+def text_rollout(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, reward_model: RewardModel) -> Rollout:
+    """Texts as responses to nothing, so that `attribute` explains them: no prompt, no EOS, every token a player.
+
+    `tokenizer` is the policy's, or the reward model's own where it has no `policy_tokenizer`. Log-probabilities and
+    values are zero: sources that read them say nothing. Raises `InputError` for no text or an empty one.
+    """
+    ids = tokenizer(list(texts), add_special_tokens=False)["input_ids"] if len(texts) else []
+    if not ids or not all(ids):
+        raise InputError(
+            f"{len(ids)} texts, {sum(not row for row in ids)} of them without a token; wanted some texts, none empty"
+        )
+    responses, mask = padded(ids, tokenizer.pad_token_id or 0, reward_model.model.device)
+    nothing, none = responses[:, :0], torch.zeros(mask.shape, device=mask.device)
+    made = Rollout(nothing, nothing.bool(), responses, mask, none[:, 0], mask.new_zeros(len(mask)), none, none, none)
+    return replace(made, scores=reward_model.score(reward_model.readings(made)))
+
+
+def token_marks(texts: Sequence[MarkedText], rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """What people said, on the tokens (B, T) of `text_rollout`: a span's value is spread by characters, zero elsewhere.
+
+    A token is marked where this is not zero. Raises `InputError` where the tokens do not give the text back.
+    """
+    marks = torch.zeros(rollout.mask.shape)
+    for row, (marked, ids, keep) in enumerate(zip(texts, rollout.responses.cpu(), rollout.players.cpu(), strict=True)):
+        kept = ids[keep].tolist()
+        if tokenizer.decode(kept) != marked.text:
+            raise InputError(f"the tokens of text {row}, {marked.text[:60]!r}, do not give it back; see `readable`")
+        if marked.spans:
+            share = overlap(marked.spans, token_spans(tokenizer, kept))
+            marks[row, : len(kept)] = (torch.tensor(marked.values, dtype=share.dtype) @ share).to(marks)
+    return marks

@@ -1,0 +1,1 @@
+"""Bayesian optimisation of weights on the simplex, and its audit."""

@@ -1,0 +1,274 @@
+"""Bayesian optimisation of weights on the simplex. It knows vectors and floats, and nothing of what they mean."""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dense_rlhf.types import InputError
+
+if TYPE_CHECKING:
+    from botorch.models.model import Model
+    from torch import Tensor
+from dense_rlhf.bayesopt.space import Point, Space
+
+SAMPLES = 128  # of the posterior, in the acquisition function
+RESTARTS = 3
+
+
+@dataclass(frozen=True)
+class Noise:
+    """How much one observation scatters."""
+
+    variance: float | None  # of an observation; none where nothing says
+    between: float  # of it, beyond the observations' own standard errors: what another seed changes
+    degrees: int  # of freedom of the repeated points that told
+
+
+@dataclass
+class Search:
+    """Maximise a noisy function over a `Space`: `suggest`, evaluate, `observe`, repeat.
+
+    First come the `anchors`, each `replicates` times, and `initial` scrambled Sobol points, of which behind anchors the
+    first have the weights of `Space.pairs`; then one of `STRATEGIES`: the knowledge gradient of an ensemble of Gaussian
+    processes (`gp`; `saas` and `additive` with other models), one process and log noisy expected improvement (`nei`),
+    or points that ask no model.
+    There is no hidden state: same settings, observations and pending points give the same suggestion, so a search is
+    resumed by observing its record again.
+    """
+
+    space: Space
+    strategy: str = "gp"
+    initial: int = 5
+    anchors: bool = True
+    replicates: int = 1
+    seed: int = 0
+    points: list[Point] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
+    errors: list[float | None] = field(default_factory=list)
+    _fitted: tuple[int, Model] | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self):
+        if self.strategy not in STRATEGIES:
+            raise InputError(f"strategy is {self.strategy!r}, wanted one of {', '.join(STRATEGIES)}")
+        if self.initial < 0 or self.replicates < 1:
+            raise InputError(f"initial is {self.initial}, replicates {self.replicates}; wanted at least 0 and 1")
+
+    def observe(self, point: Point, value: float, error: float | None = None) -> None:
+        """Record one evaluation and, where known, its standard error.
+
+        Raises `InputError` for a point off the space, a value that is not finite, or an error that is not above zero.
+        """
+        self.space.check(point)
+        if not np.isfinite(value):
+            raise InputError(f"observed value is {value}, wanted a finite number")
+        if error is not None and not 0 < error < np.inf:
+            raise InputError(f"observed standard error is {error}, wanted a finite number above 0, or None")
+        self.points.append(tuple(point))
+        self.values.append(float(value))
+        self.errors.append(error)
+
+    @property
+    def start(self) -> list[Point]:
+        """The points that are tried before any model: anchors, pairs, Sobol points."""
+        spread = self.space.sobol(self.initial, self.seed)
+        if not self.anchors:
+            return spread
+        pairs = zip(self.space.pairs(self.seed), spread)
+        pairs = [self.space.settled(pair + point[self.space.d :]) for pair, point in pairs]
+        return self.space.anchors() * self.replicates + pairs + spread[len(pairs) :]
+
+    def suggest(self, pending: Sequence[Point] = ()) -> Point:
+        """The point to try next, while `pending` ones run, or have failed; below two observations a Sobol point."""
+        n, start = len(self.points) + len(pending), self.start
+        strategy = self.strategy if len(self.values) > 1 else "sobol"
+        return start[n] if n < len(start) else STRATEGIES[strategy](self, list(pending))
+
+    def incumbent(self) -> tuple[Point, float, float]:
+        """The evaluated point with the highest posterior mean, that mean, and its standard deviation.
+
+        Not the best observed value, which rewards lucky noise. Wants at least two observations.
+        """
+        mean, sd = self.posterior(self.points)
+        best = int(mean.argmax())
+        return self.points[best], float(mean[best]), float(sd[best])
+
+    def posterior(self, points: Sequence[Point]) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation (N,) of the noise-free function at `points` (N, size)."""
+        mean, covariance = self.joint(points)
+        return mean, np.sqrt(covariance.diagonal())
+
+    def joint(self, points: Sequence[Point]) -> tuple[np.ndarray, np.ndarray]:
+        """Mean (N,) and covariance (N, N) of the noise-free function at `points`; of an ensemble, its mixture's."""
+        import torch
+
+        model = self.model()
+        with torch.no_grad():
+            found = model.posterior(torch.from_numpy(self.space.to_unit(points)))
+            mean = found.mean.reshape(-1, len(points)).numpy()
+            covariance = found.distribution.covariance_matrix.reshape(-1, len(points), len(points)).numpy()
+        apart = mean - mean.mean(0)
+        return mean.mean(0), covariance.mean(0) + apart.T @ apart / len(mean)
+
+    def noise(self) -> Noise:
+        """Variance of one observation: pooled over repeated points, and at least the mean squared standard error.
+
+        What repeats scatter beyond their standard errors is variance between seeds, and belongs to every observation.
+        """
+        groups = defaultdict(list)
+        for i, point in enumerate(self.points):
+            groups[point].append(i)
+        repeated = [i for group in groups.values() if len(group) > 1 for i in group]
+        degrees = len(repeated) - sum(len(group) > 1 for group in groups.values())
+        squares = [error**2 if error else 0.0 for error in self.errors]
+        within = float(np.mean(squares)) if squares else 0.0
+        if not degrees:
+            return Noise(within if squares and None not in self.errors else None, 0.0, 0)
+        scatter = sum(np.var([self.values[i] for i in group]) * len(group) for group in groups.values()) / degrees
+        between = max(float(scatter - np.mean([squares[i] for i in repeated])), 0.0)
+        return Noise(within + between, between, degrees)
+
+    def model(self) -> Model:
+        """The strategy's Gaussian process, fitted to all observations."""
+        if len(self.values) < 2:
+            raise InputError(f"{len(self.values)} observations cannot fit a model; wanted at least 2")
+        if self._fitted is None or self._fitted[0] != len(self.values):
+            from dense_rlhf.bayesopt import surrogate
+
+            model = surrogate.MODELS.get(self.strategy, surrogate.Ensemble)
+            self._fitted = len(self.values), model(*self._tensors(), self.seed)
+        return self._fitted[1]
+
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Unit points (N, size), values (N, 1) and their variances (N, 1), if known."""
+        import torch
+
+        X = torch.from_numpy(self.space.to_unit(self.points))
+        Y = torch.tensor(self.values, dtype=torch.float64)[:, None]
+        noise = self.noise()
+        if noise.variance is None:
+            return X, Y, None
+        own = [noise.variance - noise.between if e is None else e**2 for e in self.errors]
+        return X, Y, torch.tensor(own, dtype=torch.float64)[:, None] + noise.between
+
+
+# ---------------------------------------------------------------------------------------------------- strategies
+
+
+def noise_variance(search: Search) -> np.ndarray:
+    """The variance of each observation (N,), as the search's model takes it."""
+    model = search.model()
+    variance = model.likelihood.noise * model.outcome_transform.stdvs.squeeze(-1) ** 2
+    return np.broadcast_to(variance.detach().numpy().reshape(-1, variance.shape[-1]).mean(0), len(search.values))
+
+
+def _most_telling(search: Search, pending: list[Point]) -> Point:
+    """The point whose observation should raise the best posterior mean the most, of what will have been tried by then.
+
+    The knowledge gradient over the tried points and the candidate (Scott et al., 2011), from a pool. Improvement asks
+    where the function may be high; this asks what one more noisy observation will let us hand over, and so repeats a
+    point where that tells more.
+    """
+    pool = _pool(search, search.seed * 1000 + len(search.points) + len(pending))
+    tried = list(dict.fromkeys([*pending, *search.points]))
+    points = tried + [point for point in dict.fromkeys(pool) if point not in tried]
+    mean, covariance = search.joint(points)
+    noise, running = noise_variance(search).mean(), len(set(pending))
+    for i in range(running):  # will be observed: less is left to learn there, whatever comes
+        covariance = covariance - np.outer(covariance[i], covariance[i]) / (covariance[i, i] + noise)
+    step = covariance / np.sqrt(covariance.diagonal() + noise)  # of each mean, when a column is observed 1 sd higher
+    nodes, shares = np.polynomial.hermite_e.hermegauss(15)
+    others = (mean[: len(tried), None, None] + step[: len(tried), :, None] * nodes).max(0)
+    best = np.maximum(others, mean[:, None] + step.diagonal()[:, None] * nodes) @ (shares / shares.sum())
+    return points[running + int(best[running:].argmax())]
+
+
+def _most_promising(search: Search, pending: list[Point]) -> Point:
+    """The point of the highest log noisy expected improvement: the best of a pool, then uphill from there."""
+    import torch
+    from botorch.acquisition.logei import qLogNoisyExpectedImprovement
+    from botorch.optim import optimize_acqf
+    from botorch.sampling import SobolQMCNormalSampler
+
+    space, seed = search.space, search.seed * 1000 + len(search.points) + len(pending)
+    X, running = (torch.from_numpy(space.to_unit(points)) for points in (search.points, pending))
+    pool = torch.from_numpy(space.to_unit(_pool(search, seed)))[:, None]
+    bounds = torch.stack([torch.zeros(space.size), torch.ones(space.size)]).double()
+    found = []
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # numerical chatter of the inner optimiser
+        torch.manual_seed(seed)
+        acquisition = qLogNoisyExpectedImprovement(
+            search.model(),
+            X,
+            SobolQMCNormalSampler(torch.Size([SAMPLES]), seed=seed),
+            X_pending=running if pending else None,
+            prune_baseline=True,
+        )
+        for ends in product((0.0, 1.0), repeat=len(space.switches)):
+            fixed = {space.d + i: end for i, end in zip(space.switches, ends)}
+            for column, end in fixed.items():
+                pool[..., column] = end
+            with torch.no_grad():
+                tops = acquisition(pool).topk(RESTARTS).indices
+            found.append(
+                optimize_acqf(
+                    acquisition,
+                    bounds,
+                    q=1,
+                    num_restarts=RESTARTS,
+                    batch_initial_conditions=pool[tops],
+                    fixed_features=fixed or None,
+                    options={"maxiter": 20},
+                    equality_constraints=[(torch.arange(space.d), torch.ones(space.d).double(), 1.0)],
+                )
+            )
+    return space.from_unit(max(found, key=lambda one: float(one[1]))[0][0].numpy())
+
+
+def _pool(search: Search, seed: int) -> list[Point]:
+    """Where to look: everywhere, at the anchors, at mixtures of few sources, between the points that look best, around
+    one, and at these without some source."""
+    space, rng = search.space, np.random.default_rng(seed)
+    mean, _ = search.posterior(search.points)
+    best = space.to_unit(search.points)[np.argsort(-mean)[:5]]
+    everywhere = space.sobol(256, seed) + space.anchors()
+    few = rng.random((128, space.size))
+    few[:, : space.d] = rng.dirichlet(np.ones(space.d), 128) * _some(rng, 128, space.d)
+    between = rng.dirichlet(np.full(len(best), 0.5), 64) @ best
+    around = best[0] + rng.uniform(0, 0.3, (64, 1)) * (space.to_unit(space.sobol(64, seed + 1)) - best[0])
+    without = best[rng.integers(0, len(best), 32)]
+    without[:, : space.d] *= _some(rng, 32, space.d)
+    rows = np.concatenate([few, between, around, without])
+    return everywhere + [space.from_unit(row) for row in rows if row[: space.d].any()]
+
+
+def _some(rng: np.random.Generator, n: int, d: int) -> np.ndarray:
+    """Subsets of `d` sources, of any size from one on: rows (n, d) of bool."""
+    return rng.random((n, d)).argsort(1) < rng.integers(1, d + 1, (n, 1))
+
+
+def _random(search: Search, pending: list[Point]) -> Point:
+    n = len(search.points) + len(pending)
+    return search.space.random(np.random.default_rng([search.seed, n]))
+
+
+def _sobol(search: Search, pending: list[Point]) -> Point:
+    n = len(search.points) + len(pending) - len(search.start) + search.initial
+    return search.space.sobol(n + 1, search.seed)[n]
+
+
+STRATEGIES: dict[str, Callable[[Search, list[Point]], Point]] = {
+    "gp": _most_telling,
+    "saas": _most_telling,
+    "additive": _most_telling,
+    "nei": _most_promising,
+    "random": _random,
+    "sobol": _sobol,
+}

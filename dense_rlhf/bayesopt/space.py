@@ -1,0 +1,117 @@
+"""What is searched: weights on the simplex, and numbers within bounds."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dense_rlhf.types import InputError, check_simplex
+
+if TYPE_CHECKING:
+    pass
+
+
+Point = tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Space:
+    """What is searched: `d` weights on the simplex, then numbers within `bounds`; of these, `switches` are 0 or 1.
+
+    A number may change nothing at some value of a weight. There it is halfway, so that what is the same is one point.
+    Raises `InputError` where there is nothing to choose.
+    """
+
+    d: int
+    bounds: tuple[tuple[float, float], ...] = ()
+    switches: tuple[int, ...] = ()  # places in `bounds`
+    idle: tuple[tuple[int, int, float], ...] = ()  # a place in `bounds`, a weight, and its value that makes it idle
+
+    def __post_init__(self):
+        if self.d < 1 or self.size < 2:
+            raise InputError(f"a search over {self.d} weight has nothing to choose; wanted at least 2 sources")
+        if not all(-math.inf < low < high < math.inf for low, high in self.bounds):
+            raise InputError(f"bounds are {list(self.bounds)}, wanted pairs of finite numbers, the lower first")
+        if any(self.bounds[i : i + 1] != ((0, 1),) for i in self.switches):
+            raise InputError(f"switches are {list(self.switches)}, wanted places of bounds (0, 1) in {self.bounds}")
+        if not all(0 <= i < len(self.bounds) and 0 <= k < self.d for i, k, _ in self.idle):
+            raise InputError(f"idle is {list(self.idle)}, wanted places in {self.bounds} and among {self.d} weights")
+
+    @property
+    def size(self) -> int:
+        """Numbers in a point."""
+        return self.d + len(self.bounds)
+
+    def check(self, point: Sequence[float]) -> None:
+        """Raise `InputError` for a point that is not of this space."""
+        if len(point) != self.size:
+            raise InputError(f"a point has {len(point)} numbers, wanted {self.size}")
+        check_simplex("weights of a point", point[: self.d], self.d)
+        for number, (low, high) in zip(point[self.d :], self.bounds):
+            if not low <= number <= high:
+                raise InputError(f"{number} of a point is not within {low} and {high}")
+        if any(point[self.d + i] not in (0, 1) for i in self.switches):
+            raise InputError(f"a point is {list(point)}, wanted 0 or 1 at its switches")
+
+    def to_unit(self, points: Sequence[Point]) -> np.ndarray:
+        """Points (N, size) with every number between 0 and 1."""
+        low, high = self._box()
+        return (np.asarray(points, float).reshape(-1, self.size) - low) / (high - low)
+
+    def from_unit(self, unit: np.ndarray) -> Point:
+        """One row of `to_unit` back, exactly on the simplex and at the switches' ends, settled."""
+        low, high = self._box()
+        unit = np.clip(unit, 0, 1)
+        unit[[self.d + i for i in self.switches]] = unit[[self.d + i for i in self.switches]] >= 0.5
+        point = low + unit * (high - low)
+        point[: self.d] /= point[: self.d].sum()
+        return self.settled(point.tolist())
+
+    def settled(self, point: Sequence[float]) -> Point:
+        """The same point, its idle numbers halfway."""
+        found = list(point)
+        for i, k, value in self.idle:
+            if found[k] == value:
+                found[self.d + i] = sum(self.bounds[i]) / 2
+        return tuple(found)
+
+    def _box(self) -> tuple[np.ndarray, np.ndarray]:
+        box = np.array([*[(0.0, 1.0)] * self.d, *self.bounds])
+        return box[:, 0], box[:, 1]
+
+    def anchors(self) -> list[Point]:
+        """The vertices and the centroid, everything else halfway: mixtures that a study compares in any case."""
+        rows = [*np.eye(self.d), np.full(self.d, 1 / self.d)][: self.d + (self.d > 1)]
+        return [self.from_unit(np.concatenate([row, np.full(len(self.bounds), 0.5)])) for row in rows]
+
+    def pairs(self, seed: int) -> list[Point]:
+        """Weights of two sources in equal parts, where there are more: no source much oftener, in an order of `seed`.
+
+        With the vertices they are Scheffe's (1958) simplex lattice, which shows every interaction of two.
+        """
+        order, half = np.random.default_rng(seed).permutation(self.d), 0.5 * np.eye(self.d)
+        both = [(i, (i + step) % self.d) for step in range(1, self.d // 2 + 1) for i in range(self.d)]
+        unique = dict.fromkeys(tuple(sorted(order[list(pair)].tolist())) for pair in both)
+        return [tuple((half[i] + half[j]).tolist()) for i, j in unique] if self.d > 2 else []
+
+    def sobol(self, n: int, seed: int) -> list[Point]:
+        """`n` scrambled Sobol points, uniform on the simplex through the gaps between sorted coordinates."""
+        from scipy.stats import qmc
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # n need not be a power of two
+            cube = qmc.Sobol(max(self.size - 1, 1), seed=seed).random(n)
+        return [self._spread(row) for row in cube]
+
+    def random(self, rng: np.random.Generator) -> Point:
+        """One uniform point, Dirichlet(1) on the simplex."""
+        return self._spread(rng.random(self.size - 1))
+
+    def _spread(self, cube: np.ndarray) -> Point:
+        weights = np.diff(np.sort(cube[: self.d - 1]), prepend=0, append=1)
+        return self.from_unit(np.concatenate([weights, cube[self.d - 1 :]]))

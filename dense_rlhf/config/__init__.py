@@ -1,0 +1,1 @@
+"""Parameters, typed and bounded, read from YAML."""

@@ -1,0 +1,1 @@
+"""Judges, benchmarks, findings and claims."""

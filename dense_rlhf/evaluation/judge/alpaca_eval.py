@@ -1,0 +1,203 @@
+"""AlpacaEval 2 (Dubois et al., 2024, arXiv 2404.04475) through its own package: files in, its annotator, files out.
+
+`alpaca_eval` 0.6.6 imports `pkg_resources`, asks `datasets` to trust remote code, and its length control reads row
+numbers that pandas has sorted since 2.2: it cannot share an environment with this project. It has one of its own, from
+`locks/alpaca_eval.txt`, made on first use and called as a subprocess.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dense_rlhf.data import read_rows
+from dense_rlhf.files import cache_root, cached_folder, content_key, file_sha256, write_json, write_text
+from dense_rlhf.fingerprint import PACKAGE
+from dense_rlhf.types import InputError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+HUB = ("tatsu-lab/alpaca_eval", "alpaca_eval_gpt4_baseline.json")
+LOCK = PACKAGE.parent / "locks" / "alpaca_eval.txt"
+FULL = 805  # instructions of AlpacaEval; only of these does its length control know the difficulty
+THEIRS = "weighted_alpaca_eval_gpt4_turbo"  # AlpacaEval 2's annotator
+OURS = "endpoint"  # our annotator: the judge's model, shown how to name a letter
+EXAMPLES = (
+    ("Name a large city.", "Bread is eaten.", "London.", "B"),
+    ("What is 2 plus 2?", "4", "I like films.", "A"),
+    ("Say hello.", "Hello!", "It is cold.", "A"),
+    ("Name a colour.", "Run.", "Red.", "B"),
+)
+ASK = """<|im_start|>user
+Instruction: {instruction}
+
+Answer A: {output_1}
+
+Answer B: {output_2}
+
+Which answer is better, A or B?
+<|im_end|>
+"""
+REPLY = "<|im_start|>assistant\n{}\n<|im_end|>\n"
+FIRST, SECOND = r"^\W*A\b", r"^\W*B\b"  # how a reply must begin
+
+
+def read_instructions(path: str | None, most: int | None = None, revision: str | None = None) -> list[dict]:
+    """Rows of instruction, output and generator: the baseline's outputs, those of the hub where no path is given.
+
+    Raises `InputError` for a row without them. The hub's route has not been run.
+    """
+    where = path or _from_hub(revision)
+    rows = read_rows(Path(where))[:most]
+    for number, row in enumerate(rows, 1):
+        if not all(isinstance(row.get(key), str) and row[key] for key in ("instruction", "output", "generator")):
+            raise InputError(f"{where}, row {number}: wanted instruction, output and generator, all of them text")
+    if not rows or len({row["generator"] for row in rows}) > 1:
+        raise InputError(f"{where}: wanted at least one row, and outputs of one generator")
+    return rows
+
+
+def _from_hub(revision: str | None) -> str:
+    import huggingface_hub
+
+    try:
+        return huggingface_hub.hf_hub_download(*HUB, repo_type="dataset", revision=revision)
+    except Exception as error:  # the hub's errors share no base class
+        raise InputError(
+            f"downstream.alpaca_path: cannot load {'/'.join(HUB)} from the hub ({type(error).__name__}). "
+            "Without a hub, give a local JSON file of its rows"
+        ) from error
+
+
+def evaluate(
+    folder: Path, rows: Sequence[Mapping], outputs: Sequence[str], generator: str, annotator: str, model: str
+) -> tuple[dict[str, float], pd.DataFrame]:
+    """Write what `generator` answered, have it compared with the baseline's outputs in `rows`, and read that back.
+
+    Returns as `read_back`. `model` is asked by our own annotator, `OURS`; others name theirs.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_outputs(folder / "model_outputs.json", rows, outputs, generator)
+    write_json(folder / "reference_outputs.json", list(rows))
+    config = annotator_config(annotator, model, folder)
+    annotate(folder, config, len(rows) == FULL)
+    return read_back(folder, generator, len(rows))
+
+
+def write_outputs(path: Path, rows: Sequence[Mapping], outputs: Sequence[str], generator: str) -> None:
+    """`model_outputs.json`: what `generator` answered to the instruction of each row."""
+    if len(rows) != len(outputs):
+        raise InputError(f"{len(outputs)} outputs for {len(rows)} instructions, wanted one each")
+    write_json(path, [dict(row) | {"output": text, "generator": generator} for row, text in zip(rows, outputs)])
+
+
+# ---------------------------------------------------------------------------------------------------- the package
+
+
+def python() -> Path:
+    """The Python that has alpaca_eval. Raises `InputError` where pip cannot make its environment."""
+
+    def build(folder: Path) -> None:
+        venv, pip = folder / "venv", [sys.executable, "-m", "pip", "--quiet", "--python"]
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True)
+        install = [*pip, str(venv / "bin" / "python"), "install", "--requirement", str(LOCK)]
+        done = subprocess.run(install, capture_output=True, text=True)
+        if done.returncode:
+            reason = (done.stderr.strip() or "no reason was given").splitlines()[-1]
+            raise InputError(
+                f"pip could not install {LOCK.name}: {reason}. Check the connection to the package index, "
+                "or leave AlpacaEval out: downstream.alpaca_annotator=null"
+            )
+
+    return cached_folder("alpaca_eval", _key(), build) / "venv" / "bin" / "python"
+
+
+def is_installed() -> bool:
+    """Whether its environment is there already."""
+    return (cache_root() / "alpaca_eval" / content_key(_key())).exists()
+
+
+def _key() -> dict[str, str]:
+    return {"lock": file_sha256(LOCK), "python": sys.version.split()[0]}
+
+
+def annotator_config(name: str, model: str, folder: Path) -> str:
+    """What alpaca_eval is to be told: its own name, a folder's path, or that of `OURS`, written here for `model`."""
+    if name != OURS:
+        return str(Path(name).resolve()) if Path(name).is_dir() else name
+    answer = {"model_name": model, "max_tokens": 4, "temperature": 0.0, "requires_chatml": True}
+    config = {
+        "prompt_template": f"{OURS}/prompt.txt",
+        "fn_completions": "openai_completions",
+        "completions_kwargs": answer,
+        "fn_completion_parser": "regex_parser",
+        "batch_size": 1,
+        "completion_parser_kwargs": {"outputs_to_match": {1: FIRST, 2: SECOND}},
+    }
+    import yaml
+
+    shown = "".join(
+        ASK.format(instruction=asked, output_1=a, output_2=b) + REPLY.format(better) for asked, a, b, better in EXAMPLES
+    )
+    write_text(folder / OURS / "prompt.txt", shown + ASK)
+    write_text(folder / OURS / "configs.yaml", yaml.safe_dump({OURS: config}))
+    return str((folder / OURS).resolve())
+
+
+def annotate(folder: Path, config: str, length_control: bool) -> None:
+    """Run alpaca_eval on `model_outputs.json` and `reference_outputs.json`, in the folder that holds them.
+
+    It leaves `leaderboard.csv`, `annotations.json` and `cache.json`: what was annotated before is not asked again. The
+    endpoint is that of the environment. Its length control wants the hub's table of difficulties. Raises `InputError`
+    with its last word where it fails.
+    """
+    here = folder.resolve()
+    options = {
+        "model_outputs": here / "model_outputs.json",
+        "reference_outputs": here / "reference_outputs.json",
+        "annotators_config": config,
+        "output_path": here,
+        "caching_path": here / "cache.json",
+        "precomputed_leaderboard": None,
+        "is_cache_leaderboard": False,
+        "fn_metric": "get_length_controlled_winrate" if length_control else "get_winrate",
+        "metric_kwargs": {"save_weights_dir": None} if length_control else None,
+        "sort_by": "length_controlled_winrate" if length_control else "win_rate",
+    }
+    command = [str(python()), "-m", "alpaca_eval.main", "evaluate", *(f"--{k}={v}" for k, v in options.items())]
+    alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    alone |= {} if length_control else {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=alone)
+    if done.returncode:
+        raise InputError(f"alpaca_eval ended with code {done.returncode}: {_last_word(done.stderr)}")
+
+
+def _last_word(said: str) -> str:
+    """The last line, without the key, which goes before the line is cut: no part of it stays."""
+    line = next((line for line in reversed(said.splitlines()) if line.strip()), "it gave no reason")
+    key = os.environ.get("OPENAI_API_KEY")
+    return (line.replace(key, "***") if key else line)[:300]
+
+
+def read_back(folder: Path, generator: str, wanted: int) -> tuple[dict[str, float], pd.DataFrame]:
+    """The leaderboard's row of `generator` by name (win_rate, in per cent, ...), and the annotations.
+
+    A row an instruction: instruction, preference in [0, 1] for the generator (NaN where the reply could not be read),
+    output_1 (the baseline's), output_2. Raises `InputError` unless there are `wanted` rows.
+    """
+    import pandas as pd
+
+    path = next(iter(sorted(folder.rglob("annotations.json"))), folder / "annotations.json")
+    rows = pd.DataFrame(read_rows(path))
+    if len(rows) != wanted or set(rows["generator_2"]) != {generator}:
+        raise InputError(
+            f"{path}: {len(rows)} annotations, wanted {wanted} of {generator}; no instruction may be there twice"
+        )
+    rows["preference"] = rows["preference"].astype(float) - 1
+    row = pd.read_csv(path.with_name("leaderboard.csv"), index_col=0).loc[generator]
+    return {name: float(value) for name, value in row.items() if name != "mode"}, rows

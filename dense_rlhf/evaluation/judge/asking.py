@@ -1,0 +1,129 @@
+"""Many questions, a few at a time: attempts, waits, and what ends them all."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from threading import Thread
+
+from dense_rlhf.config.params import JudgeParams
+from dense_rlhf.evaluation.judge.client import Outcome
+from dense_rlhf.evaluation.judge.record import Record
+from dense_rlhf.evaluation.judge.templates import Question
+
+SILENT = 3  # questions one after another that no attempt got an answer to: the server is not there
+
+
+@dataclass
+class Round:
+    """One start: questions are asked until all are settled, the budget is used up, or the endpoint is not there.
+
+    `send` asks once; `about` goes into every line of the record. Another process may ask the same question meanwhile;
+    the first judgement counts.
+    """
+
+    record: Record
+    params: JudgeParams
+    send: Callable[[Question], Awaitable[Outcome]]
+    about: dict[str, str]
+    under_way: int = 0
+    silent: int = 0
+    ended: str = ""  # why nothing more is asked
+    refused: bool = False
+    turns: asyncio.Semaphore = field(init=False)
+
+    def __post_init__(self):
+        self.turns = asyncio.Semaphore(self.params.concurrency)
+
+    async def settle(self, key: str, question: Question) -> str:
+        """Ask until there is an answer or no further attempt; why there is no judgement, or nothing."""
+        async with self.turns:
+            reason = "never asked"
+            for attempt in range(self.params.attempts):
+                if key in self.record.values:
+                    return ""
+                if blocked := self._blocked():
+                    return f"{reason}: {blocked}"
+                outcome = await self._ask(key, question)
+                if not outcome.again:
+                    break
+                reason = outcome.reason
+                if attempt + 1 < self.params.attempts:
+                    await asyncio.sleep(self._pause(attempt, outcome.after))
+            self._conclude(outcome)
+            return outcome.reason
+
+    def _blocked(self) -> str:
+        """Why nothing more may be asked; empty where it may."""
+        params, record = self.params, self.record
+        if record.calls + self.under_way >= params.calls:
+            return f"the budget of {params.calls} calls is used up; raise judge.calls"
+        if record.tokens >= params.tokens:
+            return f"the budget of {params.tokens} tokens is used up; raise judge.tokens"
+        return self.ended
+
+    async def _ask(self, key: str, question: Question) -> Outcome:
+        self.under_way, start = self.under_way + 1, time.perf_counter()
+        try:
+            outcome = await self.send(question)
+        finally:
+            self.under_way -= 1
+        said = {"reason": outcome.reason} if outcome.value is None else {"value": outcome.value}
+        took = {"tokens": outcome.tokens, "seconds": round(time.perf_counter() - start, 3), "time": time.time()}
+        self.record.add(
+            {"key": key} | self.about | {"template": question.template} | said | {"reply": outcome.reply} | took
+        )
+        return outcome
+
+    def _pause(self, attempt: int, after: float) -> float:
+        """Seconds: a random share of a wait that doubles, behind what the server asked for."""
+        return min(self.params.longest_wait, after + random.uniform(0, self.params.wait * 2**attempt))
+
+    def _conclude(self, outcome: Outcome) -> None:
+        """End the round where the endpoint refuses us, or is silent."""
+        self.silent = self.silent + 1 if outcome.again else 0
+        if outcome.refused:
+            self.ended, self.refused = outcome.reason, True
+        elif self.silent >= SILENT:
+            self.ended = f"{SILENT} questions one after another had no answer, the last: {outcome.reason}"
+
+
+def settle_all(round_: Round, questions: dict[str, Question], close: Callable, progress: Callable) -> dict[str, str]:
+    """Settle every question by its key; the reasons of those without a judgement. `close` is awaited last."""
+    with _background_loop() as loop:
+        futures = {
+            asyncio.run_coroutine_threadsafe(round_.settle(key, question), loop): key
+            for key, question in questions.items()
+        }
+        done = as_completed(futures)
+        for _ in progress(range(len(futures))):
+            next(done).result()
+        asyncio.run_coroutine_threadsafe(close(), loop).result()
+    return {key: future.result() for future, key in futures.items() if future.result()}
+
+
+@contextmanager
+def _background_loop() -> Iterator[asyncio.AbstractEventLoop]:
+    """An event loop in a thread of its own, since a notebook's is taken; what still runs at the end is cancelled."""
+
+    async def cancel() -> None:
+        rest = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in rest:
+            task.cancel()
+        await asyncio.gather(*rest, return_exceptions=True)
+
+    loop = asyncio.new_event_loop()
+    thread = Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    try:
+        yield loop
+    finally:
+        asyncio.run_coroutine_threadsafe(cancel(), loop).result()
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()

@@ -1,0 +1,133 @@
+"""One request to an OpenAI-compatible endpoint, and what became of it. Address, key and model are the environment's."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING
+
+from dense_rlhf.config.params import JudgeParams
+from dense_rlhf.evaluation.judge.templates import NoVerdict, Question
+from dense_rlhf.types import InputError
+
+if TYPE_CHECKING:
+    from openai import APIStatusError, AsyncOpenAI
+    from openai.types.chat import ChatCompletion
+
+ADDRESS, KEY, MODEL = "OPENAI_BASE_URL", "OPENAI_API_KEY", "OPENAI_MODEL"
+BUSY = (408, 409, 425, 429)  # and what is wrong with the server, from 500: worth another attempt
+REFUSED = {
+    401: f"the key is refused; mend {KEY}",
+    403: f"the key may not do this; mend {KEY}",
+    404: f"there is no such model or address; mend {MODEL} or {ADDRESS}",
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one request: a `value`, or the `reason` why there is none."""
+
+    value: float | None = None
+    reason: str = ""
+    reply: str = ""
+    tokens: int = 0
+    again: bool = False  # another attempt may help
+    after: float = 0.0  # seconds that the server wants to be left alone
+    refused: bool = False  # no other question will be answered either
+
+
+def setting(name: str) -> str:
+    """A variable of the environment. Raises `InputError` where it is not set."""
+    if value := os.environ.get(name, "").strip():
+        return value
+    raise InputError(
+        f"{name} is not set; an endpoint needs {ADDRESS}, such as http://localhost:8000/v1, {MODEL}, and "
+        f"{KEY}, any text where the server asks for none"
+    )
+
+
+def connect(params: JudgeParams) -> AsyncOpenAI:
+    """A client of the environment's endpoint, which retries nothing by itself. Raises `InputError` without one."""
+    address, key = setting(ADDRESS), setting(KEY)
+    if not address.startswith(("http://", "https://")):
+        raise InputError(f"{ADDRESS} must begin with http:// or https://")
+    try:
+        from openai import AsyncOpenAI
+    except ImportError:
+        raise InputError("an endpoint needs the package openai; pip install 'dense-rlhf[judge]'") from None
+    return AsyncOpenAI(base_url=address, api_key=key, max_retries=0, timeout=params.timeout)
+
+
+async def send(client: AsyncOpenAI, model: str, question: Question, params: JudgeParams) -> Outcome:
+    """Ask once. Of an error its kind alone is kept: its text may repeat the key."""
+    import openai
+
+    warmth = {} if params.temperature is None else {"temperature": params.temperature}
+    messages = [vars(message) for message in question.messages]
+    limits = warmth | {params.limit_as: params.reply_tokens}
+    try:
+        async with asyncio.timeout(params.timeout):
+            completion = await client.chat.completions.create(model=model, messages=messages, **limits)
+    except (TimeoutError, openai.APITimeoutError):
+        return Outcome(reason=f"no answer within {params.timeout:g} s", again=True)
+    except openai.APIStatusError as error:
+        return _refusal(error, params)
+    except openai.APIConnectionError:
+        return Outcome(reason="no connection, or one that was cut short", again=True)
+    except UnicodeEncodeError:
+        return Outcome(reason="the texts hold half a surrogate pair, which cannot be sent")
+    except (openai.APIError, ValueError, RecursionError):
+        return Outcome(reason="the answer is not JSON of a chat completion", again=True)
+    return _judgement(completion, question)
+
+
+def _refusal(error: APIStatusError, params: JudgeParams) -> Outcome:
+    status, after = error.status_code, _seconds(error.response.headers.get("retry-after"))
+    if status in REFUSED:
+        return Outcome(reason=f"HTTP {status}: {REFUSED[status]}", refused=True)
+    if after > params.longest_wait:
+        return Outcome(reason=f"HTTP {status}: asked to wait {after:.0f} s, longer than judge.longest_wait")
+    return Outcome(reason=f"HTTP {status}", again=status in BUSY or status >= 500, after=after)
+
+
+def _seconds(header: str | None) -> float:
+    """Of a Retry-After, which is a number or a date; zero where it is neither."""
+    try:
+        return max(0.0, float(header))  # in this order: of 0 and NaN it is 0
+    except (TypeError, ValueError):
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(header).timestamp() - time.time())
+    except (TypeError, ValueError):
+        return 0.0
+
+
+def _judgement(completion: ChatCompletion, question: Question) -> Outcome:
+    """What a completion says. Servers differ, and the client checks no field."""
+    try:
+        choice = completion.choices[0]
+        reply, ended = choice.message.content, choice.finish_reason
+    except (AttributeError, IndexError, TypeError):
+        return Outcome(reason="the answer is not JSON of a chat completion", again=True)
+    tokens = _tokens(completion, question, reply)
+    if not isinstance(reply, str):
+        return Outcome(reason="the reply has no text", tokens=tokens)
+    reply = reply.replace(setting(KEY), "⟨secret⟩")
+    if ended == "length":
+        return Outcome(reason="the reply was cut at judge.reply_tokens", reply=reply, tokens=tokens)
+    try:
+        return Outcome(question.read(reply), reply=reply, tokens=tokens)
+    except NoVerdict as error:
+        return Outcome(reason=str(error), reply=reply, tokens=tokens)
+
+
+def _tokens(completion: ChatCompletion, question: Question, reply: object) -> int:
+    """As the server counted them; else, and where that is no count, bytes, which tokens are never more than."""
+    total = getattr(getattr(completion, "usage", None), "total_tokens", None)
+    if isinstance(total, int) and 0 <= total < 2**31:
+        return total
+    texts = [message.content for message in question.messages] + [reply if isinstance(reply, str) else ""]
+    return sum(len(text.encode(errors="replace")) for text in texts)

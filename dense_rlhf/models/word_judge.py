@@ -1,0 +1,89 @@
+"""Judges whose score is a sum over words, so that the credit of every token is known exactly."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from dense_rlhf.files import cached_folder, write_json
+from dense_rlhf.fingerprint import source_key
+from dense_rlhf.models.text_spans import token_spans
+from dense_rlhf.types import LabelledText, PreferencePair
+
+WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)?")
+
+
+@dataclass(frozen=True)
+class AdditiveJudge:
+    """A score that is a sum over words, so that the credit of every token is known exactly. Unknown words add zero."""
+
+    name: str
+    weights: dict[str, float]  # lower-case word -> credit
+
+    def score(self, text: str) -> float:
+        """What the text's words add up to."""
+        return sum(self.weights.get(word.group().lower(), 0.0) for word in WORD.finditer(text))
+
+    def token_credit(self, tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[float]:
+        """Credit of each token: a word's is spread evenly over the tokens that touch it. Sums to `score(text)`."""
+        spans, credit = token_spans(tokenizer, ids), [0.0] * len(ids)
+        for word in WORD.finditer(tokenizer.decode(ids)):
+            weight = self.weights.get(word.group().lower(), 0.0)
+            touching = [t for t, (start, end) in enumerate(spans) if start < word.end() and end > word.start()]
+            for t in touching if weight else ():
+                credit[t] += weight / len(touching)
+        return credit
+
+
+def train_gold_judge(examples: list[LabelledText] | list[PreferencePair], strength: float = 1e-3) -> AdditiveJudge:
+    """Logistic regression on un-normalised TF-IDF of single words: labels, or differences of pairs (Bradley-Terry).
+
+    `strength` is the inverse of the ridge penalty. Without length normalisation the log-odds are additive in words.
+    """
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+
+    tfidf = TfidfVectorizer(lowercase=True, token_pattern=WORD.pattern, norm=None, min_df=5)
+    if isinstance(examples[0], PreferencePair):
+        tfidf.fit([pair.chosen for pair in examples] + [pair.rejected for pair in examples])
+        better = tfidf.transform([pair.chosen for pair in examples]) - tfidf.transform([p.rejected for p in examples])
+        sign = np.where(np.arange(len(examples)) % 2, 1, -1)  # half of the differences are flipped
+        X, y = better.multiply(sign[:, None]).tocsr(), sign > 0
+    else:
+        X, y = tfidf.fit_transform([e.text for e in examples]), [e.label for e in examples]
+    model = LogisticRegression(C=strength, fit_intercept=not isinstance(examples[0], PreferencePair), max_iter=500)
+    weights = model.fit(X, y).coef_[0] * tfidf.idf_
+    return AdditiveJudge("gold", dict(zip(tfidf.get_feature_names_out().tolist(), weights.tolist())))
+
+
+def load_gold_judge(examples: list[LabelledText] | list[PreferencePair], data_revision: str) -> AdditiveJudge:
+    """`train_gold_judge`, cached by content."""
+    key = {
+        "data": data_revision,
+        "rows": len(examples),
+        "code": source_key("dense_rlhf.models.word_judge", "dense_rlhf.data"),
+    }
+    folder = cached_folder("gold", key, lambda f: write_json(f / "weights.json", train_gold_judge(examples).weights))
+    return AdditiveJudge("gold", json.loads((folder / "weights.json").read_text()))
+
+
+@cache
+def load_lexicon() -> AdditiveJudge:
+    """VADER's words with their mean human valence, -4 to 4 (Hutto & Gilbert, 2014); phrases and emoji left out."""
+    import importlib.resources
+
+    text = (importlib.resources.files("vaderSentiment") / "vader_lexicon.txt").read_text(encoding="utf-8")
+    rows = (line.split("\t") for line in text.splitlines() if line.strip())
+    return AdditiveJudge("lexicon", {row[0].lower(): float(row[1]) for row in rows if WORD.fullmatch(row[0])})
+
+
+def judge_correct(judge: AdditiveJudge, examples: list[LabelledText] | list[PreferencePair]) -> np.ndarray:
+    """Whether an additive judge agrees with people on each whole example, (N,) of bool."""
+    if isinstance(examples[0], PreferencePair):
+        return np.array([judge.score(e.chosen) > judge.score(e.rejected) for e in examples])
+    return np.array([(judge.score(e.text) > 0) == bool(e.label) for e in examples])

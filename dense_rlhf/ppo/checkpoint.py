@@ -1,0 +1,124 @@
+"""Checkpoints: everything that decides the rest of a training, in safetensors and JSON, whole or not there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+from dense_rlhf.files import remove_checkpoints, write_folder, write_json
+from dense_rlhf.ppo.learner import Diverged
+from dense_rlhf.types import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from dense_rlhf.models.policy import PolicyWithValue
+    from dense_rlhf.ppo.distributed import Alone
+    from dense_rlhf.ppo.learner import Learner
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
+OWN_STATE = ("kl_coef", "moments")  # of the learner, plain numbers
+
+
+def learner_state(learner: Learner) -> tuple[dict[str, Tensor], dict]:
+    """All that a learner knows, as tensors and as JSON, without weights that rest.
+
+    Every process must call it; the first one gets it whole.
+    """
+    weights, optimizer = get_state_dict(learner.policy, learner.optimizer, options=WHOLE)
+    tensors = {f"policy/{name}": weight for name, weight in weights.items()}
+    for name, moments in optimizer.get("state", {}).items():
+        tensors |= {f"optimizer/{name}/{key}": value for key, value in moments.items()}
+    tensors |= {"generator": learner.generator.get_state(), "torch": torch.get_rng_state()}
+    plain = {"groups": optimizer.get("param_groups"), "schedule": learner.schedule.state_dict()}
+    plain |= {name: getattr(learner, name) for name in OWN_STATE}
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, plain
+
+
+def restore(learner: Learner, tensors: dict[str, Tensor], plain: dict) -> None:
+    """Put a learner back to where `learner_state` saw it."""
+    weights, moments = {}, {}
+    for name, tensor in tensors.items():
+        kind, _, rest = name.partition("/")
+        if kind == "policy":
+            weights[rest] = tensor
+        elif kind == "optimizer":
+            weight, _, key = rest.rpartition("/")
+            moments.setdefault(weight, {})[key] = tensor
+    optimizer = {"state": moments, "param_groups": plain["groups"]}
+    set_state_dict(
+        learner.policy, learner.optimizer, model_state_dict=weights, optim_state_dict=optimizer, options=WHOLE
+    )
+    learner.schedule.load_state_dict(plain["schedule"])
+    learner.generator.set_state(tensors["generator"])
+    torch.set_rng_state(tensors["torch"])
+    for name in OWN_STATE:
+        setattr(learner, name, plain[name])
+
+
+def resume(folder: Path | None, key: str, learner: Learner) -> tuple[list[dict], list[dict]]:
+    """Put `learner` where the checkpoint of this training left it; metrics and seconds of the updates so far."""
+    found = load_checkpoint(folder) if folder else None
+    if found is None or found[1]["key"] != key:
+        return [], []
+    restore(learner, *found)
+    return found[1]["history"], found[1]["seconds"]
+
+
+def keep(folder: Path | None, key: str, learner: Learner, history: list[dict], seconds: list[dict]) -> None:
+    """Checkpoint a training, where it has a folder and its processes can be kept."""
+    if folder is None or not learner.processes.keeps:
+        return
+    tensors, plain = learner_state(learner)
+    if learner.processes.rank == 0:
+        plain |= {"key": key, "history": history, "seconds": seconds}
+        save_checkpoint(folder, len(history), tensors, plain)
+
+
+def save_failure(folder: Path | None, step: int, error: Diverged, processes: Alone) -> Diverged:
+    """Keep the rollout and the metrics of a step that met a number that is not finite; says where."""
+    where = ""
+    if folder is not None and processes.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: x.detach().cpu().contiguous() for name, x in error.rollout.tensors().items()}
+        save_file(tensors, folder / "failure.safetensors")
+        metrics = {name: str(value) for name, value in error.metrics.items()}
+        write_json(folder / "failure.json", {"update": step, "error": str(error), "metrics": metrics})
+        where = f". Its rollout is in {folder / 'failure.safetensors'}"
+    return Diverged(error.metrics, error.rollout, f"update {step}: {error}{where}")
+
+
+def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], plain: dict) -> None:
+    """Write `folder/checkpoint-STEP`, whole or not at all, then remove what is older."""
+    target = folder / f"checkpoint-{step:06d}"
+
+    def fill(draft: Path) -> None:
+        save_file(tensors, draft / "tensors.safetensors")
+        (draft / "state.json").write_text(json.dumps(plain), encoding="utf-8")
+
+    write_folder(target, fill)
+    remove_checkpoints(folder, but=target)
+
+
+def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict] | None:
+    """The newest checkpoint in `folder`, or None. Raises `InputError` for one that cannot be read."""
+    newest = max(folder.glob("checkpoint-*"), default=None)
+    if newest is None:
+        return None
+    try:
+        plain = json.loads((newest / "state.json").read_text(encoding="utf-8"))
+        return load_file(newest / "tensors.safetensors"), plain
+    except Exception as error:  # safetensors raises its own kinds
+        raise InputError(f"{newest} cannot be read ({type(error).__name__}); remove it to train anew") from error
+
+
+def save_policy(policy: PolicyWithValue, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """The trained policy with its tokenizer, adapters merged: what `from_pretrained` and `policy.name` can read."""
+    policy.sampling_model().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

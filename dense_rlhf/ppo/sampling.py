@@ -1,0 +1,239 @@
+"""Sample responses, recompute their log-probabilities with the training forward, score them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
+
+from dense_rlhf.config.params import PPOParams
+from dense_rlhf.data import render
+from dense_rlhf.models.policy import PolicyWithValue, allowed, position_ids
+from dense_rlhf.models.reward_model import padded
+from dense_rlhf.types import InputError, Prompt, Responses
+
+VLLM_SHARE = 0.3  # of the GPU's memory, for vLLM's weights and key-value cache
+_engines: WeakKeyDictionary = WeakKeyDictionary()  # of vLLM, one a model that samples
+PREFILL = 16  # prompts of similar length read together
+COMPACT = 0.75  # rows that still go on, at which those that have ended leave the batch
+
+
+def encode_prompts(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
+    """Left-padded token ids (B, P) and their mask; nothing is cut. Raises `InputError` for a prompt of no tokens."""
+    batch = tokenizer(
+        [render(p, tokenizer) for p in prompts],
+        add_special_tokens=False,
+        padding=True,
+        padding_side="left",
+        return_tensors="pt",
+    )
+    mask = batch["attention_mask"].bool()
+    if mask.shape[1] == 0 or not bool(mask[:, -1].all()):
+        empty = mask.any(-1).tolist().index(False)
+        raise InputError(f"prompt {prompts[empty]!r} has no tokens, wanted at least one for a response to follow")
+    return batch["input_ids"], mask
+
+
+def prompt_batches(prompts: Sequence[Prompt], size: int, seed: int) -> Iterator[list[Prompt]]:
+    """Endless batches of `size` prompts, each epoch in a fresh order; the few that fill no batch wait for the next."""
+    if len(prompts) < size:
+        raise InputError(f"ppo.rollouts is {size}, but there are only {len(prompts)} training prompts; lower it")
+    shuffler = random.Random(seed)
+    while True:
+        order = shuffler.sample(range(len(prompts)), len(prompts))
+        for start in range(0, len(order) - size + 1, size):
+            yield [prompts[i] for i in order[start : start + size]]
+
+
+@torch.no_grad()
+def sample(
+    lm: PreTrainedModel,
+    queries: Tensor,
+    query_mask: Tensor,
+    T: int,
+    temperature: float,
+    eos_id: int,
+    pad_id: int,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """Sample at most T tokens a row from the full softmax: responses (B, T) padded after EOS, and their mask.
+
+    Logits are divided by `temperature`; no top-k or top-p, so the recomputed log-probabilities are the sampler's.
+    `pad_id` itself is never sampled. Rows that have ended leave the batch. A CPU's generator serves every device.
+    """
+    responses = torch.full((len(queries), T), pad_id, device=queries.device)
+    rows, alive = torch.arange(len(queries), device=queries.device), torch.ones_like(query_mask[:, 0])
+    (cache, logits), mask = _prefill(lm, queries, query_mask), query_mask
+    for t in range(T):
+        at = torch.rand(len(queries), 1, generator=generator, device=generator.device, dtype=torch.float64)
+        at = at.to(queries.device)[rows]
+        token = _draw(allowed(logits.float() / temperature, pad_id).softmax(-1), at)
+        responses[rows, t] = token = torch.where(alive, token, pad_id)
+        alive = alive & (token != eos_id)
+        going = int(alive.sum())
+        if not going or t == T - 1:
+            break
+        ids, mask = token[:, None], torch.cat([mask, torch.ones_like(mask[:, :1])], -1)
+        if going <= COMPACT * len(rows):
+            kept = alive.nonzero().squeeze(-1)
+            cache.batch_select_indices(kept)
+            ids, mask, rows, alive = ids[kept], mask[kept], rows[kept], alive[kept]
+        logits = _read(lm, ids, mask, cache)
+    return responses, until_eos(responses, eos_id)
+
+
+def _read(lm: PreTrainedModel, ids: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
+    """Logits (B, V) behind `ids`, which are added to the cache; `mask` covers both."""
+    positions = position_ids(mask)[:, -ids.shape[1] :]
+    return lm(
+        input_ids=ids,
+        attention_mask=mask.long(),
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    ).logits[:, -1]
+
+
+def _prefill(lm: PreTrainedModel, queries: Tensor, query_mask: Tensor) -> tuple[DynamicCache, Tensor]:
+    """Key-value cache of left-padded prompts, and logits (B, V) behind them; read in groups of similar length."""
+    lengths, whole = query_mask.sum(-1), DynamicCache(config=lm.config)
+    if any(type(layer) is not DynamicLayer for layer in whole.layers):  # sliding windows keep a part: not to be padded
+        return whole, _read(lm, queries, query_mask, whole)
+    order, caches, logits = lengths.argsort(), [], []
+    for rows in order.split(PREFILL):
+        P = int(lengths[rows].max())
+        caches.append(DynamicCache(config=lm.config))
+        logits.append(_read(lm, queries[rows, -P:], query_mask[rows, -P:], caches[-1]))
+    for i, parts in enumerate(zip(*(cache.layers for cache in caches))):
+        keys, values = (
+            torch.cat([_left_padded(x, queries.shape[1]) for x in some])[order.argsort()]
+            for some in ([part.keys for part in parts], [part.values for part in parts])
+        )
+        whole.update(keys, values, i)
+    return whole, torch.cat(logits)[order.argsort()]
+
+
+def _left_padded(states: Tensor, width: int) -> Tensor:
+    """Keys or values (B, heads, P, size) with zeros before them, up to `width`."""
+    return F.pad(states, (0, 0, width - states.shape[2], 0))
+
+
+def _draw(probabilities: Tensor, at: Tensor) -> Tensor:
+    """One index a row of (N, V) where the distribution function reaches `at` (N, 1); a third of multinomial's time."""
+    cdf = probabilities.double().cumsum(-1)
+    # right: an entry of probability zero is never hit
+    return torch.searchsorted(cdf, at * cdf[:, -1:], right=True).squeeze(-1)
+
+
+def until_eos(responses: Tensor, eos_id: int) -> Tensor:
+    """(B, T) bool: true through the first EOS of each row."""
+    ended = (responses == eos_id).long()
+    return (ended.cumsum(-1) - ended) == 0
+
+
+def draw(
+    policy: PolicyWithValue,
+    prompts: Sequence[Prompt],
+    tokenizer: PreTrainedTokenizerBase,
+    params: PPOParams,
+    generator: torch.Generator,
+) -> Responses:
+    """A response to each prompt, by one of `SAMPLERS`, whose scores are still 0."""
+    device = next(policy.parameters()).device
+    queries, query_mask = (x.to(device) for x in encode_prompts(prompts, tokenizer))
+    eos_id = tokenizer.eos_token_id
+    responses, mask = SAMPLERS[params.sampler](
+        policy.sampling_model(),
+        queries,
+        query_mask,
+        params.max_new_tokens,
+        params.temperature,
+        eos_id,
+        tokenizer.pad_token_id,
+        generator,
+    )
+    unscored = torch.zeros(len(queries), device=device)
+    return Responses(queries, query_mask, responses, mask, unscored, (responses == eos_id).any(-1))
+
+
+def generate(
+    lm: PreTrainedModel,
+    queries: Tensor,
+    query_mask: Tensor,
+    T: int,
+    temperature: float,
+    eos_id: int,
+    pad_id: int,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """As `sample`, by transformers' own loop over a static cache, which it compiles on CUDA."""
+    seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
+    devices = [queries.device] if queries.is_cuda else []
+    own, lm.generation_config = lm.generation_config, GenerationConfig()  # its own may penalise or cut tokens
+    try:
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(seed)
+            whole = lm.generate(
+                queries,
+                attention_mask=query_mask.long(),
+                max_new_tokens=T,
+                do_sample=True,
+                temperature=temperature,
+                top_k=0,
+                top_p=1.0,
+                suppress_tokens=[pad_id],
+                eos_token_id=eos_id,
+                pad_token_id=pad_id,
+                cache_implementation="static",
+            )
+    finally:
+        lm.generation_config = own
+    drawn = whole[:, queries.shape[1] :]
+    responses = F.pad(drawn, (0, T - drawn.shape[1]), value=pad_id)
+    return responses, until_eos(responses, eos_id)
+
+
+def by_vllm(
+    lm: PreTrainedModel,
+    queries: Tensor,
+    query_mask: Tensor,
+    T: int,
+    temperature: float,
+    eos_id: int,
+    pad_id: int,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """As `sample`, by vLLM on the same GPU, which gets the weights at each call. Never run: there was no GPU.
+
+    `lm` must come from a folder or the hub. The padding token is made unlikely (e^-100), not ruled out. Raises
+    `InputError` where vLLM is not installed.
+    """
+    engine = _engines.get(lm) or _engines.setdefault(lm, _start_vllm(lm))
+    seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
+    engine.temperature, engine.max_completion_length = temperature, T
+    engine.generation_kwargs = {"seed": seed, "stop_token_ids": [eos_id], "logit_bias": {pad_id: -100.0}}
+    engine.sync_weights()
+    prompts = [ids[keep].tolist() for ids, keep in zip(queries, query_mask)]
+    drawn = engine.generate(prompts=prompts, images=None, num_generations=1)[1]
+    responses = padded([tokens + [pad_id] * (T - len(tokens)) for tokens in drawn], pad_id, queries.device)[0]
+    return responses, until_eos(responses, eos_id)
+
+
+def _start_vllm(lm: PreTrainedModel):
+    from accelerate import Accelerator
+    from trl.generation.vllm_generation import VLLMGeneration
+    from trl.import_utils import is_vllm_available
+
+    if not is_vllm_available():
+        raise InputError("ppo.sampler is 'vllm', which is not here: pip install 'dense-rlhf[vllm]', or take 'cache'")
+    return VLLMGeneration(lm, Accelerator(), None, gpu_memory_utilization=VLLM_SHARE)
+
+
+SAMPLERS = {"cache": sample, "generate": generate, "vllm": by_vllm}

@@ -1,0 +1,403 @@
+"""What a study will need, computed from configs alone: bytes of memory and floating-point operations.
+
+Weights are counted on the meta device, in the very objects that training would make; nothing is read or allocated.
+Letters: B responses of T tokens after P of prompt, L = P + T; n layers, H hidden, Q = heads x head size, K = key-value
+heads x head size, M width of the feed-forward part, V vocabulary, W numbers in the layers' linear maps; s bytes of a
+number, 4 or 2. A 2-operation multiply-add is counted as 2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
+
+from dense_rlhf.attribution import SOURCES
+from dense_rlhf.attribution.engine import PACKED
+from dense_rlhf.attribution.kinds import Designed
+from dense_rlhf.attribution.packing import pack
+from dense_rlhf.attribution.removal import plan
+from dense_rlhf.config.params import AttributionParams, PPOParams, RunParams
+from dense_rlhf.models.policy import LOGITS, PolicyWithValue, trainable_copy
+from dense_rlhf.models.reward_model import RewardModel
+
+# ---------------------------------------------------------------------------------------------------- models
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The widths of a transformer that its costs depend on."""
+
+    layers: int
+    hidden: int
+    heads: int
+    query: int
+    key: int
+    mlp: int
+    vocabulary: int
+    weights: int  # of the linear maps of all layers
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Sizes:
+        """Read off a model, on the meta device or not."""
+        config, base = model.config, model.base_model
+        heads = config.num_attention_heads
+        head = getattr(config, "head_dim", None) or config.hidden_size // heads
+        tables = {id(module.weight) for module in base.modules() if isinstance(module, torch.nn.Embedding)}
+        linear = sum(p.numel() for p in base.parameters() if p.dim() == 2 and id(p) not in tables)
+        return cls(
+            config.num_hidden_layers,
+            config.hidden_size,
+            heads,
+            heads * head,
+            (getattr(config, "num_key_value_heads", None) or heads) * head,
+            getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+            config.vocab_size,
+            linear,
+        )
+
+
+@dataclass(frozen=True)
+class Models:
+    """What one training holds, on the meta device."""
+
+    reference: PolicyWithValue
+    policy: PolicyWithValue
+    reward: PreTrainedModel
+
+
+def empty_policy(config: PreTrainedConfig, dtype: str = "float32") -> PreTrainedModel:
+    """A causal language model of this config without numbers in it."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+
+
+def empty_classifier(config: PreTrainedConfig, dtype: str = "float32") -> PreTrainedModel:
+    """A sequence classifier of this config without numbers in it."""
+    with torch.device("meta"):
+        return AutoModelForSequenceClassification.from_config(config, dtype=getattr(torch, dtype))
+
+
+def assemble(lm: PreTrainedModel, reward: PreTrainedModel, params: RunParams) -> Models:
+    """Reference, policy and reward model as a training would have them. Raises `InputError` as that would."""
+    bf16 = params.policy.dtype == "bfloat16"
+    with torch.device("meta"):
+        reference = PolicyWithValue(lm, params.policy.trainable_layers, bf16=bf16).requires_grad_(False)
+        reader = RewardModel(reward.requires_grad_(False), None, suffix=(0,))
+        return Models(reference, trainable_copy(reference, params.policy, reader), reward)
+
+
+# ---------------------------------------------------------------------------------------------------- memory
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes of one thing, and when it is there: `always`, or only while the step `when` runs."""
+
+    what: str
+    bytes: float
+    when: str
+    how: str
+
+
+def peak(needs: Sequence[Need]) -> float:
+    """Bytes at the worst moment: what is always there and the largest step."""
+    steps: dict[str, float] = {}
+    for need in needs:
+        steps[need.when] = steps.get(need.when, 0) + need.bytes
+    always = steps.pop("always", 0)
+    return always + max(steps.values(), default=0)
+
+
+def memory(models: Models, params: RunParams, P: int, token_budget: int) -> list[Need]:
+    """All needs of one process that trains, with prompts of at most P tokens, in the order in which they come."""
+    needs = weights(models)
+    needs += sampling(models, params.ppo, P)
+    needs += reading(models, params, P, token_budget)
+    return needs + updating(models, params.ppo, P)
+
+
+def weights(models: Models) -> list[Need]:
+    """Numbers x their size, each stored once: frozen ones are shared. Adam keeps two float32 for one that learns."""
+    seen: set[int] = set()
+
+    def count(parameters) -> dict[int, int]:
+        """How many numbers there are of each size, of parameters not counted before."""
+        sizes: dict[int, int] = {}
+        for p in parameters:
+            if id(p) not in seen:
+                seen.add(id(p))
+                sizes[p.element_size()] = sizes.get(p.element_size(), 0) + p.numel()
+        return sizes
+
+    learning = [p for p in models.policy.parameters() if p.requires_grad]
+    groups = {
+        "reference": models.reference.parameters(),
+        "policy, learns": learning,
+        "policy, frozen": models.policy.parameters(),
+        "copy that samples": models.policy.sampling_model().parameters(),
+        "reward model": models.reward.parameters(),
+    }
+    needs = []
+    for name, parameters in groups.items():
+        found = count(parameters)
+        how = " + ".join(f"{number:,} x {size}" for size, number in found.items())
+        if found:
+            needs.append(Need(name, sum(size * number for size, number in found.items()), "always", how))
+    number = sum(p.numel() for p in learning)
+    needs.append(Need("Adam", 8 * number, "always", f"{number:,} x 2 x 4"))
+    return needs
+
+
+def working_set(sizes: Sizes, tokens: int, s: int) -> float:
+    """A forward pass that keeps nothing: two residual streams, queries, keys and values, gate, up and their product.
+
+    tokens (2 H + 2 Q + 2 K + 3 M) s.
+    """
+    return tokens * (2 * sizes.hidden + 2 * sizes.query + 2 * sizes.key + 3 * sizes.mlp) * s
+
+
+def cache(sizes: Sizes, tokens: int, s: int) -> float:
+    """Keys and values of every layer, and one layer's once more while it grows: 2 K (n + 1) tokens s."""
+    return 2 * sizes.key * (sizes.layers + 1) * tokens * s
+
+
+def sampling(models: Models, ppo: PPOParams, P: int) -> list[Need]:
+    """While all B responses are sampled at once.
+
+    Cache at its full length L; the working set of the prompts; B V numbers of logits, as s + 4 + 4 for their
+    temperature and 4 + 8 + 8 for the distribution function.
+    """
+    sizes, s, B = Sizes.of(models.reference.lm), _bytes(models.policy.sampling_model()), ppo.rollouts
+    L = P + ppo.max_new_tokens
+    return [
+        Need("key-value cache", cache(sizes, B * L, s), "sample", f"{B} x {L} tokens"),
+        Need("prompts", working_set(sizes, B * P, s), "sample", f"{B} x {P} tokens"),
+        Need("logits", B * sizes.vocabulary * (s + 28), "sample", f"{B} x {sizes.vocabulary:,} x {s + 28}"),
+    ]
+
+
+def reading(models: Models, params: RunParams, P: int, token_budget: int) -> list[Need]:
+    """While the reward model explains, in batches of at most `token_budget` tokens.
+
+    A group of prompts in the cache, their copies in the batch with its own keys and values, the batch's working set,
+    and who sees whom: budget x (N (1 + s) + 10 (T + 1)), with packs of N = max(H, 128 + 2 T) nodes. Models that are not
+    packed have the working set alone.
+    """
+    sizes, s, T = Sizes.of(models.reward), _bytes(models.reward), params.ppo.max_new_tokens
+    how = f"{token_budget:,} tokens"
+    needs = [Need("batch of the reward model", working_set(sizes, token_budget, s), "explain", how)]
+    if models.reward.config.model_type in PACKED:
+        prompts = min(token_budget, params.ppo.rollouts * P)
+        nodes = min(token_budget, max(sizes.hidden, 128 + 2 * T))
+        kept = cache(sizes, prompts + token_budget, s)
+        needs.append(Need("prompts and packs in the cache", kept, "explain", f"{prompts:,} + {how}"))
+        each = nodes * (1 + s) + 10 * (T + 1)
+        needs.append(Need("who sees whom", token_budget * each, "explain", f"{how} x {each:,}"))
+    return needs
+
+
+def updating(models: Models, ppo: PPOParams, P: int) -> list[Need]:
+    """While a micro-batch of b responses learns.
+
+    Gradients, 4 bytes a number; under autocast a bfloat16 copy of each learning linear map, 2; the activations that
+    the backward pass needs (`kept_by_layer`), for each layer through which gradients flow; logits of at most `LOGITS`
+    numbers at once, 16 bytes each: log-probabilities, their gradient, the logits' gradient and one more while it is
+    computed. The states under the layers that learn are kept for the whole batch, B L H s.
+    """
+    policy, L = models.policy, P + ppo.max_new_tokens
+    sizes, b = Sizes.of(models.reference.lm), min(ppo.micro_batch, ppo.minibatch)
+    learning = [p for p in policy.parameters() if p.requires_grad]
+    number, matrices = sum(p.numel() for p in learning), sum(p.numel() for p in learning if p.dim() == 2)
+    s = 2 if policy.bf16 else 4
+    layer, layers = kept_by_layer(sizes, s, _rank(policy)), sizes.layers - policy.cut
+    logits = min(b * ppo.max_new_tokens * sizes.vocabulary, max(LOGITS, sizes.vocabulary))
+    needs = [
+        Need("gradients", 4 * number, "update", f"{number:,} x 4"),
+        Need("activations", b * L * layers * layer, "update", f"{b} x {L} tokens x {layers} layers x {layer:,.0f}"),
+        Need("logits", 16 * logits, "update", f"{logits:,} x 16"),
+    ]
+    if policy.bf16:
+        needs.append(Need("bfloat16 of what learns", 2 * matrices, "update", f"{matrices:,} x 2"))
+    if policy.cut:
+        states = ppo.rollouts * L * sizes.hidden
+        needs.append(Need("states under what learns", states * s, "update", f"{ppo.rollouts} x {L} x {sizes.hidden}"))
+    if policy.value_trunk is not None:
+        own = Sizes.of(policy.value_trunk)
+        layer = kept_by_layer(own, s, 0)
+        how = f"{b} x {L} tokens x {own.layers} layers x {layer:,.0f}"
+        needs.append(Need("activations of the critic", b * L * own.layers * layer, "update", how))
+    return needs
+
+
+def kept_by_layer(sizes: Sizes, s: int, rank: int) -> float:
+    """Bytes a token that a Llama-like layer keeps for its backward pass, attention by torch's fused kernels.
+
+    2 Q + 2 K + 4 M numbers of s bytes (queries, keys, values, their output; gate, its silu, up, their product),
+    4 heads + 8 for softmax and norms, and the residual stream, its norms and the maps' inputs: of H 24 bytes in
+    float32, 26 under autocast; 16 and 20 with adapters, whose frozen maps need no inputs; they keep 7 rank s.
+    """
+    stream = {(4, False): 24, (2, False): 26, (4, True): 16, (2, True): 20}[s, rank > 0]
+    numbers = 2 * sizes.query + 2 * sizes.key + 4 * sizes.mlp + 7 * rank
+    return s * numbers + stream * sizes.hidden + 4 * sizes.heads + 8
+
+
+def _bytes(model: PreTrainedModel) -> int:
+    return model.dtype.itemsize
+
+
+def _rank(policy: PolicyWithValue) -> int:
+    """Of the policy's adapters; 0 without."""
+    return min((min(p.shape) for name, p in policy.lm.named_parameters() if "lora_" in name), default=0)
+
+
+# ---------------------------------------------------------------------------------------------------- time
+
+
+@dataclass(frozen=True)
+class Device:
+    """Peak operations a second in bfloat16 and float32 and bytes a second, by the vendor; the share that is reached.
+
+    `layer_seconds` is what Python and the driver need to start one layer, which bounds sampling token by token and
+    small models. Both are assumed for a CPU core. Of GPUs they are what benchmarks/gpu.jsonl has of one H200, whose
+    chip is the H100's: from 0.12 of the peak for 135M parameters to 0.36 for a billion.
+    """
+
+    name: str
+    bf16: float
+    float32: float
+    bandwidth: float
+    reached: float
+    layer_seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name} {self.reached:.0%} of {self.bf16 / 1e12:g} TFLOP/s in bfloat16, {self.float32 / 1e12:g} "
+            f"in float32, {self.bandwidth / 1e9:g} GB/s"
+        )
+
+    def seconds(self, flops: float, s: int) -> float:
+        """Time for dense work of numbers of s bytes."""
+        return flops / (self.reached * (self.bf16 if s == 2 else self.float32))
+
+
+DEVICES = (
+    Device("A100", 312e12, 19.5e12, 2.0e12, 0.25, 9e-4),
+    Device("H100", 989e12, 67e12, 3.3e12, 0.25, 9e-4),
+    Device("CPU core", 100e9, 50e9, 10e9, 0.7, 4e-4),
+)
+
+
+@dataclass(frozen=True)
+class Work:
+    """One step of an update: operations on numbers of `size` bytes; passes that must wait for one another."""
+
+    step: str
+    flops: float
+    size: int
+    passes: int = 0
+    layers: int = 0
+    read: float = 0.0  # bytes that each of the passes reads
+
+    def seconds(self, device: Device) -> float:
+        """The longest of arithmetic, reading and starting."""
+        waiting = self.passes * max(self.read / device.bandwidth, self.layers * device.layer_seconds)
+        return max(device.seconds(self.flops, self.size), waiting)
+
+
+def forward(sizes: Sizes, tokens: float, context: float, layers: int | None = None) -> float:
+    """Operations of one forward pass through `layers` (all where none are given): tokens (2 W + 4 context Q n).
+
+    `context` is what a token's attention computes, also what a mask then hides; half the text where it is causal.
+    """
+    layers = sizes.layers if layers is None else layers
+    return tokens * layers * (2 * sizes.weights / sizes.layers + 4 * context * sizes.query)
+
+
+def time(models: Models, params: RunParams, P: float, sources: Sequence[str]) -> list[Work]:
+    """The steps of one update with prompts of P tokens and responses of their full length, an upper bound."""
+    ppo, policy, reward = params.ppo, Sizes.of(models.reference.lm), Sizes.of(models.reward)
+    B, T = ppo.rollouts, ppo.max_new_tokens
+    work = [_sample(models, ppo, P), Work("score", forward(reward, B * (P + T), P + T), _bytes(models.reward))]
+    work.append(Work("explain", _explain(models, params, P, sources), _bytes(models.reward)))
+    s, head = 2 if models.policy.bf16 else 4, 2 * B * T * policy.hidden * policy.vocabulary
+    below = forward(policy, B * (P + T), (P + T) / 2, models.policy.cut)
+    above = forward(policy, B * (P + T), (P + T) / 2, policy.layers - models.policy.cut)
+    trunk = models.policy.value_trunk and Sizes.of(models.policy.value_trunk)
+    critic = forward(trunk, B * (P + T), (P + T) / 2) if trunk else 0
+    adapters = 2 * B * (P + T) * sum(p.numel() for name, p in models.policy.lm.named_parameters() if "lora_" in name)
+    parts, depth, deep = math.ceil(B / ppo.micro_batch), policy.layers - models.policy.cut, trunk.layers if trunk else 0
+    work.append(
+        Work(
+            "log-probabilities",
+            below + 2 * (above + head) + adapters + critic,
+            s,
+            parts,
+            models.policy.cut + 2 * depth + deep,
+        )
+    )
+    back = 1 if _rank(models.policy) else 2  # frozen maps hand gradients on and have none of their own
+    again = 1 if min(ppo.micro_batch, ppo.minibatch) * T * policy.vocabulary > LOGITS else 0
+    learns = models.policy.lm.get_output_embeddings().weight.requires_grad
+    heads = head * (2 + again + learns)
+    flops = ppo.epochs * (above * (1 + back) + heads + 3 * (adapters + critic))
+    return [*work, Work("update", flops, s, ppo.epochs * parts, 3 * (depth + deep))]
+
+
+def _sample(models: Models, ppo: PPOParams, P: float) -> Work:
+    """B P tokens at once, then T times B: each reads all weights and the cache so far, on average P + T / 2."""
+    sizes, B, T = Sizes.of(models.reference.lm), ppo.rollouts, ppo.max_new_tokens
+    s = _bytes(models.policy.sampling_model())
+    flops = forward(sizes, B * P, P) + forward(sizes, B * T, P + T / 2) + 2 * B * T * sizes.hidden * sizes.vocabulary
+    read = (sizes.weights + sizes.hidden * sizes.vocabulary) * s + cache(sizes, round(B * (P + T / 2)), s)
+    return Work("sample", flops, s, T, sizes.layers, read)
+
+
+PLAYER = {"tokens": 1, "words": 1.3, "sentences": 20}  # tokens of a player, about
+WHOLE = {"attention": 1, "prefix": 1, "gradient_input": 3}  # forward passes over the whole responses; backward is two
+
+
+def _explain(models: Models, params: RunParams, P: float, sources: Sequence[str]) -> float:
+    """Operations of all sources: the tokens of the coalitions that they need, and passes over whole responses.
+
+    Where prefixes are shared, prompts are computed once, and the last layer only where a score is read, its keys and
+    values (4 H K a token) apart.
+    """
+    sizes, B, T = Sizes.of(models.reward), params.ppo.rollouts, params.ppo.max_new_tokens
+    packed = models.reward.config.model_type in PACKED
+    named = {("shap" if name == "shuffled" else name) for name in sources}
+    players = np.unique(np.arange(T) // PLAYER[params.attribution.players], return_inverse=True)[1]
+    width = sizes.hidden if packed else None
+    tokens, context, reads = coalition_tokens(players, sorted(named), params.attribution, P, width)
+    flops = forward(sizes, B * tokens, P + context)
+    if tokens and packed:
+        below = forward(sizes, B * tokens, P + context, sizes.layers - 1) + forward(sizes, B * P, P, sizes.layers - 1)
+        keys = 4 * B * (P + tokens) * sizes.hidden * sizes.key
+        flops = below + keys + forward(sizes, B * reads, P + context, 1)
+    passes = sum(WHOLE.get(name, 0) for name in named)
+    passes += 3 * params.attribution.ig_steps if "integrated_gradients" in named else 0
+    return flops + passes * forward(sizes, B * (P + T), P + T)
+
+
+def coalition_tokens(
+    players: np.ndarray, sources: Sequence[str], params: AttributionParams, P: float, width: int | None
+) -> tuple[float, float, int]:
+    """Tokens to compute for the coalitions of a response, tokens beside its prompt that each sees, and coalitions.
+
+    `players` (T,) says which player each token belongs to. With `width` (the model's H) prefixes are shared, as the
+    engine packs them; without, every coalition is a text with its prompt.
+    """
+    designed = tuple((name, SOURCES[name]) for name in sources if isinstance(SOURCES[name], Designed))
+    if not designed:
+        return 0, 0, 0
+    masks = plan(int(players[-1]) + 1, designed, params).masks[:, players]
+    kind, T = params.removal.partition(":")[0], len(players)
+    if width is None:
+        lengths = P + 1 + (masks.sum(1) if kind == "drop" else np.full(len(masks), T))
+        return float(lengths.sum()), float(lengths.mean() - P), len(masks)
+    packs = pack(masks, 1, kind, max(width, 128 + 2 * T))
+    return sum(map(len, packs)), float(np.mean([len(one) for one in packs])), len(masks)

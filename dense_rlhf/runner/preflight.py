@@ -1,0 +1,368 @@
+"""A dry run that resolves everything except the weights: parameters, data, revisions, tokenizers, configs, budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import huggingface_hub
+import torch
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from dense_rlhf.config.params import RewardParams, RunParams
+from dense_rlhf.config.study import StudyParams
+from dense_rlhf.data import Dataset, load_data, render
+from dense_rlhf.fingerprint import PACKAGE
+from dense_rlhf.models.language_models import load_tokenizer, smollm2_folder
+from dense_rlhf.models.text_spans import translate
+from dense_rlhf.models.train_reward_model import _fresh_classifier, shares_tokens
+from dense_rlhf.runner import cost
+from dense_rlhf.types import InputError, Message, PreferencePair, Prompt
+
+ROWS = 1000  # of a hub dataset that are read
+TRANSLATED = 20  # replies that are read in the reward model's tokens
+
+
+class Report:
+    """Lines as they are found; how many of them failed."""
+
+    def __init__(self, say: Callable[[str], None]):
+        self.say, self.failed = say, 0
+
+    def line(self, kind: str, field: str, text: str) -> None:
+        self.failed += kind == "FAIL"
+        self.say(f"{kind:5s} {field:22s} {' '.join(text.split())}")
+
+    def ok(self, field: str, text: str) -> None:
+        self.line("ok", field, text)
+
+    def demand(self, holds: bool, field: str, good: str, bad: str) -> None:
+        """One line, as `good` or as `bad`."""
+        self.line(*(("ok", field, good) if holds else ("FAIL", field, bad)))
+
+    def attempt(self, field: str, what: str, act: Callable):
+        """What `act()` returns, or None and a line for whatever it raises."""
+        try:
+            return act()
+        except InputError as error:
+            self.line("FAIL", field, str(error).removeprefix(f"{field}: "))
+        except Exception as error:  # of transformers, peft, the hub: no common base class
+            reason = " ".join(str(error).split()).partition(". ")[0][:200]
+            self.line("FAIL", field, f"{what}: {type(error).__name__}: {reason}")
+
+
+def check(study: StudyParams, say: Callable[[str], None]) -> int:
+    """Say of each thing that the study needs whether it is there; returns how many are not. Reads no weights."""
+    report, run = Report(say), study.run
+    if study.settings:
+        report.line("note", "settings", f"checked without what these change: {', '.join(study.settings)}")
+    policy = find_policy(report, run)
+    reward = find_reward(report, run.reward, policy)
+    longest, typical = 0, 0.0
+    for data in study.datasets:
+        lengths = _check_data(report, replace(run, data=data), policy, reward)
+        if lengths:
+            longest, typical = max(longest, lengths[-1]), max(typical, sum(lengths) / len(lengths))
+    if policy and longest:
+        _check_positions(report, run, policy, reward, longest)
+    if policy and reward and policy.model and reward.model and longest:
+        models = report.attempt("policy", "what learns", lambda: cost.assemble(policy.model, reward.model, run))
+        if models:
+            _check_learning(report, run, models)
+            _say_budget(report, study, models, longest, typical)
+    else:
+        report.line("skip", "budget", "needs the policy's and the reward model's configs and one dataset")
+    return report.failed
+
+
+# ---------------------------------------------------------------------------------------------------- models
+
+
+@dataclass(frozen=True)
+class Found:
+    """A model without its weights; None for what could not be had."""
+
+    tokenizer: PreTrainedTokenizerBase | None
+    config: PreTrainedConfig | None
+    model: PreTrainedModel | None  # on the meta device
+
+
+def _resolve(report: Report, field: str, name: str, revision: str | None) -> dict[str, object]:
+    """Say which commit a hub id is at and which weights lie there; where to read the rest, nothing for a folder."""
+    if Path(name).is_dir():
+        _check_weights(report, field, {path.name: path.stat().st_size for path in Path(name).iterdir()})
+        return {}
+
+    def ask():
+        try:
+            return huggingface_hub.HfApi().model_info(name, revision=revision or "main", files_metadata=True)
+        except Exception as error:  # the hub's errors share no base class
+            raise InputError(
+                f"{name!r} at {revision or 'main'} is no folder here and no model that the hub answers "
+                f"for ({type(error).__name__}); wanted a local folder or a hub id that is reachable"
+            ) from error
+
+    info = report.attempt(field, "its commit", ask)
+    if info is None:
+        return {"revision": revision or "main", "local_files_only": True}
+    report.ok(field, f"{name} at {revision or 'main'} is commit {info.sha}")
+    _check_weights(report, field, {file.rfilename: file.size or 0 for file in info.siblings})
+    return {"revision": info.sha}
+
+
+def _check_weights(report: Report, field: str, files: dict[str, int]) -> None:
+    weights = {name: size for name, size in files.items() if name.endswith(".safetensors")}
+    report.demand(
+        bool(weights),
+        field,
+        f"weights: {len(weights)} safetensors, {sum(weights.values()) / 1e9:.2f} GB",
+        f"has no .safetensors among {len(files)} files; other weights are never read",
+    )
+
+
+def find_policy(report: Report, run: RunParams) -> Found:
+    """The policy's tokenizer, config and empty model, each said or missed in a line."""
+    name, field = run.policy.name, "policy.name"
+    shipped = {"tiny": lambda: PACKAGE / "models" / "tiny_policy", "smollm2": smollm2_folder}
+    folder = report.attempt(field, "its files", shipped[name]) if name in shipped else None
+    source = str(folder or name)
+    at = _resolve(report, field, source, run.policy.revision)
+    tokenizer = report.attempt(field, "its tokenizer", lambda: load_tokenizer(source, **at))
+    config = report.attempt(field, "its config.json", lambda: AutoConfig.from_pretrained(source, **at))
+    model = config and report.attempt(field, "its config.json", lambda: cost.empty_policy(config, run.policy.dtype))
+    if tokenizer:
+        _check_tokenizer(report, tokenizer, config)
+    if model:
+        model.config.pad_token_id = tokenizer.pad_token_id if tokenizer else 0
+        report.ok(
+            field, f"{config.model_type}, {model.num_parameters():,} parameters, {config.num_hidden_layers} layers"
+        )
+    return Found(tokenizer, config, model)
+
+
+def _check_tokenizer(report: Report, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig | None) -> None:
+    eos, pad = tokenizer.eos_token, tokenizer.pad_token
+    report.demand(
+        eos is not None,
+        "policy.name",
+        f"ends with {eos!r}, pads with {pad!r}",
+        "its tokenizer has no EOS, so no response could end; add one to its files",
+    )
+    if config and len(tokenizer) > config.vocab_size:
+        report.line(
+            "FAIL",
+            "policy.name",
+            f"its tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}; wanted files of one model",
+        )
+    if "strftime_now" in str(tokenizer.chat_template):
+        report.line("note", "policy.name", "its chat template writes today's date: another day, other prompts")
+
+
+def find_reward(report: Report, params: RewardParams, policy: Found) -> Found | None:
+    """The reward model's tokenizer, config and empty model; None for one to be trained here, without a tokenizer."""
+    field, name = "reward.name", params.name
+    if name == "scratch":
+        return policy.tokenizer and Found(policy.tokenizer, *_scratch(report, params, policy.tokenizer))
+    at = _resolve(report, field, name, params.revision)
+    tokenizer = report.attempt(field, "its tokenizer", lambda: AutoTokenizer.from_pretrained(name, **at))
+    config = report.attempt(field, "its config.json", lambda: AutoConfig.from_pretrained(name, **at))
+    model = config and report.attempt(field, "its config.json", lambda: cost.empty_classifier(config, params.dtype))
+    if config:
+        report.demand(
+            config.num_labels == 1,
+            field,
+            "has one output",
+            f"{name!r} has {config.num_labels} outputs, wanted one: a reward model",
+        )
+    if model:
+        report.ok(field, f"{config.model_type}, {model.num_parameters():,} parameters")
+    if tokenizer:
+        report.demand(
+            tokenizer.eos_token is not None,
+            field,
+            f"reads its score behind {tokenizer.eos_token!r}",
+            "its tokenizer has no EOS to read the score behind; wanted a reward model with one",
+        )
+    return Found(tokenizer, config, model)
+
+
+def _scratch(report: Report, params: RewardParams, tokenizer: PreTrainedTokenizerBase) -> tuple:
+    with torch.device("meta"):
+        model = _fresh_classifier(params, tokenizer).to(getattr(torch, params.dtype))
+    report.ok("reward.name", f"scratch: {model.num_parameters():,} parameters, to be trained here")
+    return model.config, model
+
+
+# ---------------------------------------------------------------------------------------------------- data
+
+
+def _check_data(report: Report, run: RunParams, policy: Found, reward: Found | None) -> list[int]:
+    """Say what the loader made of the data; tokens of each prompt, shortest first."""
+    data = report.attempt("data.name", "its rows", lambda: load_data(run.data, ROWS))
+    if not data:
+        return []
+    left_out = sum(number for name, number in data.counts.items() if name.startswith("left out"))
+    report.ok(
+        "data.name",
+        f"{data.name} at {data.revision}: {data.counts['read']:,} rows read, {left_out:,} left out "
+        f"({data.counts.get('left out: prompt too long', 0):,} of them longer than "
+        f"data.max_prompt_chars = {run.data.max_prompt_chars})",
+    )
+    prompts = data.train_prompts
+    if run.data.path or data.name == "reviews":  # else only the first rows were read
+        report.demand(
+            len(prompts) >= run.ppo.rollouts,
+            "ppo.rollouts",
+            f"{len(prompts):,} training prompts",
+            f"is {run.ppo.rollouts}, but there are {len(prompts)} training prompts; lower it",
+        )
+    if not policy.tokenizer:
+        return []
+    if reward and reward.tokenizer:
+        report.attempt(
+            "reward.name", "reading the policy's text", lambda: _check_alignment(report, run, data, policy, reward)
+        )
+    return (
+        report.attempt("policy.name", "rendering prompts", lambda: _check_prompts(report, prompts, policy.tokenizer))
+        or []
+    )
+
+
+def _check_prompts(report: Report, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    texts = [render(prompt, tokenizer) for prompt in prompts]
+    lengths = sorted(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"]))
+    at = {name: lengths[round(share * (len(lengths) - 1))] for name, share in QUANTILES.items()}
+    how = "through its chat template" if tokenizer.chat_template else "as plain text"
+    report.ok("data.max_prompt_chars", f"prompts {how}: " + ", ".join(f"{n} {v}" for n, v in at.items()) + " tokens")
+    return lengths
+
+
+QUANTILES = {"least": 0.0, "median": 0.5, "95 %": 0.95, "most": 1.0}
+
+
+def _check_alignment(report: Report, run: RunParams, data: Dataset, policy: Found, reward: Found) -> None:
+    """Whether the reward model can read what the policy writes, and in the form that it was taught."""
+    field = "reward.name"
+    if shares_tokens(policy.tokenizer, reward.tokenizer):
+        report.ok(field, "reads the policy's tokens as they are")
+        if policy.config and reward.config and policy.config.vocab_size > reward.config.vocab_size:
+            text = f"has {reward.config.vocab_size} embeddings for {policy.config.vocab_size} logits of the policy"
+            report.line("note", field, f"{text}; wanted as many, lest one of the others is sampled")
+    else:
+        for prompt, reply in _dialogues(data)[:TRANSLATED]:
+            ids = [
+                policy.tokenizer(text, add_special_tokens=False)["input_ids"]
+                for text in (render(prompt, policy.tokenizer), reply)
+            ]
+            translate(policy.tokenizer, reward.tokenizer, *ids)
+        report.ok(field, "has a vocabulary of its own; tokens are aligned by characters")
+        report.demand(
+            run.policy.critic != "separate",
+            "policy.critic",
+            f"{run.policy.critic}",
+            "'separate' starts as the reward model and needs its tokens; take 'shared'",
+        )
+    _compare_templates(report, data, policy.tokenizer, reward.tokenizer)
+
+
+def _dialogues(data: Dataset) -> list[tuple[Prompt, str]]:
+    if data.is_pairwise:
+        return [(pair.prompt, pair.chosen) for pair in data.reward if isinstance(pair, PreferencePair)]
+    return [("", example.text) for example in data.reward]
+
+
+def _compare_templates(
+    report: Report, data: Dataset, policy: PreTrainedTokenizerBase, reward: PreTrainedTokenizerBase
+) -> None:
+    prompt, reply = _dialogues(data)[0]
+    if isinstance(prompt, str) or not reward.chat_template or reward is policy:
+        return
+    messages = [vars(message) for message in (*prompt, Message("assistant", reply))]
+    taught = reward.apply_chat_template(messages, tokenize=False)
+    given = render(prompt, policy) + reply + (reward.eos_token or "")
+    if taught != given:
+        at = next((i for i, (a, b) in enumerate(zip(taught, given)) if a != b), min(len(taught), len(given)))
+        report.line(
+            "note",
+            "reward.name",
+            f"its own chat template would write {taught[at : at + 40]!r} where the "
+            f"policy's writes {given[at : at + 40]!r}",
+        )
+
+
+def _check_positions(report: Report, run: RunParams, policy: Found, reward: Found | None, longest: int) -> None:
+    """Whether prompt and response fit what each model was trained for."""
+    for field, found in (("policy.name", policy), ("reward.name", reward)):
+        most = getattr(found and found.config, "max_position_embeddings", None)
+        if most:
+            L = longest + run.ppo.max_new_tokens + 1
+            report.demand(
+                L <= most,
+                field,
+                f"{most} positions for {L} tokens of prompt, response and EOS",
+                f"has {most} positions, but the longest prompt and ppo.max_new_tokens = "
+                f"{run.ppo.max_new_tokens} need {L}; lower data.max_prompt_chars",
+            )
+
+
+# ---------------------------------------------------------------------------------------------------- budget
+
+
+def _check_learning(report: Report, run: RunParams, models: cost.Models) -> None:
+    number = sum(p.numel() for p in models.policy.parameters() if p.requires_grad)
+    adapted = sum(name.endswith("lora_A") for name, _ in models.policy.lm.named_modules())
+    how = f"LoRA of rank {run.policy.lora_rank} on {adapted} linear maps" if run.policy.lora_rank else "weights"
+    report.ok("policy", f"{number:,} numbers learn: {how}, critic {run.policy.critic}")
+
+
+def _say_budget(report: Report, study: StudyParams, models: cost.Models, longest: int, typical: float) -> None:
+    """Memory and time as tables; a failure where a visible GPU is smaller."""
+    run, gpu = study.run, _gpu()
+    tokens = run.reward.token_budget or (65536 if gpu or run.policy.dtype == "bfloat16" else 4096)
+    needs = cost.memory(models, run, longest, tokens)
+    report.say(f"\nmemory, at the longest prompt of {longest} tokens\n")
+    for need in needs:
+        report.say(f"  {need.when:8s} {need.what:32s} {need.bytes / 2**30:8.2f} GiB   {need.how}")
+    total = cost.peak(needs) / 2**30
+    report.say(f"  {'peak':8s} {'what is always there, and the largest step':43s}{total:6.2f} GiB")
+    if gpu:
+        report.demand(
+            total <= gpu[1],
+            "memory",
+            f"{gpu[0]} has {gpu[1]:.1f} GiB",
+            f"{gpu[0]} has {gpu[1]:.1f} GiB; lower ppo.micro_batch or reward.token_budget",
+        )
+    _say_time(report, study, models, typical)
+
+
+def _gpu() -> tuple[str, float] | None:
+    if not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_name(0), torch.cuda.get_device_properties(0).total_memory / 2**30
+
+
+def _say_time(report: Report, study: StudyParams, models: cost.Models, typical: float) -> None:
+    """Seconds of each step of an update and hours of the study, on `cost.DEVICES`."""
+    run, devices, hours = study.run, cost.DEVICES, dict.fromkeys(cost.DEVICES, 0.0)
+    report.say(f"\ntime of an update, at prompts of {typical:.0f} tokens and responses of {run.ppo.max_new_tokens}\n")
+    report.say(f"  {'':32s}{'PFLOP':>10s}" + "".join(f"{device.name + ' s':>14s}" for device in devices))
+    said = set()
+    for shape in study.arms.values():
+        steps = cost.time(models, run, typical, shape.sources)
+        updates = len(study.seeds) * run.ppo.updates + (run.bo.trials * run.bo.updates if shape.is_learned else 0)
+        for device in devices:
+            hours[device] += updates * sum(step.seconds(device) for step in steps) / 3600
+        for step in steps:
+            name = f"explain {' + '.join(shape.sources)}" if step.step == "explain" else step.step
+            if name not in said:
+                said.add(name)
+                report.say(
+                    f"  {name:32s}{step.flops / 1e15:10.4f}"
+                    + "".join(f"{step.seconds(device):14.1f}" for device in devices)
+                )
+    report.say(f"  {'all updates of all arms':42s}" + "".join(f"{hour:12.1f} h" for hour in hours.values()))
+    report.say(
+        "  at the share of the vendor's numbers that one H200 reached, and a core's assumed: "
+        + "; ".join(map(str, devices))
+    )

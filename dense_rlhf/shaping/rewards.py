@@ -1,0 +1,110 @@
+"""Credit becomes reward: normalise each source, mix with weights on the simplex, keep the sum.
+
+r_t = score * sum_i w_i E_i,t with E_i = softmax(credit_i / temperature_i) over the response (Koo et al., 2025).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dense_rlhf.masked import effective_share, masked_mean, masked_softmax, masked_sum
+from dense_rlhf.shaping.features import features
+from dense_rlhf.types import Attribution, InputError, RewardShape, Rollout
+
+
+def dense_reward(rollout: Rollout, attribution: Attribution, shape: RewardShape) -> Tensor:
+    """The rewards (B, T) of one source alone; each row sums to the score.
+
+    - a share (terminal, uniform, random, attention) stays as it is;
+    - `softmax`: score * softmax(credit / temperature), the paper's. A negative score punishes the best token most;
+    - `sum`: score * credit / sum of credit, for credit of one sign; raises `InputError` on mixed signs;
+    - `magnitude`: the same of |credit|, so which way a token moved the score is lost; even where all credit is zero;
+    - `signed`: credit itself; what it leaves of the score (baseline and gap) is spread evenly.
+    """
+    credit, mask = attribution.credit, rollout.mask
+    if credit.shape != mask.shape:
+        raise InputError(f"credit of {attribution.source!r} is {tuple(credit.shape)}, responses {tuple(mask.shape)}")
+    if attribution.is_share:
+        return credit
+    scores = rollout.scores[:, None]
+    if shape.normalise == "softmax":
+        return scores * masked_softmax(credit / shape.temperature_of(attribution.source), mask)
+    if shape.normalise == "signed":
+        return _spread(rollout, credit)
+    if shape.normalise == "magnitude":
+        none = (credit == 0).all(-1, keepdim=True)
+        credit = torch.where(none, mask.to(credit), credit.abs())
+    total = masked_sum(credit, mask, -1)[:, None]
+    if bool(((credit > 0).any(-1) & (credit < 0).any(-1)).any()) or bool((total == 0).any()):
+        raise InputError(
+            f"shape.normalise 'sum' wants credit of one sign, {attribution.source!r} has both or none; "
+            "take 'signed' or 'softmax'"
+        )
+    return (scores * credit / total).masked_fill(~mask, 0)
+
+
+def _spread(rollout: Rollout, credit: Tensor) -> Tensor:
+    """`credit` (B, T), and what it leaves of the score evenly on the response's tokens."""
+    left = rollout.scores - masked_sum(credit, rollout.mask, -1)
+    return (credit + (left / rollout.mask.sum(-1))[:, None]).masked_fill(~rollout.mask, 0)
+
+
+def token_weights(rollout: Rollout, shape: RewardShape) -> Tensor:
+    """The weight of each source at each token, (B, T, K), on the simplex over K.
+
+    w_k(t) = w_k exp(slopes_k . phi(t)) / sum_j w_j exp(slopes_j . phi(t)), phi the `FEATURES` of the shape. A source of
+    weight zero keeps it everywhere; unless the shape is contextual, so does every other.
+    """
+    phi = features(rollout, shape.features)
+    base = phi.new_tensor(shape.weights)
+    if not shape.is_contextual:
+        return base.expand(*rollout.mask.shape, len(base))
+    return (base.log() + phi @ phi.new_tensor(shape.slopes).T).softmax(-1)
+
+
+def shape_rewards(rollout: Rollout, attributions: dict[str, Attribution], shape: RewardShape) -> Tensor:
+    """Rewards (B, T): the weighted mean of the sources' dense rewards. Zero outside the mask; rows sum to the scores.
+
+    Weights that depend on the token do not keep the sum: m_t = sum_k w_k(t) r_k,t. What is missing of the score is
+    spread evenly in a `signed` shape; in another, where no m_t has the other sign, r_t = score * m_t / sum of m.
+    Raises `InputError` where an attribution that the shape weights is missing, and where the weights leave nothing of
+    a score to rescale. The KL penalty is a separate term.
+    """
+    missing = [s for s, w in zip(shape.sources, shape.weights) if w and s not in attributions]
+    if missing:
+        raise InputError(f"shape.sources: no attribution for {', '.join(missing)}; attribute these first")
+    mixed = _mix(rollout, shape, {s: dense_reward(rollout, attributions[s], shape) for s in shape.weighted})
+    if not shape.is_contextual:
+        return mixed
+    if shape.normalise == "signed":
+        return _spread(rollout, mixed)
+    total = masked_sum(mixed, rollout.mask, -1)
+    lost = (total == 0) & (rollout.scores != 0)
+    if bool(lost.any()):
+        raise InputError(
+            f"shape.slopes leave no weight on any token that has credit in {int(lost.sum())} of "
+            f"{len(lost)} responses; take slopes nearer zero"
+        )
+    return mixed * (rollout.scores / total.masked_fill(total == 0, 1))[:, None]
+
+
+def _mix(rollout: Rollout, shape: RewardShape, parts: dict[str, Tensor]) -> Tensor:
+    """sum of w_k(t) parts_k (B, T) over the sources that have weight."""
+    weights = token_weights(rollout, shape).unbind(-1) if shape.is_contextual else shape.weights
+    return sum(w * parts[s] for s, w in zip(shape.sources, weights) if s in shape.weighted)
+
+
+def shape_diagnostics(rollout: Rollout, attributions: dict[str, Attribution], shape: RewardShape) -> dict[str, float]:
+    """What normalisation did: each source's effective share (ESS/T), and how many tokens changed sign in the mix.
+
+    `flipped`: share of tokens whose reward has the other sign than the weighted credit itself.
+    """
+    found = {}
+    for source, attribution in attributions.items():
+        spread = effective_share(dense_reward(rollout, attribution, shape), rollout.mask)
+        found[f"ess/{source}"] = spread.nanmean().item()
+    rewards = shape_rewards(rollout, attributions, shape)
+    credit = _mix(rollout, shape, {s: attributions[s].credit for s in shape.weighted})
+    found["flipped"] = masked_mean((rewards * credit < 0).float(), rollout.mask).item()
+    return found

@@ -1,0 +1,1 @@
+"""The two loops: train a policy, learn the shape."""

@@ -1,0 +1,394 @@
+"""Baselines by trl on the models and rewards of our PPO: RLOO, GRPO, their dense variants, DPO; and best of n.
+
+What differs is the estimator. Prompts, sampler, log-probabilities, shaped rewards, optimiser, its schedule, numbers of
+rollouts and of steps, and the history are our PPO's; advantages, loss and loop are trl's.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+import random
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import chain, islice
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from dense_rlhf import ppo
+from dense_rlhf.attribution import attribute
+from dense_rlhf.config.params import AttributionParams, PPOParams
+from dense_rlhf.data import render
+from dense_rlhf.masked import masked_whiten
+from dense_rlhf.models.language_models import default_device
+from dense_rlhf.models.policy import PolicyWithValue
+from dense_rlhf.ppo.rollout import response_texts
+from dense_rlhf.ppo.sampling import prompt_batches
+from dense_rlhf.ppo.warnings import diagnose
+from dense_rlhf.shaping.rewards import shape_diagnostics, shape_rewards
+from dense_rlhf.training.dpo import BATCH, preferences, train_dpo
+from dense_rlhf.training.inner_loop import TrainedPolicy, _measure
+from dense_rlhf.training.task import Task
+from dense_rlhf.types import InputError, Prompt, Responses, RewardShape, Rollout
+
+# ---------------------------------------------------------------------------------------------------- advantages
+
+
+def returns_to_go(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
+    """G_t = sum_{s >= t} gamma^(s - t) r_s, (B, T): generalised advantages without a critic at lambda = 1."""
+    return ppo.gae(rewards, torch.zeros_like(rewards), mask, gamma, 1.0)
+
+
+def leave_one_out_to_go(rewards: Tensor, mask: Tensor, group: int, gamma: float) -> Tensor:
+    """Advantages (B, T): the return to go minus its mean over the other responses to the prompt, at the same token.
+
+    A_i,t = G_i,t - 1/(K-1) sum_{j != i} G_j,t: the leave-one-out baseline (Kool et al., 2019) as one that depends on
+    time (Peters and Schaal, 2008), with G = 0 behind a response's end. Unbiased, for the others know nothing of i.
+    PRIME (Cui et al., 2025) takes the others' mean reward off every token instead: a price on length.
+    """
+    returns = returns_to_go(rewards, mask, gamma).unflatten(0, (-1, group))
+    others = (returns.sum(1, keepdim=True) - returns) / (group - 1)
+    return (returns - others).flatten(0, 1).masked_fill(~mask, 0)
+
+
+def normalised_to_go(rewards: Tensor, mask: Tensor, group: int, gamma: float) -> Tensor:
+    """Advantages (B, T): the sum from t on of rewards whitened over all tokens of the responses to a prompt.
+
+    A_t = sum_{s >= t} gamma^(s - t) (r_s - mean) / sd: process supervision of GRPO (Shao et al., 2024, section 4.1.3),
+    where gamma is 1. Each further token costs the mean, so a group that earns more than 0 learns to be brief.
+    """
+    white = [masked_whiten(*rows) for rows in zip(rewards.split(group), mask.split(group))]
+    return returns_to_go(torch.cat(white), mask, gamma)
+
+
+# ---------------------------------------------------------------------------------------------------- on trl's trainers
+
+
+@dataclass
+class Run:
+    """One training as trl's trainers see it: where rollouts and rewards come from. Keeps the history of our PPO."""
+
+    task: Task
+    shape: RewardShape
+    params: PPOParams
+    attribution: AttributionParams
+    seed: int
+    group: int  # responses to a prompt in one update
+    progress: Callable = iter
+    kl_in_loss: bool = False  # else in the rewards
+    history: list[dict[str, float]] = field(default_factory=list)
+    clocks: list[list[float]] = field(default_factory=list)
+
+    @cached_property
+    def learner(self) -> ppo.Learner:
+        """What our PPO would improve, in its optimiser."""
+        return ppo.make_learner(self.task.fresh_policy(), self.params, self.seed)
+
+    @cached_property
+    def steps(self) -> Iterator[int]:
+        """The updates that are to come."""
+        return iter(self.progress(range(self.params.updates)))
+
+    def prompts(self) -> list[str]:
+        """Of all updates in order, rendered, `rollouts / group` an update."""
+        batches = prompt_batches(self.task.data.train_prompts, self.params.rollouts // self.group, self.seed)
+        return [render(p, self.task.tokenizer) for p in chain(*islice(batches, self.params.updates))]
+
+    def collect(self, prompts: Sequence[str]) -> None:
+        """Close the update before, then sample, explain and shape; `group` neighbours answer one prompt."""
+        if self.history:
+            self.learner.schedule.step()
+            self.learner.follow_kl(self.history[-1]["kl"], self.params)
+        step, clock = next(self.steps), [time.perf_counter()]
+        rollout = self.task.roll(self.learner.policy, prompts, self.params, self.seed * 100_003 + step)
+        clock.append(time.perf_counter())
+        sources = [source for source, weight in zip(self.shape.sources, self.shape.weights) if weight > 0]
+        credit = attribute(self.task.reward_model, rollout, sources, self.attribution)
+        shaped = shape_rewards(rollout, credit, self.shape)
+        self.clocks.append([*clock, time.perf_counter()])
+        self.history.append(_measure(self.task, rollout, step) | shape_diagnostics(rollout, credit, self.shape))
+        self._reward(rollout, shaped)
+
+    def _reward(self, rollout: Rollout, shaped: Tensor) -> None:
+        scaled, clipped = self.learner.scaled(shaped, rollout.scores, self.params)
+        kl_coef = 0.0 if self.kl_in_loss else self.learner.kl_coef
+        self.rollout, self.rewards = rollout, ppo.token_rewards(rollout, scaled, self.params, kl_coef)
+        residual = (shaped.sum(-1) - rollout.scores).abs().max().item()
+        self.history[-1] |= {"kl_coef": self.learner.kl_coef, "residual": residual, "rewards_clipped": clipped}
+
+    def finished(self, metrics: dict[str, list[float]]) -> TrainedPolicy:
+        """The policy with its history; `metrics` has a number for each micro-batch."""
+        next(self.steps, None)  # lets a progress bar close
+        for name, theirs in (("entropy", "entropy"), ("clipped", "clip_ratio/region_mean")):
+            for row, values in zip(self.history, np.reshape(metrics[theirs], (len(self.history), -1))):
+                row[name] = values.mean().item()
+        stops = [clock[0] for clock in self.clocks[1:]] + [time.perf_counter()]
+        seconds = _seconds([[*clock, stop] for clock, stop in zip(self.clocks, stops)])
+        return TrainedPolicy(self.learner.policy.eval(), pd.DataFrame(self.history), seconds, diagnose(self.history))
+
+
+def _seconds(clocks: list[list[float]]) -> pd.DataFrame:
+    """A row for each row of four times."""
+    spans = pd.DataFrame(np.diff(clocks), columns=["sample", "explain", "learn"])
+    return spans.rename_axis("update").reset_index()
+
+
+class OnRollouts:
+    """A trainer of trl on the rollouts and log-probabilities of `run`.
+
+    trl's own would add special tokens to the prompts, sample padding, and leave positions to be counted over padding.
+    """
+
+    run: Run
+    estimate: Callable[[Run], Tensor] | None  # advantages (B, T) in place of trl's (B,)
+
+    def _tokenize_prompts(self, prompts):
+        self.run.collect(prompts)
+        self.beta = self.run.learner.kl_coef if self.run.kl_in_loss else 0.0
+        return _unpadded(self.run.rollout.queries, self.run.rollout.query_mask), None, {}
+
+    def _generate_single_turn(self, prompt_ids, images, fields, group=None):
+        ids = _unpadded(self.run.rollout.responses, self.run.rollout.mask)
+        return ids if group is None else (ids, None)  # RLOO's own, and GRPO's
+
+    def _get_per_token_logps_and_entropies(self, model, ids, mask, T, *_, **__):
+        rollout = self.run.rollout
+        if not torch.is_grad_enabled():  # of the policy that sampled, and of the reference
+            return (rollout.ref_logprobs if model is self.ref_model else rollout.logprobs)[:, :T], None, None
+        unknown = torch.zeros(len(ids), device=ids.device)
+        texts = Responses(ids[:, :-T], mask[:, :-T].bool(), ids[:, -T:], mask[:, -T:].bool(), unknown, unknown.bool())
+        logprobs, _, entropies = self.run.learner.policy(texts, self.temperature)
+        return logprobs, entropies, None
+
+    def _generate_and_score_completions(self, inputs):
+        batch = super()._generate_and_score_completions(inputs)
+        if self.estimate:
+            batch["advantages"] = self.estimate(self.run)[:, : batch["completion_ids"].shape[1]]
+        return batch
+
+    def log(self, *_):
+        """Nothing is printed, and the metrics stay where `Run.finished` finds them."""
+
+
+def _unpadded(ids: Tensor, mask: Tensor) -> list[list[int]]:
+    return [row[keep].tolist() for row, keep in zip(ids, mask)]
+
+
+@contextmanager
+def _isolated() -> Iterator[Path]:
+    """A folder for trl to write in; what it does to random generators and accelerate is undone, what it logs lost."""
+    drawn, drawn_by_numpy, silenced = random.getstate(), np.random.get_state(), logging.root.manager.disable
+    with torch.random.fork_rng(), tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        from accelerate.state import AcceleratorState, GradientState, PartialState
+
+        states = [state._shared_state for state in (PartialState, AcceleratorState, GradientState)]
+        before = [dict(state) for state in states]
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield Path(folder)
+        finally:
+            logging.disable(silenced)
+            random.setstate(drawn)
+            np.random.set_state(drawn_by_numpy)
+            for state, old in zip(states, before):
+                state.clear()
+                state.update(old)
+
+
+def _settings(params: PPOParams, group: int, seed: int) -> dict:
+    """`params` in the words of trl. Its KL coefficient comes later: above 0, trl reloads the reference from a hub."""
+    micro, cpu = math.gcd(params.minibatch, params.micro_batch), not torch.cuda.is_available()
+    return {
+        "num_generations": group,
+        "max_completion_length": params.max_new_tokens,
+        "temperature": params.temperature,
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": params.minibatch // micro,
+        "steps_per_generation": params.rollouts // micro,
+        "num_iterations": params.epochs,
+        "max_steps": params.updates * params.epochs * params.rollouts // params.minibatch,
+        "epsilon": params.clip,
+        "max_grad_norm": params.max_grad_norm,
+        "beta": 0.0,
+        "seed": seed,
+        "shuffle_dataset": False,
+        "disable_dropout": True,
+        "use_cpu": cpu,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": not cpu,
+    }
+
+
+def _train(run: Run, kind: str, estimate: Callable[[Run], Tensor] | None = None, **settings) -> TrainedPolicy:
+    """The policy and history of `run` after training by trl's `kind`; `estimate` gives advantages (B, T) of ours."""
+    with _isolated() as folder:
+        import datasets
+        import trl
+
+        trainer, config = getattr(trl, f"{kind}Trainer"), getattr(trl, f"{kind}Config")
+        ours = type(kind, (OnRollouts, trainer), {"run": run, "estimate": staticmethod(estimate) if estimate else None})
+        lm, optimizer = run.learner.policy.lm, run.learner.optimizer
+        steady = torch.optim.lr_scheduler.MultiplicativeLR(optimizer, lambda step: 1.0)  # `collect` lowers the rate
+        teacher = ours(
+            lm,
+            lambda completion_ids, **_: run.rewards.sum(-1).tolist(),
+            config(str(folder), **_settings(run.params, run.group, run.seed), **settings),
+            datasets.Dataset.from_dict({"prompt": run.prompts()}),
+            processing_class=run.task.tokenizer,
+            optimizers=(optimizer, steady),
+        )
+        lm.__dict__.pop("forward", None)  # trl's patch: in a copy of this model it would run this one's weights
+        teacher.ref_model = run.task.reference.lm
+        teacher.train()
+        return run.finished(teacher._metrics["train"])
+
+
+# ---------------------------------------------------------------------------------------------------- the baselines
+
+
+def rloo(run: Run) -> TrainedPolicy:
+    """RLOO by trl (Ahmadian et al., 2024): one clipped ratio a response, leave-one-out advantage of its summed reward.
+
+    The KL penalty is in the reward as in our PPO. A shape that keeps sums trains as the sparse one does.
+    """
+    return _train(run, "RLOO")
+
+
+def grpo(run: Run) -> TrainedPolicy:
+    """GRPO by trl (Shao et al., 2024): a clipped ratio a token, summed rewards whitened over a prompt's responses.
+
+    The loss is a mean over tokens (trl's default, DAPO) and holds the KL penalty, of k3. A shape that keeps sums trains
+    as the sparse one does.
+    """
+    return _train(replace(run, kl_in_loss=True), "GRPO")
+
+
+def rloo_to_go(run: Run) -> TrainedPolicy:
+    """`leave_one_out_to_go` in trl's GRPO loss, summed over a response's tokens; the KL penalty is in the rewards.
+
+    trl's RLOO loss has one ratio a response: it refuses (B, T), or broadcasts it wrongly where B = T. Where new and old
+    policy agree, the gradient here is RLOO's.
+    """
+
+    def estimate(run: Run) -> Tensor:
+        return leave_one_out_to_go(run.rewards, run.rollout.mask, run.group, run.params.gamma)
+
+    return _train(run, "GRPO", estimate, loss_type="luspo")
+
+
+def grpo_to_go(run: Run) -> TrainedPolicy:
+    """`grpo` with the advantages (B, T) of `normalised_to_go`."""
+
+    def estimate(run: Run) -> Tensor:
+        return normalised_to_go(run.rewards, run.rollout.mask, run.group, run.params.gamma)
+
+    return _train(replace(run, kl_in_loss=True), "GRPO", estimate)
+
+
+def dpo(run: Run) -> TrainedPolicy:
+    """DPO by trl (Rafailov et al., 2023) on pairs of the reference's responses, as many as our PPO samples in all.
+
+    The proxy's score chooses, so shape and group have no part; beta is the KL coefficient; every layer learns, at the
+    rate of `implicit`, in `epochs` passes. The history has a row before and one after. Sampling rounds up to 64 pairs.
+    """
+    task, params = run.task, run.params
+    if not params.kl_coef > 0:
+        raise InputError(f"dpo: ppo.kl_coef is {params.kl_coef}, wanted a number above 0: it is the beta of DPO")
+    pairs, prompts, clock = params.updates * params.rollouts // 2, task.data.train_prompts, [time.perf_counter()]
+    with _isolated() as folder:
+        rows = preferences(
+            task.reference,
+            task.reward_model,
+            prompts,
+            task.tokenizer,
+            pairs,
+            params.max_new_tokens,
+            run.seed,
+            run.progress,
+        )
+        clock.append(time.perf_counter())
+        with redirect_stdout(io.StringIO()):  # trl prints its last metrics
+            steps = max(1, params.epochs * len(rows) // BATCH)
+            lm = train_dpo(task.reference.lm, rows, task.tokenizer, steps, params.kl_coef, run.seed, folder)
+        lm.__dict__.pop("forward", None)  # trl's patch, as above
+        policy = PolicyWithValue(lm).to(default_device()).eval()
+    clock.append(time.perf_counter())
+    batch = next(prompt_batches(prompts, params.rollouts, run.seed))
+    history = [
+        _measure(task, task.roll(taught, batch, params, run.seed * 100_003 + step), step)
+        for taught, step in ((task.reference, 0), (policy, params.updates))
+    ]
+    return TrainedPolicy(policy, pd.DataFrame(history), _seconds([[*clock[:2], *clock[1:]]]))
+
+
+def best_of_n(task: Task, prompts: Sequence[Prompt], params: PPOParams, seed: int, n: int = 4) -> pd.DataFrame:
+    """The reference's best of `n` responses to each prompt by the proxy, judged: the columns of `evaluate`.
+
+    kl is log n - (n - 1)/n nats, which KL(best of n || reference) is at most (Beirami et al., 2024, theorem 3.1).
+    """
+    if n < 1:
+        raise InputError(f"best_of_n: n is {n}, wanted at least 1")
+    size, tables = max(1, params.rollouts // n), []
+    for start in range(0, len(prompts), size):
+        asked = [p for p in prompts[start : start + size] for _ in range(n)]
+        found = task.respond(task.reference, asked, params, seed=seed * 100_003 + 50_000 + start)
+        best = (found.scores.view(-1, n).argmax(-1).cpu() + torch.arange(0, len(asked), n)).tolist()
+        texts = response_texts(found, task.tokenizer)
+        tables.append(
+            pd.DataFrame(
+                {
+                    "prompt": [str(p) if isinstance(p, str) else p[-1].content for p in asked[::n]],
+                    "response": [texts[i] for i in best],
+                    "proxy": found.scores[best].cpu(),
+                    "gold": [task.gold.score(texts[i]) for i in best],
+                    "kl": math.log(n) - (n - 1) / n,
+                }
+            )
+        )
+    return pd.concat(tables, ignore_index=True)
+
+
+def train_baseline(
+    task: Task,
+    name: str,
+    shape: RewardShape,
+    params: PPOParams,
+    attribution: AttributionParams,
+    seed: int,
+    group: int = 4,
+    progress: Callable = iter,
+) -> TrainedPolicy:
+    """Train the baseline `name` with `group` responses a prompt. Same arguments give the same history on one machine.
+
+    Raises `InputError` for an unknown name and for a group that does not divide `params.rollouts`.
+    """
+    if name not in BASELINES:
+        raise InputError(f"baseline {name!r} is not known, wanted one of {', '.join(BASELINES)}")
+    if group < 2 or params.rollouts % group:
+        raise InputError(f"{name}: group is {group}, wanted above 1 and a divisor of ppo.rollouts = {params.rollouts}")
+    return BASELINES[name](Run(task, shape, params, attribution, seed, group, progress))
+
+
+BASELINES: dict[str, Callable[[Run], TrainedPolicy]] = {
+    "rloo": rloo,
+    "grpo": grpo,
+    "rloo_to_go": rloo_to_go,
+    "grpo_to_go": grpo_to_go,
+    "dpo": dpo,
+}

@@ -1,0 +1,200 @@
+"""The two loops: `train_policy` teaches a policy with one reward shape, `search_shape` learns the shape's weights."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from dense_rlhf import ppo
+from dense_rlhf.bayesopt.ledger import Halfway, Ledger
+from dense_rlhf.bayesopt.search import Search
+from dense_rlhf.bayesopt.space import Point, Space
+from dense_rlhf.config.params import AttributionParams, BOParams, PPOParams
+from dense_rlhf.files import content_key, lock, remove_checkpoints, write_folder, write_json
+from dense_rlhf.models.policy import PolicyWithValue
+from dense_rlhf.ppo.checkpoint import save_policy
+from dense_rlhf.training.evaluate import evaluate
+from dense_rlhf.training.inner_loop import TrainedPolicy, _decisive, train_policy
+from dense_rlhf.training.task import Task
+from dense_rlhf.types import InputError, Prompt, RewardShape
+
+
+def search_space(shape: RewardShape, bo: BOParams) -> Space:
+    """Points are the weights of the sources, then, where searched, log temperatures, the sign switch, and slopes.
+
+    Slopes are a row a source, a number a feature; the last source's are zero, since only differences matter. A source
+    without weight needs no numbers, and one with all weight no slopes.
+    Raises `InputError` where numbers are searched that change nothing.
+    """
+    bo.check(shape)
+    K, F = len(shape.sources), len(bo.features)
+    temperatures = {"fixed": 0, "shared": 1, "each": K}[bo.temperature]
+    bounds = ((math.log(bo.temperature_low), math.log(bo.temperature_high)),) * temperatures
+    slopes, first = ((-bo.slope, bo.slope),) * ((K - 1) * F), temperatures + bo.signs
+    idle = [(k, k, 0.0) for k in range(K) if bo.temperature == "each"]
+    idle += [(first + i, i // F, value) for i in range(len(slopes)) for value in (0.0, 1.0)]
+    return Space(K, bounds + ((0.0, 1.0),) * bo.signs + slopes, (temperatures,) * bo.signs, tuple(idle))
+
+
+def shape_at(shape: RewardShape, bo: BOParams, point: Point) -> RewardShape:
+    """The shape that a point of `search_space` stands for; what is not searched is the given shape's."""
+    K, F, extras = len(shape.sources), len(bo.features), list(point[len(shape.sources) :])
+    found = {"weights": tuple(point[:K])}
+    if bo.temperature != "fixed":
+        n = K if bo.temperature == "each" else 1
+        logs, extras = extras[:n], extras[n:]
+        found["temperature"] = tuple(map(math.exp, logs)) if n == K else math.exp(logs[0])
+    if bo.signs:
+        found["normalise"] = "signed" if extras.pop(0) else "softmax"
+    if F:
+        rows = [tuple(extras[i * F : (i + 1) * F]) for i in range(K - 1)]
+        found |= {"features": bo.features, "slopes": (*rows, (0.0,) * F)}
+    return replace(shape, **found)
+
+
+def search_shape(
+    task: Task,
+    shape: RewardShape,
+    bo: BOParams,
+    params: PPOParams,
+    attribution: AttributionParams,
+    prompts: Sequence[Prompt],
+    ledger: Path,
+    seed: int,
+    progress: Callable = iter,
+    objective: Callable[[pd.DataFrame], Sequence[float]] | None = None,
+) -> tuple[RewardShape, Search]:
+    """Outer loop: propose a shape, train a policy from the reference, observe its score on held-out `prompts`.
+
+    The score is `bo.objective`, or an `objective` that makes a number a prompt of the table of `evaluate`; its standard
+    error is over prompts and responses, and how PPO varies from seed to seed comes on top. The weights of `shape` are
+    ignored. Any number of processes may search on one `ledger` (see `dense_rlhf.ledger`); each goes on with what it
+    finds there, and ends when all trials have. Returns the incumbent's shape and the search, and leaves the incumbent's
+    policy in the folder `policy` beside the ledger. Raises `InputError` for the ledger of another search.
+    """
+    params = replace(params, updates=bo.updates)
+    key = _search_key(task, shape, bo, params, attribution, prompts, seed, objective)
+    empty = partial(Search, search_space(shape, bo), bo.strategy, bo.initial, bo.anchors, bo.replicates, seed)
+    book = Ledger(ledger, empty, bo.trials, seed, {"search": key, "sources": list(shape.sources)})
+    judge = objective or partial(OBJECTIVES[bo.objective], bo)
+    trials = Trials(task, shape, bo, params, attribution, tuple(prompts), judge, book)
+    search = book.run(trials.run, trials.ended, progress)
+    trials.keep_incumbent(search)
+    return shape_at(shape, bo, search.incumbent()[0]), search
+
+
+def _search_key(
+    task: Task,
+    shape: RewardShape,
+    bo: BOParams,
+    params: PPOParams,
+    attribution: AttributionParams,
+    prompts: Sequence[Prompt],
+    seed: int,
+    objective: Callable | None,
+) -> str:
+    """What decides a search beside the code, which every line of its ledger names; more trials make no other search."""
+    settings = [asdict(shape) | {"weights": None}, asdict(bo) | {"trials": None}, seed, list(map(str, prompts))]
+    return content_key([*settings, *_decisive(task, params, attribution), getattr(objective, "__qualname__", None)])
+
+
+@dataclass(frozen=True)
+class Trials:
+    """What a trial of a search is, and what is kept of it."""
+
+    task: Task
+    shape: RewardShape
+    bo: BOParams
+    params: PPOParams  # of a trial
+    attribution: AttributionParams
+    prompts: tuple[Prompt, ...]
+    objective: Callable[[pd.DataFrame], Sequence[float]]
+    book: Ledger
+
+    def __post_init__(self):
+        if len(self.prompts) < 2:
+            raise InputError(f"{len(self.prompts)} held-out prompts tell no standard error; wanted at least 2")
+
+    @property
+    def policy(self) -> Path:
+        """The folder of the incumbent's policy."""
+        return self.book.path.with_name("policy")
+
+    def train(self, row: dict, until: Callable[[list[dict]], bool] | None = None) -> TrainedPolicy:
+        """The policy of a trial, from the reference, at its point and with its seed."""
+        shape = shape_at(self.shape, self.bo, row["point"])
+        return train_policy(
+            self.task, shape, self.params, self.attribution, row["seed"], folder=self._folder(row), until=until
+        )
+
+    def run(self, row: dict) -> tuple[dict, TrainedPolicy | None]:
+        """Train and judge one trial: its event in the ledger, and its policy."""
+        halfway, rung = Halfway.of(self.book.rows()), max(self.params.updates // 2, 1)
+        stops = self.bo.stop_early and row["point"] not in self.book.empty().space.anchors()  # whose repeats tell noise
+        until = (lambda history: len(history) == rung and halfway.stops(history[-1]["proxy"])) if stops else None
+        try:
+            trained = self.train(row, until)
+        except ppo.Diverged as error:
+            return {"event": "failed", "reason": str(error)}, None
+        means, proxy = trained.history.mean(), list(trained.history["proxy"])
+        ess = {name.removeprefix("ess/"): mean for name, mean in means.items() if name.startswith("ess/")}
+        about = {"updates": len(proxy), "history": proxy, "rung": proxy[rung - 1], "ess": ess}
+        if len(proxy) == self.params.updates:
+            return {"event": "observed"} | self.judge(trained.policy, row["seed"]) | about, trained
+        value, error = halfway.foretell(about["rung"])
+        about |= {"value": value, "standard_error": error, "correlation": halfway.correlation}
+        return {"event": "stopped"} | about, trained
+
+    def judge(self, policy: PolicyWithValue, seed: int) -> dict[str, float | None]:
+        """The value of a policy, its standard error over prompts, and the judgements that it is not made of."""
+        judged = evaluate(self.task, policy, self.prompts, self.params, seed)
+        each = np.asarray(self.objective(judged), dtype=float)
+        if each.shape != (len(judged),):
+            raise InputError(f"the objective gave shape {each.shape}, wanted a number for each of {len(judged)}")
+        error, means = float(each.std(ddof=1) / len(each) ** 0.5), dict(judged[["proxy", "gold", "kl"]].mean())
+        return {"value": float(each.mean()), "standard_error": error or None} | means
+
+    def ended(self, row: dict, trained: TrainedPolicy | None) -> None:
+        """Forget the checkpoints of a trial that is recorded, and keep its policy where its point leads the search."""
+        remove_checkpoints(self._folder(row))
+        search = self.book.replay()
+        if row["status"] == "observed" and len(search.values) > 1 and search.incumbent()[0] == row["point"]:
+            self._keep(row, trained)
+
+    def keep_incumbent(self, search: Search) -> None:
+        """Train the incumbent's policy again where another trial's took its place in between."""
+        leads = [row for row in self.book.rows() if "value" in row and row["point"] == search.incumbent()[0]]
+        leads.sort(key=lambda row: row["status"] == "observed")  # last, where there is one: it is what `ended` keeps
+        with lock(self.book.folder / "policy.lock"):
+            kept = self.policy / "trial.json"
+            if not kept.exists() or json.loads(kept.read_text()) not in map(_identity, leads):
+                self._keep(leads[-1], self.train(leads[-1]))
+                remove_checkpoints(self._folder(leads[-1]))
+
+    def _keep(self, row: dict, trained: TrainedPolicy) -> None:
+        def fill(folder: Path) -> None:
+            save_policy(trained.policy, self.task.tokenizer, folder)
+            write_json(folder / "trial.json", _identity(row))
+
+        write_folder(self.policy, fill)
+
+    def _folder(self, row: dict) -> Path:
+        return self.book.folder / f"{row['trial']:03d}"
+
+
+def _identity(row: dict) -> dict:
+    return {"point": list(row["point"])} | {name: row[name] for name in ("search", "trial", "seed")}
+
+
+OBJECTIVES: dict[str, Callable[[BOParams, pd.DataFrame], pd.Series]] = {
+    "proxy": lambda bo, judged: judged["proxy"],
+    "gold": lambda bo, judged: judged["gold"],
+    "penalised": lambda bo, judged: judged["proxy"] - bo.kl_weight * judged["kl"],
+}

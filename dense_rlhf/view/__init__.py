@@ -1,0 +1,1 @@
+"""What a person sees: escaped text, tables, heat-maps, figures, live curves."""

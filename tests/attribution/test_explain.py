@@ -1,0 +1,385 @@
+"""Explaining any reward model: decoders and encoders, their own scores, players, display."""
+
+import html
+import math
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import SENTENCES, jitter
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from dense_rlhf.attribution.explain import explain
+from dense_rlhf.config.params import AttributionParams
+from dense_rlhf.types import InputError, Message
+
+PROMPT, RESPONSE = "the film", " was good. A bad plot, and awful acting"
+HOSTILE = "<script>alert('x')</script> &amp; $\\frac{$ \x00 \u202e film\U0001f642"
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "<user>", "<assistant>", "<end>"]
+CHAT = (
+    "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + '<end>' }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def word_pieces(lower=True):
+    """A tokenizer as BERT's: [CLS] text [SEP], lower case, words cut by white space, unknown words one token."""
+    made = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    made.normalizer = normalizers.BertNormalizer(lowercase=lower)
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    made.decoder = decoders.WordPiece()
+    made.train_from_iterator(SENTENCES, trainers.WordPieceTrainer(vocab_size=120, special_tokens=SPECIAL))
+    ends = [(token, made.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
+    made.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+    )
+
+
+@pytest.fixture(scope="module")
+def bert_tokenizer():
+    return word_pieces()
+
+
+@pytest.fixture
+def chat_tokenizer(tokenizer):
+    made = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()),
+        eos_token="<eos>",
+        pad_token="<pad>",
+        chat_template=CHAT,
+    )
+    made.add_special_tokens({"additional_special_tokens": ["<user>", "<assistant>", "<end>"]})
+    return made
+
+
+SIZE = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+GROUPED = dict(**SIZE, num_key_value_heads=1, head_dim=8)
+DECODERS = {
+    "Llama": SIZE,
+    "Mistral": GROUPED,
+    "Qwen2": GROUPED,
+    "Qwen3": GROUPED,
+    "Gemma": GROUPED,
+    "Gemma2": GROUPED,
+    "GPT2": dict(n_embd=16, n_layer=2, n_head=2),
+    "GPTNeoX": SIZE,
+}
+ENCODERS = {
+    "Bert": SIZE,
+    "Roberta": SIZE,
+    "DebertaV2": dict(**SIZE, relative_attention=True, pos_att_type=["p2c", "c2p"]),
+    "DistilBert": dict(dim=16, n_layers=2, n_heads=2, hidden_dim=32),
+}
+
+
+def build(kind, tokenizer, **extra):
+    """A random classifier of one kind with one output."""
+    config = getattr(transformers, f"{kind}Config")(
+        **{**DECODERS, **ENCODERS}[kind],
+        vocab_size=len(tokenizer),
+        num_labels=1,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.eos_token_id,
+        **extra,
+    )
+    torch.manual_seed(0)
+    return jitter(getattr(transformers, f"{kind}ForSequenceClassification")(config), seed=1)
+
+
+def own_score(model, ids):
+    ids = torch.tensor([ids])
+    with torch.no_grad():
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.item()
+
+
+@pytest.fixture(scope="module")
+def llama(tokenizer):
+    return build("Llama", tokenizer)
+
+
+@pytest.fixture(scope="module")
+def bert(bert_tokenizer):
+    return build("Bert", bert_tokenizer)
+
+
+# ---------------------------------------------------------------------------------------------------- numbers
+
+
+@pytest.mark.parametrize("source", ["shap", "lime", "owen"])
+@pytest.mark.parametrize("kind", DECODERS)
+def test_a_decoders_scores_are_its_own(kind, source, tokenizer):
+    model = build(kind, tokenizer)
+    found = explain(model, tokenizer, PROMPT, RESPONSE, source)
+    prompt = tokenizer(PROMPT)["input_ids"]
+    whole = tokenizer(PROMPT + RESPONSE)["input_ids"]
+    assert found.score == pytest.approx(own_score(model, [*whole, tokenizer.eos_token_id]), abs=1e-5)
+    assert found.baseline == pytest.approx(own_score(model, [*prompt, tokenizer.eos_token_id]), abs=1e-5)
+    assert abs(found.score - found.baseline) > 1e-2
+    assert found.engine == ("packed" if kind in ("Llama", "Mistral", "Qwen2", "Qwen3") else "plain")
+    assert len(found.tokens) == len(whole) - len(prompt) and "".join(found.tokens) == RESPONSE
+    assert found.complete == (source != "lime") and (abs(found.gap) <= 1e-5 or not found.complete)
+    assert found.score == pytest.approx(found.baseline + sum(found.credit) + found.gap, abs=1e-12)
+
+
+@pytest.mark.parametrize("removal", ["drop", "attention_mask", "replace:[UNK]"])
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_an_encoders_scores_are_its_own(kind, removal, bert_tokenizer):
+    model = build(kind, bert_tokenizer)
+    found = explain(model, bert_tokenizer, PROMPT, RESPONSE, params=AttributionParams(removal=removal))
+    assert found.score == pytest.approx(own_score(model, bert_tokenizer(PROMPT + RESPONSE)["input_ids"]), abs=1e-5)
+    if removal == "drop":
+        assert found.baseline == pytest.approx(own_score(model, bert_tokenizer(PROMPT)["input_ids"]), abs=1e-5)
+    assert abs(found.gap) <= 1e-5 and found.engine == "plain" and len(set(found.credit)) > 3
+    assert "".join(found.tokens) == RESPONSE and found.tokens[0] == " was"  # not lower-cased, no ##
+
+
+def shapley(value, k):
+    """By definition: the mean over all orders of what a player adds."""
+    credit = np.zeros(k)
+    for i in range(k):
+        others = [j for j in range(k) if j != i]
+        for size in range(k):
+            weight = math.factorial(size) * math.factorial(k - size - 1) / math.factorial(k)
+            credit[i] += weight * sum(value({*s, i}) - value(set(s)) for s in combinations(others, size))
+    return credit
+
+
+@pytest.mark.parametrize("players", ["tokens", "words"])
+@pytest.mark.parametrize("side", ["decoder", "encoder"])
+def test_kernel_shap_of_all_coalitions_is_shapley_by_definition(side, players, tokenizer, bert_tokenizer, llama, bert):
+    model, own = (llama, tokenizer) if side == "decoder" else (bert, bert_tokenizer)
+    response = {"tokens": " was good.", "words": " was good. A bad plot"}[players]
+    found = explain(model, own, PROMPT, response, "kernel", players, params=AttributionParams(samples_per_token=40))
+    ids = own(PROMPT + response)["input_ids"]
+    if side == "decoder":
+        ids = [*ids, own.eos_token_id]
+    start, k = len(ids) - 1 - len(found.tokens), len(found.players)
+    assert 2 <= k <= 6
+
+    def value(kept):
+        return own_score(
+            model, [t for n, t in enumerate(ids) if not start <= n < len(ids) - 1 or found.player[n - start] in kept]
+        )
+
+    assert np.allclose(found.player_credit, shapley(value, k), atol=1e-5)
+
+
+def test_a_tokenizers_own_special_tokens_stay(tokenizer, llama):
+    made = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()), eos_token="<eos>", pad_token="<pad>"
+    )
+    made.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<eos> $A <eos>", special_tokens=[("<eos>", tokenizer.eos_token_id)]
+    )
+    found = explain(llama, made, PROMPT, RESPONSE)
+    assert found.score == pytest.approx(own_score(llama, made(PROMPT + RESPONSE)["input_ids"]), abs=1e-5)
+    assert found.baseline == pytest.approx(own_score(llama, made(PROMPT)["input_ids"]), abs=1e-5)
+
+
+def test_an_empty_prompt_and_a_response_that_goes_on_with_a_word(tokenizer, llama, bert, bert_tokenizer):
+    assert explain(bert, bert_tokenizer, "", "good film").baseline == pytest.approx(own_score(bert, [2, 3]), abs=1e-5)
+    assert "".join(explain(llama, tokenizer, "", "good film").tokens) == "good film"
+    assert tokenizer.tokenize(" was") == ["\u0120was"]
+    found = explain(llama, tokenizer, "the wa", "s film")  # a token would straddle: the two sides are read apart
+    ids = tokenizer("the wa")["input_ids"] + tokenizer("s film")["input_ids"] + [tokenizer.eos_token_id]
+    assert found.score == pytest.approx(own_score(llama, ids), abs=1e-5) and "".join(found.tokens) == "s film"
+    found = explain(llama, tokenizer, "it ", "was")  # white space joins the token that it belongs to
+    whole = tokenizer("it was")["input_ids"] + [tokenizer.eos_token_id]
+    assert found.score == pytest.approx(own_score(llama, whole), abs=1e-5) and found.tokens == ["was"]
+
+
+# ---------------------------------------------------------------------------------------------------- dialogues
+
+
+DIALOGUE = (Message("user", "what a good film"), Message("assistant", "it was"), Message("user", "good"))
+
+
+def test_a_dialogue_goes_through_the_chat_template(chat_tokenizer):
+    model = build("Qwen2", chat_tokenizer)
+    found = explain(model, chat_tokenizer, DIALOGUE, "good")  # also a word of the prompt
+    turns = [vars(m) for m in (*DIALOGUE, Message("assistant", "good"))]
+    ids = chat_tokenizer.apply_chat_template(turns, return_dict=True)["input_ids"]
+    assert found.score == pytest.approx(own_score(model, ids), abs=1e-5) and "".join(found.tokens) == "good"
+    none = chat_tokenizer.apply_chat_template([*turns[:-1], {"role": "assistant", "content": ""}], return_dict=True)
+    assert found.baseline == pytest.approx(own_score(model, none["input_ids"]), abs=1e-5)
+    again = explain(model, chat_tokenizer, [vars(m) for m in DIALOGUE], "good")
+    assert again.credit == found.credit
+
+
+@pytest.mark.parametrize(
+    "template, response",
+    [
+        (CHAT.replace("m['content']", "m['content'] | trim"), " good"),
+        (CHAT.replace("m['content']", "m['content'] + m['content']"), "good"),
+        (CHAT.replace("m['content']", "m['content'].split('</think>')[-1]"), "a</think>b"),
+        ("{{ messages[0]['content'] }}", "good"),
+    ],
+)
+def test_a_template_that_alters_the_response_is_refused(template, response, chat_tokenizer):
+    chat_tokenizer.chat_template = template
+    with pytest.raises(InputError, match="chat template does not keep the response"):
+        explain(build("Llama", chat_tokenizer), chat_tokenizer, DIALOGUE, response)
+
+
+def test_a_dialogue_without_a_template_is_written_out(tokenizer, llama):
+    found = explain(llama, tokenizer, DIALOGUE[:1], "good film")
+    text = "\n\nHuman: what a good film\n\nAssistant: good film"
+    ids = tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]
+    assert found.score == pytest.approx(own_score(llama, ids), abs=1e-5) and "".join(found.tokens) == "good film"
+
+
+# ---------------------------------------------------------------------------------------------------- players
+
+
+def test_players_are_words_sentences_or_spans(tokenizer, llama):
+    def parts(players=None, spans=None, params=None):
+        found = explain(llama, tokenizer, PROMPT, RESPONSE, players=players, spans=spans, params=params)
+        credit = np.array(found.credit)
+        for number, total in enumerate(found.player_credit):
+            own = credit[np.array(found.player) == number]
+            assert np.allclose(own, total / len(own)) and abs(found.gap) < 1e-5
+        return [RESPONSE[a:b] for a, b in found.players]
+
+    words = [" was", " good.", " A", " bad", " plot,", " and", " awful", " acting"]
+    assert parts("words") == words == parts(params=AttributionParams(players="words"))
+    assert parts("sentences") == [" was good.", " A bad plot, and awful acting"]
+    assert parts(spans=[(5, 10), (12, 21)]) == [" was", " good.", " A", " bad plot", ", and awful acting"]
+    assert parts(spans=[(0, len(RESPONSE))]) == [RESPONSE]
+
+
+@pytest.mark.parametrize("spans", [[(3, 3)], [(0, 99)], [(-1, 3)], [(4, 9), (2, 3)], [(0, 5), (4, 9)], [(5, 4)]])
+def test_spans_that_do_not_fit_are_named(spans, tokenizer, llama):
+    with pytest.raises(InputError, match=r"spans: \("):
+        explain(llama, tokenizer, PROMPT, RESPONSE, spans=spans)
+
+
+def test_a_span_inside_of_a_token_is_refused(tokenizer, llama):
+    with pytest.raises(InputError, match="smaller part of a token"):
+        explain(llama, tokenizer, PROMPT, " good film", spans=[(1, 2)])
+
+
+# ---------------------------------------------------------------------------------------------------- display
+
+
+@pytest.mark.parametrize("side", ["decoder", "encoder"])
+def test_hostile_text_is_escaped(side, tokenizer, bert_tokenizer, llama, bert):
+    model, own = (llama, tokenizer) if side == "decoder" else (bert, bert_tokenizer)
+    found = explain(model, own, PROMPT, HOSTILE, players="words")
+    assert "".join(found.tokens) == HOSTILE
+    for page in (found._repr_html_(), plot_text(found)):
+        assert "<script" not in page and "alert(&#x27;x" in page
+        assert "\x00" not in page and "\u202e" not in page and "⟨202e⟩" in page and "⟨0000⟩" in page
+        assert "&amp;amp;" in page and "&amp;" in html.unescape(page)
+    assert "onerror" not in found._repr_html_() and "onclick" not in found._repr_html_()
+    assert repr(found).isprintable() or {c for c in repr(found) if not c.isprintable()} == {"\n"}
+    draw(found)
+
+
+def plot_text(found):
+    import shap
+
+    return shap.plots.text(found.to_shap(), display=False)
+
+
+def draw(found):
+    import matplotlib
+    import shap
+
+    matplotlib.use("agg")
+    for plot in (shap.plots.bar, shap.plots.waterfall):
+        matplotlib.pyplot.figure()  # theirs draw into whatever axes another test left
+        plot(found.to_shap(), show=False)
+        matplotlib.pyplot.gcf().canvas.draw()  # labels are read as mathematics only now
+        matplotlib.pyplot.close("all")
+
+
+def test_it_shows_itself(tokenizer, llama):
+    found = explain(llama, tokenizer, PROMPT, RESPONSE, players="words")
+    page, text = found._repr_html_(), repr(found)
+    top = found.ranked()
+    assert list(top["credit"].abs()) == sorted(map(abs, found.player_credit), reverse=True)
+    assert top["share"].sum() == pytest.approx(1) and top.part.iloc[0] in page and repr(top.part.iloc[0]) in text
+    for part in (f"score {found.score:.4f} = baseline {found.baseline:.4f}", "LlamaForSequence", "packed"):
+        assert part in html.unescape(page) and part in text
+    assert page.count("<span") == len(found.tokens) and "more parts" not in page
+    assert "more parts move it less" in explain(llama, tokenizer, PROMPT, RESPONSE)._repr_html_()
+
+
+def test_frame_and_shap_hold_the_same_numbers(tokenizer, llama):
+    found = explain(llama, tokenizer, PROMPT, RESPONSE + " \U0001f642", players="words")
+    frame = found.to_frame()
+    assert list(frame.columns) == ["token", "start", "end", "player", "credit"]
+    assert frame["credit"].sum() == pytest.approx(found.score - found.baseline, abs=1e-5)
+    assert "".join(frame["token"]) == found.response and (frame["start"][1:].values == frame["end"][:-1].values).all()
+    shown = found.to_shap()
+    assert shown.values.tolist() == found.player_credit and shown.base_values == found.baseline
+    assert np.allclose(shown.values, frame.groupby("player")["credit"].sum())
+    assert " good." in shown.feature_names and len(shown.data) == len(found.players)
+
+
+# ---------------------------------------------------------------------------------------------------- errors
+
+
+def test_wrong_input_is_refused_in_words(tokenizer, llama, bert, bert_tokenizer, monkeypatch):
+    def refuse(match, model=llama, own=tokenizer, prompt=PROMPT, response=RESPONSE, **more):
+        with pytest.raises(InputError, match=match):
+            explain(model, own, prompt, response, **more)
+
+    refuse("wanted text that is not empty", response="")
+    refuse("wanted text that is not empty", response=None)
+    refuse("wanted one that removes tokens: shap", source="attention")
+    refuse("wanted one that removes tokens: shap", source="nonsense")
+    refuse("wanted tokens, words, sentences", players="letters")
+    refuse("wanted text or messages", prompt=())
+    refuse("wanted text or messages", prompt=None)
+    refuse("wanted a role", prompt=[{"role": "judge", "content": "x"}])
+    refuse("wanted a role", prompt=[Message("user", None)])
+    refuse("not valid Unicode", response="\ud800")
+    refuse("reads nothing", model=bert, own=bert_tokenizer, response=" \x00 ")
+    refuse("training mode", model=build("Llama", tokenizer).train())
+    refuse(
+        "has 2 outputs, wanted one",
+        model=transformers.LlamaForSequenceClassification(
+            transformers.LlamaConfig(**SIZE, vocab_size=len(tokenizer), num_labels=2)
+        ).eval(),
+    )
+    refuse("merge adapters", model=torch.nn.Linear(1, 1))
+    monkeypatch.setattr(type(tokenizer), "is_fast", False)
+    refuse("take a fast tokenizer")
+
+
+@pytest.mark.parametrize("kind, name", [("Llama", "max_position_embeddings"), ("GPT2", "n_positions")])
+def test_a_text_longer_than_the_model_is_refused(kind, name, tokenizer):
+    text = " good" * 9
+    fits = len(tokenizer(PROMPT + text)["input_ids"]) + 1
+    explain(build(kind, tokenizer, **{name: fits}), tokenizer, PROMPT, text)
+    with pytest.raises(InputError, match=f"are {fits} tokens, .* at most {fits - 1}"):
+        explain(build(kind, tokenizer, **{name: fits - 1}), tokenizer, PROMPT, text)
+
+
+def test_robertas_positions_begin_behind_its_padding(bert_tokenizer):
+    fits = len(bert_tokenizer(PROMPT + RESPONSE)["input_ids"])
+    explain(build("Roberta", bert_tokenizer, max_position_embeddings=fits + 1), bert_tokenizer, PROMPT, RESPONSE)
+    with pytest.raises(InputError, match=f"at most {fits - 1}"):
+        explain(build("Roberta", bert_tokenizer, max_position_embeddings=fits), bert_tokenizer, PROMPT, RESPONSE)
+
+
+def test_a_model_that_reads_padding_is_refused(bert_tokenizer):
+    class PoolsPadding(transformers.BertForSequenceClassification):
+        def forward(self, input_ids, attention_mask=None):
+            found = super().forward(input_ids, attention_mask=attention_mask)
+            return type(found)(logits=found.logits + input_ids.shape[1])
+
+    with pytest.raises(InputError, match="reads the padding"):
+        explain(PoolsPadding(build("Bert", bert_tokenizer).config).eval(), bert_tokenizer, PROMPT, RESPONSE)
+
+
+def test_a_model_that_gives_nan_is_refused(tokenizer):
+    model = build("Llama", tokenizer)
+    torch.nn.init.constant_(model.score.weight, torch.nan)
+    with pytest.raises(InputError, match="nan"):
+        explain(model, tokenizer, PROMPT, RESPONSE)

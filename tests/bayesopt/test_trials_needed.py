@@ -1,0 +1,168 @@
+"""Trials against the number of sources: searches of known functions, and what is read off them."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from dense_rlhf.bayesopt import audit, trials_needed
+from dense_rlhf.bayesopt.known_functions import LANDSCAPES, landscape
+from dense_rlhf.bayesopt.search import Search
+from dense_rlhf.bayesopt.space import Space
+from dense_rlhf.bayesopt.trials_needed import (
+    Case,
+    cases,
+    curve,
+    gain,
+    growth,
+    needed,
+    regrets,
+    run_searches,
+    search_known,
+    verdicts,
+)
+from dense_rlhf.config import params
+from dense_rlhf.config.params import DimensionParams
+from dense_rlhf.files import read_ledger
+from dense_rlhf.types import InputError
+
+SMALL = DimensionParams(d=(2, 3), trials=6, seeds=1, landscapes=("face", "flat"), strategies=("gp", "sobol"))
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory):
+    path = tmp_path_factory.mktemp("dimension") / "searches.jsonl"
+    return run_searches(SMALL, path), path
+
+
+def test_parameters_know_all_landscapes():
+    assert set(params.LANDSCAPES) == set(LANDSCAPES)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"d": (2,)},
+        {"d": (1, 2)},
+        {"trials": 1},
+        {"landscapes": ("hill",)},
+        {"landscapes": ("flat",)},
+        {"seeds": 0},
+        {"strategies": ("sobol",)},
+        {"strategies": ("gp", "tpe")},
+        {"sources": ("shap", "terminal")},
+        {"snr": ()},
+        {"snr": (0.0,)},
+        {"goal": 0.0},
+        {"rival_trials": 1},
+        {"rival_seeds": -1},
+    ],
+)
+def test_what_cannot_be_asked_is_refused(wrong):
+    with pytest.raises(InputError, match="dimension."):
+        DimensionParams(**wrong)
+
+
+def test_seeds_are_outermost_and_only_the_audit_is_asked_about_flat_ones():
+    found = cases(DimensionParams(seeds=2, snr=(1.0, 0.5)))
+    assert len(found) == len(set(found)) == 2 * 7 * (2 * (5 * 3 + 1) + 5 * 3)
+    assert {(case.trials, case.seed) for case in found if case.strategy in ("saas", "additive", "nei")} == {(40, 0)}
+    assert [case.seed for case in found] == sorted(case.seed for case in found)
+    assert {case.strategy for case in found if case.landscape == "flat"} == {"gp"}
+
+
+def test_a_search_answers_with_its_incumbent_or_its_best_observation():
+    rows = {
+        row["method"]: row["regret"] for row in search_known(Case("face", 3, 1.0, "sobol", 4, 12)) if row["n"] == 12
+    }
+    truth, search = landscape("face", 3, 4), Search(Space(3), "sobol", seed=4)
+    noise = np.random.default_rng([4, 7]).standard_normal(12)
+    for n in range(12):
+        point = search.suggest()
+        search.observe(point, float(truth.function(np.array(point)) + noise[n]), 1.0)
+    assert rows == {
+        "sobol": pytest.approx(float(truth.regret(np.array(search.points[np.argmax(search.values)])))),
+        "gp on sobol": pytest.approx(float(truth.regret(np.array(search.incumbent()[0])))),
+    }
+
+
+def test_more_signal_means_less_regret():
+    loud, clear = (search_known(Case("interior", 3, snr, "sobol", 0, 30))[-1]["regret"] for snr in (0.02, 50.0))
+    assert clear < loud
+
+
+def test_every_search_is_a_line_and_its_audit_a_verdict(searched):
+    found, path = searched
+    lines = read_ledger(path)
+    assert len(lines) == len({line["key"] for line in lines}) == len(cases(SMALL)) == 6
+    assert set(found["method"]) == {"gp", "sobol", "gp on sobol"} and (found["n"] == 6).all()
+    heard = found[found["method"] == "gp"]
+    assert heard["kind"].isin([audit.CONVERGED, audit.MORE, audit.FLAT]).all() and heard["seen"].ge(0).all()
+    assert (found.loc[found["landscape"] == "flat", "regret"] == 0).all() and found["regret"].ge(0).all()
+    assert found[found["method"] != "gp"]["kind"].isna().all()
+
+
+def test_a_comparison_that_was_killed_goes_on(searched, tmp_path, monkeypatch):
+    found, path = searched
+    cut, ran = tmp_path / "cut.jsonl", []
+    cut.write_bytes(path.read_bytes()[:-20])
+    monkeypatch.setattr(
+        "dense_rlhf.bayesopt.trials_needed.search_known", lambda *args: ran.append(args) or search_known(*args)
+    )
+    pd.testing.assert_frame_equal(found, run_searches(SMALL, cut), check_exact=True)
+    assert len(ran) == 1 and len(read_ledger(cut)) == 6
+    again = [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in cut.read_text().splitlines()]
+    assert again == [{k: v for k, v in line.items() if k != "seconds"} for line in read_ledger(path)]
+
+
+def rows(values, method="gp", d=2):
+    """One row a function and checkpoint, of regrets by function."""
+    return pd.DataFrame(
+        [
+            {"d": d, "snr": 1.0, "method": method, "function": name, "n": n, "regret": value}
+            for name, path in values.items()
+            for n, value in path.items()
+        ]
+    )
+
+
+def test_trials_to_a_goal_are_read_between_checkpoints():
+    falls = rows({"a": {10: 1.0, 20: 0.5, 30: 0.1}, "b": {10: 1.0, 20: 0.5, 30: 0.3}})
+    assert needed(falls, 0.5).mean == 20 and needed(falls, 0.35).mean == 25 and needed(falls, 2.0).mean == 10
+    never = needed(falls, 0.05)
+    assert never.mean == never.high == np.inf
+    one = needed(falls, 0.2)
+    assert one.mean == 30 and 25 < one.low < 30 and one.high == np.inf
+    assert [i.mean for i in curve(falls)] == pytest.approx([1.0, 0.5, 0.2])
+
+
+def test_a_goal_that_was_lost_again_is_not_reached():
+    lucky = rows({"a": {10: 0.1, 20: 0.6, 30: 0.4}})
+    assert needed(lucky, 0.5).mean == 25 and needed(lucky, 0.2).mean == np.inf
+
+
+def test_methods_are_compared_on_the_same_functions():
+    ours, theirs = {"a": {10: 0.0}, "b": {10: 5.0}}, {"b": {10: 6.0}, "a": {10: 1.0}}
+    found = gain(pd.concat([rows(ours), rows(theirs, "sobol")]), 10, "gp", "sobol")
+    assert (found.mean, found.low, found.high) == (1.0, 1.0, 1.0)
+
+
+def test_methods_are_shown_where_all_were_asked():
+    both = pd.concat([rows({"a": {10: 0.0, 20: 0.0}, "b": {10: 5.0}}), rows({"a": {10: 1.0}}, "saas")])
+    assert trials_needed.common(both)[["function", "n", "method"]].values.tolist() == [
+        ["a", 10, "gp"],
+        ["a", 10, "saas"],
+    ]
+
+
+def test_growth_is_known_where_every_size_reaches_the_goal():
+    assert growth({2: 10.0, 3: 20.0, 5: 40.0}) == pytest.approx(10) and np.isnan(growth({2: 10.0, 3: 20.0, 4: np.inf}))
+
+
+def test_flat_functions_have_verdicts_but_no_regret(searched):
+    found, _ = searched
+    assert regrets(found)["function"].unique().tolist() == ["face0"]
+    said = verdicts(found)
+    assert said["flat"].tolist() == [False, True] * 2 and (said["searches"] == 1).all()
+    assert np.allclose(said[[audit.CONVERGED, audit.MORE, audit.FLAT]].sum(axis=1), 1)

@@ -1,0 +1,158 @@
+"""What reports conclude: intervals against hand-made cases, and a verdict that says no more than the runs do."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from made_study import ARMS, ablation, policies, record, run
+
+from dense_rlhf.evaluation.claims import judge
+from dense_rlhf.evaluation.findings import across, findings
+from dense_rlhf.report.charts import forest, ticks
+from dense_rlhf.report.comparison import ablation_page, dataset_page, verdict
+from dense_rlhf.runs import RunFolder, finished_runs
+from dense_rlhf.statistics import Interval, paired, welch
+
+
+def found_of(tmp_path, seeds, **golds):
+    """A study whose arms end at given gold scores, all at the same KL."""
+    arms = {name: (ARMS[name][0], gold, 2.0, ARMS[name][3]) for name, gold in golds.items()}
+    policies(tmp_path, "s", seeds=seeds, arms={name.replace("_", "-"): arm for name, arm in arms.items()})
+    return findings(finished_runs(tmp_path / "runs" / "s"), list(arms))[0]
+
+
+SEEDS = tuple(range(6))
+
+
+@pytest.mark.parametrize(
+    "seeds, golds, answer, part",
+    [
+        (SEEDS, {"sparse": 0, "uniform": 0, "shap": 2}, "yes", "helped: shap ended above sparse and every control"),
+        (SEEDS, {"sparse": 0, "shap": 2}, "yes", "helped"),
+        ((0,), {"sparse": 0, "uniform": 0, "shap": 2}, "unclear", "one seed says nothing of others"),
+        (SEEDS, {"sparse": 0, "uniform": 2.5, "shap": 2}, "unclear", "each alone, shap ended above sparse"),
+        (SEEDS, {"sparse": 2, "uniform": 2, "shap": 0}, "no", "did not help"),
+        (SEEDS, {"sparse": 0, "shap": 0.01}, "unclear", "none of 1 dense arms passes"),
+        (SEEDS, {"uniform": 0, "shap": 2}, "unclear", "no sparse arm"),
+        (SEEDS, {"sparse": 0}, "unclear", "No dense arm"),
+    ],
+)
+def test_the_verdict_says_no_more_than_the_runs(tmp_path, seeds, golds, answer, part):
+    said = verdict(found_of(tmp_path, seeds, **golds))
+    assert said.answer == answer and part in said.line
+    if said.grounds:
+        assert f"{len(seeds)} seed" in said.grounds["How sure"]
+
+
+def test_differences_are_paired_where_seeds_pair(tmp_path):
+    """Same seed and same parameters but the shape: pairs. Other rollouts, or none that is known: not."""
+    found = found_of(tmp_path, SEEDS, sparse=0, shap=1)
+    ours, theirs = ([t["gold"].mean() for t in found.judged[arm].values()] for arm in ("shap", "sparse"))
+    assert found.compare("shap", "sparse") == paired(ours, theirs) == found.arms["shap"].gain
+    for change in ("ppo_rollouts: 9", None):
+        for seed in SEEDS:
+            path = tmp_path / "runs" / "s" / f"reviews-04_ppo-shap-seed{seed}" / "params.yaml"
+            path.write_text(path.read_text() + f"\n{change}") if change else path.unlink()
+        (other,) = findings(finished_runs(tmp_path / "runs" / "s"))
+        assert other.compare("shap", "sparse") == welch(ours, theirs)
+        assert not other.compare_at_kl("shap", "sparse").paired and found.compare_at_kl("shap", "sparse").paired
+
+
+def test_test_prompts_are_judged_on_where_all_runs_have_them(tmp_path):
+    assert found_of(tmp_path, SEEDS, sparse=0, shap=1).table == "test"
+    next(tmp_path.glob("runs/s/*/test.csv")).unlink()
+    (found,) = findings(finished_runs(tmp_path / "runs" / "s"))
+    assert found.table == "evaluation" and "validation prompts" in verdict(found).grounds["How sure"]
+
+
+def test_wins_at_equal_length_stand_beside_wins_where_every_run_has_them(tmp_path):
+    found = found_of(tmp_path, SEEDS, sparse=0, shap=1)
+    shap = found.arms["shap"]
+    assert shap.win_lc.mean == pytest.approx(shap.win.mean) and shap.win_lc.known
+    assert "win rate, equal length" in dataset_page("s", found)[0]
+    path = tmp_path / "runs" / "s" / "reviews-04_ppo-shap-seed0" / f"{found.table}.csv"
+    pd.read_csv(path).drop(columns="win_lc").to_csv(path, index=False)
+    again = findings(finished_runs(tmp_path / "runs" / "s"), ["sparse", "shap"])[0]
+    assert again.arms["shap"].win_lc is None and again.arms["sparse"].win_lc == found.arms["sparse"].win_lc
+
+
+def test_searches_tell_which_arms_learned_their_weights(tmp_path):
+    policies(tmp_path, "s", arms={name: ARMS[name] for name in ("sparse", "bo-shap")})
+    one = record("05_bayesian_optimisation-bo-shap", "05_bayesian_optimisation", arm="bo-shap")
+    run(tmp_path, "s", one, params=["bo_trials: 25"])
+    arms = findings(finished_runs(tmp_path / "runs" / "s"))[0].arms
+    assert (arms["bo-shap"].trials, arms["sparse"].trials) == (25, 0) and arms["bo-shap"].search == 75
+
+
+def test_cost_names_explaining_and_the_search(tmp_path):
+    policies(tmp_path, "s", arms={name: ARMS[name] for name in ("sparse", "bo-shap")})
+    run(
+        tmp_path,
+        "s",
+        record("05_bayesian_optimisation-bo-shap", "05_bayesian_optimisation", arm="bo-shap") | {"seconds": 600.0},
+    )
+    cost = verdict(findings(finished_runs(tmp_path / "runs" / "s"))[0]).grounds["At which cost"]
+    assert "46 s" in cost and "1.4 times that of sparse" in cost and "10 min more, once" in cost
+
+
+def test_arms_over_datasets_are_in_one_unit(tmp_path):
+    arms = {name: ARMS[name] for name in ("sparse", "shap-signed")}
+    policies(tmp_path, "s", ("reviews", "hh_rlhf"), SEEDS, arms)
+    over = across(findings(finished_runs(tmp_path / "runs" / "s")))
+    assert set(over) == {"reference", "shap-signed"}
+    assert over["shap-signed"]["iqm"].low > 0 > over["reference"]["iqm"].mean
+
+
+def test_runs_without_history_or_times_still_compare(tmp_path):
+    policies(tmp_path, "s", arms={name: ARMS[name] for name in ("sparse", "shap")})
+    for name in ("history", "seconds"):
+        for path in tmp_path.glob(f"runs/s/*/{name}.csv"):
+            path.unlink()
+    (found,) = findings(finished_runs(tmp_path / "runs" / "s"))
+    assert "unknown" in verdict(found).grounds["At which cost"] and "All numbers" in dataset_page("s", found)[0]
+
+
+def test_a_path_with_holes_costs_no_page(tmp_path):
+    """A metric that is never a number leaves its comparisons open; the rest stands, and the law takes what is there."""
+    policies(tmp_path, "s", arms={name: ARMS[name] for name in ("sparse", "shap")})
+    for path in tmp_path.glob("runs/s/*/history.csv"):
+        holes = pd.read_csv(path).assign(value_loss=np.nan)
+        holes.loc[::4, "gold"] = np.nan
+        holes.to_csv(path, index=False)
+    (found,) = findings(finished_runs(tmp_path / "runs" / "s"))
+    body, _ = dataset_page("s", found)
+    assert "sqrt(KL) reached" in body and not any(case.told for case in judge(found)[0].cases)
+
+
+def test_an_ablation_page_holds_its_intervals_numbers_and_tables(tmp_path):
+    ablation(tmp_path, "a", ("default", "λ 0"))
+    long = RunFolder(tmp_path / "runs" / "a" / "ppo")
+    long.save_table("long", pd.DataFrame({"x": range(500)}))
+    body, listed = ablation_page("a", long)
+    assert "default 0.10 [-0.10, 0.30]" in body and "the first 60 of 500 rows" in body and "gain" in listed
+
+
+@given(st.floats(-1e6, 1e6), st.floats(0, 1e6))
+def test_ticks_are_few_and_enclose(low, width):
+    found = ticks(low, low + width)
+    assert len(found) <= 7 and found[0] <= low + 1e-6 * abs(low) + 1e-9 and found == sorted(set(found))
+
+
+def test_a_figure_says_itself_and_leaves_out_what_is_not_finite():
+    html = forest({"<a>": Interval(1, 0, 2), "b": Interval(float("nan"), 0, 1)}, "what")
+    assert "aria-label='what: &lt;a&gt; 1.00 [0.00, 2.00]'" in html and "nan" not in html
+    assert forest({}, "what") == ""
+
+
+def test_one_seed_is_a_point_without_a_bar():
+    html = forest({"a": Interval(1, 0, 2), "b": Interval(3, -np.inf, np.inf)}, "what")
+    assert "3.00 [no interval]" in html and html.count("<circle") == 2 and html.count("stroke-linecap") == 1
+    assert "inf" not in html
+
+
+def test_an_ablation_of_one_seed_shows_its_points(tmp_path):
+    (tmp_path / "a").mkdir()
+    left = RunFolder(tmp_path / "a")
+    left.save_metrics({"gain": {"x": vars(paired([1.0], [0.5]))}})
+    assert "x 0.50 [no interval]" in ablation_page("s", left)[0]

@@ -1,0 +1,235 @@
+"""Sampling and scoring: what the sampler drew is what the training forward says it drew."""
+
+import copy
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import DEVICE, PROMPTS, jitter, make_rollout
+from torch.nn import functional as F
+from transformers import MistralConfig, MistralForCausalLM
+
+from dense_rlhf.data import render
+from dense_rlhf.models.policy import position_ids
+from dense_rlhf.ppo import sampling as rollout_module
+from dense_rlhf.ppo.rollout import response_texts
+from dense_rlhf.ppo.sampling import by_vllm, encode_prompts, prompt_batches, sample
+from dense_rlhf.types import InputError, Message
+
+
+def encoded(prompts, tokenizer):
+    return [x.to(DEVICE) for x in encode_prompts(prompts, tokenizer)]
+
+
+def draw(lm, tokenizer, seed, prompts=PROMPTS, T=8, temperature=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    ends = tokenizer.eos_token_id, tokenizer.pad_token_id
+    return sample(lm, *encoded(prompts, tokenizer), T, temperature, *ends, generator)
+
+
+def test_prompts_are_left_padded_and_whole(tokenizer):
+    ids, mask = encode_prompts(PROMPTS, tokenizer)
+    assert bool(mask[:, -1].all()) and not mask.all()
+    assert [tokenizer.decode(row[keep]) for row, keep in zip(ids, mask)] == PROMPTS
+    assert bool((ids[~mask] == tokenizer.pad_token_id).all())
+
+
+@pytest.mark.parametrize("prompts", [["the film", ""], [""]])
+def test_a_prompt_of_no_tokens_is_refused_by_name(prompts, tokenizer):
+    with pytest.raises(InputError, match="prompt '' has no tokens"):
+        encode_prompts(prompts, tokenizer)
+
+
+def test_sampling_is_decided_by_the_generator(reference, tokenizer):
+    first, again, other = (draw(reference.lm, tokenizer, seed) for seed in (0, 0, 1))
+    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+    assert not torch.equal(first[0], other[0])
+
+
+def test_mask_is_true_through_eos_and_padding_follows(reference, tokenizer):
+    responses, mask = draw(reference.lm, tokenizer, 5, PROMPTS * 5)
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    for row, keep in zip(responses.tolist(), mask.tolist()):
+        length = row.index(eos) + 1 if eos in row else len(row)
+        assert keep == [t < length for t in range(len(row))]
+        assert all(token == pad for token in row[length:])
+    assert 3 < mask.sum(-1).float().mean() < 7  # EOS has probability about 0.2
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_sampled_frequencies_are_the_tempered_softmax(reference, tokenizer, temperature):
+    N = 4000
+    responses, _ = draw(reference.lm, tokenizer, 0, ["the film"] * N, T=1, temperature=temperature)
+    with torch.no_grad():
+        logits = reference.lm(input_ids=encoded(["the film"], tokenizer)[0]).logits[0, -1] / temperature
+    logits[tokenizer.pad_token_id] = -torch.inf
+    wanted, found = logits.softmax(-1), torch.bincount(responses.flatten(), minlength=len(logits)) / N
+    assert 0.5 * (wanted - found).abs().sum() < 0.13  # total variation; N draws over 300 tokens give about 0.1
+    top = wanted.topk(5).indices
+    assert ((wanted - found)[top].abs() < 4 * (wanted[top] / N).sqrt()).all()
+
+
+def test_temperatures_differ(reference, tokenizer):
+    """The test above tells temperatures apart: their total variation is beyond its tolerance."""
+    with torch.no_grad():
+        logits = reference.lm(input_ids=encoded(["the film"], tokenizer)[0]).logits[0, -1]
+    shares = [(logits / temperature).softmax(-1) for temperature in (0.5, 1.0, 2.0)]
+    assert all(0.5 * (a - b).abs().sum() > 0.2 for a, b in zip(shares, shares[1:]))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_equal_a_plain_forward_of_each_row_alone(policy, reference, reward_model, tokenizer, temperature):
+    made = make_rollout(policy, reference, reward_model, tokenizer, temperature=temperature)
+    for row in range(len(made.scores)):
+        query, response = made.queries[row][made.query_mask[row]], made.responses[row][made.mask[row]]
+        with torch.no_grad():
+            logits = policy.lm(input_ids=torch.cat([query, response])[None]).logits[0, len(query) - 1 : -1]
+        logits = logits / temperature
+        logits[:, tokenizer.pad_token_id] = -torch.inf
+        wanted = F.log_softmax(logits, -1).gather(-1, response[:, None]).squeeze(-1)
+        assert torch.allclose(made.logprobs[row, : len(response)], wanted, atol=1e-5)
+        assert torch.equal(made.logprobs[row, len(response) :], torch.zeros(8 - len(response)))
+    assert torch.equal(made.logprobs, made.ref_logprobs)  # the policy is still the reference
+
+
+def test_more_padding_changes_nothing(policy, rollout, tokenizer):
+    policy.value_head.weight.data.fill_(0.3)
+    pad = tokenizer.pad_token_id
+    wide = replace(
+        rollout,
+        queries=F.pad(rollout.queries, (5, 0), value=pad),
+        query_mask=F.pad(rollout.query_mask, (5, 0)),
+        **{
+            name: F.pad(getattr(rollout, name), (0, 3), value=pad if name == "responses" else 0)
+            for name in ("responses", "mask", "logprobs", "ref_logprobs", "values")
+        },
+    )
+    with torch.no_grad():
+        before, after = (policy(texts, 1.0) for texts in (rollout, wide))
+    for a, b in zip(before, after):
+        assert torch.allclose(a, b[:, :-3], atol=1e-5) and a.abs().sum() > 1 and not b[:, -3:].any()
+
+
+def test_positions_count_kept_tokens_only():
+    mask = torch.tensor([[0, 0, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0]]).bool()
+    assert position_ids(mask)[mask].tolist() == [0, 1, 2, 0, 1, 2]
+
+
+def test_entropy_is_that_of_the_sampled_distribution(policy, rollout, tokenizer):
+    with torch.no_grad():
+        policy.lm.lm_head.weight.zero_()
+        policy.lm.lm_head.bias.zero_()
+        found = policy(rollout, 1.0)[2]
+    wanted = torch.tensor(len(tokenizer) - 1.0).log()  # uniform over all but padding
+    assert torch.allclose(found[rollout.mask], wanted, atol=1e-4) and not found[~rollout.mask].any()
+
+
+def test_scores_are_those_of_prompt_and_response_without_eos(rollout, reward_model):
+    for row in range(len(rollout.scores)):
+        alone = torch.cat([rollout.queries[row][rollout.query_mask[row]], rollout.responses[row][rollout.players[row]]])
+        wanted = reward_model.calibrate(reward_model.outputs([alone.tolist()]))
+        assert abs(wanted.item() - rollout.scores[row].item()) < 1e-5
+
+
+def test_ended_and_texts(rollout, tokenizer):
+    eos = tokenizer.eos_token_id
+    last = rollout.responses.gather(-1, rollout.mask.sum(-1, keepdim=True) - 1).squeeze(-1)
+    assert torch.equal(rollout.ended, last == eos)
+    texts = response_texts(rollout, tokenizer)
+    assert not any("<" in text for text in texts)
+    row = int(rollout.players.sum(-1).argmax())
+    assert texts[row] == tokenizer.decode(rollout.responses[row][rollout.players[row]])
+
+
+def test_prompt_batches_give_every_prompt_once_an_epoch():
+    prompts = [str(i) for i in range(10)]
+    batches = prompt_batches(prompts, 5, seed=0)
+    epochs = [next(batches) + next(batches) for _ in range(3)]
+    assert all(Counter(epoch) == Counter(prompts) for epoch in epochs) and epochs[0] != epochs[1]
+    again = prompt_batches(prompts, 5, seed=0)
+    assert next(again) + next(again) == epochs[0]
+    with pytest.raises(InputError, match="ppo.rollouts is 11"):
+        next(prompt_batches(prompts, 11, seed=0))
+
+
+def test_a_dialogue_goes_through_the_chat_template_where_there_is_one(tokenizer):
+    dialogue = (Message("user", "hi"),)
+    assert render(dialogue, tokenizer) == "\n\nHuman: hi\n\nAssistant:"
+    with_template = copy.deepcopy(tokenizer)
+    with_template.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
+    assert render(dialogue, with_template) == "[user]hi[assistant]" and render("plain", with_template) == "plain"
+
+
+class FakeEngine:
+    """What trl's wrapper of vLLM is asked, and an answer: row i gets i tokens and EOS, as far as there is room."""
+
+    def __init__(self, eos):
+        self.eos, self.synced, self.asked = eos, 0, []
+
+    def sync_weights(self):
+        self.synced += 1
+
+    def generate(self, prompts, images, num_generations):
+        assert images is None and num_generations == 1
+        self.asked.append((prompts, self.temperature, self.max_completion_length, self.generation_kwargs))
+        return prompts, [([7] * i + [self.eos])[: self.max_completion_length] for i in range(len(prompts))], None, None
+
+
+def test_vllm_is_asked_for_what_the_sampler_means(reference, tokenizer, monkeypatch):
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    engine = FakeEngine(eos)
+    monkeypatch.setattr(rollout_module, "_start_vllm", lambda lm: engine)
+    lm = copy.deepcopy(reference.lm)
+    for seed in (0, 0, 1):
+        generator = torch.Generator().manual_seed(seed)
+        responses, mask = by_vllm(lm, *encoded(PROMPTS, tokenizer), 4, 0.7, eos, pad, generator)
+    assert mask.sum(-1).tolist() == [1, 2, 3, 4, 4, 4] and responses[1].tolist() == [7, eos, pad, pad]
+    assert engine.synced == 3  # it never samples from old weights
+    prompts, temperature, T, options = engine.asked[0]
+    assert [tokenizer.decode(ids) for ids in prompts] == PROMPTS and (temperature, T) == (0.7, 4)
+    assert options["stop_token_ids"] == [eos] and options["logit_bias"] == {pad: -100.0}
+    assert engine.asked[0] == engine.asked[1] != engine.asked[2]
+
+
+def test_without_vllm_it_says_what_to_install(reference, tokenizer):
+    with pytest.raises(InputError, match=r"pip install 'dense-rlhf\[vllm\]'"):
+        by_vllm(reference.lm, *encode_prompts(PROMPTS, tokenizer), 4, 1.0, 0, 1, torch.Generator())
+
+
+@pytest.mark.parametrize("size", [1, 2, 100])
+def test_how_prompts_are_read_together_changes_no_sample(reference, tokenizer, size, monkeypatch):
+    wanted = draw(reference.lm, tokenizer, 5, PROMPTS * 5)
+    monkeypatch.setattr(rollout_module, "PREFILL", size)
+    assert all(torch.equal(a, b) for a, b in zip(wanted, draw(reference.lm, tokenizer, 5, PROMPTS * 5)))
+
+
+@pytest.mark.parametrize("compact", [0.0, 1.0])
+def test_rows_that_leave_the_batch_change_no_other(reference, tokenizer, compact, monkeypatch):
+    wanted = draw(reference.lm, tokenizer, 5, PROMPTS * 5)
+    monkeypatch.setattr(rollout_module, "COMPACT", compact)
+    assert all(torch.equal(a, b) for a, b in zip(wanted, draw(reference.lm, tokenizer, 5, PROMPTS * 5)))
+
+
+def test_a_sliding_window_is_sampled_from_as_it_reads(tokenizer):
+    """Greedy by a very low temperature, against a plain forward of what was drawn."""
+    config = MistralConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        sliding_window=3,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    lm = jitter(MistralForCausalLM(config), seed=2, scale=0.5)
+    responses, mask = draw(lm, tokenizer, 0, temperature=1e-4)
+    queries, query_mask = encoded(PROMPTS, tokenizer)
+    for row in range(len(PROMPTS)):
+        query, response = queries[row][query_mask[row]], responses[row][mask[row]]
+        with torch.no_grad():
+            logits = lm(input_ids=torch.cat([query, response])[None]).logits[0, len(query) - 1 : -1]
+        logits[:, tokenizer.pad_token_id] = -torch.inf
+        assert torch.equal(logits.argmax(-1), response)

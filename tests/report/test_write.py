@@ -1,0 +1,163 @@
+"""Pages are safe and whole: hostile text is escaped, nothing is fetched, figures carry alt text."""
+
+import re
+
+import nbformat
+import pandas as pd
+import pytest
+from bs4 import BeautifulSoup
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dense_rlhf.report import write as report
+from dense_rlhf.report.notebook_page import notebook_body
+from dense_rlhf.report.page import page as whole_page
+from dense_rlhf.shaping import token_mdp
+from dense_rlhf.view import display
+from dense_rlhf.view.escape import esc
+
+HOSTILE = [
+    '"><img src=x onerror=alert(1)>',
+    "</script><script>alert(1)</script>",
+    "$\\href{javascript:alert(1)}{x}$",
+    "nul\x00 rtl\u202e zero\u200bwidth",
+    "[x](javascript:alert(1))",
+    "'\"&<>",
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_text_stays_text(text):
+    frame = pd.DataFrame({text: [text]})
+    pages = [
+        display.table(frame, text).data,
+        display.text_table({text: text}).data,
+        display.note(text).data,
+        display.heatmaps([text], {text: [1.0]}, text).data,
+        display.check(text, True).data,
+    ]
+    for page in pages:
+        tags = set(re.findall(r"<\s*/?\s*([a-zA-Z]+)", page))
+        assert tags <= {"table", "caption", "thead", "tbody", "tr", "th", "td", "code", "p", "strong", "span"}
+        assert not re.search(r"<[^>]*\son\w+\s*=", page)
+        assert not any(c in page for c in "\x00\u202e\u200b")
+
+
+@given(st.text(max_size=200))
+def test_escaping_leaves_no_markup(text):
+    assert not re.search(r"[<>\"']", esc(text))
+
+
+def test_executed_notebook_page(tmp_path):
+    v4 = nbformat.v4
+    outputs = [
+        v4.new_output("stream", name="stdout", text=HOSTILE[1]),
+        v4.new_output(
+            "display_data",
+            {"image/png": "iVBORw0KGgo=", "text/plain": "x"},
+            metadata={"image/png": {"alt": 'a "quoted" <alt>'}},
+        ),
+        v4.new_output("execute_result", {"text/html": "<table><tr><td>kept</td></tr></table>"}, execution_count=1),
+        v4.new_output("display_data", {"application/javascript": "alert(2)", "text/vnd.mermaid": "graph"}),
+        v4.new_output("error", ename="E", evalue=HOSTILE[0], traceback=[HOSTILE[0]]),
+    ]
+    notebook = v4.new_notebook(
+        cells=[
+            v4.new_markdown_cell("# T\n\n## One $a_t$\n\nText $$\\sum_i w_i$$ and $\\bad{$"),
+            v4.new_code_cell(HOSTILE[1], outputs=outputs),
+        ]
+    )
+    nbformat.write(notebook, tmp_path / "n.ipynb")
+    body, listed = notebook_body(tmp_path / "n.ipynb")
+    made = whole_page("t", body, "f", contents=listed)
+    assert "<script" not in made and "<img src=x" not in made and "alert(2)" not in made
+    assert "kept" in made and "<math" in made and "Content-Security-Policy" in made
+    assert [image["alt"] for image in BeautifulSoup(made, "html.parser").find_all("img")] == ['a "quoted" <alt>']
+    assert '<a href="#One' in made and "<details" in made
+    assert not re.search(r"(?:src|href)\s*=\s*[\"']?(?:https?:)?//", made)
+
+
+def test_heatmap_wants_a_value_for_each_token():
+    with pytest.raises(ValueError):
+        display.heatmap(["a", "b"], [1.0], "x")
+
+
+def test_toy_rewards_sum_to_the_score_and_telescoping_keeps_the_gradient():
+    import numpy as np
+
+    mdp = token_mdp.TokenMDP(3, 3, np.random.default_rng(1).normal(size=27))
+    rewards = mdp.rewards()
+    true = mdp.expected_advantage(rewards["sparse"], 1.0, 1.0)
+    # by hand: Q - V of the finished response's score, at the first token
+    by_hand = mdp.prefix_mean(mdp.scores, 1) - mdp.scores.mean()
+    assert np.allclose(true[:, 0], by_hand)
+    for name, dense in rewards.items():
+        assert np.allclose(dense.sum(1), mdp.scores), name
+        assert mdp.regret(dense, 1.0) < 1e-9
+    assert token_mdp.cosine(mdp.expected_advantage(rewards["prefix differences"], 1.0, 0.5), true) > 0.999
+    assert token_mdp.cosine(mdp.expected_advantage(rewards["Shapley"], 1.0, 1.0), true) < 0.99
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """A study of two PPO runs, `calm` without and `wild` with warnings; returns index and page of the wild one."""
+    from dense_rlhf.config.study import load_study
+    from dense_rlhf.runs import RunFolder, repository_root
+
+    study = load_study(repository_root() / "params" / "reviews.yaml", ["study=s"])
+    monkeypatch.setattr(report, "repository_root", lambda: tmp_path)
+
+    def write(warnings):
+        records = []
+        for arm in ("calm", "wild"):
+            run = RunFolder(tmp_path / "runs" / "s" / f"04_ppo-{arm}-seed0")
+            run.save_metrics({"gold": 1.0} | ({"warnings": warnings} if arm == "wild" else {}))
+            nbformat.write(nbformat.v4.new_notebook(), run.file("notebook.ipynb"))
+            records.append(
+                {
+                    "job": run.path.name,
+                    "notebook": "04_ppo",
+                    "arm": arm,
+                    "seed": 0,
+                    "dataset": "reviews",
+                    "status": "failed",
+                    "error": "",
+                    "seconds": 1.0,
+                    "started": 0,
+                }
+            )
+        index = report.write_reports(study, records)
+        return index.read_text(), (index.parent / "04_ppo-wild-seed0.html").read_text()
+
+    return write
+
+
+def test_warnings_stand_beside_their_run(study):
+    index, page = study(
+        [
+            {"update": 3, "name": "KLBlowUp", "text": "KL is 41 nats"},
+            {"update": 4, "name": "KLBlowUp", "text": "KL is 50 nats"},
+            {"update": 9, "name": "EntropyCollapse", "text": "entropy is 0.01"},
+        ]
+    )
+    cells = BeautifulSoup(index, "html.parser").select_one(".view").find_all("td")
+    assert [[item.text for item in cell.find_all("li")] for cell in cells] == [
+        [],
+        ["KLBlowUp, update 3 and 1 more", "EntropyCollapse, update 9"],
+    ]
+    said = [item.text for item in BeautifulSoup(page, "html.parser").select(".warned li")]
+    assert said == ["KLBlowUp, update 3 and 1 more: KL is 41 nats", "EntropyCollapse, update 9: entropy is 0.01"]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_warnings_stay_text(study, text):
+    pages = study([{"update": text, "name": text, "text": text}])
+    for page in pages:
+        inside = BeautifulSoup(page, "html.parser").select_one(".warned li")
+        assert not inside.find_all() and len(inside.text) > len(text)
+        assert "<script" not in page and "<img" not in page and not any(c in page for c in "\x00\u202e\u200b")
+
+
+@pytest.mark.parametrize("warnings", [[], None])
+def test_a_healthy_run_has_no_column(study, warnings):
+    assert all("class='warned'" not in page for page in study(warnings))

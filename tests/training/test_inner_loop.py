@@ -1,0 +1,196 @@
+"""A training survives what happens to it: kills, numbers that are not finite, checkpoints of another training."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from dataclasses import replace
+
+import kill_points
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT
+from kill_points import PARAMS, SHAPE
+from safetensors.torch import load_file
+
+from dense_rlhf import ppo
+from dense_rlhf.config.params import AttributionParams, PolicyParams
+from dense_rlhf.ppo import checkpoint
+from dense_rlhf.training.inner_loop import train_policy
+from dense_rlhf.types import InputError, RewardShape
+
+EXPLAIN = AttributionParams()
+SPARSE = RewardShape(("terminal",), (1.0,))
+
+
+@pytest.fixture(scope="module")
+def task():
+    return kill_points.make_task()
+
+
+def test_kills_at_random_moments_lose_nothing():
+    """A handful; `python tests/training/kill_points.py 100` for more."""
+    killed, lost = kill_points.kill_points(4, seed=1)
+    assert killed and not lost
+
+
+KINDS = {"all": {}, "lora": {"lora_rank": 2}, "separate": {"critic": "separate"}, "last": {"trainable_layers": 1}}
+
+
+@pytest.mark.parametrize("policy", [PolicyParams(**kind) for kind in KINDS.values()], ids=KINDS)
+def test_a_training_cut_short_ends_as_an_unbroken_one(task, policy, tmp_path):
+    class Cut(Exception):
+        pass
+
+    def cut(row):
+        if row["update"] == 4:
+            raise Cut
+
+    task = replace(task, policy=policy)
+    unbroken = train_policy(task, SHAPE, PARAMS, EXPLAIN, 0)
+    params = replace(PARAMS, checkpoint_every=2)  # how often decides nothing
+    with pytest.raises(Cut):
+        train_policy(task, SHAPE, params, EXPLAIN, 0, watch=cut, folder=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-000004"]
+    rows = []
+    torch.rand(3)  # the global generator is elsewhere by then
+    resumed = train_policy(task, SHAPE, params, EXPLAIN, 0, watch=rows.append, folder=tmp_path)
+    assert [row["update"] for row in rows] == [4, 5, 6, 7]
+    pd.testing.assert_frame_equal(resumed.history, unbroken.history, check_exact=True)
+    for (name, a), b in zip(unbroken.policy.named_parameters(), resumed.policy.parameters()):
+        assert torch.equal(a, b), name
+
+
+def test_a_finished_training_is_read_and_not_repeated(task, tmp_path, monkeypatch):
+    first = train_policy(task, SPARSE, PARAMS, EXPLAIN, 0, folder=tmp_path)
+    monkeypatch.setattr("dense_rlhf.training.inner_loop._improve", None)
+    again = train_policy(task, SPARSE, PARAMS, EXPLAIN, 0, folder=tmp_path)
+    pd.testing.assert_frame_equal(first.history, again.history, check_exact=True)
+
+
+def test_a_checkpoint_of_another_training_is_not_resumed(task, tmp_path):
+    train_policy(task, SPARSE, PARAMS, EXPLAIN, 0, folder=tmp_path)
+    other_prompts = replace(task, data=replace(task.data, train_prompts=task.data.train_prompts[::-1]))
+    other_unit = replace(task, reward_model=replace(task.reward_model, scale=2.0))
+    for change in (
+        {"seed": 1},
+        {"params": replace(PARAMS, lr=1e-3)},
+        {"shape": SHAPE},
+        {"task": other_prompts},
+        {"task": other_unit},
+    ):
+        given = {"task": task, "shape": SPARSE, "params": PARAMS, "attribution": EXPLAIN, "seed": 0} | change
+        fresh, found = (train_policy(**given, folder=folder).history for folder in (None, tmp_path))
+        pd.testing.assert_frame_equal(fresh, found, check_exact=True)
+
+
+def test_a_checkpoint_that_cannot_be_read_says_so(task, tmp_path):
+    train_policy(task, SPARSE, PARAMS, EXPLAIN, 0, folder=tmp_path)
+    (tmp_path / "checkpoint-000008" / "tensors.safetensors").write_bytes(b"nothing")
+    with pytest.raises(InputError, match="checkpoint-000008 cannot be read.*remove it"):
+        train_policy(task, SPARSE, PARAMS, EXPLAIN, 0, folder=tmp_path)
+
+
+def test_half_a_checkpoint_is_never_seen(task, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        train_policy(task, SPARSE, PARAMS, EXPLAIN, 0, folder=tmp_path)
+    assert checkpoint.load_checkpoint(tmp_path) is None
+    monkeypatch.undo()
+    train_policy(task, SPARSE, PARAMS, EXPLAIN, 0, folder=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-000008"]
+
+
+@pytest.mark.parametrize("broken", ["reward", "loss", "gradient"])
+def test_a_number_that_is_not_finite_stops_the_run_and_keeps_its_rollout(task, tmp_path, monkeypatch, broken):
+    whole, step = ppo.update, []
+
+    def update(learner, rollout, rewards, params):
+        step.append(learner)
+        if len(step) == 3 and broken == "reward":
+            rewards = rewards.clone().index_fill_(0, torch.tensor([1]), float("inf"))
+        if len(step) == 3 and broken == "loss":
+            learner.policy.value_head.bias.data.fill_(float("nan"))
+        if len(step) == 3 and broken == "gradient":
+            learner.policy.value_head.weight.register_hook(lambda grad: grad * float("inf"))
+        return whole(learner, rollout, rewards, params)
+
+    monkeypatch.setattr(ppo, "update", update)
+    with pytest.raises(ppo.Diverged, match=r"update 2: .*not finite: .*failure.safetensors"):
+        train_policy(task, SPARSE, PARAMS, EXPLAIN, 0, folder=tmp_path)
+    record = json.loads((tmp_path / "failure.json").read_text())
+    named = {"reward": "reward", "loss": "value_loss", "gradient": "grad_norm"}[broken]
+    assert record["update"] == 2 and record["metrics"][named] in ("nan", "inf") and named in record["error"]
+    kept = load_file(tmp_path / "failure.safetensors")
+    assert {"responses", "mask", "logprobs", "scores"} <= kept.keys() and len(kept["scores"]) == PARAMS.rollouts
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-000002"]
+
+
+def test_without_a_folder_it_stops_as_well(task, monkeypatch):
+    monkeypatch.setattr(ppo, "token_rewards", lambda rollout, *_: rollout.values * float("nan"))
+    with pytest.raises(ppo.Diverged, match="update 0: PPO met a number that is not finite: reward"):
+        train_policy(task, SPARSE, PARAMS, EXPLAIN, 0)
+
+
+def test_a_training_in_trouble_warns_by_name(task):
+    wild = replace(PARAMS, lr=0.3, kl_coef=0.0, kl_target=None, updates=10)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        rows = []
+        trained = train_policy(task, RewardShape(("terminal",), (1.0,)), wild, EXPLAIN, 0, watch=rows.append)
+    names = [sign.name for sign in trained.warnings]
+    assert names and set(names) <= {"KLBlowUp", "EntropyCollapse"}
+    assert {w.category.__name__ for w in caught} >= set(names)
+    for sign in trained.warnings:
+        assert sign.name in rows[sign.update]["warnings"] and str(sign.update) not in ("", None)
+    assert [row["warnings"] for row in rows].count("") == len(rows) - len({sign.update for sign in trained.warnings})
+
+
+def train_by_command(folder, data, kill: bool = False) -> int:
+    """`python -m dense_rlhf train` at smoke size, killed once it has left a checkpoint."""
+    command = [
+        sys.executable,
+        "-m",
+        "dense_rlhf",
+        "train",
+        "params/reviews.yaml",
+        "--arm",
+        "shap-signed",
+        "--set",
+        "size=smoke",
+        "--set",
+        "ppo.updates=6",
+        "--set",
+        "ppo.checkpoint_every=1",
+        "--set",
+        f"study={folder}",
+        "--set",
+        f"data.path={data}",
+    ]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
+    child = subprocess.Popen(command, cwd=ROOT, **quiet)
+    while kill and child.poll() is None:
+        if list((ROOT / "runs" / "train" / f"{folder}-shap-signed-seed0").glob("checkpoint-*[3-9]")):
+            os.kill(child.pid, signal.SIGKILL)
+        time.sleep(0.01)
+    return child.wait()
+
+
+def test_the_command_goes_on_where_it_was_killed(few_reviews):
+    folders = [ROOT / "runs" / "train" / f"pytest_{name}-shap-signed-seed0" for name in ("killed", "whole")]
+    for folder in folders:
+        subprocess.run(["rm", "-rf", str(folder)], check=True)
+    assert train_by_command("pytest_killed", few_reviews, kill=True) == -signal.SIGKILL
+    assert list(folders[0].glob("checkpoint-*"))
+    assert train_by_command("pytest_killed", few_reviews) == train_by_command("pytest_whole", few_reviews) == 0
+    for name in ("history.csv", "evaluation.csv", "metrics.json"):
+        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), name
+    assert not list(folders[0].glob("checkpoint-*"))
+    made = json.loads((folders[0] / "run.json").read_text())
+    assert made["status"] == "ok" and made["processes"] == 1 and made["params"]["ppo_updates"] == 6
+    for folder in folders:
+        subprocess.run(["rm", "-rf", str(folder)], check=True)

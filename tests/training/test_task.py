@@ -1,0 +1,105 @@
+"""The inner loop on a task small enough to train in a second."""
+
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import torch
+from conftest import PROMPTS
+
+from dense_rlhf import ppo
+from dense_rlhf.attribution import attribute
+from dense_rlhf.config.params import AttributionParams, PolicyParams, PPOParams
+from dense_rlhf.data import Dataset
+from dense_rlhf.models.language_models import LanguageModel
+from dense_rlhf.models.word_judge import AdditiveJudge
+from dense_rlhf.shaping.rewards import shape_rewards
+from dense_rlhf.training.evaluate import evaluate
+from dense_rlhf.training.inner_loop import train_policy
+from dense_rlhf.training.task import Task
+from dense_rlhf.types import LabelledText, RewardShape
+
+PARAMS = PPOParams(updates=3, rollouts=4, max_new_tokens=6, minibatch=2, lr=1e-2)
+EXPLAIN = AttributionParams(lime_samples=8)
+SPARSE = RewardShape(("terminal",), (1.0,))
+MIXED = RewardShape(("shap", "uniform", "terminal"), (0.5, 0.25, 0.25), "signed")
+
+
+@pytest.fixture(scope="module")
+def task(tokenizer, reference, reward_model):
+    text = [LabelledText("the film was good", 1)]
+    data = Dataset("inline", "r0", text, text, PROMPTS, PROMPTS[:4], text)
+    judge = AdditiveJudge("gold", {chr(c): c / 1000 for c in range(97, 123)})
+    language_model = LanguageModel(reference.lm, tokenizer, "m0")
+    return Task(data, language_model, reference, reward_model, judge, judge, PolicyParams())
+
+
+# ---------------------------------------------------------------------------------------------------- inner loop
+
+
+@pytest.mark.parametrize("shape", [SPARSE, MIXED], ids=["sparse", "mixed"])
+def test_same_seed_same_history(task, shape):
+    first, again, other = (train_policy(task, shape, PARAMS, EXPLAIN, seed).history for seed in (0, 0, 1))
+    pd.testing.assert_frame_equal(first, again, check_exact=True)
+    assert not first["proxy"].equals(other["proxy"])
+
+
+def test_history_holds_a_row_an_update(task):
+    trained = train_policy(task, MIXED, PARAMS, EXPLAIN, 0)
+    history = trained.history
+    assert history["update"].tolist() == [0, 1, 2] and history[["proxy", "gold", "kl"]].notna().all(axis=None)
+    assert history["kl"][0] == pytest.approx(0, abs=1e-5) and history["first_ratio_error"].max() < 1e-4
+    assert {"ess/shap", "ess/terminal", "flipped", "residual", "explained_variance"} <= set(history)
+    assert history["residual"].max() < 1e-5
+    assert trained.seconds["update"].tolist() == [0, 1, 2]
+    assert (trained.seconds.drop(columns="update") > 0).all(axis=None)
+
+
+def test_training_moves_the_policy_and_not_the_reference(task):
+    before = {name: p.clone() for name, p in task.reference.named_parameters()}
+    trained = train_policy(task, SPARSE, PARAMS, EXPLAIN, 0)
+    assert all(torch.equal(before[name], p) for name, p in task.reference.named_parameters())
+    assert not torch.equal(trained.policy.lm.lm_head.weight, task.language_model.model.lm_head.weight)
+    assert torch.equal(task.fresh_policy().lm.lm_head.weight, task.language_model.model.lm_head.weight)
+
+
+def test_the_kl_coefficient_follows_the_kl_of_every_update_and_the_share_of_clipped_rewards_is_kept(task):
+    params = replace(PARAMS, kl_target=0.5, kl_horizon=8.0, scale_rewards=True, clip_rewards=0.5)
+    history, wanted = train_policy(task, SPARSE, params, EXPLAIN, 0).history, params.kl_coef
+    for kl, coefficient in zip(history["kl"], history["kl_coef"]):
+        assert coefficient == pytest.approx(wanted)
+        wanted *= 1 + min(max(kl / 0.5 - 1, -0.2), 0.2) * 4 / 8
+    assert history["kl_coef"].nunique() == 3 and history["rewards_clipped"].max() > 0
+
+
+def test_a_source_of_weight_zero_is_not_computed_and_changes_nothing(task, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "dense_rlhf.training.inner_loop.attribute", lambda *args: asked.append(list(args[2])) or attribute(*args)
+    )
+    among = train_policy(task, RewardShape(("shap", "terminal"), (0.0, 1.0)), PARAMS, EXPLAIN, 0).history
+    assert asked == [["terminal"]] * 3
+    pd.testing.assert_frame_equal(among, train_policy(task, SPARSE, PARAMS, EXPLAIN, 0).history, check_exact=True)
+
+
+def test_the_shape_terminal_trains_as_sparse_ppo_bit_for_bit(task):
+    """The same rollout, once with a hand-made sparse reward and once through `shape_rewards`."""
+    rollout = task.roll(task.reference, PROMPTS, PARAMS, seed=0)
+    sparse = torch.zeros_like(rollout.values)
+    sparse[torch.arange(len(sparse)), rollout.mask.sum(-1) - 1] = rollout.scores
+    shaped = shape_rewards(rollout, attribute(task.reward_model, rollout, ["terminal"], EXPLAIN), SPARSE)
+    weights = []
+    for rewards in (sparse, shaped):
+        torch.manual_seed(0)
+        learner = ppo.make_learner(task.fresh_policy(), PARAMS, seed=0)
+        ppo.update(learner, rollout, ppo.token_rewards(rollout, rewards, PARAMS), PARAMS)
+        weights.append(learner.policy.state_dict())
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_evaluate_judges_one_response_a_prompt(task):
+    table = evaluate(task, task.reference, PROMPTS, PARAMS, seed=0)
+    assert table["prompt"].tolist() == PROMPTS
+    assert table["gold"].tolist() == [task.gold.score(text) for text in table["response"]]
+    assert table["kl"].abs().max() < 1e-5 and table["proxy"].nunique() > 1
+    pd.testing.assert_frame_equal(table, evaluate(task, task.reference, PROMPTS, PARAMS, seed=0), check_exact=True)

@@ -1,0 +1,172 @@
+"""Hostile text stays text wherever it stands, and pages lose what they should not tell."""
+
+import html
+import re
+import unicodedata
+
+import nbformat
+import pytest
+from bs4 import BeautifulSoup
+from hostile import HOSTILE, SURROGATE, TAGS, UNSEEN
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dense_rlhf.report.notebook_page import mathml, notebook_body, overwritten
+from dense_rlhf.report.sanitise import ATTRIBUTES, MATH, MATH_ATTRIBUTES, TEXT
+from dense_rlhf.view import escape
+from dense_rlhf.view.escape import esc, scrub, visible
+
+HOME, ROOTS = "/" + "home", "/" + "root"  # in two parts: no file of this project names a machine's path
+
+
+def test_there_are_enough_of_them():
+    assert len(set(HOSTILE)) >= 100
+
+
+@pytest.mark.parametrize("text", [*HOSTILE, SURROGATE])
+def test_escaped_text_is_one_text_in_body_and_attribute(text):
+    text = f"({text})"  # for the parser folds what is blank alone
+    soup = BeautifulSoup(f"<p title='{esc(text)}'>{esc(text)}</p><p title=\"{esc(text)}\"></p>", "html.parser")
+    assert [tag.name for tag in soup.find_all()] == ["p", "p"] and all(set(p.attrs) == {"title"} for p in soup("p"))
+    assert soup.p.text == soup.p["title"] == visible(text if len(text) <= 2000 else text[:2000] + "…")
+    soup.encode("utf-8")
+
+
+@given(st.text(max_size=300))
+def test_nothing_unseen_is_left(text):
+    shown = html.unescape(esc(text))
+    assert not any(unicodedata.category(c) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp") and c != "\n" for c in shown)
+    assert visible(visible(text)) == visible(text)
+
+
+def test_unseen_characters_are_shown_as_numbers():
+    assert visible("a\u202eb\u200b") == "a⟨202e⟩b⟨200b⟩" and all(c not in visible(UNSEEN) for c in UNSEEN)
+    assert visible("é e\u0301 日本 😀\n") == "é e\u0301 日本 😀\n"
+    assert "⟨" in visible("h" + "\u0335" * 20) and visible("h" + "\u0335" * 3) == "h" + "\u0335" * 3
+
+
+def outputs(text):
+    v4 = nbformat.v4
+    return [
+        v4.new_output("display_data", {kind: text, "text/plain": text})
+        for kind in (
+            "text/html",
+            "text/markdown",
+            "text/latex",
+            "application/javascript",
+            "text/vnd.mermaid",
+            "image/svg+xml",
+        )
+    ] + [
+        v4.new_output("stream", name="stdout", text=text),
+        v4.new_output("stream", name="stderr", text=text),
+        v4.new_output("error", ename=text, evalue=text, traceback=[text]),
+    ]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_a_notebook_that_shows_it_becomes_a_page_that_only_shows_it(text, tmp_path):
+    """Even where a cell hands it to the browser as HTML."""
+    cells = [nbformat.v4.new_markdown_cell(f"# T\n\n{text}"), nbformat.v4.new_code_cell(text, outputs=outputs(text))]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "n.ipynb")
+    body, _ = notebook_body(tmp_path / "n.ipynb")
+    for tag in BeautifulSoup(body, "html.parser").find_all():
+        assert tag.name in TEXT | MATH, tag
+        known = ATTRIBUTES | MATH_ATTRIBUTES | {"style", "src", "href", "id", "tabindex"}
+        assert set(tag.attrs) <= known and not re.search("url|expression|position", tag.get("style", "")), tag
+        assert tag.get("href", "#").startswith("#") and tag.get("src", "data:image/").startswith("data:image/"), tag
+    assert not any(c in body for c in UNSEEN)
+
+
+def test_tags_that_are_harmless_stay(tmp_path):
+    kept = (
+        "<table><caption>c</caption><tr><th scope='row'>a</th><td style='color:red;background:rgba(1,2,3,.5)'>b"
+        "</td></tr></table><details><summary>more</summary>x</details>"
+        "<img src='data:image/png;base64,AAAA' alt='y'>"
+    )
+    cell = nbformat.v4.new_code_cell("x", outputs=[nbformat.v4.new_output("display_data", {"text/html": kept})])
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "n.ipynb")
+    soup = BeautifulSoup(notebook_body(tmp_path / "n.ipynb")[0], "html.parser")
+    assert soup.td["style"] == "color:red;background:rgba(1,2,3,.5)" and soup.img["alt"] == "y"
+    assert soup.caption.text == "c" and soup.th["scope"] == "row" and soup.find("summary", string="more")
+
+
+@pytest.mark.parametrize(
+    "secret",
+    [
+        "hf_" + "aB3" * 12,
+        "sk-" + "aB3" * 12,
+        "sk-ant-" + "aB3-" * 10,
+        "ghp_" + "aB3" * 12,
+        "github_pat_" + "aB3" * 12,
+        "AKIA" + "A1B2" * 4,
+        "glpat-" + "aB3" * 10,
+        "xoxb-123456-abcdef",
+        "AIza" + "aB3_-" * 7,
+        "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.abc-_DEF",
+    ],
+)
+def test_keys_leave_the_page(secret):
+    assert secret not in scrub(f"<p>x {secret} y</p>") and secret not in scrub(f'title="{esc(secret)}"')
+
+
+@pytest.mark.parametrize(
+    "text, gone",
+    [
+        (HOME + "/someone/x.py", "someone"),
+        ("/Users/some.one/x", "some.one"),
+        (r"C:\Users\someone\x", "someone"),
+        (ROOTS + "/secret-project", ROOTS),
+        ("https://user:pass1234@host/x", "pass1234"),
+        ("WANDB_API_KEY=0123456789abcdef", "0123456789abcdef"),
+        (esc("password: 'correct-horse-42'"), "correct-horse-42"),
+        ("-----BEGIN RSA PRIVATE KEY-----\nMIIE\n-----END RSA PRIVATE KEY-----", "MIIE"),
+    ],
+)
+def test_homes_names_and_passwords_leave_the_page(text, gone):
+    assert gone not in scrub(f"<pre>{text}</pre>")
+
+
+def test_this_machines_own_secrets_and_paths_leave_the_page(tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_TOKEN", "plain words of mine")
+    monkeypatch.setattr(escape, "USER", re.compile(r"(?<=[/\\])ada(?=[/\\])|\bada(?=@)"))
+    assert "words of mine" not in scrub("<p>plain words of mine</p>")
+    assert scrub(f"{tmp_path}/runs/x", tmp_path) == "runs/x"
+    assert scrub("/data/ada/x ada@host, Nabokov's Ada and ada") == "/data/⟨user⟩/x ⟨user⟩@host, Nabokov's Ada and ada"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "max_new_tokens: 8",
+        "the first token: excellent",
+        "ppo_lr=0.0001",
+        "data/root/x",
+        "reward_token_budget: null",
+        "d4acac55fe7f38d09d551abf248647e2",
+        "a/b@c",
+    ],
+)
+def test_what_tells_nothing_stays(text):
+    assert scrub(text) == text
+
+
+def test_figures_stay_as_they_are():
+    image = f"data:image/png;base64,AKIAABCDEFGHIJKLMNOP{ROOTS}/AAAA"
+    assert image in scrub(f"<img src='{image}'>{ROOTS}/x")
+
+
+def test_progress_bars_end_as_one_line():
+    assert overwritten("  0%|   | 0/3\r 50%|#  | 1/3\r100%|###| 3/3\n") == "100%|###| 3/3\n"
+    assert overwritten("a\nb\r\nc") == "a\nb\nc"
+
+
+def test_math_is_not_looked_for_in_code():
+    assert mathml("`$x$` costs") == "`$x$` costs" and "<math" in mathml("`a` $x$ `b`")
+
+
+@pytest.mark.parametrize("text", TAGS[:20])
+def test_math_that_is_markup_stays_out(text, tmp_path):
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(f"${text}$")]), tmp_path / "n.ipynb")
+    names = {tag.name for tag in BeautifulSoup(notebook_body(tmp_path / "n.ipynb")[0], "html.parser").find_all()}
+    assert names <= TEXT | MATH
