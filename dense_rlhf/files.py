@@ -204,3 +204,25 @@ def parse_line(line: bytes, where: str) -> dict:
     if not isinstance(event, dict):
         raise InputError(f"{where} is no JSON object; mend it, or move the ledger away")
     return event
+
+
+class Journal:
+    """Results by key, each a JSON line of the file at `path`: work that was cut short resumes after the last line.
+
+    Raises `InputError` for a file of something else.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._lines = {line.get("key"): line for line in read_ledger(path)}
+
+    def get_or_make(self, key: str, make: Callable[[], dict]) -> dict:
+        """The line of `key`; if there is none, what `make` returns with its `key`, on disk when this returns.
+
+        A line has the same types whether it was just made or read back: those of JSON.
+        """
+        if key not in self._lines:
+            line = json.loads(json.dumps({"key": key} | make(), allow_nan=False))
+            append_line(self.path, line)
+            self._lines[key] = line
+        return self._lines[key]

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from dense_rlhf.bayesopt.known_functions import Landscape, landscape
 from dense_rlhf.bayesopt.search import Search
 from dense_rlhf.bayesopt.space import Space
 from dense_rlhf.config.params import DimensionParams
-from dense_rlhf.files import append_line, content_key, read_ledger
+from dense_rlhf.files import Journal, content_key
 from dense_rlhf.fingerprint import source_key
 from dense_rlhf.statistics import Interval, t_interval
 
@@ -109,18 +110,16 @@ def run_searches(params: DimensionParams, ledger: Path, progress: Callable = ite
 
     Each search is a line of `ledger`: a comparison that was cut short goes on behind the last.
     """
-    done = {line["key"]: line for line in read_ledger(ledger)}
-    code, tables = source_key("dense_rlhf.bayesopt.trials_needed"), []
+    journal, code, tables = Journal(ledger), source_key("dense_rlhf.bayesopt.trials_needed"), []
     for case in progress(cases(params)):
-        key = content_key([asdict(case), CHECKPOINTS, code])
-        if key not in done:
-            start = time.perf_counter()
-            rows = search_known(case)
-            done[key] = {"key": key} | asdict(case) | {"rows": rows, "seconds": time.perf_counter() - start}
-            append_line(ledger, done[key])
-        about = {name: done[key][name] for name in ("landscape", "d", "snr", "seed")}
-        tables.append(pd.DataFrame(done[key]["rows"]).assign(**about))
+        line = journal.get_or_make(content_key([asdict(case), CHECKPOINTS, code]), partial(_timed, case))
+        tables.append(pd.DataFrame(line["rows"]).assign(**{k: line[k] for k in ("landscape", "d", "snr", "seed")}))
     return pd.concat(tables, ignore_index=True)
+
+
+def _timed(case: Case) -> dict:
+    start = time.perf_counter()
+    return asdict(case) | {"rows": search_known(case), "seconds": time.perf_counter() - start}
 
 
 # ---------------------------------------------------------------------------------------------------- tables

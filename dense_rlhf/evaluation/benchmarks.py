@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from dense_rlhf.config.params import DownstreamParams, PolicyParams, PPOParams
 from dense_rlhf.evaluation.judge import alpaca_eval, mt_bench
 from dense_rlhf.evaluation.judge.length_control import FOLDS, length_controlled
 from dense_rlhf.evaluation.judge.mt_bench import TwoTurns
-from dense_rlhf.files import append_line, content_key, read_ledger
+from dense_rlhf.files import Journal, content_key
 from dense_rlhf.models.language_models import LanguageModel, default_device, load_policy
 from dense_rlhf.models.policy import PolicyWithValue
 from dense_rlhf.ppo.sampling import draw, encode_prompts
@@ -99,16 +100,13 @@ def answers(
 
     Raises `InputError` for a dialogue that leaves no room for an answer; nothing is cut.
     """
-    done = {line["key"]: line["answers"] for line in read_ledger(ledger)}
-    found: dict[int, str] = {}
+    journal, found = Journal(ledger), {}
     for rows in progress(_batches([temperature for _, temperature in asked])):
         dialogues, temperature = [asked[i][0] for i in rows], asked[rows[0]][1]
         texts = [[vars(message) for message in dialogue] for dialogue in dialogues]
         key = content_key([lm.revision, texts, temperature, max_new_tokens, seed])
-        if key not in done:
-            done[key] = _sampled(lm, dialogues, temperature, max_new_tokens, int(key, 16) % 2**63)
-            append_line(ledger, {"key": key, "answers": done[key]})
-        found |= dict(zip(rows, done[key]))
+        sample = partial(_sampled, lm, dialogues, temperature, max_new_tokens, int(key, 16) % 2**63)
+        found |= dict(zip(rows, journal.get_or_make(key, lambda sample=sample: {"answers": sample()})["answers"]))
     return [found[i] for i in range(len(asked))]
 
 
