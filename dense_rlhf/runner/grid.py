@@ -13,11 +13,12 @@ from pathlib import Path
 
 from dense_rlhf.config.params import BENCHMARKS, RunParams, ShapeParams
 from dense_rlhf.config.study import StudyParams
-from dense_rlhf.files import write_json
+from dense_rlhf.files import content_key, write_json
+from dense_rlhf.fingerprint import source_key
 from dense_rlhf.runner.executors import Local
 from dense_rlhf.runner.jobs import BAD, GOOD, STATES, blank, cancel, finish, finished, held_by, run_job
 from dense_rlhf.runner.plan import Job, awaits, expand, runs_folder, threads_of
-from dense_rlhf.runs import RunFolder
+from dense_rlhf.runs import RunFolder, finished_runs, repository_root
 from dense_rlhf.types import InputError
 
 PATIENCE = 1.0  # seconds until a job that another process runs is looked at again
@@ -252,6 +253,16 @@ QUICK_ARMS = {
     "uniform": ShapeParams(("uniform",)),
     "shap-signed": ShapeParams(("shap",), normalise="signed"),
 }
+
+
+def compared_runs(params: RunParams, study: Path | None, progress: Callable = iter) -> list[RunFolder]:
+    """The finished runs of a study on the dataset of `params`; without a study, those of `quick_study`, kept by key."""
+    if study is None:
+        key = content_key([params.flat(), source_key("dense_rlhf.training.inner_loop")])
+        study = repository_root() / "runs" / "interactive" / f"quick-{key[:12]}"
+        if len(list(study.glob("*/run.json"))) < len(QUICK_ARMS):
+            quick_study(params, study, progress)
+    return [run for run in finished_runs(study) if run.load_json("run.json")["dataset"] == params.where]
 
 
 def quick_study(params: RunParams, folder: Path, progress: Callable = iter) -> None:
