@@ -13,6 +13,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
+from dataclasses import is_dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import IO
@@ -75,7 +76,9 @@ def write_json(path: Path, value: object) -> None:
 
 
 def finite(value: object) -> object:
-    """The same value with NaN and infinities, which JSON lacks, as None."""
+    """The same value with NaN and infinities, which JSON lacks, as None, and dataclasses as mappings."""
+    if is_dataclass(value):
+        value = vars(value)
     if isinstance(value, dict):
         return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -13,10 +13,12 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from dense_rlhf.files import file_sha256, finite, settled_sha256, write_json, write_text
@@ -49,9 +51,9 @@ class RunFolder:
 
         return pd.read_csv(self.file(f"{name}.csv"), keep_default_na=True)
 
-    def save_metrics(self, metrics: dict[str, object]) -> None:
-        """Write `metrics.json`; numbers that are not finite become null."""
-        write_json(self.file("metrics.json"), finite(metrics))
+    def save_metrics(self, metrics: Mapping[str, object] = MappingProxyType({}), /, **more: object) -> None:
+        """Write `metrics.json`; intervals become mappings, numbers that are not finite null."""
+        write_json(self.file("metrics.json"), finite(dict(metrics) | more))
 
     def load_json(self, name: str) -> dict:
         """A JSON file of this run, empty where it is not there."""

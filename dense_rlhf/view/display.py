@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, TypeVar
 
 from IPython import get_ipython
@@ -14,6 +14,10 @@ from dense_rlhf.view.escape import esc
 
 if TYPE_CHECKING:
     import pandas as pd
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from dense_rlhf.types import Responses
 
 Item = TypeVar("Item")
 
@@ -93,6 +97,20 @@ def heatmaps(tokens: list[str], credits: dict[str, list[float]], caption: str) -
         f"<table class='mathjax_ignore'><caption>{esc(caption)}. Orange adds to the score, blue takes from it; "
         f"hover for the number.</caption>{rows}</table>"
     )
+
+
+def response_tokens(responses: Responses, row: int, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The text of each token of one response, its EOS too."""
+    return [tokenizer.decode([i]) for i in responses.responses[row][responses.mask[row]].tolist()]
+
+
+def response_heatmaps(
+    responses: Responses, row: int, tokenizer: PreTrainedTokenizerBase, values: Mapping[str, Tensor], caption: str
+) -> HTML:
+    """`heatmaps` of one response; `values` holds a tensor (B, T) for each label."""
+    mask = responses.mask[row].cpu()
+    lines = {label: tensor[row].cpu()[mask].tolist() for label, tensor in values.items()}
+    return heatmaps(response_tokens(responses, row, tokenizer), lines, caption)
 
 
 def parameters(flat: dict[str, object]) -> HTML:

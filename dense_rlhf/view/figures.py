@@ -124,6 +124,11 @@ def show(ax: Axes, alt: str) -> None:
     display({"image/png": buffer.getvalue(), "text/plain": alt}, raw=True, metadata={"image/png": {"alt": alt}})
 
 
+def listed(values: Mapping[str, object]) -> str:
+    """`name: value; name: value`, the words of a figure that shows them."""
+    return "; ".join(f"{name}: {value}" for name, value in values.items())
+
+
 def curves(ax: Axes, history: pd.DataFrame, y: str, ylabel: str, smooth: int = 5) -> Axes:
     """`y` against PPO updates: a line an arm (mean over seeds, running mean of `smooth`), a band from seed to seed."""
     import seaborn as sns

@@ -11,7 +11,7 @@ from IPython.display import HTML, display
 
 from dense_rlhf.shaping.rewards import shape_diagnostics, shape_rewards
 from dense_rlhf.types import RewardShape
-from dense_rlhf.view.display import heatmap, is_live
+from dense_rlhf.view.display import heatmap, is_live, response_tokens
 from dense_rlhf.view.escape import esc
 
 if TYPE_CHECKING:
@@ -36,8 +36,7 @@ class Explorer:
 
     def tokens(self, row: int) -> list[str]:
         """The text of each token of a response, its end too."""
-        ids = self.rollout.responses[row][self.rollout.mask[row]].tolist()
-        return [self.tokenizer.decode([i]) for i in ids]
+        return response_tokens(self.rollout, row, self.tokenizer)
 
     def rewards(self, row: int, shape: RewardShape) -> list[float]:
         """What each token is paid."""
