@@ -255,14 +255,14 @@ QUICK_ARMS = {
 }
 
 
-def compared_runs(params: RunParams, study: Path | None, progress: Callable = iter) -> list[RunFolder]:
+def compared_runs(params: RunParams, study: Path | str | None, progress: Callable = iter) -> list[RunFolder]:
     """The finished runs of a study on the dataset of `params`; without a study, those of `quick_study`, kept by key."""
     if study is None:
         key = content_key([params.flat(), source_key("dense_rlhf.training.inner_loop")])
         study = repository_root() / "runs" / "interactive" / f"quick-{key[:12]}"
         if len(list(study.glob("*/run.json"))) < len(QUICK_ARMS):
             quick_study(params, study, progress)
-    return [run for run in finished_runs(study) if run.load_json("run.json")["dataset"] == params.where]
+    return [run for run in finished_runs(Path(study)) if run.load_json("run.json")["dataset"] == params.where]
 
 
 def quick_study(params: RunParams, folder: Path, progress: Callable = iter) -> None:
