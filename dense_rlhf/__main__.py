@@ -27,7 +27,7 @@ def _study(arguments: argparse.Namespace):
 
 def _run(arguments: argparse.Namespace) -> int:
     from dense_rlhf.runner.console import selected
-    from dense_rlhf.runner.plan import describe, expand, reasons, runs_folder
+    from dense_rlhf.runner.plan import act, describe, expand, reasons, runs_folder
 
     study = _study(arguments)
     jobs, folder = expand(study), runs_folder(study)
@@ -37,7 +37,7 @@ def _run(arguments: argparse.Namespace) -> int:
         chosen = [job for job in jobs if job.name in names]
         print(
             "\n".join(
-                f"{'run' if why[job.name] else 'cached':8s}{describe(job)}"
+                f"{act(why[job.name]):8s}{describe(job)}"
                 + (f": {why[job.name]}" if why[job.name] else "")
                 for job in chosen
             )

@@ -6,14 +6,18 @@ Comments, blank lines and docstrings change no hash, so an edit of words repeats
 from __future__ import annotations
 
 import ast
+import json
+import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-from dense_rlhf.files import content_key, file_sha256
+from dense_rlhf.files import cache_root, content_key, file_sha256, write_json
 
 PACKAGE = Path(__file__).parent
 NAME = PACKAGE.name
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 @cache
@@ -27,39 +31,63 @@ def modules() -> dict[str, Path]:
     return found
 
 
-@cache
-def _tree(module: str) -> ast.Module:
-    return ast.parse(modules()[module].read_text(encoding="utf-8"))
-
-
 def imports(module: str, typing: bool = False) -> frozenset[str]:
     """The modules of this package that one imports: at its top, inside functions, or by a string that names one.
 
     With `typing`, also what it imports for type checking only.
     """
-    return _named(_tree(module), typing) - {module}
+    tree = ast.parse(modules()[module].read_text(encoding="utf-8"))
+    return _resolved(_named(tree, typing)) - {module}
 
 
-def _named(tree: ast.AST, typing: bool = False) -> frozenset[str]:
-    found: set[str] = set()
-    skipped = set() if typing else {inner for node in ast.walk(tree) if _is_typing(node) for inner in ast.walk(node)}
-    for node in set(ast.walk(tree)) - skipped:
+def _named(tree: ast.AST, typing: bool = False) -> set[str]:
+    """Dotted names that a syntax tree imports, or that its strings may stand for."""
+    names: set[str] = set()
+    waiting = [tree]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.If) and not typing and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            continue
         if isinstance(node, ast.ImportFrom) and node.module:
-            found |= {_module(f"{node.module}.{alias.name}") for alias in node.names}
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Import):
-            found |= {_module(alias.name) for alias in node.names}
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith(f"{NAME}."):
-            found |= {_module(node.value.partition(":")[0])}
-    return frozenset(found & set(modules()) - {NAME})
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            names.add(node.value.partition(":")[0])
+        waiting += ast.iter_child_nodes(node)
+    return {name for name in names if name.startswith(f"{NAME}.")}
 
 
-def _is_typing(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+def _resolved(names: Iterable[str]) -> frozenset[str]:
+    """The modules that dotted names are, or are attributes of."""
+    known = modules()
+    return frozenset({name if name in known else name.rpartition(".")[0] for name in names} & known.keys() - {NAME})
 
 
-def _module(name: str) -> str:
-    """The module that a dotted name lies in: itself, or what it is an attribute of."""
-    return name if name in modules() else name.rpartition(".")[0]
+def code_key(tree: ast.Module) -> str:
+    """Hash of what Python runs: the syntax without comments and docstrings. Takes the docstrings out of `tree`."""
+    for node in ast.walk(tree):
+        if isinstance(node, DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return content_key(ast.dump(tree))
+
+
+@cache
+def _facts() -> dict[str, tuple[list[str], str]]:
+    """What each module names and the hash of its code. Kept on disk by content: parsing all takes a second."""
+    store = cache_root() / f"source-{sys.version_info.major}.{sys.version_info.minor}.json"
+    digests = {module: file_sha256(path) for module, path in modules().items()}
+    known: dict = {}
+    with suppress(OSError, ValueError, TypeError):
+        known = dict(json.loads(store.read_text(encoding="utf-8")))
+    fresh = {digest: module for module, digest in digests.items() if digest not in known}
+    for digest, module in fresh.items():
+        tree = ast.parse(modules()[module].read_text(encoding="utf-8"))
+        known[digest] = [sorted(_named(tree)), code_key(tree)]
+    if fresh:
+        with suppress(OSError):  # a read-only home costs a second each time
+            write_json(store, {digest: known[digest] for digest in digests.values()})
+    return {module: tuple(known[digest]) for module, digest in digests.items()}
 
 
 def dependencies(names: Iterable[str]) -> frozenset[str]:
@@ -71,40 +99,23 @@ def dependencies(names: Iterable[str]) -> frozenset[str]:
         if module not in found:
             found.add(module)
             package = module.rpartition(".")[0]
-            waiting += [*imports(module), *([package] if package != NAME else [])]
+            waiting += [*_resolved(_facts()[module][0]), *([package] if package != NAME else [])]
     return frozenset(found)
 
 
 @cache
 def source_key(*names: str) -> str:
     """Hash of the code of modules and of all that they import, as it was when first asked."""
-    return content_key({module: _code(module) for module in sorted(dependencies(names))})
-
-
-@cache
-def _code(module: str) -> str:
-    return code_key(_tree(module))
-
-
-def code_key(tree: ast.Module) -> str:
-    """Hash of what Python runs: the syntax without comments and docstrings."""
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    for node in ast.walk(tree):
-        if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
-            node.body = node.body[1:] or [ast.Pass()]
-    return content_key(ast.dump(tree))
+    return content_key({module: _facts()[module][1] for module in sorted(dependencies(names))})
 
 
 def cell_imports(cells: Iterable[str]) -> frozenset[str]:
     """The package's modules that the code cells of a notebook import. Cells that Python cannot parse import none."""
-    return frozenset().union(*(_named(tree) for cell in cells if (tree := _parsed(cell))))
-
-
-def _parsed(cell: str) -> ast.Module | None:
-    try:
-        return ast.parse(cell)
-    except SyntaxError:  # a cell of magics
-        return None
+    names: set[str] = set()
+    for cell in cells:
+        with suppress(SyntaxError):  # magics
+            names |= _named(ast.parse(cell))
+    return _resolved(names)
 
 
 @cache

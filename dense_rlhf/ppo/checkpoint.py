@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 
 from dense_rlhf.files import remove_checkpoints, write_folder, write_json
 from dense_rlhf.ppo.learner import Diverged
@@ -42,7 +47,7 @@ def learner_state(learner: Learner) -> tuple[dict[str, Tensor], dict]:
 
 
 def restore(learner: Learner, tensors: dict[str, Tensor], plain: dict) -> None:
-    """Put a learner back to where `learner_state` saw it."""
+    """Put a learner back to where `learner_state` saw it; of a finished training only the policy is there."""
     weights, moments = {}, {}
     for name, tensor in tensors.items():
         kind, _, rest = name.partition("/")
@@ -51,10 +56,13 @@ def restore(learner: Learner, tensors: dict[str, Tensor], plain: dict) -> None:
         elif kind == "optimizer":
             weight, _, key = rest.rpartition("/")
             moments.setdefault(weight, {})[key] = tensor
-    optimizer = {"state": moments, "param_groups": plain["groups"]}
-    set_state_dict(
-        learner.policy, learner.optimizer, model_state_dict=weights, optim_state_dict=optimizer, options=WHOLE
-    )
+    if plain["finished"]:
+        set_model_state_dict(learner.policy, weights, options=WHOLE)
+    else:
+        optimizer = {"state": moments, "param_groups": plain["groups"]}
+        set_state_dict(
+            learner.policy, learner.optimizer, model_state_dict=weights, optim_state_dict=optimizer, options=WHOLE
+        )
     learner.schedule.load_state_dict(plain["schedule"])
     learner.generator.set_state(tensors["generator"])
     torch.set_rng_state(tensors["torch"])
@@ -72,10 +80,16 @@ def resume(folder: Path | None, key: str, learner: Learner) -> tuple[list[dict],
 
 
 def keep(folder: Path | None, key: str, learner: Learner, history: list[dict], seconds: list[dict]) -> None:
-    """Checkpoint a training, where it has a folder and its processes can be kept."""
+    """Checkpoint a training, where it has a folder and its processes can be kept.
+
+    Of a finished training the optimiser's moments, two thirds of the bytes, are left out: it is only read again.
+    """
     if folder is None or not learner.processes.keeps:
         return
     tensors, plain = learner_state(learner)
+    plain["finished"] = len(history) >= learner.schedule.total_iters
+    if plain["finished"]:
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("optimizer/")}
     if learner.processes.rank == 0:
         plain |= {"key": key, "history": history, "seconds": seconds}
         save_checkpoint(folder, len(history), tensors, plain)

@@ -14,9 +14,9 @@ from pathlib import Path
 from threading import Event
 
 from dense_rlhf.bayesopt.ledger import is_live
-from dense_rlhf.files import lock, remove_checkpoints, write_json, write_text
+from dense_rlhf.files import content_key, lock, write_json, write_text
 from dense_rlhf.runner.execution import HEARTBEAT, heartbeat, launch
-from dense_rlhf.runner.plan import Job, judge
+from dense_rlhf.runner.plan import Job, judge, training_inputs
 from dense_rlhf.runs import RunFolder, artefacts, provenance
 from dense_rlhf.types import InputError
 
@@ -29,9 +29,9 @@ RUNNING = ".running"
 def prepare(job: Job, folder: Path, threads: int, force: bool = False) -> str:
     """Write the run's `params.yaml` and return its status: `ok` where the same run is finished, else `pending`.
 
-    A folder left by other parameters or other code is emptied, and any with `force`; one left by the same is kept, and
-    with it the ledger of a search that was cut short. Raises `InputError` where that would empty a search that is
-    running.
+    A folder is emptied where its trainings depend on something else now, and with `force`. Otherwise it is kept, with
+    the ledger of a search that was cut short and the policy of a training that is only shown again. Raises `InputError`
+    where that would empty a search that is running.
     """
     import yaml
 
@@ -47,7 +47,6 @@ def prepare(job: Job, folder: Path, threads: int, force: bool = False) -> str:
             run.file(name).unlink(missing_ok=True)
         flat = found.inputs["parameters"] | {"run_dir": str(folder)}
         write_text(run.file("params.yaml"), yaml.safe_dump(flat, sort_keys=False, allow_unicode=True))
-        write_text(run.file("key.txt"), found.key)
         write_json(run.file("inputs.json"), found.inputs)
     return "pending"
 
@@ -104,14 +103,13 @@ def run_job(
 
 
 def finish(job: Job, folder: Path, status: str, error: str, start: float) -> dict:
-    """Write the record of a run that has ended; what could only have helped it to go on is removed."""
+    """Write the record of a run that has ended, with the keys of what it depended on."""
     (folder / HEARTBEAT).unlink(missing_ok=True)
-    key = (folder / "key.txt").read_text() if (folder / "key.txt").exists() else ""
-    record = blank(job, status, error) | {"key": key, "started": start, "seconds": time.time() - start}
+    record = blank(job, status, error) | {"started": start, "seconds": time.time() - start}
+    if inputs := RunFolder(folder).load_json("inputs.json"):
+        record |= {"key": content_key(inputs), "training_key": content_key(training_inputs(inputs))}
     record |= {**provenance(), "artefacts": artefacts(folder)}
     write_json(folder / "run.json", record)
-    if status == "ok":
-        remove_checkpoints(folder)
     return record
 
 

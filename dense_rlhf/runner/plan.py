@@ -19,10 +19,15 @@ from dense_rlhf.config.parse import parse
 from dense_rlhf.config.study import StudyParams
 from dense_rlhf.data import DATASETS
 from dense_rlhf.files import content_key, file_sha256, settled_sha256
-from dense_rlhf.fingerprint import package_sha256
+from dense_rlhf.fingerprint import cell_imports, dependencies, source_key
 from dense_rlhf.runs import RunFolder, altered, repository_root
 from dense_rlhf.shaping.features import check_features
 from dense_rlhf.types import InputError
+
+COMPARING = ("06_comparison", "07_overoptimisation", "08_critic", "09_verdicts")  # notebooks that read all policies
+SHOWN_BY = ("view", "report", "runner", "evaluation")  # packages whose code changes what a page shows, and no training
+SHOWING = ("notebook", "source", "shown")  # inputs that can change while every training stays what it is
+RENDERED = "rendered again: "  # begins a reason that repeats no training
 
 
 @dataclass(frozen=True)
@@ -77,10 +82,10 @@ def expand(study: StudyParams) -> list[Job]:
             for job in _arm_jobs(study, replace(base, arm=arm, shape=shape), prefix)
         ]
         policies = tuple(job.name for job in arms if job.notebook == "04_ppo")
-        single = {"01_reward_model": 0, "02_attribution": 1, "03_shaping": 1, "06_comparison": 3}
-        single |= dict.fromkeys(ABLATIONS + BENCHMARKS, 1)
+        single = {"01_reward_model": 0, "02_attribution": 1, "03_shaping": 1}
+        single |= dict.fromkeys(COMPARING, 3) | dict.fromkeys(ABLATIONS + BENCHMARKS, 1)
         for notebook in [n for n in study.notebooks if n in single]:
-            reads = policies if notebook == "06_comparison" else ()
+            reads = policies if notebook in COMPARING else ()
             jobs.append(Job(prefix + Path(notebook).name, notebook, single[notebook], base, reads=reads))
         jobs += arms
     # long jobs first within a stage, so that no worker ends up alone with one
@@ -135,31 +140,39 @@ def learned_params(job: Job, runs: Path) -> RunParams:
 
 
 def inputs(job: Job, flat: dict, runs: Path) -> dict:
-    """All that decides a run: its key is their hash. `upstream` holds the keys of the finished runs that it reads."""
+    """All that decides a run: its key is their hash. Without `SHOWING` they are what its trainings depend on.
+
+    `source` is all code that the notebook imports, `training` the part of it that can change a number that was
+    trained; `upstream` has the training keys of the finished runs that it reads, `shown` their keys.
+    """
     notebook = repository_root() / "notebooks" / f"{job.notebook}.ipynb"
-    code = _code_sha256(notebook, notebook.stat().st_mtime_ns)
-    finished = {
-        name: record.get("key")
-        for name in job.upstream
-        if (record := RunFolder(runs / name).load_json("run.json")).get("status") == "ok"
-    }
+    cells, modules = _cells(notebook, notebook.stat().st_mtime_ns)
+    records = {name: RunFolder(runs / name).load_json("run.json") for name in job.upstream}
+    finished = {name: record for name, record in records.items() if record.get("status") == "ok"}
     return {
-        "notebook": code,
-        "package": package_sha256(),
+        "notebook": cells,
+        "source": source_key(*modules),
+        "training": source_key(*(module for module in modules if module.split(".")[1] not in SHOWN_BY)),
         "locks": _locks_sha256(),
         "parameters": flat,
         "files": _files(flat),
-        "upstream": finished,
+        "upstream": {name: record.get("training_key") for name, record in finished.items()},
+        "shown": {name: record.get("key") for name, record in finished.items()},
     }
 
 
+def training_inputs(inputs: dict) -> dict:
+    """What the trainings of a run depend on."""
+    return {name: value for name, value in inputs.items() if name not in SHOWING}
+
+
 @cache
-def _code_sha256(notebook: Path, changed: int) -> str:
-    """Hash of the code cells and their tags; text, outputs and other metadata change no result."""
-    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    return content_key(
-        [["".join(cell["source"]), cell["metadata"].get("tags", [])] for cell in cells if cell["cell_type"] == "code"]
-    )
+def _cells(notebook: Path, changed: int) -> tuple[str, tuple[str, ...]]:
+    """Hash of the code cells with their tags (text and outputs change no result), and the modules that they need."""
+    cells = [cell for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    sources = ["".join(cell["source"]) for cell in cells]
+    tags = [cell["metadata"].get("tags", []) for cell in cells]
+    return content_key([sources, tags]), tuple(sorted(dependencies(cell_imports(sources))))
 
 
 def _locks_sha256() -> str:
@@ -190,7 +203,7 @@ class Verdict:
 
     inputs: dict
     why: str
-    same: bool  # the folder's last run, finished or not, read the same
+    same: bool  # the trainings that the folder holds, finished or not, depend on the same
     broken: tuple[str, ...] = ()  # artefacts that are missing or altered
 
     @property
@@ -208,7 +221,9 @@ def judge(job: Job, folder: Path, threads: int) -> Verdict:
         begun = now | {"parameters": flat | {"threads": left["parameters"]["threads"]}}
         now = begun if begun == left else now
     if left != now:
-        return Verdict(now, _changes(left, now) if left else "new", same=False)
+        same = bool(left) and training_inputs(left) == training_inputs(now)
+        shown = RENDERED if same and record.get("status") in ("ok", "stale") else ""
+        return Verdict(now, shown + (_changes(left, now) if left else "new"), same)
     if record.get("status") not in ("ok", "stale") or record.get("key") != content_key(now):
         return Verdict(now, f"{record['status']} before" if "status" in record else "did not finish", same=True)
     broken = altered(folder, record)
@@ -217,19 +232,22 @@ def judge(job: Job, folder: Path, threads: int) -> Verdict:
 
 def _changes(left: dict, now: dict) -> str:
     """Which inputs differ, in words."""
-    labels = {"notebook": "notebook changed", "package": "package source changed", "locks": "lock file changed"}
-    found = [text for name, text in labels.items() if left.get(name) != now[name]]
-    for name, text in (
-        ("parameters", "parameters changed"),
-        ("files", "files changed"),
-        ("upstream", "upstream changed"),
-    ):
+    labels = {
+        "notebook": "notebook changed",
+        "training": "source of its trainings changed",
+        "source": "source of what it shows changed",
+        "locks": "packages changed",
+    }
+    changed = [name for name in labels if left.get(name) != now[name]]
+    found = [labels[name] for name in changed if not (name == "source" and "training" in changed)]
+    for name in ("parameters", "files", "upstream", "shown"):
         old, new = left.get(name, {}), now[name]
         names = [key for key in {**old, **new} if old.get(key) != new.get(key)]
         if name == "parameters":
             names = [f"{key} {old.get(key)} -> {new.get(key)}" for key in names]
         if names:
-            found.append(f"{text}: {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if names[3:] else ""))
+            more = f" and {len(names) - 3} more" if names[3:] else ""
+            found.append(f"{'upstream' if name == 'shown' else name} changed: {', '.join(names[:3])}{more}")
     return "; ".join(found)
 
 
@@ -237,14 +255,24 @@ def reasons(jobs: list[Job], runs: Path, workers: int, force: bool = False) -> d
     """Why each job would run, in their order; empty for one that is finished."""
     found: dict[str, str] = {}
     for job in jobs:
-        again = [name for name in job.upstream if found.get(name)]
-        if force:
-            found[job.name] = "forced"
-        elif again:
-            found[job.name] = f"upstream runs: {again[0]}" + (f" and {len(again) - 1} more" if again[1:] else "")
-        else:
-            found[job.name] = _reason(job, runs / job.name, threads_of(job, jobs, workers))
+        upstream = "forced" if force else _upstream(job, found)
+        own = "" if act(upstream) == "run" else _reason(job, runs / job.name, threads_of(job, jobs, workers))
+        found[job.name] = own if act(own) == "run" else upstream or own
     return found
+
+
+def _upstream(job: Job, why: dict[str, str]) -> str:
+    """The reason that those which a job reads give it; those that train again come first."""
+    again = sorted((name for name in job.upstream if why.get(name)), key=lambda name: act(why[name]) == "render")
+    if not again:
+        return ""
+    more = f" and {len(again) - 1} more" if again[1:] else ""
+    return (RENDERED if act(why[again[0]]) == "render" else "") + f"upstream runs: {again[0]}{more}"
+
+
+def act(why: str) -> str:
+    """What a reason leads to: `cached` where there is none, `render` where no training is repeated, else `run`."""
+    return ("render" if why.startswith(RENDERED) else "run") if why else "cached"
 
 
 def _reason(job: Job, folder: Path, threads: int) -> str:

@@ -91,13 +91,13 @@ def test_a_dry_run_says_why(study, faked, tmp_path, capsys):
     assert why(study) == {
         REWARD: "",
         SEARCH: "",
-        SPARSE: "notebook changed",
-        BO: "notebook changed",
-        COMPARISON: f"upstream runs: {BO} and 1 more",
+        SPARSE: "rendered again: notebook changed",
+        BO: "rendered again: notebook changed",
+        COMPARISON: f"rendered again: upstream runs: {BO} and 1 more",
     }
     write_notebook(tmp_path / "notebooks" / "04_ppo.ipynb", "x = 1")
     (tmp_path / "locks" / "cpu.txt").write_text("torch==0.0")
-    assert why(study)[SEARCH] == "lock file changed"
+    assert why(study)[SEARCH] == "packages changed"
     (tmp_path / "locks" / "cpu.txt").unlink()
     (tmp_path / "runs" / "s" / SPARSE / "metrics.json").unlink()
     (tmp_path / "runs" / "s" / REWARD / "metrics.json").write_text("{}")
@@ -120,7 +120,7 @@ def test_text_and_outputs_of_a_notebook_change_no_key_and_its_tags_do(study, fak
     assert why(study)[REWARD] == ""
     notebook["cells"][1]["metadata"] = {}
     path.write_text(json.dumps(notebook))
-    assert why(study)[REWARD] == "notebook changed"
+    assert why(study)[REWARD] == "rendered again: notebook changed"
 
 
 def test_a_data_file_of_other_content_is_another_run(study, faked, tmp_path):
