@@ -1,11 +1,12 @@
-"""The search for weights: ours beside its peers on functions whose best is known. One JSON object a line.
+"""The search for weights: ours next to its peers on functions whose best is known. One JSON object a line.
 
     python benchmarks/bayesopt.py [--quick] [--d 4] [--snr 1] [--target interior face] [--peer random tpe]
                                   [--seeds 20] [--trials 30] [--jobs 2] > benchmarks/bayesopt.jsonl
 
-Functions on the simplex with standard deviation 1 (`dense_rlhf.landscapes`), another for each seed, seen through normal
-noise of sd 1 / `snr`. A seed's function and its noise, trial by trial, are the same for everyone. Whoever can use the
-standard error of an observation is told it: ours, gp on sobol, and ax. Regret is of the noise-free function, in its sd:
+Functions on the simplex with standard deviation 1 (`dense_rlhf.bayesopt.known_functions`), another for each seed, seen
+through normal noise of sd 1 / `snr`. A seed's function and its noise, trial by trial, are the same for every method. A
+method that can use the standard error of an observation is given it: ours, gp on sobol, and ax. Regret is of the
+noise-free function, in its sd:
 
     inference  at the point that is handed over
     simple     at the best point that was tried, which nobody knows
@@ -18,7 +19,7 @@ the mean of theirs less ours of the same seed, `interval` its 95 % bootstrap int
     ours          `Search` as it comes: anchors, pairs, ensemble of Gaussian processes, incumbent
     random        Dirichlet(1); hands over the best observation
     sobol         Sobol points on the simplex; best observation
-    gp on sobol   the same points; our model's incumbent, so what is left of our lead is due to choosing the points
+    gp on sobol   the same points; our model's incumbent, so our lead over it comes from choosing the points
     uniform       equal weights, no trial
     ax            ax-platform, Ax's own choice of strategy (Sobol points, then a Gaussian process and log noisy expected
                   improvement) under the equality constraint; hands over the tried point of the highest posterior mean,
@@ -40,8 +41,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -49,11 +49,13 @@ from pathlib import Path
 import numpy as np
 
 from dense_rlhf.bayesopt import audit
-from dense_rlhf.bayesopt.known_functions import LANDSCAPES, Landscape, landscape
+from dense_rlhf.bayesopt.known_functions import LANDSCAPES
+from dense_rlhf.bayesopt.known_searches import Experiment
 from dense_rlhf.bayesopt.search import Search
 from dense_rlhf.bayesopt.space import Point, Space
 from dense_rlhf.files import cached_folder
 from dense_rlhf.runs import provenance
+from dense_rlhf.statistics import bootstrap
 
 REQUIREMENTS = (
     "ax-platform==1.3.1",
@@ -68,6 +70,8 @@ REQUIREMENTS = (
 )
 SHORT_WALK = {"n_burnin": 500, "n_thinning": 4}
 TIMED_AT = 100
+SDS, SHARE = "sd of the function", "share of seeds"
+UNITS = {"inference": SDS, "simple": SDS, "flat": SHARE, "proposal": "s"}
 
 # ---------------------------------------------------------------------------------------------------- a run
 
@@ -84,73 +88,36 @@ class Case:
         return f"{self.target}, d {self.d}, snr {self.snr:g}, {self.trials} trials"
 
 
-@dataclass
-class Trial:
-    """What a method sees: weights in, a noisy value out, `trials` times."""
-
-    case: Case
-    seed: int
-    points: list[Point] = field(default_factory=list)
-    values: list[float] = field(default_factory=list)
-
-    @cached_property
-    def truth(self) -> Landscape:
-        return landscape(self.case.target, self.case.d, self.seed)
-
-    @property
-    def noise(self) -> float:
-        return 1 / self.case.snr
-
-    @cached_property
-    def stream(self) -> np.ndarray:
-        return self.noise * np.random.default_rng([self.seed, 7]).standard_normal(self.case.trials)
-
-    def __call__(self, point: Point) -> float:
-        """One evaluation at a point of the simplex."""
-        self.values.append(float(self.truth.function(np.array(point)) + self.stream[len(self.values)]))
-        self.points.append(tuple(point))
-        return self.values[-1]
-
-    def best_observed(self) -> Point:
-        return self.points[int(np.argmax(self.values))]
-
-
-def searched(trial: Trial, search: Search) -> Search:
-    for _ in range(trial.case.trials):
-        point = search.suggest()
-        search.observe(point, trial(point), trial.noise)
-    return search
-
-
-def ours(trial: Trial) -> tuple[Point, bool | None]:
-    """The incumbent, and whether the audit claims a winner (asked only where there is none)."""
-    search = searched(trial, Search(Space(trial.case.d), seed=trial.seed))
-    names = [f"source {i}" for i in range(trial.case.d)]
-    claimed = audit.verdict(search, names).winner if trial.case.target == "flat" else None
+def ours(experiment: Experiment, trials: int) -> tuple[Point, bool | None]:
+    """The incumbent, and on a flat function whether the audit claims a winner."""
+    search = experiment.run(Search(Space(experiment.d), seed=experiment.seed), trials)
+    names = [f"source {i}" for i in range(experiment.d)]
+    claimed = audit.verdict(search, names).winner if experiment.landscape == "flat" else None
     return search.incumbent()[0], claimed
 
 
-def drawn(trial: Trial, strategy: str) -> Search:
-    return searched(trial, Search(Space(trial.case.d), strategy, initial=0, anchors=False, seed=trial.seed))
+def drawn(experiment: Experiment, trials: int, strategy: str) -> Search:
+    space = Space(experiment.d)
+    return experiment.run(Search(space, strategy, initial=0, anchors=False, seed=experiment.seed), trials)
 
 
-def random(trial: Trial) -> Point:
-    drawn(trial, "random")
-    return trial.best_observed()
+def random(experiment: Experiment, trials: int) -> Point:
+    drawn(experiment, trials, "random")
+    return experiment.best_observed()
 
 
-def sobol(trial: Trial) -> Point:
-    drawn(trial, "sobol")
-    return trial.best_observed()
+def sobol(experiment: Experiment, trials: int) -> Point:
+    drawn(experiment, trials, "sobol")
+    return experiment.best_observed()
 
 
-def gp_on_sobol(trial: Trial) -> Point:
-    return drawn(trial, "sobol").incumbent()[0]
+def gp_on_sobol(experiment: Experiment, trials: int) -> Point:
+    return drawn(experiment, trials, "sobol").incumbent()[0]
 
 
-def uniform(trial: Trial) -> Point:
-    trial.points.append((1 / trial.case.d,) * trial.case.d)
-    return trial.points[0]
+def uniform(experiment: Experiment, trials: int) -> Point:
+    experiment.points.append((1 / experiment.d,) * experiment.d)
+    return experiment.points[0]
 
 
 def ax_client(d: int, seed: int, trials: int, walk: dict | None = SHORT_WALK):
@@ -171,14 +138,14 @@ def ax_client(d: int, seed: int, trials: int, walk: dict | None = SHORT_WALK):
     return client
 
 
-def ax(trial: Trial) -> Point:
+def ax(experiment: Experiment, trials: int) -> Point:
     from ax.adapter.registry import Generators
 
-    client = ax_client(trial.case.d, trial.seed, trial.case.trials)
-    for _ in range(trial.case.trials):
+    client = ax_client(experiment.d, experiment.seed, trials)
+    for _ in range(trials):
         weights, number = client.get_next_trial()
         point = np.clip(list(weights.values()), 0, 1)
-        client.complete_trial(number, {"value": (trial(tuple(point / point.sum())), trial.noise)})
+        client.complete_trial(number, {"value": (experiment(tuple(point / point.sum())), 1 / experiment.snr)})
     model = Generators.BOTORCH_MODULAR(experiment=client.experiment, data=client.experiment.lookup_data())
     best = np.clip(list(model.model_best_point()[0].parameters.values()), 0, 1)
     return tuple(best / best.sum())
@@ -197,15 +164,15 @@ def tpe_point(asked, d: int) -> Point:
     return tuple((exponentials / exponentials.sum()).tolist())
 
 
-def tpe(trial: Trial) -> Point:
-    study = tpe_study(trial.seed)
-    for _ in range(trial.case.trials):
+def tpe(experiment: Experiment, trials: int) -> Point:
+    study = tpe_study(experiment.seed)
+    for _ in range(trials):
         asked = study.ask()
-        study.tell(asked, trial(tpe_point(asked, trial.case.d)))
-    return trial.best_observed()
+        study.tell(asked, experiment(tpe_point(asked, experiment.d)))
+    return experiment.best_observed()
 
 
-PEERS: dict[str, Callable[[Trial], Point]] = {
+PEERS: dict[str, Callable[[Experiment, int], Point]] = {
     "random": random,
     "sobol": sobol,
     "gp on sobol": gp_on_sobol,
@@ -218,48 +185,37 @@ PEERS: dict[str, Callable[[Trial], Point]] = {
 def run(case: Case, method: str, seed: int) -> dict:
     """Regrets of one method on one seed."""
     quiet()
-    trial = Trial(case, seed)
-    point, claimed = ours(trial) if method == "ours" else (PEERS[method](trial), None)
-    regrets = trial.truth.regret(np.array(trial.points))
-    return {
-        "inference": max(float(trial.truth.regret(point)), 0.0),
-        "simple": max(float(regrets.min()), 0.0),
-        "claimed": claimed,
-    }
+    experiment = Experiment(case.target, case.d, case.snr, seed)
+    method = ours if method == "ours" else PEERS[method]
+    handed_over = method(experiment, case.trials)
+    point, claimed = handed_over if method is ours else (handed_over, None)
+    simple = min(experiment.regret(tried) for tried in experiment.points)
+    return {"inference": experiment.regret(point), "simple": simple, "claimed": claimed}
 
 
 # ---------------------------------------------------------------------------------------------------- a case
 
 
-def line(
-    measure: str, case: str, peer: str | None, unit: str, repeats: int, own: float, theirs: float | None, **more
-) -> None:
-    ratio = None if theirs is None or own == 0 else round(theirs / own, 2)
+def line(measure: str, case: str, peer: str | None, repeats: int, own: float, theirs: float | None, **more) -> None:
     found = {
-        "ratio": ratio,
-        "unit": unit,
+        "benchmark": f"bayesopt/{measure}",
+        "case": case,
+        "peer": peer,
+        "ratio": None if theirs is None or own == 0 else round(theirs / own, 2),
+        "unit": UNITS[measure],
         "repeats": repeats,
         "ours": round(own, 4),
         "theirs": None if theirs is None else round(theirs, 4),
     }
-    print(json.dumps({"benchmark": f"bayesopt/{measure}", "case": case, "peer": peer} | found | more), flush=True)
+    print(json.dumps(found | more), flush=True)
 
 
 def compare(case: Case, peer: str, own: list[dict], theirs: list[dict]) -> None:
     for measure in ("inference", "simple"):
-        a, b = (np.array([one[measure] for one in side]) for side in (own, theirs))
-        means = np.random.default_rng(0).choice(b - a, (2000, len(a))).mean(1)
-        line(
-            measure,
-            case.name,
-            peer,
-            "sd of the function",
-            len(a),
-            float(np.median(a)),
-            float(np.median(b)),
-            difference=round(float((b - a).mean()), 4),
-            interval=[round(float(end), 4) for end in np.quantile(means, [0.025, 0.975])],
-        )
+        a, b = (np.array([regrets[measure] for regrets in side]) for side in (own, theirs))
+        gap = bootstrap(b - a)
+        more = {"difference": round(gap.mean, 4), "interval": [round(gap.low, 4), round(gap.high, 4)]}
+        line(measure, case.name, peer, len(a), float(np.median(a)), float(np.median(b)), **more)
 
 
 def judge(case: Case, peers: list[str], seeds: range, pool: ProcessPoolExecutor) -> None:
@@ -267,11 +223,11 @@ def judge(case: Case, peers: list[str], seeds: range, pool: ProcessPoolExecutor)
     if case.target == "flat":
         peers = []
     asked = {name: [pool.submit(run, case, name, seed) for seed in seeds] for name in ["ours", *peers]}
-    own = [one.result() for one in asked["ours"]]
+    own = [future.result() for future in asked["ours"]]
     for name in peers:
-        compare(case, name, own, [one.result() for one in asked[name]])
+        compare(case, name, own, [future.result() for future in asked[name]])
     if case.target == "flat":
-        line("flat", case.name, None, "share of seeds", len(own), float(np.mean([one["claimed"] for one in own])), None)
+        line("flat", case.name, None, len(own), float(np.mean([regrets["claimed"] for regrets in own])), None)
 
 
 # ---------------------------------------------------------------------------------------------------- seconds
@@ -279,38 +235,37 @@ def judge(case: Case, peers: list[str], seeds: range, pool: ProcessPoolExecutor)
 
 def proposals(d: int, n: int, repeats: int) -> dict[str, Callable[[], Iterator[float]]]:
     """Seconds of `repeats` proposals after `n` noisy trials, an observation after each, by method."""
-    case = Case("ridge", d, 1.0, n + repeats)
 
     def of_search() -> Iterator[float]:
-        search, trial = Search(Space(d)), Trial(case, 0)
+        search, experiment = Search(Space(d)), Experiment("ridge", d, 1.0, 0)
         for point in Space(d).sobol(n, 0):
-            search.observe(point, trial(point), trial.noise)
+            search.observe(point, experiment(point), 1.0)
         for _ in range(repeats):
             start = time.perf_counter()
             point = search.suggest()
             yield time.perf_counter() - start
-            search.observe(point, trial(point), trial.noise)
+            search.observe(point, experiment(point), 1.0)
 
     def of_ax(walk: dict | None) -> Iterator[float]:
-        client, trial = ax_client(d, 0, n + repeats, walk), Trial(case, 0)
+        client, experiment = ax_client(d, 0, n + repeats, walk), Experiment("ridge", d, 1.0, 0)
         for point in Space(d).sobol(n, 0):
             _, number = client.attach_trial({f"w{i}": w for i, w in enumerate(point)})
-            client.complete_trial(number, {"value": (trial(point), trial.noise)})
+            client.complete_trial(number, {"value": (experiment(point), 1.0)})
         for _ in range(repeats):
             start = time.perf_counter()
             weights, number = client.get_next_trial()
             yield time.perf_counter() - start
-            client.complete_trial(number, {"value": (trial(tuple(weights.values())), trial.noise)})
+            client.complete_trial(number, {"value": (experiment(tuple(weights.values())), 1.0)})
 
     def of_tpe() -> Iterator[float]:
-        study, trial = tpe_study(0), Trial(case, 0)
+        study, experiment = tpe_study(0), Experiment("ridge", d, 1.0, 0)
         for _ in range(n + repeats):
             start = time.perf_counter()
             asked = study.ask()
             point = tpe_point(asked, d)
-            if len(trial.values) >= n:
+            if len(experiment.values) >= n:
                 yield time.perf_counter() - start
-            study.tell(asked, trial(point))
+            study.tell(asked, experiment(point))
 
     return {"ours": of_search, "ax": lambda: of_ax(None), "ax, short walk": lambda: of_ax(SHORT_WALK), "tpe": of_tpe}
 
@@ -325,16 +280,8 @@ def time_proposals(peers: list[str], n: int, repeats: int, pool: ProcessPoolExec
     for name in proposals(4, n, repeats):
         if name.split(",")[0] in peers:
             theirs = pool.submit(propose, name, 4, n, repeats).result()
-            line(
-                "proposal",
-                f"d 4 after {n} trials",
-                name,
-                "s",
-                repeats,
-                statistics.median(own),
-                statistics.median(theirs),
-                slowest=round(max(own), 3),
-            )
+            ends = statistics.median(own), statistics.median(theirs)
+            line("proposal", f"d 4 after {n} trials", name, repeats, *ends, slowest=round(max(own), 3))
 
 
 # ---------------------------------------------------------------------------------------------------- all of it
@@ -351,7 +298,7 @@ def peers_folder() -> Path:
 
 
 def start_worker(folder: str) -> None:
-    """One thread; peers behind this environment's own packages."""
+    """One thread; peers come after this environment's own packages."""
     import torch
 
     torch.set_num_threads(1)
@@ -389,19 +336,8 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"  # of the workers
     folder = str(peers_folder()) if {"ax", "tpe"} & set(asked.peer) else ""
     seeds = range(asked.first_seed, asked.first_seed + asked.seeds)
-    print(
-        json.dumps(
-            {
-                "benchmark": "bayesopt/run",
-                "threads": 1,
-                "jobs": asked.jobs,
-                "seeds": [seeds[0], seeds[-1]],
-                "peers": REQUIREMENTS,
-                **provenance(),
-            }
-        ),
-        flush=True,
-    )
+    ran = {"benchmark": "bayesopt/run", "threads": 1, "jobs": asked.jobs, "seeds": [seeds[0], seeds[-1]]}
+    print(json.dumps(ran | {"peers": REQUIREMENTS} | provenance()), flush=True)
     context = get_context("spawn")
     if asked.timed_at:
         with ProcessPoolExecutor(1, context, start_worker, (folder,)) as alone:

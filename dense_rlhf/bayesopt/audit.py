@@ -137,6 +137,12 @@ def coverage(left_out: pd.DataFrame) -> float:
     return float((left_out["z"].abs() <= 1.96).mean())
 
 
+def signal_to_noise(search: Search, seed: int = 0) -> float:
+    """Sd of the posterior mean over Sobol points by that of one observation; too low while the model knows little."""
+    mean, _ = search.posterior(search.space.sobol(256, seed))
+    return float(mean.std() / np.sqrt(noise_variance(search).mean()))
+
+
 # ---------------------------------------------------------------------------------------------------- can it tell?
 
 

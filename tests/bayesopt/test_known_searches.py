@@ -6,22 +6,21 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dense_rlhf.bayesopt import audit, trials_needed
+from dense_rlhf.bayesopt import audit
 from dense_rlhf.bayesopt.known_functions import LANDSCAPES, landscape
-from dense_rlhf.bayesopt.search import Search
-from dense_rlhf.bayesopt.space import Space
-from dense_rlhf.bayesopt.trials_needed import (
+from dense_rlhf.bayesopt.known_searches import (
     Case,
+    Experiment,
     cases,
+    common,
     curve,
     gain,
-    growth,
     needed,
-    regrets,
     run_searches,
     search_known,
-    verdicts,
 )
+from dense_rlhf.bayesopt.search import Search
+from dense_rlhf.bayesopt.space import Space
 from dense_rlhf.config import params
 from dense_rlhf.config.params import DimensionParams
 from dense_rlhf.files import read_ledger
@@ -33,7 +32,7 @@ SMALL = DimensionParams(d=(2, 3), trials=6, seeds=1, landscapes=("face", "flat")
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory):
     path = tmp_path_factory.mktemp("dimension") / "searches.jsonl"
-    return run_searches(SMALL, path), path
+    return run_searches(cases(SMALL), path), path
 
 
 def test_parameters_know_all_landscapes():
@@ -108,9 +107,9 @@ def test_a_comparison_that_was_killed_goes_on(searched, tmp_path, monkeypatch):
     cut, ran = tmp_path / "cut.jsonl", []
     cut.write_bytes(path.read_bytes()[:-20])
     monkeypatch.setattr(
-        "dense_rlhf.bayesopt.trials_needed.search_known", lambda *args: ran.append(args) or search_known(*args)
+        "dense_rlhf.bayesopt.known_searches.search_known", lambda *args: ran.append(args) or search_known(*args)
     )
-    pd.testing.assert_frame_equal(found, run_searches(SMALL, cut), check_exact=True)
+    pd.testing.assert_frame_equal(found, run_searches(cases(SMALL), cut), check_exact=True)
     assert len(ran) == 1 and len(read_ledger(cut)) == 6
     again = [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in cut.read_text().splitlines()]
     assert again == [{k: v for k, v in line.items() if k != "seconds"} for line in read_ledger(path)]
@@ -150,19 +149,19 @@ def test_methods_are_compared_on_the_same_functions():
 
 def test_methods_are_shown_where_all_were_asked():
     both = pd.concat([rows({"a": {10: 0.0, 20: 0.0}, "b": {10: 5.0}}), rows({"a": {10: 1.0}}, "saas")])
-    assert trials_needed.common(both)[["function", "n", "method"]].values.tolist() == [
-        ["a", 10, "gp"],
-        ["a", 10, "saas"],
-    ]
+    assert common(both)[["function", "n", "method"]].values.tolist() == [["a", 10, "gp"], ["a", 10, "saas"]]
 
 
-def test_growth_is_known_where_every_size_reaches_the_goal():
-    assert growth({2: 10.0, 3: 20.0, 5: 40.0}) == pytest.approx(10) and np.isnan(growth({2: 10.0, 3: 20.0, 4: np.inf}))
-
-
-def test_flat_functions_have_verdicts_but_no_regret(searched):
+def test_flat_functions_have_no_regret_and_functions_are_named_by_seed(searched):
     found, _ = searched
-    assert regrets(found)["function"].unique().tolist() == ["face0"]
-    said = verdicts(found)
-    assert said["flat"].tolist() == [False, True] * 2 and (said["searches"] == 1).all()
-    assert np.allclose(said[[audit.CONVERGED, audit.MORE, audit.FLAT]].sum(axis=1), 1)
+    assert found.loc[found["landscape"] != "flat", "function"].unique().tolist() == ["face0"]
+    assert set(found["function"]) == {"face0", "flat0"}
+
+
+def test_every_method_meets_the_same_noise():
+    first, second = Experiment("face", 3, 2.0, 1), Experiment("face", 3, 2.0, 1)
+    points = Space(3).sobol(4, 0)
+    whole = np.random.default_rng([1, 7]).standard_normal(4) / 2.0
+    assert [first(point) for point in points] == [second(point) for point in points]
+    assert first.values == [float(first.truth.function(np.array(p))) + e for p, e in zip(points, whole)]
+    assert first.regret(first.best_observed()) >= 0 and first.points == points
