@@ -98,7 +98,7 @@ def captum_design(k: int, permutations: int) -> Design:
             keep[player] = True
             masks.append(keep.copy())
             operator[player, p * (k + 1) + n : p * (k + 1) + n + 2] += np.array([-1, 1]) / permutations
-    return coalitions._design(np.array(masks), operator)
+    return coalitions.merged_design(np.array(masks), operator)
 
 
 PEERS: dict[str, tuple[Peer, Callable[[int, int], Design], int, tuple[int, ...]]] = {

@@ -40,7 +40,7 @@ from dense_rlhf.config.params import AttributionParams, PolicyParams, PPOParams,
 from dense_rlhf.models.language_models import default_device, load_policy
 from dense_rlhf.models.policy import PolicyWithValue, trainable_copy
 from dense_rlhf.models.reward_model import RewardModel
-from dense_rlhf.models.train_reward_model import _fresh_classifier
+from dense_rlhf.models.train_reward_model import fresh_classifier
 from dense_rlhf.ppo.checkpoint import learner_state, load_checkpoint, restore, save_checkpoint, save_policy
 from dense_rlhf.ppo.rollout import appraise, respond
 from dense_rlhf.ppo.sampling import SAMPLERS
@@ -103,7 +103,7 @@ class Side:
         loaded, self.device = load_policy(PolicyParams(dtype=dtype)), device
         self.tokenizer, draw = loaded.tokenizer, torch.Generator().manual_seed(0)
         reference = PolicyWithValue(loaded.model, trainable_layers, bf16=dtype == "bfloat16")
-        classifier = _fresh_classifier(RewardParams(), self.tokenizer).eval()
+        classifier = fresh_classifier(RewardParams(), self.tokenizer).eval()
         with torch.no_grad():
             reference.value_head.weight.normal_(0, 0.1, generator=draw)
             for p in classifier.parameters():

@@ -23,8 +23,9 @@ from dense_rlhf.files import wheel_member
 from dense_rlhf.models import tiny_recipe
 from dense_rlhf.models.policy import PolicyWithValue
 from dense_rlhf.models.reward_model import RewardModel
-from dense_rlhf.models.train_reward_model import _fresh_classifier
-from dense_rlhf.ppo.rollout import appraise, respond
+from dense_rlhf.models.train_reward_model import fresh_classifier
+from dense_rlhf.ppo.rollout import appraise, scored
+from dense_rlhf.ppo.sampling import sample_responses
 from dense_rlhf.training.dpo import ImplicitReward
 
 settings.register_profile("tests", deadline=None, max_examples=30, derandomize=True, database=None)
@@ -132,15 +133,15 @@ def reward_model(tokenizer, reference):
     params = RewardParams(hidden=16, layers=2, heads=2)
     other = PolicyWithValue(make_policy(tokenizer, seed=9)).requires_grad_(False).eval()
     return RewardModel(
-        jitter(_fresh_classifier(params, tokenizer), seed=1), tokenizer, implicit=ImplicitReward(other, reference, 0.1)
+        jitter(fresh_classifier(params, tokenizer), seed=1), tokenizer, implicit=ImplicitReward(other, reference, 0.1)
     )
 
 
 def make_rollout(policy, reference, reward_model, tokenizer, seed=3, T=8, temperature=1.0):
     generator = torch.Generator().manual_seed(seed)
     params = PPOParams(max_new_tokens=T, temperature=temperature)
-    found = respond(policy, reward_model, PROMPTS, tokenizer, params, generator)
-    return appraise(policy, reference, found, temperature)
+    responses = scored(sample_responses(policy, PROMPTS, tokenizer, params, generator), reward_model)
+    return appraise(policy, reference, responses, temperature)
 
 
 @pytest.fixture(scope="session")

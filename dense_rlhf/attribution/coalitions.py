@@ -48,7 +48,7 @@ def _merge(masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return unique[order], np.argsort(order)[index[2:]]
 
 
-def _design(masks: np.ndarray, operator: np.ndarray) -> Design:
+def merged_design(masks: np.ndarray, operator: np.ndarray) -> Design:
     """Merge coalitions that occur twice, and their columns."""
     unique, index = _merge(masks)
     merged = np.zeros((len(unique), masks.shape[1]))
@@ -88,7 +88,7 @@ def permutation_shap(k: int, permutations: int, seed: int) -> Design:
         start = p * (2 * k + 1)
         for shift, sign in ((1, 1), (k, 1), (0, -1), (k + 1, -1)):
             operator[order, start + n + shift] += sign
-    return _design(masks.reshape(-1, k), operator / (2 * permutations))
+    return merged_design(masks.reshape(-1, k), operator / (2 * permutations))
 
 
 # ---------------------------------------------------------------------------------------------------- trees
@@ -143,7 +143,7 @@ def leave_one_out(k: int) -> Design:
     """
     _demand_players(k)
     masks = np.concatenate([np.ones((1, k), bool), ~np.eye(k, dtype=bool)])
-    return _design(masks, np.concatenate([np.ones((k, 1)), -np.eye(k)], 1))
+    return merged_design(masks, np.concatenate([np.ones((k, 1)), -np.eye(k)], 1))
 
 
 # ---------------------------------------------------------------------------------------------------- least squares
@@ -161,7 +161,7 @@ def _least_squares(masks: np.ndarray, weight: np.ndarray) -> Design:
     fit = np.linalg.pinv(Z.T @ (weight[:, None] * Z), rcond=1e-10, hermitian=True) @ (weight[:, None] * Z).T
     empty, full = -1 / k - fit @ (1 - share), 1 / k - fit @ share
     ends = np.stack([np.zeros(k, bool), np.ones(k, bool)])
-    return _design(np.concatenate([ends, masks]), np.concatenate([empty, full, fit], 1))
+    return merged_design(np.concatenate([ends, masks]), np.concatenate([empty, full, fit], 1))
 
 
 def _demand_samples(k: int, samples: int) -> None:
@@ -275,7 +275,7 @@ def _ridge(masks: np.ndarray, width: float) -> Design:
     """lime's fit: weight exp(-(d / width)^2 / 2) at distance d = 100 (1 - cosine) from the full text, ridge 1."""
     weight = np.exp(-((100 * (1 - np.sqrt(masks.mean(1))) / width) ** 2) / 2)[:, None]
     Z = masks - (weight * masks).sum(0) / weight.sum()  # weighted columns sum to 0, so y need not be centred
-    return _design(masks, np.linalg.solve(Z.T @ (weight * Z) + np.eye(masks.shape[1]), (weight * Z).T))
+    return merged_design(masks, np.linalg.solve(Z.T @ (weight * Z) + np.eye(masks.shape[1]), (weight * Z).T))
 
 
 @lru_cache(maxsize=512)

@@ -43,7 +43,8 @@ def share_of(examples: list, labels: float, seed: int) -> list:
     return [examples[i] for i in order[:kept].tolist()]
 
 
-def _fresh_classifier(params: RewardParams, tokenizer: PreTrainedTokenizerBase) -> LlamaForSequenceClassification:
+def fresh_classifier(params: RewardParams, tokenizer: PreTrainedTokenizerBase) -> LlamaForSequenceClassification:
+    """A Llama classifier of this size with one output and random weights."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=params.hidden,
@@ -96,7 +97,7 @@ def train_on_labels(
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    model = _fresh_classifier(params, tokenizer)
+    model = fresh_classifier(params, tokenizer)
     encoded = tokenizer([e.text for e in examples], add_special_tokens=False)["input_ids"]
     labels = torch.tensor([float(e.label) for e in examples])
     optimizer = torch.optim.AdamW(model.parameters(), lr=params.lr, weight_decay=0.1)
@@ -155,7 +156,7 @@ def train_on_pairs(
         logging_strategy="no",
         disable_tqdm=True,
     )
-    data, model = datasets.Dataset.from_list(rows), _fresh_classifier(params, tokenizer)
+    data, model = datasets.Dataset.from_list(rows), fresh_classifier(params, tokenizer)
     trainer = RewardTrainer(model, config, train_dataset=data, processing_class=tokenizer)
     trainer.train()
     return trainer.model.float().eval()

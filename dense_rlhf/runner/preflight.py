@@ -16,7 +16,7 @@ from dense_rlhf.data import Dataset, load_data, render
 from dense_rlhf.fingerprint import PACKAGE
 from dense_rlhf.models.language_models import load_tokenizer, smollm2_folder
 from dense_rlhf.models.text_spans import translate
-from dense_rlhf.models.train_reward_model import _fresh_classifier, shares_tokens
+from dense_rlhf.models.train_reward_model import fresh_classifier, shares_tokens
 from dense_rlhf.runner import cost
 from dense_rlhf.types import InputError, Message, PreferencePair, Prompt
 
@@ -189,7 +189,7 @@ def find_reward(report: Report, params: RewardParams, policy: Found) -> Found | 
 
 def _scratch(report: Report, params: RewardParams, tokenizer: PreTrainedTokenizerBase) -> tuple:
     with torch.device("meta"):
-        model = _fresh_classifier(params, tokenizer).to(getattr(torch, params.dtype))
+        model = fresh_classifier(params, tokenizer).to(getattr(torch, params.dtype))
     report.ok("reward.name", f"scratch: {model.num_parameters():,} parameters, to be trained here")
     return model.config, model
 

@@ -15,7 +15,7 @@ from dense_rlhf.config.params import PolicyParams, PPOParams, RewardParams
 from dense_rlhf.models.policy import PolicyWithValue, trainable_copy
 from dense_rlhf.models.reward_model import RewardModel
 from dense_rlhf.models.tiny_recipe import train_tokenizer
-from dense_rlhf.models.train_reward_model import _fresh_classifier
+from dense_rlhf.models.train_reward_model import fresh_classifier
 from dense_rlhf.ppo.checkpoint import keep, learner_state, resume
 from dense_rlhf.ppo.distributed import Together, these
 
@@ -55,7 +55,7 @@ def work(kind: str, folder: Path):
     tokenizer = train_tokenizer(SENTENCES, 300)
     torch.manual_seed(0)
     reference = PolicyWithValue(make_policy(tokenizer), KINDS[kind].trainable_layers).requires_grad_(False).eval()
-    reward_model = RewardModel(_fresh_classifier(RewardParams(hidden=16, layers=1, heads=2), tokenizer), tokenizer)
+    reward_model = RewardModel(fresh_classifier(RewardParams(hidden=16, layers=1, heads=2), tokenizer), tokenizer)
     processes, logs = these(), []
     if kind == "sharded" and processes.world > 1:
         processes = Sharded()

@@ -26,7 +26,7 @@ from dense_rlhf.models.language_models import LanguageModel
 from dense_rlhf.models.policy import PolicyWithValue
 from dense_rlhf.models.reward_model import RewardModel
 from dense_rlhf.models.tiny_recipe import train_tokenizer
-from dense_rlhf.models.train_reward_model import _fresh_classifier
+from dense_rlhf.models.train_reward_model import fresh_classifier
 from dense_rlhf.models.word_judge import AdditiveJudge
 from dense_rlhf.training.inner_loop import train_policy
 from dense_rlhf.training.task import Task
@@ -42,7 +42,7 @@ def make_task() -> Task:
     tokenizer = train_tokenizer(SENTENCES, 300)
     torch.manual_seed(0)
     reference = PolicyWithValue(make_policy(tokenizer)).requires_grad_(False).eval()
-    classifier = _fresh_classifier(RewardParams(hidden=16, layers=1, heads=2), tokenizer).eval().to(DEVICE)
+    classifier = fresh_classifier(RewardParams(hidden=16, layers=1, heads=2), tokenizer).eval().to(DEVICE)
     text = [LabelledText("the film was good", 1)]
     data = Dataset("inline", "r0", text, text, PROMPTS, PROMPTS[:4], text)
     judge = AdditiveJudge("gold", {chr(c): c / 1000 for c in range(97, 123)})
