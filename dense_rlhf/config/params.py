@@ -394,7 +394,10 @@ GROUPS: dict[str, type] = {
     "downstream": DownstreamParams,
 }
 
-NOTEBOOKS = ("01_reward_model", "02_attribution", "03_shaping", "04_ppo", "05_bayesian_optimisation", "06_comparison")
+NOTEBOOKS = (
+    *("01_reward_model", "02_attribution", "03_shaping", "04_ppo", "05_bayesian_optimisation"),
+    *("06_comparison", "07_overoptimisation", "08_critic", "09_verdicts"),
+)
 ABLATIONS = (
     "ablations/explainers",
     "ablations/ppo",
@@ -402,5 +405,6 @@ ABLATIONS = (
     "ablations/contextual",
     "ablations/human",
     "ablations/dimension",
+    "ablations/more_sources",
 )  # run where a study names them
-BENCHMARKS = ("07_downstream",)  # likewise; they ask a judge over the network
+BENCHMARKS = ("10_downstream",)  # likewise; they ask a judge over the network
