@@ -1,4 +1,4 @@
-"""What checkpoints answer to instructions and two-turn questions, for judges that know nothing of their training."""
+"""Checkpoints on AlpacaEval and MT-Bench: their answers, sampled once and kept, and the benchmarks' numbers."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from dense_rlhf.evaluation.judge.mt_bench import TwoTurns
 from dense_rlhf.files import Journal, content_key
 from dense_rlhf.models.language_models import LanguageModel, default_device, load_policy
 from dense_rlhf.models.policy import PolicyWithValue
-from dense_rlhf.ppo.sampling import draw, encode_prompts
+from dense_rlhf.ppo.sampling import encode_prompts, sample_responses
 from dense_rlhf.statistics import Interval, bootstrap
 from dense_rlhf.types import InputError, Message
 
 REFERENCE = "reference"  # its name among the checkpoints
-BATCH = 8  # dialogues that are answered at once
-COLDEST = 1e-4  # stands for a temperature of 0: only ties are drawn
+BATCH = 8  # dialogues answered at once
+COLDEST = 1e-4  # stands in for a temperature of 0: only ties are left to chance
 Dialogue = tuple[Message, ...]
 
 
@@ -41,7 +41,7 @@ def checkpoints(reference: PolicyParams, params: DownstreamParams) -> dict[str, 
 
 
 def label(checkpoint: str) -> str:
-    """A checkpoint's name: its folder's, or that of the run which holds it as `policy`."""
+    """A checkpoint's name: its folder's, or, for a folder called `policy`, that of the run around it."""
     path = Path(checkpoint)
     name = path.parent.name if path.name == "policy" and path.parent.name else path.name
     if not name.strip("."):
@@ -50,8 +50,16 @@ def label(checkpoint: str) -> str:
 
 
 @dataclass(frozen=True)
+class BenchmarkPrompts:
+    """What every checkpoint is asked: AlpacaEval's instructions and MT-Bench's questions."""
+
+    instructions: Sequence[str]
+    questions: Sequence[TwoTurns]
+
+
+@dataclass(frozen=True)
 class Answers:
-    """What one checkpoint said."""
+    """What one checkpoint answered."""
 
     outputs: list[str]  # one to each instruction
     turns: list[tuple[str, str]]  # two to each question
@@ -63,29 +71,25 @@ class Answers:
 
 def answer_all(
     checkpoint: PolicyParams,
-    instructions: Sequence[str],
-    questions: Sequence[TwoTurns],
+    prompts: BenchmarkPrompts,
     params: DownstreamParams,
     seed: int,
     ledger: Path,
     progress: Callable = iter,
 ) -> Answers:
-    """One answer to each instruction, and one to each turn of each question, sampled with `seed`.
-
-    Each batch is a line of `ledger`: what was cut short goes on behind the last.
-    """
+    """One answer to each instruction and to each turn of each question, sampled with `seed`; see `answers`."""
     lm = load_policy(checkpoint)
     lm.model.to(default_device())
-    single = [((Message("user", text),), params.temperature) for text in instructions]
-    first = [((Message("user", q.turns[0]),), q.temperature) for q in questions]
-    said = answers(lm, single + first, params.max_new_tokens, seed, ledger, progress)
-    outputs, before = said[: len(single)], said[len(single) :]
-    second = [
-        ((*dialogue, Message("assistant", text), Message("user", q.turns[1])), q.temperature)
-        for (dialogue, _), text, q in zip(first, before, questions)
+    single = [((Message("user", text),), params.temperature) for text in prompts.instructions]
+    opening = [((Message("user", q.turns[0]),), q.temperature) for q in prompts.questions]
+    replies = answers(lm, single + opening, params.max_new_tokens, seed, ledger, progress)
+    outputs, first = replies[: len(single)], replies[len(single) :]
+    follow_up = [
+        ((*dialogue, Message("assistant", reply), Message("user", q.turns[1])), q.temperature)
+        for (dialogue, _), reply, q in zip(opening, first, prompts.questions)
     ]
-    after = answers(lm, second, params.max_new_tokens, seed, ledger, progress)
-    return Answers(outputs, list(zip(before, after)), lm.revision)
+    second = answers(lm, follow_up, params.max_new_tokens, seed, ledger, progress)
+    return Answers(outputs, list(zip(first, second)), lm.revision)
 
 
 def answers(
@@ -96,18 +100,19 @@ def answers(
     ledger: Path,
     progress: Callable = iter,
 ) -> list[str]:
-    """An answer to each dialogue at its temperature, through the tokenizer's chat template where it has one.
+    """An answer to each dialogue at its temperature, through the tokenizer's chat template if it has one.
 
-    Raises `InputError` for a dialogue that leaves no room for an answer; nothing is cut.
+    Each batch is a line of `ledger`, so interrupted sampling resumes after the last line. Raises `InputError` for a
+    dialogue that leaves no room for an answer; nothing is cut.
     """
-    journal, found = Journal(ledger), {}
+    journal, by_row = Journal(ledger), {}
     for rows in progress(_batches([temperature for _, temperature in asked])):
         dialogues, temperature = [asked[i][0] for i in rows], asked[rows[0]][1]
         texts = [[vars(message) for message in dialogue] for dialogue in dialogues]
         key = content_key([lm.revision, texts, temperature, max_new_tokens, seed])
         sample = partial(_sampled, lm, dialogues, temperature, max_new_tokens, int(key, 16) % 2**63)
-        found |= dict(zip(rows, journal.get_or_make(key, lambda sample=sample: {"answers": sample()})["answers"]))
-    return [found[i] for i in range(len(asked))]
+        by_row |= dict(zip(rows, journal.get_or_make(key, lambda sample=sample: {"answers": sample()})["answers"]))
+    return [by_row[i] for i in range(len(asked))]
 
 
 def _batches(temperatures: Sequence[float]) -> list[list[int]]:
@@ -123,15 +128,14 @@ def _sampled(
     longest = int(encode_prompts(dialogues, lm.tokenizer)[1].sum(-1).max())
     if room and longest + max_new_tokens > room:
         raise InputError(
-            f"downstream.max_new_tokens is {max_new_tokens}, behind a dialogue of {longest} tokens; "
+            f"downstream.max_new_tokens is {max_new_tokens}, after a dialogue of {longest} tokens; "
             f"the model reads {room}. Lower it, or leave the question out"
         )
     params = PPOParams(max_new_tokens=max_new_tokens, temperature=max(temperature, COLDEST))
     generator = torch.Generator().manual_seed(seed)
-    drawn = draw(PolicyWithValue(lm.model).eval(), dialogues, lm.tokenizer, params, generator)
-    texts = lm.tokenizer.batch_decode(
-        [ids[keep].tolist() for ids, keep in zip(drawn.responses, drawn.players)], skip_special_tokens=True
-    )  # a judge's prompt is made of such tokens
+    sampled = sample_responses(PolicyWithValue(lm.model).eval(), dialogues, lm.tokenizer, params, generator)
+    ids = [row[keep].tolist() for row, keep in zip(sampled.responses, sampled.players)]
+    texts = lm.tokenizer.batch_decode(ids, skip_special_tokens=True)  # a judge's prompt is made of special tokens
     return [text.strip() for text in texts]
 
 
@@ -139,59 +143,48 @@ def _sampled(
 
 
 def over_items(values: Sequence[float] | np.ndarray) -> Interval:
-    """Mean of one run's judgements with its interval over items; those that are NaN count nowhere.
+    """Mean of one run's judgements, NaN left out, with its 95 % interval over items.
 
-    Of one judgement there is no interval, and of none no mean.
+    A single judgement has no interval, and none at all has no mean.
     """
-    known = np.asarray(values, float)
-    known = known[~np.isnan(known)]
-    if len(known) < 2:
-        return Interval(float(known[0]) if len(known) else math.nan, -math.inf, math.inf)
-    return bootstrap(known)
-
-
-def in_words(found: Interval) -> str:
-    """The mean with its interval, alone where there is none, a dash where nothing was judged."""
-    if math.isnan(found.mean):
-        return "–"
-    return str(found) if found.known else f"{found.mean:.2f}"
+    judged = np.asarray(values, float)
+    judged = judged[~np.isnan(judged)]
+    if len(judged) < 2:
+        return Interval(float(judged[0]) if len(judged) else math.nan, -math.inf, math.inf)
+    return bootstrap(judged)
 
 
 def controlled_win_rate(pairs: pd.DataFrame) -> float:
-    """Of AlpacaEval's annotations, in per cent: were both outputs equally long. NaN for too few to tell."""
+    """Length-controlled win rate of AlpacaEval's annotations, in per cent; NaN if too few are judged."""
     if pairs["preference"].notna().sum() < FOLDS:
         return math.nan
     return 100 * float(length_controlled(pairs["preference"], pairs["output_2"], pairs["output_1"]).mean())
 
 
 def scores(graded: pd.DataFrame) -> dict[str, dict[str, Interval]]:
-    """MT-Bench of one checkpoint: category, or `all`, then `turn 1`, `turn 2` or `both`: means of ratings.
+    """MT-Bench ratings of one checkpoint: category, or `all`, then `turn 1`, `turn 2` or `both`.
 
-    `both` is the mean of a question's ratings; intervals are over questions.
+    `both` averages each question's ratings first; intervals are over questions.
     """
     parts = {category: part for category, part in graded.groupby("category", sort=False)} | {"all": graded}
-    turns = {
-        name: {f"turn {turn}": over_items(part.loc[part["turn"] == turn, "rating"]) for turn in (1, 2)}
-        for name, part in parts.items()
-    }
-    return {
-        name: by | {"both": over_items(parts[name].groupby("question")["rating"].mean())} for name, by in turns.items()
-    }
+    by_category = {}
+    for category, part in parts.items():
+        turns = {f"turn {turn}": over_items(part.loc[part["turn"] == turn, "rating"]) for turn in (1, 2)}
+        by_category[category] = turns | {"both": over_items(part.groupby("question")["rating"].mean())}
+    return by_category
 
 
-def caveats(instructions: int, questions: int, params: DownstreamParams, judge: str) -> list[str]:
-    """Why scores are none of the benchmarks', a sentence each; nothing where they are run in full.
+def caveats(prompts: BenchmarkPrompts, params: DownstreamParams, judge: str) -> list[str]:
+    """Why these scores are not the benchmarks' own, a sentence each; empty if both are run in full.
 
-    Counts tell a part from the whole. Which judge is good enough they do not tell: AlpacaEval 2 has its own annotator,
-    MT-Bench is graded by gpt-4.
+    A part is told from the whole by its size. AlpacaEval 2 has its own annotator; MT-Bench is graded by gpt-4.
     """
-    found = []
-    if instructions and instructions != alpaca_eval.FULL:
-        found.append(f"{instructions} instructions; AlpacaEval has {alpaca_eval.FULL}.")
-    if instructions and params.alpaca_annotator != alpaca_eval.THEIRS:
-        found.append(f"{judge} annotates as {params.alpaca_annotator}; AlpacaEval 2 has {alpaca_eval.THEIRS}.")
-    if questions and questions != mt_bench.FULL:
-        found.append(f"{questions} questions of two turns; MT-Bench has {mt_bench.FULL}.")
-    if questions and not judge.startswith("gpt-4"):
-        found.append(f"{judge} grades; MT-Bench's scores are gpt-4's.")
-    return found
+    instructions, questions = len(prompts.instructions), len(prompts.questions)
+    reasons = {
+        f"{instructions} instructions; AlpacaEval has {alpaca_eval.FULL}.": 0 < instructions != alpaca_eval.FULL,
+        f"{judge} annotates as {params.alpaca_annotator}; AlpacaEval 2 has {alpaca_eval.THEIRS}.": instructions
+        and params.alpaca_annotator != alpaca_eval.THEIRS,
+        f"{questions} questions of two turns; MT-Bench has {mt_bench.FULL}.": 0 < questions != mt_bench.FULL,
+        f"{judge} grades; MT-Bench's scores are gpt-4's.": questions and not judge.startswith("gpt-4"),
+    }
+    return [reason for reason, holds in reasons.items() if holds]

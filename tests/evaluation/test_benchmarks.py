@@ -16,7 +16,15 @@ from whole_runs import check_pages, run_study
 
 from dense_rlhf.__main__ import main
 from dense_rlhf.config.params import DownstreamParams, PolicyParams
-from dense_rlhf.evaluation.benchmarks import answer_all, answers, caveats, checkpoints, in_words, over_items, scores
+from dense_rlhf.evaluation.benchmarks import (
+    BenchmarkPrompts,
+    answer_all,
+    answers,
+    caveats,
+    checkpoints,
+    over_items,
+    scores,
+)
 from dense_rlhf.evaluation.judge import Endpoint, NoVerdict, alpaca_eval, length_controlled, mt_bench, serve
 from dense_rlhf.models.language_models import LanguageModel
 from dense_rlhf.types import InputError, Message
@@ -74,8 +82,10 @@ def test_questions_come_with_references_where_their_category_wants_them():
     found = mt_bench.read_questions(SMALL)
     assert len(found) == 10 and all(len(asked.turns) == 2 for asked in found)
     assert {asked.category for asked in found if asked.references} == set(mt_bench.REFERENCE_GUIDED)
-    assert len(mt_bench.some(found, 1)) == len({asked.category for asked in found}) < len(found)
-    assert mt_bench.some(found, None) == sorted(found, key=lambda q: [p.category for p in found].index(q.category))
+    assert len(mt_bench.first_of_each_category(found, 1)) == len({asked.category for asked in found}) < len(found)
+    assert mt_bench.first_of_each_category(found, None) == sorted(
+        found, key=lambda q: [p.category for p in found].index(q.category)
+    )
 
 
 @pytest.mark.skipif(not (SHARED / "mt_bench").exists(), reason="no real files of MT-Bench beside the checkout")
@@ -184,8 +194,9 @@ def test_scores_are_means_over_questions():
 
 def test_what_has_no_judgement_counts_nowhere():
     assert over_items([1, math.nan, 1, math.nan, 0, 0]).mean == 0.5
-    said = [in_words(over_items(values)) for values in ([math.nan], [1.0], [2.0, 2.0])]
-    assert said == ["–", "1.00", "2.00 [2.00, 2.00]"]
+    nothing, single, two = (over_items(values) for values in ([math.nan], [1.0], [2.0, 2.0]))
+    assert math.isnan(nothing.mean) and not nothing.known
+    assert single.mean == 1 and not single.known and (two.mean, two.low, two.high) == (2, 2, 2)
 
 
 # ---------------------------------------------------------------------------------------------------- AlpacaEval
@@ -362,7 +373,8 @@ def test_the_second_turn_follows_the_first_answer(lm, tmp_path, monkeypatch):
     monkeypatch.setattr("dense_rlhf.evaluation.benchmarks.load_policy", lambda _: lm)
     monkeypatch.setattr("dense_rlhf.evaluation.benchmarks._sampled", parrot)
     questions = mt_bench.read_questions(SMALL)
-    said = answer_all(PolicyParams(), ["hello"], questions, DownstreamParams(), 0, tmp_path / "a.jsonl")
+    prompts = BenchmarkPrompts(["hello"], questions)
+    said = answer_all(PolicyParams(), prompts, DownstreamParams(), 0, tmp_path / "a.jsonl")
     assert said.outputs == ["1: hello"] and said.revision == "made"
     assert said.turns == [(f"1: {q.turns[0]}", f"3: {q.turns[1]}") for q in questions]
     assert {d[1] for d in told if len(d) == 3} == {Message("assistant", f"1: {q.turns[0]}") for q in questions}
@@ -370,7 +382,7 @@ def test_the_second_turn_follows_the_first_answer(lm, tmp_path, monkeypatch):
 
 def test_a_dialogue_that_leaves_no_room_is_refused(lm, tmp_path):
     lm.model.config.max_position_embeddings = 12
-    with pytest.raises(InputError, match=r"max_new_tokens is 10, behind a dialogue of \d+ tokens; the model reads 12"):
+    with pytest.raises(InputError, match=r"max_new_tokens is 10, after a dialogue of \d+ tokens; the model reads 12"):
         answers(lm, asked(["the film was good"]), 10, 0, tmp_path / "a.jsonl")
     assert not (tmp_path / "a.jsonl").exists()
 
@@ -388,8 +400,9 @@ def test_checkpoints_are_called_after_their_runs():
 
 def test_only_the_whole_benchmark_by_its_own_judge_has_no_caveats():
     whole = DownstreamParams()
-    assert caveats(805, 80, whole, "gpt-4-turbo") == []
-    assert len(caveats(10, 10, replace(whole, alpaca_annotator=alpaca_eval.OURS), "small")) == 4
+    full, part = (BenchmarkPrompts(["say"] * i, [None] * q) for i, q in ((805, 80), (10, 10)))
+    assert caveats(full, whole, "gpt-4-turbo") == [] == caveats(BenchmarkPrompts([], []), whole, "small")
+    assert len(caveats(part, replace(whole, alpaca_annotator=alpaca_eval.OURS), "small")) == 4
 
 
 # ---------------------------------------------------------------------------------------------------- the server

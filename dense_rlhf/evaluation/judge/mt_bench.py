@@ -104,8 +104,8 @@ def read_prompts(folder: Path | str) -> dict[str, dict]:
     return {name: found[name] for name in PROMPTS.values()}
 
 
-def some(questions: Sequence[TwoTurns], most: int | None) -> list[TwoTurns]:
-    """The first `most` of each category; all where none is given."""
+def first_of_each_category(questions: Sequence[TwoTurns], most: int | None) -> list[TwoTurns]:
+    """The first `most` questions of each category, or all of them."""
     kept: dict[str, list[TwoTurns]] = {}
     for question in questions:
         kept.setdefault(question.category, []).append(question)
