@@ -42,8 +42,8 @@ from dense_rlhf.models.policy import PolicyWithValue, trainable_copy
 from dense_rlhf.models.reward_model import RewardModel
 from dense_rlhf.models.train_reward_model import fresh_classifier
 from dense_rlhf.ppo.checkpoint import learner_state, load_checkpoint, restore, save_checkpoint, save_policy
-from dense_rlhf.ppo.rollout import appraise, respond
-from dense_rlhf.ppo.sampling import SAMPLERS
+from dense_rlhf.ppo.rollout import appraise, scored
+from dense_rlhf.ppo.sampling import SAMPLERS, Sampling, sample_responses
 from dense_rlhf.runner import cost
 from dense_rlhf.runs import provenance
 from dense_rlhf.shaping.rewards import shape_rewards
@@ -115,8 +115,8 @@ class Side:
     def roll(self, seed: int = 0) -> Rollout:
         generator = torch.Generator().manual_seed(seed)
         prompts = PROMPTS * (PPO.rollouts // len(PROMPTS))
-        found = respond(self.reference, self.reward_model, prompts, self.tokenizer, PPO, generator)
-        return appraise(self.reference, self.reference, found, 1.0)
+        responses = sample_responses(self.reference, prompts, self.tokenizer, PPO, generator)
+        return appraise(self.reference, self.reference, scored(responses, self.reward_model), 1.0)
 
     def learner(self, start: dict[str, Tensor] | None = None, **policy) -> ppo.Learner:
         torch.manual_seed(0)
@@ -390,12 +390,11 @@ def one_update(
         return made
 
     mask, generator = torch.ones_like(queries, dtype=torch.bool), torch.Generator().manual_seed(0)
-    drawn, kept = step(
-        "sample", lambda: SAMPLERS["cache"](policy.sampling_model(), queries, mask, T, 1.0, -1, PAD, generator)
-    )
+    settings = queries, mask, Sampling(T, 1.0, -1, PAD), generator
+    drawn, kept = step("sample", lambda: SAMPLERS["cache"](policy.sampling_model(), *settings))
     none = torch.zeros(len(queries), device=DEVICE)
     texts = Responses(queries, mask, drawn, kept, none, none.bool())
-    texts = replace(texts, scores=step("score", lambda: reward_model.score(reward_model.readings(texts))))
+    texts = step("score", lambda: scored(texts, reward_model))
     read = step("log-probabilities", lambda: appraise(policy, reference, texts, 1.0, params.ppo.micro_batch))
     credit = step("explain", lambda: attribute(reward_model, read, ["shap"], params.attribution))
     shaped = shape_rewards(read, credit, RewardShape(("shap",), (1.0,), "signed"))
@@ -412,8 +411,9 @@ def sampler(shape: str, B: int, P: int, T: int, repeats: int) -> None:
     def seconds(name: str) -> list[float]:
         taken = []
         for few in (queries[:, -width:] for width in widths):
-            settings = torch.ones_like(few, dtype=torch.bool), T, 1.0, -1, PAD, torch.Generator().manual_seed(0)
-            taken.append(round(clocked(partial(SAMPLERS[name], lm, few, *settings))[0], 3))
+            mask, generator = torch.ones_like(few, dtype=torch.bool), torch.Generator().manual_seed(0)
+            draw = partial(SAMPLERS[name], lm, few, mask, Sampling(T, 1.0, -1, PAD), generator)
+            taken.append(round(clocked(draw)[0], 3))
         return taken
 
     ours, theirs = seconds("cache"), seconds("generate")

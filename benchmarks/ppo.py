@@ -42,13 +42,13 @@ from scipy.stats import t as student
 from torch import Tensor, nn
 
 from dense_rlhf import ppo
-from dense_rlhf.config.params import AttributionParams, DataParams, PolicyParams, PPOParams, RewardParams
+from dense_rlhf.config.params import AttributionParams, PolicyParams, PPOParams, RunParams
 from dense_rlhf.files import cached_folder
 from dense_rlhf.models.policy import PolicyWithValue
 from dense_rlhf.ppo import sampling
 from dense_rlhf.runs import provenance
 from dense_rlhf.training.evaluate import evaluate
-from dense_rlhf.training.inner_loop import train_policy
+from dense_rlhf.training.inner_loop import Recipe, Session, train_policy
 from dense_rlhf.training.task import Task, load_task
 from dense_rlhf.types import RewardShape
 
@@ -111,15 +111,8 @@ def ours(task: Task, params: PPOParams, seed: int, source: str, turns: Callable 
         }
 
     sampling.SAMPLERS["cache"] = timed
-    return train_policy(
-        task,
-        RewardShape((source,), (1.0,)),
-        params,
-        AttributionParams(),
-        seed,
-        progress=turns,
-        watch=watch if turns is not iter else None,
-    ).policy
+    recipe = Recipe(RewardShape((source,), (1.0,)), params, AttributionParams(), seed)
+    return train_policy(task, recipe, Session(turns, watch if turns is not iter else None)).policy
 
 
 class Scorer(nn.Module):
@@ -237,7 +230,7 @@ def take_turns(trainer, turns: Callable) -> None:
 
 
 def the_task(critic: str, params: PPOParams) -> Task:
-    return load_task(DataParams(), PolicyParams(critic=critic, value_start="score"), RewardParams(), params)
+    return load_task(RunParams(policy=PolicyParams(critic=critic, value_start="score"), ppo=params))
 
 
 def work(side: str, updates: int, seeds: int) -> None:

@@ -9,7 +9,7 @@ contract tests pick it up. (Preference pairs and labelled texts in a file need n
 import random
 
 from dense_rlhf.attribution.explain import explain
-from dense_rlhf.config.params import DataParams, PolicyParams, PPOParams, RewardParams
+from dense_rlhf.config.params import DataParams, PPOParams, RewardParams, RunParams
 from dense_rlhf.data import DATASETS, Dataset, review_prompts, split_reviews
 from dense_rlhf.files import content_key
 from dense_rlhf.models.train_reward_model import proxy_correct
@@ -46,7 +46,7 @@ DATASETS["replies"] = load_replies
 
 def main(reward_steps: int = 100) -> None:
     reward, ppo = RewardParams(steps=reward_steps, batch=32), PPOParams(rollouts=16, minibatch=16)
-    task = load_task(DataParams(name="replies"), PolicyParams(name="tiny"), reward, ppo)
+    task = load_task(RunParams(data=DataParams(name="replies"), reward=reward, ppo=ppo))
     print(task.data.counts)
     agreed = proxy_correct(task.reward_model, task.data.test, reward.window).mean()
     print(f"the reward model agrees with {agreed:.0%} of {len(task.data.test)} labels; what it saw in one reply:")

@@ -8,7 +8,6 @@ reward model and prompts to run them on.
 """
 
 import tempfile
-from dataclasses import replace
 
 import torch
 from datasets import Dataset
@@ -20,6 +19,7 @@ from dense_rlhf.data import load_data
 from dense_rlhf.models.language_models import load_policy
 from dense_rlhf.models.reward_model import RewardModel
 from dense_rlhf.models.train_reward_model import load_reward_model
+from dense_rlhf.ppo.rollout import scored
 from dense_rlhf.shaping.rewards import shape_rewards
 from dense_rlhf.training.baselines import normalised_to_go
 from dense_rlhf.types import Responses, RewardShape
@@ -32,8 +32,8 @@ def token_rewards(judge: RewardModel, batch: dict[str, torch.Tensor], eos: int) 
     ids, mask = batch["completion_ids"], batch["completion_mask"].bool()
     ended = ids.gather(1, mask.sum(-1, keepdim=True) - 1).squeeze(1) == eos
     unscored = Responses(batch["prompt_ids"], batch["prompt_mask"].bool(), ids, mask, torch.zeros(len(ids)), ended)
-    found = replace(unscored, scores=judge.score(judge.readings(unscored)))
-    return shape_rewards(found, attribute(judge, found, SHAPE.sources, AttributionParams()), SHAPE)
+    responses = scored(unscored, judge)
+    return shape_rewards(responses, attribute(judge, responses, SHAPE.sources, AttributionParams()), SHAPE)
 
 
 class TokenGRPO(GRPOTrainer):
@@ -69,7 +69,7 @@ def main(data: str | None = None, reward_steps: int = 500, updates: int = 8) -> 
         )
         trainer = TokenGRPO(
             policy.model,
-            lambda completions, **_: [0.0] * len(completions),  # trl wants one; ours come later
+            lambda completions, **_: [0.0] * len(completions),  # trl requires one; token rewards come later
             config,
             Dataset.from_dict({"prompt": reviews.train_prompts[:256]}),
             processing_class=policy.tokenizer,

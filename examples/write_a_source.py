@@ -10,7 +10,7 @@ the reward model nothing, to be held against sources that do.
 from dense_rlhf.attribution import SOURCES, attribute
 from dense_rlhf.attribution.agreement import known_credit, rank_agreement
 from dense_rlhf.attribution.kinds import share
-from dense_rlhf.config.params import AttributionParams, DataParams, PolicyParams, PPOParams, RewardParams
+from dense_rlhf.config.params import AttributionParams, DataParams, PPOParams, RewardParams, RunParams
 from dense_rlhf.models.reward_model import RewardModel
 from dense_rlhf.training.task import load_task
 from dense_rlhf.types import Attribution, Rollout
@@ -26,9 +26,9 @@ SOURCES["surprisal"] = surprisal
 
 
 def main(data: str | None = None, reward_steps: int = 500, responses: int = 64) -> dict[str, float]:
-    params = PPOParams(rollouts=responses, minibatch=responses)
-    task = load_task(DataParams(path=data), PolicyParams(name="tiny"), RewardParams(steps=reward_steps), params)
-    rollout = task.roll(task.reference, task.data.train_prompts[:responses], params, seed=0)
+    ppo = PPOParams(rollouts=responses, minibatch=responses)
+    task = load_task(RunParams(data=DataParams(path=data), reward=RewardParams(steps=reward_steps), ppo=ppo))
+    rollout = task.rollout(task.reference, task.data.train_prompts[:responses], ppo, seed=0)
     found = attribute(task.reward_model, rollout, ["surprisal", "shap", "random"], AttributionParams())
     known = known_credit(task.gold, rollout, task.tokenizer)  # of an additive judge, so it is exact
     agreement = {}

@@ -1,9 +1,10 @@
-"""Shapes trained side by side: from the same reference, with the same updates, prompts and seeds."""
+"""Arms compared: shapes trained from the same reference with the same updates, prompts and seeds."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -11,14 +12,14 @@ import pandas as pd
 from dense_rlhf.config.params import PPOParams, RunParams
 from dense_rlhf.evaluation.judge.length_control import FOLDS, length_controlled
 from dense_rlhf.evaluation.judge.scored import win_rate
-from dense_rlhf.files import append_line, content_key, read_ledger
+from dense_rlhf.files import Journal, content_key, finite
 from dense_rlhf.models.policy import PolicyWithValue
 from dense_rlhf.training.evaluate import evaluate
-from dense_rlhf.training.inner_loop import _training_key, train_policy
+from dense_rlhf.training.inner_loop import Recipe, train_policy, training_key
 from dense_rlhf.training.task import Task
 from dense_rlhf.types import Prompt, RewardShape
 
-KEPT = ["update", "gold", "proxy", "kl", "length", "value_loss"]  # of a training's history
+KEPT = ["update", "gold", "proxy", "kl", "length", "value_loss", "explained_variance"]  # of a training's history
 JUDGED = ["gold", "proxy", "kl", "win", "reference_gold", "reference_proxy"]
 
 
@@ -31,37 +32,47 @@ class Arms:
     warnings: dict[str, list[str]]  # arm: names of the signs of ill health
 
 
+def recipes(
+    shapes: Mapping[str, RewardShape], params: RunParams, seeds: Sequence[int]
+) -> dict[tuple[str, int], Recipe]:
+    """A training for each arm and seed, seeds outermost, so that arms are comparable after each round."""
+    return {
+        (arm, seed): Recipe(shape, params.ppo, params.attribution, seed)
+        for seed in seeds
+        for arm, shape in shapes.items()
+    }
+
+
 def train_arms(
     task: Task,
-    shapes: Mapping[str, RewardShape],
-    params: RunParams,
-    seeds: Sequence[int],
+    recipes: Mapping[tuple[str, int], Recipe],
     prompts: Sequence[Prompt],
     ledger: Path,
     progress: Callable = iter,
 ) -> Arms:
-    """Train a policy for each shape and seed, judge its answers to held-out `prompts` beside the reference's.
+    """Train a policy for each arm and seed, judge its answers to held-out `prompts` next to the reference's.
 
-    Each training is a line of `ledger`: a comparison that was cut short goes on behind the last. Seeds are outermost,
-    so that what is there is comparable. Shapes of the same content are trained once.
+    Each training is a line of `ledger`: a comparison that was cut short resumes after the last. Equal recipes are
+    trained once.
     """
-    done = {line["key"]: line for line in read_ledger(ledger)}
-    lines = []
-    for seed, arm in progress([(seed, arm) for seed in seeds for arm in shapes]):
-        settings = (shapes[arm], params.ppo, params.attribution, seed)
-        key = content_key([_training_key(task, *settings), [str(prompt) for prompt in prompts]])
-        if key not in done:
-            trained = train_policy(task, *settings)
-            judged = judge_against_reference(task, trained.policy, prompts, params.ppo, seed)
-            done[key] = {
-                "key": key,
-                "history": trained.history[KEPT].to_dict("list"),
-                "warnings": [sign.name for sign in trained.warnings],
-                "judged": judged[JUDGED].to_dict("list"),
-            }
-            append_line(ledger, done[key] | {"arm": arm, "seed": seed})
-        lines.append(done[key] | {"arm": arm, "seed": seed})
+    journal, lines = Journal(ledger), []
+    for (arm, seed), recipe in progress(list(recipes.items())):
+        key = content_key([training_key(task, recipe), [str(prompt) for prompt in prompts]])
+        line = journal.get_or_make(key, partial(_trained, task, arm, recipe, prompts))
+        lines.append(line | {"arm": arm, "seed": seed})
     return _collect(lines)
+
+
+def _trained(task: Task, arm: str, recipe: Recipe, prompts: Sequence[Prompt]) -> dict:
+    trained = train_policy(task, recipe)
+    judged = judge_against_reference(task, trained.policy, prompts, recipe.ppo, recipe.seed)
+    return {
+        "arm": arm,
+        "seed": recipe.seed,
+        "history": finite(trained.history[KEPT].to_dict("list")),
+        "warnings": [sign.name for sign in trained.warnings],
+        "judged": judged[JUDGED].to_dict("list"),
+    }
 
 
 def _collect(lines: list[dict]) -> Arms:
@@ -70,7 +81,7 @@ def _collect(lines: list[dict]) -> Arms:
     for line in lines:
         table = pd.DataFrame(line["judged"])
         judged.setdefault(line["arm"], []).append(table)
-        if line["arm"] == first:  # the reference answers alike beside every arm
+        if line["arm"] == first:  # the reference gives every arm the same answers
             before = table[["reference_gold", "reference_proxy"]].set_axis(["gold", "proxy"], axis=1)
             judged["reference"].append(before.assign(kl=0.0, win=0.5))
     history = [pd.DataFrame(line["history"]).assign(arm=line["arm"], seed=line["seed"]) for line in lines]
@@ -81,12 +92,9 @@ def _collect(lines: list[dict]) -> Arms:
 def judge_against_reference(
     task: Task, policy: PolicyWithValue, prompts: Sequence[Prompt], params: PPOParams, seed: int
 ) -> pd.DataFrame:
-    """`evaluate` with the reference's answers to the same prompts beside it: reference_gold, reference_proxy, win, and
-    from five prompts on win_lc, the win at equal length."""
+    """`evaluate`, with columns on the reference's answers to the same prompts: reference_gold, reference_proxy, win,
+    and with at least five prompts win_lc, the win at equal length."""
     judged, before = (evaluate(task, p, prompts, params, seed) for p in (policy, task.reference))
     win = win_rate(judged["gold"], before["gold"])
     known = {"win_lc": length_controlled(win, judged["response"], before["response"])} if len(win) >= FOLDS else {}
     return judged.assign(reference_gold=before["gold"], reference_proxy=before["proxy"], win=win, **known)
-
-
-# ---------------------------------------------------------------------------------------------------- outer loop

@@ -1,4 +1,4 @@
-"""PPO with per-token rewards: `ppo.make_learner`, `ppo.token_rewards`, `ppo.update`."""
+"""PPO with per-token rewards: `sample_responses`, `appraise`, `token_rewards`, `update` of what `make_learner` made."""
 
 from dense_rlhf.ppo.learner import Batch, Diverged, Learner, make_learner, update
 from dense_rlhf.ppo.losses import (
@@ -10,16 +10,20 @@ from dense_rlhf.ppo.losses import (
     token_rewards,
     value_loss,
 )
+from dense_rlhf.ppo.rollout import appraise
+from dense_rlhf.ppo.sampling import sample_responses
 
 __all__ = [
     "Batch",
     "Diverged",
     "Learner",
+    "appraise",
     "explained_variance",
     "gae",
     "kl_estimate",
     "make_learner",
     "policy_loss",
+    "sample_responses",
     "sequence_kl",
     "token_rewards",
     "update",

@@ -19,9 +19,7 @@ from dense_rlhf.masked import masked_sum, masked_whiten
 from dense_rlhf.models.language_models import within_memory
 from dense_rlhf.models.policy import PolicyWithValue, micro_batches
 from dense_rlhf.ppo.distributed import Alone
-
-# ---------------------------------------------------------------------------------------------------- rewards
-from dense_rlhf.ppo.losses import explained_variance, gae, kl_estimate, policy_loss, value_loss
+from dense_rlhf.ppo.losses import clipped, explained_variance, gae, kl_estimate, policy_loss, token_rewards, value_loss
 from dense_rlhf.types import InputError, Rollout
 
 
@@ -46,23 +44,33 @@ class Learner:
     moments: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # of all scores: number, mean, squares
     processes: Alone = field(default_factory=Alone)
 
-    def scaled(self, shaped: Tensor, scores: Tensor, params: PPOParams) -> tuple[Tensor, float]:
-        """Shaped rewards (B, T) over the running sd of all scores (N,) so far, clipped; and the share clipped.
+    def pay(
+        self, rollout: Rollout, shaped: Tensor, params: PPOParams, kl_in_loss: bool = False
+    ) -> tuple[Tensor, dict[str, float]]:
+        """`token_rewards` (B, T) in the unit and at the KL coefficient of now, without the penalty if the loss has it.
 
-        Both only where `params` asks (Engstrom et al., 2020). Running mean and squares after Chan et al. (1983).
+        Also what is logged of them: the coefficient, the largest |sum of shaped rewards - score|, the share clipped.
         """
-        if params.scale_rewards:
-            n, mean, squares = self.moments
-            new, its = len(scores), scores.double()
-            delta, total = its.mean().item() - mean, n + new
-            squares += its.var(correction=0).item() * new + delta**2 * n * new / total
-            self.moments = [total, mean + delta * new / total, squares]
-            if squares > 0:
-                shaped = shaped / math.sqrt(squares / (total - 1))
-        if params.clip_rewards is None:
-            return shaped, 0.0
-        clipped = shaped.clamp(-params.clip_rewards, params.clip_rewards)
-        return clipped, ((clipped != shaped).sum() / (shaped != 0).sum().clamp(min=1)).item()
+        unit = self.unit(rollout.scores, params)
+        rewards = token_rewards(rollout, shaped, params, 0.0 if kl_in_loss else self.kl_coef, unit)
+        residual = (shaped.sum(-1) - rollout.scores).abs().max().item()
+        whole, cut = shaped / unit, clipped(shaped / unit, params.clip_rewards)
+        share = ((cut != whole).sum() / (whole != 0).sum().clamp(min=1)).item()
+        return rewards, {"kl_coef": self.kl_coef, "residual": residual, "rewards_clipped": share}
+
+    def unit(self, scores: Tensor, params: PPOParams) -> float:
+        """With `scale_rewards` the sd of all scores so far, these (N,) included; 1 without, or without any spread.
+
+        Running mean and squares after Chan et al. (1983).
+        """
+        if not params.scale_rewards:
+            return 1.0
+        n, mean, squares = self.moments
+        new, precise = len(scores), scores.double()
+        delta, total = precise.mean().item() - mean, n + new
+        squares += precise.var(correction=0).item() * new + delta**2 * n * new / total
+        self.moments = [total, mean + delta * new / total, squares]
+        return math.sqrt(squares / (total - 1)) if squares > 0 else 1.0
 
     def follow_kl(self, kl: float, params: PPOParams) -> None:
         """Move `kl_coef` towards the KL (nats a response) that `params` wants (Ziegler et al., 2019)."""
@@ -141,10 +149,10 @@ def _losses(policy: PolicyWithValue, batch: Batch, params: PPOParams) -> tuple[T
     """The summed loss of a micro-batch, and what is logged of it: the largest |ratio - 1|, then sums of `SUMMED`."""
     mask, old = batch.mask, batch.logprobs
     logprobs, values, entropy = policy(batch, params.temperature)
-    pg, clipped = policy_loss(logprobs, old, batch.advantages, mask, params.clip)
+    pg, bound = policy_loss(logprobs, old, batch.advantages, mask, params.clip)
     vf = value_loss(values, batch.values, batch.returns, mask, params.value_clip)
     with torch.no_grad():
         step_kl = masked_sum(kl_estimate(old, logprobs, "k3"), mask)
         error = torch.expm1(logprobs - old).masked_fill(~mask, 0).abs().max()
-        log = torch.stack([error, pg, vf, clipped.to(pg.dtype), masked_sum(entropy, mask), step_kl])
+        log = torch.stack([error, pg, vf, bound.to(pg.dtype), masked_sum(entropy, mask), step_kl])
     return pg + params.value_coef * vf, log

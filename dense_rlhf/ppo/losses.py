@@ -22,15 +22,22 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k1") -
     return {"k1": lambda: d, "k2": lambda: d.square() / 2, "k3": lambda: torch.expm1(-d) + d}[estimator]()
 
 
-def token_rewards(rollout: Rollout, shaped: Tensor, params: PPOParams, kl_coef: float | None = None) -> Tensor:
-    """Shaped rewards (B, T) minus `kl_coef` times the KL of every token, minus a penalty where EOS is missing.
+def token_rewards(
+    rollout: Rollout, shaped: Tensor, params: PPOParams, kl_coef: float | None = None, unit: float = 1.0
+) -> Tensor:
+    """What the policy is paid for each token, (B, T): all that is done to shaped rewards (B, T), in this order.
 
-    `params.kl_coef` where no other is given. Raises `InputError` for rewards of another shape than the responses.
+    1. divided by `unit`, the running sd of the scores, and clipped to +-`clip_rewards` (Engstrom et al., 2020);
+    2. minus `kl_coef`, by default `params.kl_coef`, times `kl_estimate` (Ziegler et al., 2019, eq. 2);
+    3. minus `missing_eos_penalty` on the last token of a response without EOS (Huang et al., 2024);
+    4. with `whiten_rewards` centred and divided by their sd over the batch, then their mean is added again.
+
+    Raises `InputError` for rewards of another shape than the responses.
     """
     if shaped.shape != rollout.mask.shape:
         raise InputError(f"rewards are {tuple(shaped.shape)}, responses {tuple(rollout.mask.shape)}")
     kl = kl_estimate(rollout.logprobs, rollout.ref_logprobs, params.kl_estimator)
-    rewards = shaped - (params.kl_coef if kl_coef is None else kl_coef) * kl
+    rewards = clipped(shaped / unit, params.clip_rewards) - (params.kl_coef if kl_coef is None else kl_coef) * kl
     if params.missing_eos_penalty:
         last = rollout.mask.sum(-1) - 1
         rows = torch.arange(len(last), device=last.device)
@@ -38,6 +45,11 @@ def token_rewards(rollout: Rollout, shaped: Tensor, params: PPOParams, kl_coef: 
     if params.whiten_rewards:
         rewards = masked_whiten(rewards, rollout.mask) + masked_mean(rewards, rollout.mask)
     return rewards.masked_fill(~rollout.mask, 0)
+
+
+def clipped(rewards: Tensor, limit: float | None) -> Tensor:
+    """Rewards between plus and minus `limit`; the same where it is None."""
+    return rewards if limit is None else rewards.clamp(-limit, limit)
 
 
 def sequence_kl(rollout: Rollout) -> Tensor:
@@ -83,6 +95,3 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
     """1 - Var(returns - values) / Var(returns); NaN where the returns do not vary."""
     spread = masked_var(returns, mask)
     return (1 - masked_var(returns - values, mask) / spread).item() if spread > 0 else float("nan")
-
-
-# ---------------------------------------------------------------------------------------------------- learning

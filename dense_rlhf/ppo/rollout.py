@@ -3,50 +3,39 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dense_rlhf.config.params import PPOParams
 from dense_rlhf.models.policy import PolicyWithValue, micro_batches
 from dense_rlhf.models.reward_model import RewardModel
-from dense_rlhf.ppo.sampling import draw
-from dense_rlhf.types import Prompt, Responses, Rollout
+from dense_rlhf.types import Responses, Rollout
 
 
-def respond(
-    policy: PolicyWithValue,
-    reward_model: RewardModel,
-    prompts: Sequence[Prompt],
-    tokenizer: PreTrainedTokenizerBase,
-    params: PPOParams,
-    generator: torch.Generator,
-) -> Responses:
-    """A scored response to each prompt."""
-    found = draw(policy, prompts, tokenizer, params, generator)
-    return replace(found, scores=reward_model.score(reward_model.readings(found)))
+def scored(responses: Responses, reward_model: RewardModel) -> Responses:
+    """The same responses with the reward model's scores."""
+    return replace(responses, scores=reward_model.score(reward_model.readings(responses)))
 
 
 @torch.no_grad()
 def appraise(
-    policy: PolicyWithValue, reference: PolicyWithValue, found: Responses, temperature: float, micro_batch: int = 64
+    policy: PolicyWithValue, reference: PolicyWithValue, responses: Responses, temperature: float, micro_batch: int = 64
 ) -> Rollout:
     """Log-probabilities of policy and reference and the policy's values, by the training forward.
 
     A trunk that both share is computed once, and kept for the update.
     """
-    fields = {f.name: getattr(found, f.name) for f in dataclasses.fields(Responses)}
-    texts = Responses(**fields | {"trunk": _trunk(policy, found, micro_batch)})
-    logprobs, values = _said(policy, texts, temperature, micro_batch)
+    fields = {f.name: getattr(responses, f.name) for f in dataclasses.fields(Responses)}
+    texts = Responses(**fields | {"trunk": _trunk(policy, responses, micro_batch)})
+    logprobs, values = _read(policy, texts, temperature, micro_batch)
     below = texts if policy.shares_trunk(reference) else replace(texts, trunk=None)
-    ref_logprobs = logprobs if policy is reference else _said(reference, below, temperature, micro_batch)[0]
+    ref_logprobs = logprobs if policy is reference else _read(reference, below, temperature, micro_batch)[0]
     return Rollout(**texts.tensors(), logprobs=logprobs, ref_logprobs=ref_logprobs, values=values)
 
 
-def _said(policy: PolicyWithValue, texts: Responses, temperature: float, micro_batch: int) -> tuple[Tensor, Tensor]:
+def _read(policy: PolicyWithValue, texts: Responses, temperature: float, micro_batch: int) -> tuple[Tensor, Tensor]:
     """Log-probabilities and values (B, T), in micro-batches of similar length."""
     logprobs = torch.zeros_like(texts.mask, dtype=torch.float32)
     values = torch.zeros_like(logprobs)

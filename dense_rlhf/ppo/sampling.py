@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from weakref import WeakKeyDictionary
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,13 +15,20 @@ from transformers.cache_utils import DynamicLayer
 from dense_rlhf.config.params import PPOParams
 from dense_rlhf.data import render
 from dense_rlhf.models.policy import PolicyWithValue, allowed, position_ids
-from dense_rlhf.models.reward_model import padded
 from dense_rlhf.types import InputError, Prompt, Responses
 
-VLLM_SHARE = 0.3  # of the GPU's memory, for vLLM's weights and key-value cache
-_engines: WeakKeyDictionary = WeakKeyDictionary()  # of vLLM, one a model that samples
 PREFILL = 16  # prompts of similar length read together
 COMPACT = 0.75  # rows that still go on, at which those that have ended leave the batch
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn: at most how many a response, and from which distribution."""
+
+    max_new_tokens: int
+    temperature: float  # divides the logits
+    eos_id: int  # ends a response
+    pad_id: int  # fills up after it, and is never drawn
 
 
 def encode_prompts(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
@@ -53,29 +60,23 @@ def prompt_batches(prompts: Sequence[Prompt], size: int, seed: int) -> Iterator[
 
 @torch.no_grad()
 def sample(
-    lm: PreTrainedModel,
-    queries: Tensor,
-    query_mask: Tensor,
-    T: int,
-    temperature: float,
-    eos_id: int,
-    pad_id: int,
-    generator: torch.Generator,
+    lm: PreTrainedModel, queries: Tensor, query_mask: Tensor, sampling: Sampling, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Sample at most T tokens a row from the full softmax: responses (B, T) padded after EOS, and their mask.
+    """Sample from the full softmax: responses (B, T) padded after EOS, and their mask; T is `sampling.max_new_tokens`.
 
-    Logits are divided by `temperature`; no top-k or top-p, so the recomputed log-probabilities are the sampler's.
-    `pad_id` itself is never sampled. Rows that have ended leave the batch. A CPU's generator serves every device.
+    No top-k or top-p, so the recomputed log-probabilities are the sampler's. Rows that have ended leave the batch.
+    A CPU's generator serves every device.
     """
+    T, pad_id = sampling.max_new_tokens, sampling.pad_id
     responses = torch.full((len(queries), T), pad_id, device=queries.device)
     rows, alive = torch.arange(len(queries), device=queries.device), torch.ones_like(query_mask[:, 0])
     (cache, logits), mask = _prefill(lm, queries, query_mask), query_mask
     for t in range(T):
         at = torch.rand(len(queries), 1, generator=generator, device=generator.device, dtype=torch.float64)
         at = at.to(queries.device)[rows]
-        token = _draw(allowed(logits.float() / temperature, pad_id).softmax(-1), at)
+        token = _draw(allowed(logits.float() / sampling.temperature, pad_id).softmax(-1), at)
         responses[rows, t] = token = torch.where(alive, token, pad_id)
-        alive = alive & (token != eos_id)
+        alive = alive & (token != sampling.eos_id)
         going = int(alive.sum())
         if not going or t == T - 1:
             break
@@ -85,7 +86,7 @@ def sample(
             cache.batch_select_indices(kept)
             ids, mask, rows, alive = ids[kept], mask[kept], rows[kept], alive[kept]
         logits = _read(lm, ids, mask, cache)
-    return responses, until_eos(responses, eos_id)
+    return responses, until_eos(responses, sampling.eos_id)
 
 
 def _read(lm: PreTrainedModel, ids: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
@@ -138,40 +139,8 @@ def until_eos(responses: Tensor, eos_id: int) -> Tensor:
     return (ended.cumsum(-1) - ended) == 0
 
 
-def draw(
-    policy: PolicyWithValue,
-    prompts: Sequence[Prompt],
-    tokenizer: PreTrainedTokenizerBase,
-    params: PPOParams,
-    generator: torch.Generator,
-) -> Responses:
-    """A response to each prompt, by one of `SAMPLERS`, whose scores are still 0."""
-    device = next(policy.parameters()).device
-    queries, query_mask = (x.to(device) for x in encode_prompts(prompts, tokenizer))
-    eos_id = tokenizer.eos_token_id
-    responses, mask = SAMPLERS[params.sampler](
-        policy.sampling_model(),
-        queries,
-        query_mask,
-        params.max_new_tokens,
-        params.temperature,
-        eos_id,
-        tokenizer.pad_token_id,
-        generator,
-    )
-    unscored = torch.zeros(len(queries), device=device)
-    return Responses(queries, query_mask, responses, mask, unscored, (responses == eos_id).any(-1))
-
-
 def generate(
-    lm: PreTrainedModel,
-    queries: Tensor,
-    query_mask: Tensor,
-    T: int,
-    temperature: float,
-    eos_id: int,
-    pad_id: int,
-    generator: torch.Generator,
+    lm: PreTrainedModel, queries: Tensor, query_mask: Tensor, sampling: Sampling, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """As `sample`, by transformers' own loop over a static cache, which it compiles on CUDA."""
     seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
@@ -183,57 +152,37 @@ def generate(
             whole = lm.generate(
                 queries,
                 attention_mask=query_mask.long(),
-                max_new_tokens=T,
+                max_new_tokens=sampling.max_new_tokens,
                 do_sample=True,
-                temperature=temperature,
+                temperature=sampling.temperature,
                 top_k=0,
                 top_p=1.0,
-                suppress_tokens=[pad_id],
-                eos_token_id=eos_id,
-                pad_token_id=pad_id,
+                suppress_tokens=[sampling.pad_id],
+                eos_token_id=sampling.eos_id,
+                pad_token_id=sampling.pad_id,
                 cache_implementation="static",
             )
     finally:
         lm.generation_config = own
     drawn = whole[:, queries.shape[1] :]
-    responses = F.pad(drawn, (0, T - drawn.shape[1]), value=pad_id)
-    return responses, until_eos(responses, eos_id)
+    responses = F.pad(drawn, (0, sampling.max_new_tokens - drawn.shape[1]), value=sampling.pad_id)
+    return responses, until_eos(responses, sampling.eos_id)
 
 
-def by_vllm(
-    lm: PreTrainedModel,
-    queries: Tensor,
-    query_mask: Tensor,
-    T: int,
-    temperature: float,
-    eos_id: int,
-    pad_id: int,
+def sample_responses(
+    policy: PolicyWithValue,
+    prompts: Sequence[Prompt],
+    tokenizer: PreTrainedTokenizerBase,
+    params: PPOParams,
     generator: torch.Generator,
-) -> tuple[Tensor, Tensor]:
-    """As `sample`, by vLLM on the same GPU, which gets the weights at each call. Never run: there was no GPU.
-
-    `lm` must come from a folder or the hub. The padding token is made unlikely (e^-100), not ruled out. Raises
-    `InputError` where vLLM is not installed.
-    """
-    engine = _engines.get(lm) or _engines.setdefault(lm, _start_vllm(lm))
-    seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
-    engine.temperature, engine.max_completion_length = temperature, T
-    engine.generation_kwargs = {"seed": seed, "stop_token_ids": [eos_id], "logit_bias": {pad_id: -100.0}}
-    engine.sync_weights()
-    prompts = [ids[keep].tolist() for ids, keep in zip(queries, query_mask)]
-    drawn = engine.generate(prompts=prompts, images=None, num_generations=1)[1]
-    responses = padded([tokens + [pad_id] * (T - len(tokens)) for tokens in drawn], pad_id, queries.device)[0]
-    return responses, until_eos(responses, eos_id)
+) -> Responses:
+    """A response of `policy` to each prompt, by `params.sampler`; scores are 0 until a reward model gives others."""
+    device = next(policy.parameters()).device
+    queries, query_mask = (x.to(device) for x in encode_prompts(prompts, tokenizer))
+    sampling = Sampling(params.max_new_tokens, params.temperature, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    responses, mask = SAMPLERS[params.sampler](policy.sampling_model(), queries, query_mask, sampling, generator)
+    unscored, ended = torch.zeros(len(queries), device=device), (responses == sampling.eos_id).any(-1)
+    return Responses(queries, query_mask, responses, mask, unscored, ended)
 
 
-def _start_vllm(lm: PreTrainedModel):
-    from accelerate import Accelerator
-    from trl.generation.vllm_generation import VLLMGeneration
-    from trl.import_utils import is_vllm_available
-
-    if not is_vllm_available():
-        raise InputError("ppo.sampler is 'vllm', which is not here: pip install 'dense-rlhf[vllm]', or take 'cache'")
-    return VLLMGeneration(lm, Accelerator(), None, gpu_memory_utilization=VLLM_SHARE)
-
-
-SAMPLERS = {"cache": sample, "generate": generate, "vllm": by_vllm}
+SAMPLERS = {"cache": sample, "generate": generate}

@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from dense_rlhf.fingerprint import source_key
 from dense_rlhf.runner.executors import Local
 from dense_rlhf.runner.jobs import BAD, GOOD, STATES, blank, cancel, finish, finished, held_by, run_job
 from dense_rlhf.runner.plan import Job, awaits, expand, runs_folder, threads_of
-from dense_rlhf.runs import RunFolder, finished_runs, repository_root
+from dense_rlhf.runs import RunFolder, finished_runs, workspace
 from dense_rlhf.types import InputError
 
 PATIENCE = 1.0  # seconds until a job that another process runs is looked at again
@@ -259,7 +259,7 @@ def compared_runs(params: RunParams, study: Path | str | None, progress: Callabl
     """The finished runs of a study on the dataset of `params`; without a study, those of `quick_study`, kept by key."""
     if study is None:
         key = content_key([params.flat(), source_key("dense_rlhf.training.inner_loop")])
-        study = repository_root() / "runs" / "interactive" / f"quick-{key[:12]}"
+        study = workspace() / "runs" / "interactive" / f"quick-{key[:12]}"
         if len(list(study.glob("*/run.json"))) < len(QUICK_ARMS):
             quick_study(params, study, progress)
     return [run for run in finished_runs(Path(study)) if run.load_json("run.json")["dataset"] == params.where]
@@ -268,14 +268,15 @@ def compared_runs(params: RunParams, study: Path | str | None, progress: Callabl
 def quick_study(params: RunParams, folder: Path, progress: Callable = iter) -> None:
     """Train three arms in this process and leave their run folders under `folder`: a comparison to play with."""
     from dense_rlhf.evaluation.arms import judge_against_reference
-    from dense_rlhf.training.inner_loop import train_policy
+    from dense_rlhf.training.inner_loop import Recipe, Session, train_policy
     from dense_rlhf.training.task import load_task
 
-    task = load_task(params.data, params.policy, params.reward, params.ppo, progress)
+    task = load_task(params, progress)
     splits = {"evaluation": task.data.validation_prompts, "test": task.data.test_prompts}
     for arm, shape in QUICK_ARMS.items():
         run = RunFolder(folder / f"04_ppo-{arm}-seed{params.seed}")
-        trained = train_policy(task, shape.reward_shape(), params.ppo, params.attribution, params.seed, progress)
+        recipe = Recipe.of(replace(params, arm=arm, shape=shape))
+        trained = train_policy(task, recipe, Session(progress))
         run.save_table("history", trained.history)
         run.save_table("seconds", trained.seconds)
         for name in [name for name, prompts in splits.items() if prompts]:

@@ -16,7 +16,7 @@ from dense_rlhf.config.study import StudyParams, load_study
 from dense_rlhf.files import finite, remove_checkpoints, write_json
 from dense_rlhf.runner.jobs import prepare
 from dense_rlhf.runner.plan import expand, runs_folder, threads_of
-from dense_rlhf.runs import RunFolder, provenance, repository_root
+from dense_rlhf.runs import RunFolder, provenance, workspace
 from dense_rlhf.types import InputError, RewardShape
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def _known(study: StudyParams, arm: str) -> ShapeParams:
 
 
 def train_folder(study: StudyParams, arm: str, seed: int) -> RunFolder:
-    return RunFolder(repository_root() / "runs" / "train" / f"{study.study}-{arm}-seed{seed}")
+    return RunFolder(workspace() / "runs" / "train" / f"{study.study}-{arm}-seed{seed}")
 
 
 def train(study: StudyParams, arm: str, seed: int, tensorboard: bool = False) -> RunFolder:
@@ -64,7 +64,7 @@ def train(study: StudyParams, arm: str, seed: int, tensorboard: bool = False) ->
 
     from dense_rlhf.evaluation.arms import judge_against_reference
     from dense_rlhf.ppo.distributed import these
-    from dense_rlhf.training.inner_loop import train_policy
+    from dense_rlhf.training.inner_loop import Recipe, Session, train_policy
     from dense_rlhf.training.task import load_task
     from dense_rlhf.view.live import watcher
 
@@ -72,12 +72,10 @@ def train(study: StudyParams, arm: str, seed: int, tensorboard: bool = False) ->
     run = train_folder(study, arm, seed)
     torch.set_num_threads(params.threads or torch.get_num_threads())
     with processes.one_after_another():  # the first fills the caches
-        task = load_task(params.data, params.policy, params.reward, params.ppo)
+        task = load_task(params)
     board = run.path / "tensorboard" if tensorboard else None
-    shape, explain = params.shape.reward_shape(), params.attribution
-    where = {"folder": run.path, "processes": processes}
     with nullcontext() if processes.rank else watcher(params.ppo.updates, f"{arm} seed {seed}", board) as watch:
-        trained = train_policy(task, shape, params.ppo, explain, seed, watch=watch, **where)
+        trained = train_policy(task, Recipe.of(params), Session(watch=watch, folder=run.path, processes=processes))
     prompts = task.data.validation_prompts[: params.evaluation.prompts]
     judged = judge_against_reference(task, trained.policy, prompts, params.ppo, seed)
     if not processes.rank:
@@ -135,15 +133,14 @@ def search(study: StudyParams, arm: str, progress: Callable = iter) -> tuple[Run
 def _search(params: RunParams, run: RunFolder, progress: Callable) -> RewardShape:
     import torch
 
-    from dense_rlhf.training.outer_loop import search_shape
+    from dense_rlhf.training.inner_loop import Recipe
+    from dense_rlhf.training.outer_loop import Objective, search_shape
     from dense_rlhf.training.task import load_task
 
     torch.set_num_threads(params.threads)
-    task = load_task(params.data, params.policy, params.reward, params.ppo)
-    prompts, shape = task.data.validation_prompts[: params.evaluation.prompts], params.shape.reward_shape()
-    return search_shape(
-        task, shape, params.bo, params.ppo, params.attribution, prompts, run.file("trials.jsonl"), params.seed, progress
-    )[0]
+    task = load_task(params)
+    objective = Objective.of(params.bo, task.data.validation_prompts[: params.evaluation.prompts])
+    return search_shape(task, Recipe.of(params), params.bo, objective, run.file("trials.jsonl"), progress)[0]
 
 
 def launch(
@@ -168,7 +165,7 @@ def launch(
     for pair in settings:
         command += ["--set", pair]
     piped = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    child = subprocess.Popen(command, cwd=repository_root(), **piped)
+    child = subprocess.Popen(command, cwd=workspace(), **piped)
     for line in child.stdout:
         last = line.strip() if line.startswith("error: ") or not last.startswith("error: ") else last
         print(line, end="", flush=True)

@@ -5,6 +5,9 @@ r_t = score * sum_i w_i E_i,t with E_i = softmax(credit_i / temperature_i) over 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -63,18 +66,47 @@ def token_weights(rollout: Rollout, shape: RewardShape) -> Tensor:
     return (base.log() + phi @ phi.new_tensor(shape.slopes).T).softmax(-1)
 
 
-def shape_rewards(rollout: Rollout, attributions: dict[str, Attribution], shape: RewardShape) -> Tensor:
-    """Rewards (B, T): the weighted mean of the sources' dense rewards. Zero outside the mask; rows sum to the scores.
+class Shaped(NamedTuple):
+    """The rewards of a rollout, and what normalisation did to its credit."""
+
+    rewards: Tensor  # (B, T), rows sum to the scores, zero outside the mask
+    diagnostics: dict[str, float]
+
+
+def shaped(rollout: Rollout, attributions: Mapping[str, Attribution], shape: RewardShape) -> Shaped:
+    """Rewards (B, T), the weighted mean of the sources' dense rewards, with their diagnostics; the KL penalty is apart.
 
     Weights that depend on the token do not keep the sum: m_t = sum_k w_k(t) r_k,t. What is missing of the score is
     spread evenly in a `signed` shape; in another, where no m_t has the other sign, r_t = score * m_t / sum of m.
+    Diagnostics: `ess/SOURCE`, the effective share of tokens (ESS/T) that a weighted source rewards; `flipped`, the
+    share of tokens whose reward has the other sign than the weighted credit.
     Raises `InputError` where an attribution that the shape weights is missing, and where the weights leave nothing of
-    a score to rescale. The KL penalty is a separate term.
+    a score to rescale.
     """
-    missing = [s for s, w in zip(shape.sources, shape.weights) if w and s not in attributions]
+    missing = [s for s in shape.weighted if s not in attributions]
     if missing:
         raise InputError(f"shape.sources: no attribution for {', '.join(missing)}; attribute these first")
-    mixed = _mix(rollout, shape, {s: dense_reward(rollout, attributions[s], shape) for s in shape.weighted})
+    dense = {s: dense_reward(rollout, attributions[s], shape) for s in shape.weighted}
+    rewards = _kept_sum(rollout, shape, _mix(rollout, shape, dense))
+    credit = _mix(rollout, shape, {s: attributions[s].credit for s in shape.weighted})
+    shares = {f"ess/{s}": effective_share(r, rollout.mask).nanmean().item() for s, r in dense.items()}
+    flipped = masked_mean((rewards * credit < 0).float(), rollout.mask).item()
+    return Shaped(rewards, shares | {"flipped": flipped})
+
+
+def shape_rewards(rollout: Rollout, attributions: Mapping[str, Attribution], shape: RewardShape) -> Tensor:
+    """The rewards (B, T) of `shaped`."""
+    return shaped(rollout, attributions, shape).rewards
+
+
+def _mix(rollout: Rollout, shape: RewardShape, parts: dict[str, Tensor]) -> Tensor:
+    """sum of w_k(t) parts_k (B, T) over the sources that have weight."""
+    weights = token_weights(rollout, shape).unbind(-1) if shape.is_contextual else shape.weights
+    return sum(w * parts[s] for s, w in zip(shape.sources, weights) if s in shape.weighted)
+
+
+def _kept_sum(rollout: Rollout, shape: RewardShape, mixed: Tensor) -> Tensor:
+    """Mixed rewards (B, T) whose rows sum to the scores, also where weights depend on the token."""
     if not shape.is_contextual:
         return mixed
     if shape.normalise == "signed":
@@ -87,24 +119,3 @@ def shape_rewards(rollout: Rollout, attributions: dict[str, Attribution], shape:
             f"{len(lost)} responses; take slopes nearer zero"
         )
     return mixed * (rollout.scores / total.masked_fill(total == 0, 1))[:, None]
-
-
-def _mix(rollout: Rollout, shape: RewardShape, parts: dict[str, Tensor]) -> Tensor:
-    """sum of w_k(t) parts_k (B, T) over the sources that have weight."""
-    weights = token_weights(rollout, shape).unbind(-1) if shape.is_contextual else shape.weights
-    return sum(w * parts[s] for s, w in zip(shape.sources, weights) if s in shape.weighted)
-
-
-def shape_diagnostics(rollout: Rollout, attributions: dict[str, Attribution], shape: RewardShape) -> dict[str, float]:
-    """What normalisation did: each source's effective share (ESS/T), and how many tokens changed sign in the mix.
-
-    `flipped`: share of tokens whose reward has the other sign than the weighted credit itself.
-    """
-    found = {}
-    for source, attribution in attributions.items():
-        spread = effective_share(dense_reward(rollout, attribution, shape), rollout.mask)
-        found[f"ess/{source}"] = spread.nanmean().item()
-    rewards = shape_rewards(rollout, attributions, shape)
-    credit = _mix(rollout, shape, {s: attributions[s].credit for s in shape.weighted})
-    found["flipped"] = masked_mean((rewards * credit < 0).float(), rollout.mask).item()
-    return found

@@ -26,20 +26,18 @@ import torch
 from torch import Tensor
 
 from dense_rlhf import ppo
-from dense_rlhf.attribution import attribute
-from dense_rlhf.config.params import AttributionParams, PPOParams
+from dense_rlhf.config.params import PPOParams
 from dense_rlhf.data import render
 from dense_rlhf.masked import masked_whiten
 from dense_rlhf.models.language_models import default_device
 from dense_rlhf.models.policy import PolicyWithValue
-from dense_rlhf.ppo.rollout import response_texts
 from dense_rlhf.ppo.sampling import prompt_batches
 from dense_rlhf.ppo.warnings import diagnose
-from dense_rlhf.shaping.rewards import shape_diagnostics, shape_rewards
-from dense_rlhf.training.dpo import BATCH, preferences, train_dpo
-from dense_rlhf.training.inner_loop import TrainedPolicy, _measure
-from dense_rlhf.training.task import Task
-from dense_rlhf.types import InputError, Prompt, Responses, RewardShape, Rollout
+from dense_rlhf.training.dpo import BATCH, Pairs, train_dpo
+from dense_rlhf.training.evaluate import HELD_OUT, judged
+from dense_rlhf.training.inner_loop import Recipe, TrainedPolicy, collect, measure
+from dense_rlhf.training.task import Task, step_seed
+from dense_rlhf.types import InputError, Prompt, Responses
 
 # ---------------------------------------------------------------------------------------------------- advantages
 
@@ -79,10 +77,7 @@ class Run:
     """One training as trl's trainers see it: where rollouts and rewards come from. Keeps the history of our PPO."""
 
     task: Task
-    shape: RewardShape
-    params: PPOParams
-    attribution: AttributionParams
-    seed: int
+    recipe: Recipe
     group: int  # responses to a prompt in one update
     progress: Callable = iter
     kl_in_loss: bool = False  # else in the rewards
@@ -92,39 +87,29 @@ class Run:
     @cached_property
     def learner(self) -> ppo.Learner:
         """What our PPO would improve, in its optimiser."""
-        return ppo.make_learner(self.task.fresh_policy(), self.params, self.seed)
+        return ppo.make_learner(self.task.fresh_policy(), self.recipe.ppo, self.recipe.seed)
 
     @cached_property
     def steps(self) -> Iterator[int]:
         """The updates that are to come."""
-        return iter(self.progress(range(self.params.updates)))
+        return iter(self.progress(range(self.recipe.ppo.updates)))
 
     def prompts(self) -> list[str]:
         """Of all updates in order, rendered, `rollouts / group` an update."""
-        batches = prompt_batches(self.task.data.train_prompts, self.params.rollouts // self.group, self.seed)
-        return [render(p, self.task.tokenizer) for p in chain(*islice(batches, self.params.updates))]
+        params, tokenizer = self.recipe.ppo, self.task.tokenizer
+        batches = prompt_batches(self.task.data.train_prompts, params.rollouts // self.group, self.recipe.seed)
+        return [render(p, tokenizer) for p in chain(*islice(batches, params.updates))]
 
     def collect(self, prompts: Sequence[str]) -> None:
-        """Close the update before, then sample, explain and shape; `group` neighbours answer one prompt."""
+        """End the update before, then sample, explain and pay; `group` neighbours answer one prompt."""
         if self.history:
             self.learner.schedule.step()
-            self.learner.follow_kl(self.history[-1]["kl"], self.params)
-        step, clock = next(self.steps), [time.perf_counter()]
-        rollout = self.task.roll(self.learner.policy, prompts, self.params, self.seed * 100_003 + step)
-        clock.append(time.perf_counter())
-        sources = [source for source, weight in zip(self.shape.sources, self.shape.weights) if weight > 0]
-        credit = attribute(self.task.reward_model, rollout, sources, self.attribution)
-        shaped = shape_rewards(rollout, credit, self.shape)
-        self.clocks.append([*clock, time.perf_counter()])
-        self.history.append(_measure(self.task, rollout, step) | shape_diagnostics(rollout, credit, self.shape))
-        self._reward(rollout, shaped)
-
-    def _reward(self, rollout: Rollout, shaped: Tensor) -> None:
-        scaled, clipped = self.learner.scaled(shaped, rollout.scores, self.params)
-        kl_coef = 0.0 if self.kl_in_loss else self.learner.kl_coef
-        self.rollout, self.rewards = rollout, ppo.token_rewards(rollout, scaled, self.params, kl_coef)
-        residual = (shaped.sum(-1) - rollout.scores).abs().max().item()
-        self.history[-1] |= {"kl_coef": self.learner.kl_coef, "residual": residual, "rewards_clipped": clipped}
+            self.learner.follow_kl(self.history[-1]["kl"], self.recipe.ppo)
+        step = next(self.steps)
+        batch = collect(self.task, self.learner, self.recipe, prompts, step, self.kl_in_loss)
+        self.rollout, self.rewards = batch.rollout, batch.rewards
+        self.clocks.append(batch.clock)
+        self.history.append(measure(self.task, batch.rollout, step) | batch.metrics)
 
     def finished(self, metrics: dict[str, list[float]]) -> TrainedPolicy:
         """The policy with its history; `metrics` has a number for each micro-batch."""
@@ -207,32 +192,17 @@ def _isolated() -> Iterator[Path]:
 
 
 def _settings(params: PPOParams, group: int, seed: int) -> dict:
-    """`params` in the words of trl. Its KL coefficient comes later: above 0, trl reloads the reference from a hub."""
+    """`params` in trl's words. Its KL coefficient comes later: above 0, trl reloads the reference from a hub."""
     micro, cpu = math.gcd(params.minibatch, params.micro_batch), not torch.cuda.is_available()
-    return {
-        "num_generations": group,
-        "max_completion_length": params.max_new_tokens,
-        "temperature": params.temperature,
-        "per_device_train_batch_size": micro,
-        "gradient_accumulation_steps": params.minibatch // micro,
-        "steps_per_generation": params.rollouts // micro,
-        "num_iterations": params.epochs,
-        "max_steps": params.updates * params.epochs * params.rollouts // params.minibatch,
-        "epsilon": params.clip,
-        "max_grad_norm": params.max_grad_norm,
-        "beta": 0.0,
-        "seed": seed,
-        "shuffle_dataset": False,
-        "disable_dropout": True,
-        "use_cpu": cpu,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "report_to": "none",
-        "save_strategy": "no",
-        "logging_strategy": "no",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": not cpu,
-    }
+    steps = params.updates * params.epochs * params.rollouts // params.minibatch
+    sample = dict(num_generations=group, max_completion_length=params.max_new_tokens, temperature=params.temperature)
+    batch = dict(per_device_train_batch_size=micro, gradient_accumulation_steps=params.minibatch // micro)
+    batch |= dict(steps_per_generation=params.rollouts // micro, num_iterations=params.epochs, max_steps=steps)
+    loss = dict(epsilon=params.clip, max_grad_norm=params.max_grad_norm, beta=0.0)
+    order = dict(seed=seed, shuffle_dataset=False, disable_dropout=True)
+    device = dict(use_cpu=cpu, bf16=False, gradient_checkpointing=False, dataloader_pin_memory=not cpu)
+    quiet = dict(report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True)
+    return sample | batch | loss | order | device | quiet
 
 
 def _train(run: Run, kind: str, estimate: Callable[[Run], Tensor] | None = None, **settings) -> TrainedPolicy:
@@ -248,7 +218,7 @@ def _train(run: Run, kind: str, estimate: Callable[[Run], Tensor] | None = None,
         teacher = ours(
             lm,
             lambda completion_ids, **_: run.rewards.sum(-1).tolist(),
-            config(str(folder), **_settings(run.params, run.group, run.seed), **settings),
+            config(str(folder), **_settings(run.recipe.ppo, run.group, run.recipe.seed), **settings),
             datasets.Dataset.from_dict({"prompt": run.prompts()}),
             processing_class=run.task.tokenizer,
             optimizers=(optimizer, steady),
@@ -287,7 +257,7 @@ def rloo_to_go(run: Run) -> TrainedPolicy:
     """
 
     def estimate(run: Run) -> Tensor:
-        return leave_one_out_to_go(run.rewards, run.rollout.mask, run.group, run.params.gamma)
+        return leave_one_out_to_go(run.rewards, run.rollout.mask, run.group, run.recipe.ppo.gamma)
 
     return _train(run, "GRPO", estimate, loss_type="luspo")
 
@@ -296,7 +266,7 @@ def grpo_to_go(run: Run) -> TrainedPolicy:
     """`grpo` with the advantages (B, T) of `normalised_to_go`."""
 
     def estimate(run: Run) -> Tensor:
-        return normalised_to_go(run.rewards, run.rollout.mask, run.group, run.params.gamma)
+        return normalised_to_go(run.rewards, run.rollout.mask, run.group, run.recipe.ppo.gamma)
 
     return _train(replace(run, kl_in_loss=True), "GRPO", estimate)
 
@@ -307,31 +277,23 @@ def dpo(run: Run) -> TrainedPolicy:
     The proxy's score chooses, so shape and group have no part; beta is the KL coefficient; every layer learns, at the
     rate of `implicit`, in `epochs` passes. The history has a row before and one after. Sampling rounds up to 64 pairs.
     """
-    task, params = run.task, run.params
+    task, params, seed = run.task, run.recipe.ppo, run.recipe.seed
     if not params.kl_coef > 0:
         raise InputError(f"dpo: ppo.kl_coef is {params.kl_coef}, wanted a number above 0: it is the beta of DPO")
-    pairs, prompts, clock = params.updates * params.rollouts // 2, task.data.train_prompts, [time.perf_counter()]
-    with _isolated() as folder:
-        rows = preferences(
-            task.reference,
-            task.reward_model,
-            prompts,
-            task.tokenizer,
-            pairs,
-            params.max_new_tokens,
-            run.seed,
-            run.progress,
-        )
+    prompts, clock = task.data.train_prompts, [time.perf_counter()]
+    pairs = Pairs(task.reference, task.reward_model, task.tokenizer, params.max_new_tokens, seed)
+    with _isolated():
+        rows = pairs.preferences(prompts, params.updates * params.rollouts // 2, run.progress)
         clock.append(time.perf_counter())
         with redirect_stdout(io.StringIO()):  # trl prints its last metrics
             steps = max(1, params.epochs * len(rows) // BATCH)
-            lm = train_dpo(task.reference.lm, rows, task.tokenizer, steps, params.kl_coef, run.seed, folder)
+            lm = train_dpo(task.reference.lm, rows, task.tokenizer, steps, params.kl_coef, seed)
         lm.__dict__.pop("forward", None)  # trl's patch, as above
         policy = PolicyWithValue(lm).to(default_device()).eval()
     clock.append(time.perf_counter())
-    batch = next(prompt_batches(prompts, params.rollouts, run.seed))
+    batch = next(prompt_batches(prompts, params.rollouts, seed))
     history = [
-        _measure(task, task.roll(taught, batch, params, run.seed * 100_003 + step), step)
+        measure(task, task.rollout(taught, batch, params, step_seed(seed, step)), step)
         for taught, step in ((task.reference, 0), (policy, params.updates))
     ]
     return TrainedPolicy(policy, pd.DataFrame(history), _seconds([[*clock[:2], *clock[1:]]]))
@@ -340,49 +302,32 @@ def dpo(run: Run) -> TrainedPolicy:
 def best_of_n(task: Task, prompts: Sequence[Prompt], params: PPOParams, seed: int, n: int = 4) -> pd.DataFrame:
     """The reference's best of `n` responses to each prompt by the proxy, judged: the columns of `evaluate`.
 
-    kl is log n - (n - 1)/n nats, which KL(best of n || reference) is at most (Beirami et al., 2024, theorem 3.1).
+    kl is log n - (n - 1)/n nats, an upper bound of KL(best of n || reference) (Beirami et al., 2024, theorem 3.1).
     """
     if n < 1:
         raise InputError(f"best_of_n: n is {n}, wanted at least 1")
     size, tables = max(1, params.rollouts // n), []
     for start in range(0, len(prompts), size):
-        asked = [p for p in prompts[start : start + size] for _ in range(n)]
-        found = task.respond(task.reference, asked, params, seed=seed * 100_003 + 50_000 + start)
-        best = (found.scores.view(-1, n).argmax(-1).cpu() + torch.arange(0, len(asked), n)).tolist()
-        texts = response_texts(found, task.tokenizer)
-        tables.append(
-            pd.DataFrame(
-                {
-                    "prompt": [str(p) if isinstance(p, str) else p[-1].content for p in asked[::n]],
-                    "response": [texts[i] for i in best],
-                    "proxy": found.scores[best].cpu(),
-                    "gold": [task.gold.score(texts[i]) for i in best],
-                    "kl": math.log(n) - (n - 1) / n,
-                }
-            )
-        )
+        batch = prompts[start : start + size]
+        asked, step = [p for p in batch for _ in range(n)], step_seed(seed, HELD_OUT + start)
+        responses = task.scored_responses(task.reference, asked, params, step)
+        best = responses.scores.view(-1, n).argmax(-1)
+        best = best + torch.arange(0, len(asked), n, device=best.device)
+        tables.append(judged(task, batch, responses.take(best)).assign(kl=math.log(n) - (n - 1) / n))
     return pd.concat(tables, ignore_index=True)
 
 
-def train_baseline(
-    task: Task,
-    name: str,
-    shape: RewardShape,
-    params: PPOParams,
-    attribution: AttributionParams,
-    seed: int,
-    group: int = 4,
-    progress: Callable = iter,
-) -> TrainedPolicy:
-    """Train the baseline `name` with `group` responses a prompt. Same arguments give the same history on one machine.
+def train_baseline(task: Task, name: str, recipe: Recipe, group: int = 4, progress: Callable = iter) -> TrainedPolicy:
+    """Train the baseline `name` with `group` responses a prompt. Equal arguments give equal histories on one machine.
 
-    Raises `InputError` for an unknown name and for a group that does not divide `params.rollouts`.
+    Raises `InputError` for an unknown name and for a group that does not divide `recipe.ppo.rollouts`.
     """
     if name not in BASELINES:
         raise InputError(f"baseline {name!r} is not known, wanted one of {', '.join(BASELINES)}")
-    if group < 2 or params.rollouts % group:
-        raise InputError(f"{name}: group is {group}, wanted above 1 and a divisor of ppo.rollouts = {params.rollouts}")
-    return BASELINES[name](Run(task, shape, params, attribution, seed, group, progress))
+    rollouts = recipe.ppo.rollouts
+    if group < 2 or rollouts % group:
+        raise InputError(f"{name}: group is {group}, wanted above 1 and a divisor of ppo.rollouts = {rollouts}")
+    return BASELINES[name](Run(task, recipe, group, progress))
 
 
 BASELINES: dict[str, Callable[[Run], TrainedPolicy]] = {

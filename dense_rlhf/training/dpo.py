@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -19,9 +20,9 @@ from dense_rlhf.files import cached_folder, content_key
 from dense_rlhf.fingerprint import source_key
 from dense_rlhf.models.policy import PolicyWithValue
 from dense_rlhf.models.reward_model import RewardModel
-from dense_rlhf.ppo.rollout import appraise, respond
-from dense_rlhf.ppo.sampling import prompt_batches
-from dense_rlhf.types import InputError, Prompt, Rollout
+from dense_rlhf.ppo.rollout import appraise, scored
+from dense_rlhf.ppo.sampling import prompt_batches, sample_responses
+from dense_rlhf.types import InputError, Prompt, Responses, Rollout
 
 BATCH, LR, SAMPLED = 16, 3e-4, 64  # pairs a step; learning rate, falling to 0; prompts sampled together
 
@@ -43,32 +44,38 @@ class ImplicitReward:
         return self.beta * (read.logprobs - read.ref_logprobs).masked_fill(~rollout.players, 0)
 
 
-def preferences(
-    reference: PolicyWithValue,
-    reward_model: RewardModel,
-    prompts: Sequence[Prompt],
-    tokenizer: PreTrainedTokenizerBase,
-    pairs: int,
-    T: int,
-    seed: int,
-    progress: Callable = iter,
-) -> list[dict[str, list[int]]]:
-    """Two responses of the reference to each of `pairs` prompts, `chosen` the one that scores higher; ties left out.
+@dataclass(frozen=True)
+class Pairs:
+    """Where preferences come from: `reference` answers twice, in at most `max_new_tokens`, `reward_model` chooses."""
 
-    Rows of token ids, `prompt_ids`, `chosen_ids` and `rejected_ids`, each response with its EOS where it has one.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    params = PPOParams(max_new_tokens=T)  # temperature 1
-    size, rows = min(SAMPLED, pairs, len(prompts)), []
-    for batch in progress(list(islice(prompt_batches(prompts, size, seed), -(-pairs // size)))):
-        sides = [respond(reference, reward_model, batch, tokenizer, params, generator) for _ in range(2)]
-        better = (sides[0].scores > sides[1].scores).tolist()
-        texts = [[ids[keep].tolist() for ids, keep in zip(side.responses, side.mask)] for side in sides]
-        queries = [ids[keep].tolist() for ids, keep in zip(sides[0].queries, sides[0].query_mask)]
-        for i in (sides[0].scores != sides[1].scores).nonzero().squeeze(-1).tolist():
-            chosen, rejected = (texts[0][i], texts[1][i]) if better[i] else (texts[1][i], texts[0][i])
-            rows.append({"prompt_ids": queries[i], "chosen_ids": chosen, "rejected_ids": rejected})
-    return rows
+    reference: PolicyWithValue
+    reward_model: RewardModel
+    tokenizer: PreTrainedTokenizerBase
+    max_new_tokens: int
+    seed: int = 0
+
+    def preferences(
+        self, prompts: Sequence[Prompt], number: int, progress: Callable = iter
+    ) -> list[dict[str, list[int]]]:
+        """Two responses to each of `number` prompts, `chosen` the one that scores higher; ties are left out.
+
+        Rows of token ids, `prompt_ids`, `chosen_ids` and `rejected_ids`, each response with its EOS where it has one.
+        """
+        generator = torch.Generator().manual_seed(self.seed)
+        size, rows = min(SAMPLED, number, len(prompts)), []
+        for batch in progress(list(islice(prompt_batches(prompts, size, self.seed), -(-number // size)))):
+            sides = [self._answers(batch, generator) for _ in range(2)]
+            better = (sides[0].scores > sides[1].scores).tolist()
+            texts = [_unpadded(side.responses, side.mask) for side in sides]
+            queries = _unpadded(sides[0].queries, sides[0].query_mask)
+            for i in (sides[0].scores != sides[1].scores).nonzero().squeeze(-1).tolist():
+                chosen, rejected = (texts[0][i], texts[1][i]) if better[i] else (texts[1][i], texts[0][i])
+                rows.append({"prompt_ids": queries[i], "chosen_ids": chosen, "rejected_ids": rejected})
+        return rows
+
+    def _answers(self, prompts: Sequence[Prompt], generator: torch.Generator) -> Responses:
+        params = PPOParams(max_new_tokens=self.max_new_tokens)  # temperature 1
+        return scored(sample_responses(self.reference, prompts, self.tokenizer, params, generator), self.reward_model)
 
 
 def train_dpo(
@@ -78,9 +85,8 @@ def train_dpo(
     steps: int,
     beta: float,
     seed: int,
-    folder: Path,
 ) -> PreTrainedModel:
-    """A copy of `reference` trained on preferences by trl's DPOTrainer; `folder` is its to write in.
+    """A copy of `reference` trained on preferences by trl's DPOTrainer.
 
     Raises `InputError` where there is no preference.
     """
@@ -88,7 +94,7 @@ def train_dpo(
     from trl import DPOConfig, DPOTrainer
 
     class OnTokens(DPOTrainer):
-        """trl would tokenise the texts anew and put an EOS behind responses that have none."""
+        """trl would tokenise the texts again and append an EOS to responses that have none."""
 
         def _prepare_dataset(self, dataset, *_):
             return dataset
@@ -99,45 +105,28 @@ def train_dpo(
             "there is no preference to learn; set it to 0 or train the reward model"
         )
     cpu = not torch.cuda.is_available()
-    config = DPOConfig(
-        str(folder / "trainer"),
-        per_device_train_batch_size=BATCH,
-        max_steps=steps,
-        seed=seed,
-        learning_rate=LR,
-        beta=beta,
-        max_length=None,
-        use_cpu=cpu,
-        bf16=not cpu,
-        gradient_checkpointing=False,
-        report_to="none",
-        save_strategy="no",
-        logging_strategy="no",
-        disable_tqdm=True,
-    )
+    never = dict(gradient_checkpointing=False, save_strategy="no", logging_strategy="no", report_to="none")
+    settings = dict(per_device_train_batch_size=BATCH, max_steps=steps, learning_rate=LR, beta=beta, seed=seed)
     policy, frozen = (copy.deepcopy(reference).float().requires_grad_(learns) for learns in (True, False))
     data = datasets.Dataset.from_list(rows)
-    OnTokens(policy, frozen, config, train_dataset=data, processing_class=tokenizer).train()
+    with tempfile.TemporaryDirectory() as folder:
+        config = DPOConfig(folder, max_length=None, use_cpu=cpu, bf16=not cpu, disable_tqdm=True, **settings, **never)
+        OnTokens(policy, frozen, config, train_dataset=data, processing_class=tokenizer).train()
     return policy
 
 
 def load_implicit(
-    reference: PolicyWithValue,
-    reward_model: RewardModel,
-    prompts: Sequence[Prompt],
-    tokenizer: PreTrainedTokenizerBase,
-    params: RewardParams,
-    T: int,
-    seed: int = 0,
-    progress: Callable = iter,
+    pairs: Pairs, prompts: Sequence[Prompt], params: RewardParams, progress: Callable = iter
 ) -> ImplicitReward:
-    """The implicit reward after `params.dpo_steps` of DPO on responses of at most T tokens, cached by content."""
+    """The implicit reward after `params.dpo_steps` of DPO on `pairs` of responses to `prompts`, cached by content."""
     import trl
     from safetensors.torch import load_model, save_model
 
+    reference, reward_model, tokenizer = pairs.reference, pairs.reward_model, pairs.tokenizer
+
     def build(folder: Path) -> None:
-        rows = preferences(reference, reward_model, prompts, tokenizer, params.dpo_steps * BATCH, T, seed, progress)
-        policy = train_dpo(reference.lm, rows, tokenizer, params.dpo_steps, params.dpo_beta, seed, folder)
+        rows = pairs.preferences(prompts, params.dpo_steps * BATCH, progress)
+        policy = train_dpo(reference.lm, rows, tokenizer, params.dpo_steps, params.dpo_beta, pairs.seed)
         save_model(policy, str(folder / "model.safetensors"))
 
     key = {
@@ -147,8 +136,8 @@ def load_implicit(
         "prompts": content_key([render(prompt, tokenizer) for prompt in prompts]),
         "steps": params.dpo_steps,
         "beta": params.dpo_beta,
-        "tokens": T,
-        "seed": seed,
+        "tokens": pairs.max_new_tokens,
+        "seed": pairs.seed,
         "torch": torch.__version__,
         "trl": trl.__version__,
         "code": source_key("dense_rlhf.training.dpo"),
@@ -156,6 +145,10 @@ def load_implicit(
     folder, policy = cached_folder("implicit", key, build), copy.deepcopy(reference).float()
     load_model(policy.lm, str(folder / "model.safetensors"))
     return ImplicitReward(policy.requires_grad_(False).eval(), reference, params.dpo_beta)
+
+
+def _unpadded(ids: Tensor, mask: Tensor) -> list[list[int]]:
+    return [row[keep].tolist() for row, keep in zip(ids, mask)]
 
 
 def _weights_sha256(model: PreTrainedModel) -> str:

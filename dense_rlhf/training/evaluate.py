@@ -10,8 +10,10 @@ from dense_rlhf import ppo
 from dense_rlhf.config.params import PPOParams
 from dense_rlhf.models.policy import PolicyWithValue
 from dense_rlhf.ppo.rollout import response_texts
-from dense_rlhf.training.task import Task
-from dense_rlhf.types import Prompt
+from dense_rlhf.training.task import Task, step_seed
+from dense_rlhf.types import Prompt, Responses
+
+HELD_OUT = 50_000  # a step no training reaches: from it on, held-out responses have their seeds
 
 
 def evaluate(
@@ -21,17 +23,14 @@ def evaluate(
     tables = []
     for start in range(0, len(prompts), params.rollouts):
         batch = prompts[start : start + params.rollouts]
-        rollout = task.roll(policy, batch, params, seed=seed * 100_003 + 50_000 + start)
-        texts = response_texts(rollout, task.tokenizer)
-        tables.append(
-            pd.DataFrame(
-                {
-                    "prompt": [str(p) if isinstance(p, str) else p[-1].content for p in batch],
-                    "response": texts,
-                    "proxy": rollout.scores.cpu(),
-                    "gold": [task.gold.score(text) for text in texts],
-                    "kl": ppo.sequence_kl(rollout).cpu(),
-                }
-            )
-        )
+        rollout = task.rollout(policy, batch, params, step_seed(seed, HELD_OUT + start))
+        tables.append(judged(task, batch, rollout).assign(kl=ppo.sequence_kl(rollout).cpu()))
     return pd.concat(tables, ignore_index=True)
+
+
+def judged(task: Task, prompts: Sequence[Prompt], responses: Responses) -> pd.DataFrame:
+    """The responses with their scores by both judges: columns prompt, response, proxy and gold."""
+    texts = response_texts(responses, task.tokenizer)
+    asked = [str(p) if isinstance(p, str) else p[-1].content for p in prompts]
+    gold = [task.gold.score(text) for text in texts]
+    return pd.DataFrame({"prompt": asked, "response": texts, "proxy": responses.scores.cpu(), "gold": gold})

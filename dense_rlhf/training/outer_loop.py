@@ -16,12 +16,12 @@ from dense_rlhf import ppo
 from dense_rlhf.bayesopt.ledger import Halfway, Ledger
 from dense_rlhf.bayesopt.search import Search
 from dense_rlhf.bayesopt.space import Point, Space
-from dense_rlhf.config.params import AttributionParams, BOParams, PPOParams
+from dense_rlhf.config.params import BOParams
 from dense_rlhf.files import content_key, lock, remove_checkpoints, write_folder, write_json
 from dense_rlhf.models.policy import PolicyWithValue
 from dense_rlhf.ppo.checkpoint import save_policy
 from dense_rlhf.training.evaluate import evaluate
-from dense_rlhf.training.inner_loop import TrainedPolicy, _decisive, train_policy
+from dense_rlhf.training.inner_loop import Recipe, Session, TrainedPolicy, fixed_settings, train_policy
 from dense_rlhf.training.task import Task
 from dense_rlhf.types import InputError, Prompt, RewardShape
 
@@ -59,68 +59,61 @@ def shape_at(shape: RewardShape, bo: BOParams, point: Point) -> RewardShape:
     return replace(shape, **found)
 
 
-def search_shape(
-    task: Task,
-    shape: RewardShape,
-    bo: BOParams,
-    params: PPOParams,
-    attribution: AttributionParams,
-    prompts: Sequence[Prompt],
-    ledger: Path,
-    seed: int,
-    progress: Callable = iter,
-    objective: Callable[[pd.DataFrame], Sequence[float]] | None = None,
-) -> tuple[RewardShape, Search]:
-    """Outer loop: propose a shape, train a policy from the reference, observe its score on held-out `prompts`.
+@dataclass(frozen=True)
+class Objective:
+    """What a search maximises: the mean over held-out `prompts` of what `values` makes of `evaluate`'s table."""
 
-    The score is `bo.objective`, or an `objective` that makes a number a prompt of the table of `evaluate`; its standard
-    error is over prompts and responses, and how PPO varies from seed to seed comes on top. The weights of `shape` are
-    ignored. Any number of processes may search on one `ledger` (see `dense_rlhf.ledger`); each goes on with what it
-    finds there, and ends when all trials have. Returns the incumbent's shape and the search, and leaves the incumbent's
-    policy in the folder `policy` beside the ledger. Raises `InputError` for the ledger of another search.
+    prompts: tuple[Prompt, ...]
+    values: Callable[[pd.DataFrame], Sequence[float]]  # a number a prompt
+
+    def __post_init__(self):
+        if len(self.prompts) < 2:
+            raise InputError(f"{len(self.prompts)} held-out prompts give no standard error; wanted at least 2")
+
+    @classmethod
+    def of(cls, bo: BOParams, prompts: Sequence[Prompt]) -> Objective:
+        """The one that `bo.objective` names."""
+        return cls(tuple(prompts), partial(OBJECTIVES[bo.objective], bo))
+
+
+def search_shape(
+    task: Task, recipe: Recipe, bo: BOParams, objective: Objective, ledger: Path, progress: Callable = iter
+) -> tuple[RewardShape, Search]:
+    """Outer loop: propose a shape, train a policy from the reference, observe its `objective` on held-out prompts.
+
+    The standard error of a value is over prompts and responses; how PPO varies from seed to seed is not in it. The
+    weights and the updates of `recipe` are those of `bo`. Any number of processes may search on one `ledger` (see
+    `dense_rlhf.bayesopt.ledger`): each resumes what it reads there and returns when all trials have ended. Returns the
+    incumbent's shape and the search, and leaves the incumbent's policy in the folder `policy` next to the ledger.
+    Raises `InputError` for the ledger of another search.
     """
-    params = replace(params, updates=bo.updates)
-    key = _search_key(task, shape, bo, params, attribution, prompts, seed, objective)
+    recipe = replace(recipe, ppo=replace(recipe.ppo, updates=bo.updates))
+    shape, seed = recipe.shape, recipe.seed
     empty = partial(Search, search_space(shape, bo), bo.strategy, bo.initial, bo.anchors, bo.replicates, seed)
-    book = Ledger(ledger, empty, bo.trials, seed, {"search": key, "sources": list(shape.sources)})
-    judge = objective or partial(OBJECTIVES[bo.objective], bo)
-    trials = Trials(task, shape, bo, params, attribution, tuple(prompts), judge, book)
-    search = book.run(trials.run, trials.ended, progress)
+    about = {"search": _search_key(task, recipe, bo, objective), "sources": list(shape.sources)}
+    trials = Trials(task, recipe, bo, objective, Ledger(ledger, empty, bo.trials, seed, about))
+    search = trials.book.run(trials.run, trials.ended, progress)
     trials.keep_incumbent(search)
     return shape_at(shape, bo, search.incumbent()[0]), search
 
 
-def _search_key(
-    task: Task,
-    shape: RewardShape,
-    bo: BOParams,
-    params: PPOParams,
-    attribution: AttributionParams,
-    prompts: Sequence[Prompt],
-    seed: int,
-    objective: Callable | None,
-) -> str:
-    """What decides a search beside the code, which every line of its ledger names; more trials make no other search."""
-    settings = [asdict(shape) | {"weights": None}, asdict(bo) | {"trials": None}, seed, list(map(str, prompts))]
-    return content_key([*settings, *_decisive(task, params, attribution), getattr(objective, "__qualname__", None)])
+def _search_key(task: Task, recipe: Recipe, bo: BOParams, objective: Objective) -> str:
+    """What decides a search besides the code, which every line of its ledger names; more trials make no other one."""
+    shape, prompts = asdict(recipe.shape) | {"weights": None}, list(map(str, objective.prompts))
+    name = getattr(objective.values, "__qualname__", None)
+    settings = [shape, asdict(bo) | {"trials": None}, recipe.seed, prompts]
+    return content_key([*settings, *fixed_settings(task, recipe), name])
 
 
 @dataclass(frozen=True)
 class Trials:
-    """What a trial of a search is, and what is kept of it."""
+    """How a trial of a search is run, and what is kept of it."""
 
     task: Task
-    shape: RewardShape
+    recipe: Recipe  # of a trial, but for its shape and seed
     bo: BOParams
-    params: PPOParams  # of a trial
-    attribution: AttributionParams
-    prompts: tuple[Prompt, ...]
-    objective: Callable[[pd.DataFrame], Sequence[float]]
+    objective: Objective
     book: Ledger
-
-    def __post_init__(self):
-        if len(self.prompts) < 2:
-            raise InputError(f"{len(self.prompts)} held-out prompts tell no standard error; wanted at least 2")
 
     @property
     def policy(self) -> Path:
@@ -129,14 +122,13 @@ class Trials:
 
     def train(self, row: dict, until: Callable[[list[dict]], bool] | None = None) -> TrainedPolicy:
         """The policy of a trial, from the reference, at its point and with its seed."""
-        shape = shape_at(self.shape, self.bo, row["point"])
-        return train_policy(
-            self.task, shape, self.params, self.attribution, row["seed"], folder=self._folder(row), until=until
-        )
+        shape = shape_at(self.recipe.shape, self.bo, row["point"])
+        recipe = replace(self.recipe, shape=shape, seed=row["seed"])
+        return train_policy(self.task, recipe, Session(folder=self._folder(row), until=until))
 
     def run(self, row: dict) -> tuple[dict, TrainedPolicy | None]:
         """Train and judge one trial: its event in the ledger, and its policy."""
-        halfway, rung = Halfway.of(self.book.rows()), max(self.params.updates // 2, 1)
+        halfway, rung = Halfway.of(self.book.rows()), max(self.bo.updates // 2, 1)
         stops = self.bo.stop_early and row["point"] not in self.book.empty().space.anchors()  # whose repeats tell noise
         until = (lambda history: len(history) == rung and halfway.stops(history[-1]["proxy"])) if stops else None
         try:
@@ -146,7 +138,7 @@ class Trials:
         means, proxy = trained.history.mean(), list(trained.history["proxy"])
         ess = {name.removeprefix("ess/"): mean for name, mean in means.items() if name.startswith("ess/")}
         about = {"updates": len(proxy), "history": proxy, "rung": proxy[rung - 1], "ess": ess}
-        if len(proxy) == self.params.updates:
+        if len(proxy) == self.bo.updates:
             return {"event": "observed"} | self.judge(trained.policy, row["seed"]) | about, trained
         value, error = halfway.foretell(about["rung"])
         about |= {"value": value, "standard_error": error, "correlation": halfway.correlation}
@@ -154,8 +146,8 @@ class Trials:
 
     def judge(self, policy: PolicyWithValue, seed: int) -> dict[str, float | None]:
         """The value of a policy, its standard error over prompts, and the judgements that it is not made of."""
-        judged = evaluate(self.task, policy, self.prompts, self.params, seed)
-        each = np.asarray(self.objective(judged), dtype=float)
+        judged = evaluate(self.task, policy, self.objective.prompts, self.recipe.ppo, seed)
+        each = np.asarray(self.objective.values(judged), dtype=float)
         if each.shape != (len(judged),):
             raise InputError(f"the objective gave shape {each.shape}, wanted a number for each of {len(judged)}")
         error, means = float(each.std(ddof=1) / len(each) ** 0.5), dict(judged[["proxy", "gold", "kl"]].mean())

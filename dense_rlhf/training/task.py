@@ -7,18 +7,24 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from dense_rlhf.config.params import DataParams, PolicyParams, PPOParams, RewardParams
+from dense_rlhf import ppo
+from dense_rlhf.config.params import PolicyParams, PPOParams, RunParams
 from dense_rlhf.data import Dataset, load_data
 from dense_rlhf.models.language_models import LanguageModel, default_device, load_policy, within_memory
 from dense_rlhf.models.policy import PolicyWithValue, trainable_copy, value_probe
 from dense_rlhf.models.reward_model import RewardModel
 from dense_rlhf.models.train_reward_model import load_reward_model
 from dense_rlhf.models.word_judge import AdditiveJudge, load_gold_judge, load_lexicon
-from dense_rlhf.ppo.rollout import appraise, respond
-from dense_rlhf.training.dpo import load_implicit
+from dense_rlhf.ppo.rollout import scored
+from dense_rlhf.training.dpo import Pairs, load_implicit
 from dense_rlhf.types import Prompt, Responses, Rollout
 
 CALIBRATION_BATCHES = 4  # of rollouts by the reference; they set the zero and the unit of the score
+
+
+def step_seed(seed: int, step: int) -> int:
+    """The seed of what is sampled at one step of the training of one `seed`."""
+    return seed * 100_003 + step
 
 
 @dataclass(frozen=True)
@@ -54,52 +60,48 @@ class Task:
             policy.value_head.load_state_dict(self.value_head)
         return policy
 
-    def respond(self, policy: PolicyWithValue, prompts: Sequence[Prompt], params: PPOParams, seed: int) -> Responses:
+    def scored_responses(
+        self, policy: PolicyWithValue, prompts: Sequence[Prompt], params: PPOParams, seed: int
+    ) -> Responses:
         """One scored response to each prompt, sampled with `seed`."""
         generator = torch.Generator().manual_seed(seed)
         with within_memory("responses are sampled and scored", "ppo.rollouts or reward.token_budget"):
-            return respond(policy, self.reward_model, prompts, self.tokenizer, params, generator)
+            responses = ppo.sample_responses(policy, prompts, self.tokenizer, params, generator)
+            return scored(responses, self.reward_model)
 
-    def roll(self, policy: PolicyWithValue, prompts: Sequence[Prompt], params: PPOParams, seed: int) -> Rollout:
-        """One batch of responses to `prompts`, sampled with `seed`."""
-        responses = self.respond(policy, prompts, params, seed)
+    def rollout(self, policy: PolicyWithValue, prompts: Sequence[Prompt], params: PPOParams, seed: int) -> Rollout:
+        """Scored responses to `prompts`, sampled with `seed`, with the log-probabilities and values of `policy`."""
+        responses = self.scored_responses(policy, prompts, params, seed)
         with within_memory("log-probabilities are read", "ppo.micro_batch"):
-            return appraise(policy, self.reference, responses, params.temperature, params.micro_batch)
+            return ppo.appraise(policy, self.reference, responses, params.temperature, params.micro_batch)
 
 
-def load_task(
-    data: DataParams, policy: PolicyParams, reward: RewardParams, params: PPOParams, progress: Callable = iter
-) -> Task:
-    """Read the data, load the policy, train or find the proxy reward model, centre it on the reference's responses.
+def load_task(params: RunParams, progress: Callable = iter) -> Task:
+    """Read the data, load the policy, train or read the proxy reward model, calibrate it on the reference's responses.
 
-    Where `reward.dpo_steps` asks for it, train or find the policy whose log-ratio is the source `log_ratio`.
+    With `reward.dpo_steps`, also train or read the policy whose log-ratio is the source `log_ratio`.
     """
-    dataset, language_model = load_data(data), load_policy(policy)
-    bf16 = policy.dtype == "bfloat16"
-    reference = PolicyWithValue(language_model.model, policy.trainable_layers, bf16=bf16).requires_grad_(False)
+    dataset, language_model = load_data(params.data), load_policy(params.policy)
+    bf16, layers = params.policy.dtype == "bfloat16", params.policy.trainable_layers
+    reference = PolicyWithValue(language_model.model, layers, bf16=bf16).requires_grad_(False)
     reference = reference.to(default_device()).eval()
-    reward_model = load_reward_model(
-        dataset.reward, language_model.tokenizer, reward, dataset.revision, progress=progress
-    )
+    tokenizer, revision = language_model.tokenizer, dataset.revision
+    reward_model = load_reward_model(dataset.reward, tokenizer, params.reward, revision, progress=progress)
     reward_model.model.to(default_device())
-    gold = load_gold_judge(dataset.gold, dataset.revision)
-    task = Task(dataset, language_model, reference, reward_model, gold, load_lexicon(), policy)
-    batches = range(0, CALIBRATION_BATCHES * params.rollouts, params.rollouts)
-    found = [task.respond(reference, dataset.train_prompts[i : i + params.rollouts], params, seed=i) for i in batches]
-    reward_model = reward_model.calibrated(torch.cat([texts.scores for texts in found]))
-    probed = policy.value_start == "score" and policy.critic != "separate"
-    value_head = value_probe(reference, reward_model, found) if probed else None
-    if reward.dpo_steps:
-        reward_model = replace(
-            reward_model,
-            implicit=load_implicit(
-                reference,
-                reward_model,
-                dataset.train_prompts,
-                task.tokenizer,
-                reward,
-                params.max_new_tokens,
-                progress=progress,
-            ),
-        )
+    gold = load_gold_judge(dataset.gold, revision)
+    task = Task(dataset, language_model, reference, reward_model, gold, load_lexicon(), params.policy)
+    return _calibrated(task, params, progress)
+
+
+def _calibrated(task: Task, params: RunParams, progress: Callable) -> Task:
+    """The task with zero and unit of the score, start of the critic and implicit reward from the reference's texts."""
+    size, prompts, reference = params.ppo.rollouts, task.data.train_prompts, task.reference
+    starts = range(0, CALIBRATION_BATCHES * size, size)
+    batches = [task.scored_responses(reference, prompts[i : i + size], params.ppo, seed=i) for i in starts]
+    reward_model = task.reward_model.calibrated(torch.cat([batch.scores for batch in batches]))
+    probed = params.policy.value_start == "score" and params.policy.critic != "separate"
+    value_head = value_probe(reference, reward_model, batches) if probed else None
+    if params.reward.dpo_steps:
+        pairs = Pairs(reference, reward_model, task.tokenizer, params.ppo.max_new_tokens)
+        reward_model = replace(reward_model, implicit=load_implicit(pairs, prompts, params.reward, progress))
     return replace(task, reward_model=reward_model, value_head=value_head)

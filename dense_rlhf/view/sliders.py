@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from IPython.display import HTML, display
 
-from dense_rlhf.shaping.rewards import shape_diagnostics, shape_rewards
+from dense_rlhf.shaping.rewards import shape_rewards, shaped
 from dense_rlhf.types import RewardShape
 from dense_rlhf.view.display import heatmap, is_live, response_tokens
 from dense_rlhf.view.escape import esc
@@ -40,7 +40,7 @@ class Explorer:
 
     def rewards(self, row: int, shape: RewardShape) -> list[float]:
         """What each token is paid."""
-        return shape_rewards(self.rollout, dict(self.found), shape)[row][self.rollout.mask[row]].tolist()
+        return shape_rewards(self.rollout, self.found, shape)[row][self.rollout.mask[row]].tolist()
 
     def lines(self, row: int, shape: RewardShape, limit: float) -> str:
         """The rewards of one shape as a line of the heat-map, all lines on one scale."""
@@ -54,7 +54,7 @@ class Explorer:
         kept, tokens = self.rollout.mask[row], self.tokens(row)
         credit = {s: self.found[s].credit[row][kept].tolist() for s in dict.fromkeys((source, other))}
         rows = "".join(heatmap(tokens, values, f"credit: {s}") for s, values in credit.items())
-        told = shape_diagnostics(self.rollout, {s: self.found[s] for s in shape.sources}, shape)
+        told = shaped(self.rollout, self.found, shape).diagnostics
         even = ", ".join(f"{s} {told[f'ess/{s}']:.2f}" for s in shape.sources)
         caption = (
             f"Response {row}, score {self.rollout.scores[row].item():+.2f}. Over all responses: ESS/T {even}; "

@@ -10,13 +10,14 @@ from conftest import PROMPTS, RATIONALES, SENTENCES, jitter
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from dense_rlhf.attribution import attribute, internals
-from dense_rlhf.config.params import AttributionParams, RewardParams
+from dense_rlhf.config.params import AttributionParams, PPOParams, RewardParams, RunParams
 from dense_rlhf.models.reward_model import RewardModel
 from dense_rlhf.models.tiny_recipe import train_tokenizer
 from dense_rlhf.models.word_judge import load_lexicon
 from dense_rlhf.ppo.rollout import response_texts
-from dense_rlhf.training import dpo, outer_loop
-from dense_rlhf.training.dpo import BATCH, load_implicit, preferences
+from dense_rlhf.training import dpo
+from dense_rlhf.training.dpo import BATCH, Pairs, load_implicit
+from dense_rlhf.training.task import load_task
 from dense_rlhf.types import InputError, Reading
 
 PARAMS = AttributionParams(ig_steps=8, rationale_path=RATIONALES)
@@ -276,8 +277,9 @@ def test_another_vocabulary_moves_credit_and_keeps_its_total(source, alien, rewa
 
 
 def test_preferences_are_the_reward_models_and_keep_the_tokens(reference, reward_model, tokenizer):
-    rows = preferences(reference, reward_model, PROMPTS, tokenizer, pairs=20, T=6, seed=0)
-    assert 12 < len(rows) <= 24 and rows == preferences(reference, reward_model, PROMPTS, tokenizer, 20, 6, seed=0)
+    pairs = Pairs(reference, reward_model, tokenizer, max_new_tokens=6)
+    rows = pairs.preferences(PROMPTS, 20)
+    assert 12 < len(rows) <= 24 and rows == pairs.preferences(PROMPTS, 20)
     prompts = {tuple(ids) for ids in tokenizer(PROMPTS)["input_ids"]}
     for row in rows:
         sides = [row[side] for side in ("chosen_ids", "rejected_ids")]
@@ -291,19 +293,20 @@ def test_preferences_are_the_reward_models_and_keep_the_tokens(reference, reward
 def test_dpo_teaches_a_copy_and_is_cached(reference, reward_model, rollout, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setenv("DENSE_RLHF_CACHE", str(tmp_path))
     before = copy.deepcopy(reference.lm.state_dict())
-    made = load_implicit(reference, reward_model, PROMPTS, tokenizer, DPO, T=6)
+    pairs = Pairs(reference, reward_model, tokenizer, max_new_tokens=6)
+    made = load_implicit(pairs, PROMPTS, DPO)
     assert all(torch.equal(before[name], weight) for name, weight in reference.lm.state_dict().items())
     assert not any(p.requires_grad for p in made.policy.parameters()) and not made.policy.training
     ratio = made(rollout)
     assert ratio.shape == rollout.mask.shape and ratio.any() and not ratio[~rollout.players].any()
     assert not list(tmp_path.rglob("checkpoint*"))
     monkeypatch.setattr("dense_rlhf.training.dpo.train_dpo", lambda *args: pytest.fail("trained twice"))
-    assert torch.equal(load_implicit(reference, reward_model, PROMPTS, tokenizer, DPO, T=6)(rollout), ratio)
+    assert torch.equal(load_implicit(pairs, PROMPTS, DPO)(rollout), ratio)
     with pytest.raises(pytest.fail.Exception):
-        load_implicit(reference, reward_model, PROMPTS, tokenizer, replace(DPO, dpo_beta=0.4), T=6)
+        load_implicit(pairs, PROMPTS, replace(DPO, dpo_beta=0.4))
 
 
-def test_dpo_takes_its_loss_on_the_sampled_tokens(reference, reward_model, tokenizer, tmp_path, monkeypatch):
+def test_dpo_takes_its_loss_on_the_sampled_tokens(reference, reward_model, tokenizer, monkeypatch):
     """The first loss is log 2, and the policy then likes chosen responses more than rejected ones."""
     from trl import DPOTrainer
 
@@ -314,17 +317,17 @@ def test_dpo_takes_its_loss_on_the_sampled_tokens(reference, reward_model, token
         return compute(self, model, inputs, return_outputs)
 
     monkeypatch.setattr(DPOTrainer, "_compute_loss", remember)
-    rows = preferences(reference, reward_model, PROMPTS, tokenizer, BATCH, T=6, seed=0)
-    dpo.train_dpo(reference.lm, rows, tokenizer, 2, 0.5, 0, tmp_path)
+    rows = Pairs(reference, reward_model, tokenizer, max_new_tokens=6).preferences(PROMPTS, BATCH)
+    dpo.train_dpo(reference.lm, rows, tokenizer, 2, 0.5, 0)
     wanted = {tuple(row["prompt_ids"] + row[side]) for row in rows for side in ("chosen_ids", "rejected_ids")}
     pad = tokenizer.pad_token_id
     assert {tuple(t for t in ids if t != pad) for ids in seen[0][0]} <= wanted
     assert seen[0][1] == pytest.approx(0.6931, abs=1e-3) and seen[1][1] < seen[0][1]
 
 
-def test_dpo_without_a_preference_raises(reference, tokenizer, tmp_path):
+def test_dpo_without_a_preference_raises(reference, tokenizer):
     with pytest.raises(InputError, match="the same score"):
-        dpo.train_dpo(reference.lm, [], tokenizer, 2, 0.5, 0, tmp_path)
+        dpo.train_dpo(reference.lm, [], tokenizer, 2, 0.5, 0)
 
 
 def test_load_task_teaches_only_where_it_is_asked(reference, reward_model, tokenizer, monkeypatch):
@@ -339,12 +342,10 @@ def test_load_task_teaches_only_where_it_is_asked(reference, reward_model, token
     )
     monkeypatch.setattr("dense_rlhf.training.task.load_gold_judge", lambda *args: None)
     monkeypatch.setattr(
-        "dense_rlhf.training.task.load_implicit", lambda *args, **options: asked.append(args[1].scale) or len
+        "dense_rlhf.training.task.load_implicit", lambda pairs, *_: asked.append(pairs.reward_model.scale) or len
     )
-    params = outer_loop.PPOParams(rollouts=6, minibatch=6, max_new_tokens=4)
-    tasks = [
-        outer_loop.load_task(None, outer_loop.PolicyParams(), r, params).reward_model for r in (RewardParams(), DPO)
-    ]
+    params = RunParams(ppo=PPOParams(rollouts=6, minibatch=6, max_new_tokens=4))
+    tasks = [load_task(replace(params, reward=reward)).reward_model for reward in (RewardParams(), DPO)]
     assert [one.implicit for one in tasks] == [None, len] and asked == [tasks[1].scale] and asked[0] != 1
 
 

@@ -9,11 +9,11 @@ from test_task import EXPLAIN, MIXED, PARAMS, SPARSE, task  # noqa: F401
 
 from dense_rlhf.config.params import RunParams
 from dense_rlhf.evaluation import arms
-from dense_rlhf.evaluation.arms import KEPT, judge_against_reference, train_arms
+from dense_rlhf.evaluation.arms import KEPT, judge_against_reference, recipes, train_arms
 from dense_rlhf.evaluation.judge import length_controlled
 from dense_rlhf.files import read_ledger
 from dense_rlhf.training.evaluate import evaluate
-from dense_rlhf.training.inner_loop import train_policy
+from dense_rlhf.training.inner_loop import Recipe, train_policy
 
 STUDY = RunParams(ppo=PARAMS, attribution=EXPLAIN)
 SHAPES = {"mixed": MIXED, "sparse": SPARSE, "again": SPARSE}
@@ -22,7 +22,7 @@ SHAPES = {"mixed": MIXED, "sparse": SPARSE, "again": SPARSE}
 @pytest.fixture(scope="module")
 def compared(task, tmp_path_factory):  # noqa: F811
     path = tmp_path_factory.mktemp("arms") / "trainings.jsonl"
-    return train_arms(task, SHAPES, STUDY, (0, 5), PROMPTS[:4], path), path
+    return train_arms(task, recipes(SHAPES, STUDY, (0, 5)), PROMPTS[:4], path), path
 
 
 def same(a, b):
@@ -37,7 +37,7 @@ def test_each_arm_is_trained_and_judged_as_alone(compared, task):  # noqa: F811
     assert list(found.judged) == ["reference", *SHAPES] and {len(tables) for tables in found.judged.values()} == {2}
     assert len(found.history) == len(SHAPES) * 2 * PARAMS.updates
     for place, seed in enumerate((0, 5)):
-        alone = train_policy(task, MIXED, PARAMS, EXPLAIN, seed)
+        alone = train_policy(task, Recipe(MIXED, PARAMS, EXPLAIN, seed))
         judged = judge_against_reference(task, alone.policy, PROMPTS[:4], PARAMS, seed)
         table, before = found.judged["mixed"][place], found.judged["reference"][place]
         assert table["gold"].tolist() == judged["gold"].tolist() and table["win"].tolist() == judged["win"].tolist()
@@ -57,13 +57,15 @@ def test_a_comparison_that_was_killed_goes_on(compared, task, tmp_path, monkeypa
     found, path = compared
     cut, trained = tmp_path / "cut.jsonl", []
     cut.write_bytes(path.read_bytes()[:-20])
-    monkeypatch.setattr(arms, "train_policy", lambda *args: trained.append(args[-1]) or train_policy(*args))
-    same(found, train_arms(task, SHAPES, STUDY, (0, 5), PROMPTS[:4], cut))
+    monkeypatch.setattr(arms, "train_policy", lambda *args: trained.append(args[1].seed) or train_policy(*args))
+    same(found, train_arms(task, recipes(SHAPES, STUDY, (0, 5)), PROMPTS[:4], cut))
     assert trained == [5] and cut.read_bytes().count(b"\n") == 4
-    same(found, train_arms(task, SHAPES, STUDY, (0, 5), PROMPTS[:4], cut))
+    same(found, train_arms(task, recipes(SHAPES, STUDY, (0, 5)), PROMPTS[:4], cut))
     assert trained == [5]
-    train_arms(task, {"sparse": SPARSE}, replace(STUDY, ppo=replace(PARAMS, lr=1e-3)), (0,), PROMPTS[:4], cut)
-    train_arms(task, {"sparse": SPARSE}, STUDY, (0,), PROMPTS[:3], cut)
+    sparse = {("sparse", 0): Recipe(SPARSE, PARAMS, EXPLAIN, 0)}
+    faster = {key: replace(recipe, ppo=replace(PARAMS, lr=1e-3)) for key, recipe in sparse.items()}
+    train_arms(task, faster, PROMPTS[:4], cut)
+    train_arms(task, sparse, PROMPTS[:3], cut)
     assert trained == [5, 0, 0]
 
 
@@ -71,7 +73,7 @@ def test_wins_at_equal_length_are_told_from_five_prompts_on(task):  # noqa: F811
     few, some = (judge_against_reference(task, task.reference, PROMPTS[:n], PARAMS, 0) for n in (4, 5))
     assert "win_lc" not in few and some["win"].tolist() == [0.5] * 5
     assert some["win_lc"].tolist() == pytest.approx([0.5] * 5, abs=1e-6)
-    other = train_policy(task, MIXED, PARAMS, EXPLAIN, 0)
+    other = train_policy(task, Recipe(MIXED, PARAMS, EXPLAIN, 0))
     judged, before = (evaluate(task, p, PROMPTS, PARAMS, 0) for p in (other.policy, task.reference))
     found = judge_against_reference(task, other.policy, PROMPTS, PARAMS, 0)
     expected = length_controlled(found["win"], judged["response"], before["response"])

@@ -20,11 +20,12 @@ from dense_rlhf.config.study import load_study
 from dense_rlhf.models import tiny_recipe
 from dense_rlhf.models.language_models import load_tokenizer
 from dense_rlhf.models.policy import PolicyWithValue, trainable_copy
+from dense_rlhf.ppo import learner
 from dense_rlhf.ppo.distributed import Alone
-from dense_rlhf.ppo.rollout import appraise, respond
-from dense_rlhf.ppo.sampling import encode_prompts, generate, prompt_batches, sample
+from dense_rlhf.ppo.rollout import appraise, scored
+from dense_rlhf.ppo.sampling import Sampling, encode_prompts, generate, prompt_batches, sample, sample_responses
 from dense_rlhf.shaping.rewards import shape_rewards
-from dense_rlhf.training import outer_loop
+from dense_rlhf.training.inner_loop import Recipe, collect
 from dense_rlhf.types import InputError, RewardShape
 
 PARAMS = PPOParams(updates=4, rollouts=6, max_new_tokens=8, minibatch=3, epochs=2, lr=1e-2, kl_coef=0.1)
@@ -48,11 +49,11 @@ def fresh(policy, reference, reward_model, tokenizer):
 
 @pytest.fixture
 def seen(monkeypatch):
-    """What each call of `ppo.NAME` was given: `seen(NAME)` is a list of arguments that grows."""
+    """What each call of NAME by the learner was given: `seen(NAME)` is a list of arguments that grows."""
 
     def watch(name):
-        calls, real = [], getattr(ppo, name)
-        monkeypatch.setattr(ppo, name, lambda *given: calls.append(given) or real(*given))
+        calls, real = [], getattr(learner, name)
+        monkeypatch.setattr(learner, name, lambda *given: calls.append(given) or real(*given))
         return calls
 
     return watch
@@ -70,7 +71,7 @@ def test_01_pad_is_never_eos(tokenizer, reference, tmp_path):
     queries, mask = encode_prompts(PROMPTS, tokenizer)
     ends = tokenizer.eos_token_id, tokenizer.pad_token_id
     for draw in (sample, generate):
-        responses, kept = draw(lm, queries, mask, 8, 1.0, *ends, torch.Generator().manual_seed(0))
+        responses, kept = draw(lm, queries, mask, Sampling(8, 1.0, *ends), torch.Generator().manual_seed(0))
         assert not (responses[kept] == tokenizer.pad_token_id).any()
     lm.config.pad_token_id = None
     with pytest.raises(InputError, match="pad_token_id"):
@@ -87,10 +88,11 @@ def test_02_prompts_are_padded_on_the_left_and_positions_count_tokens(tokenizer)
     ends = tokenizer.eos_token_id, tokenizer.pad_token_id
     queries, mask = encode_prompts(PROMPTS, tokenizer)
     assert mask[:, -1].all() and mask.sum(-1).unique().numel() > 2
+    greedy = Sampling(6, 1e-4, *ends)
     for draw in (sample, generate):
-        together, _ = draw(lm, queries, mask, 6, 1e-4, *ends, torch.Generator().manual_seed(0))
+        together, _ = draw(lm, queries, mask, greedy, torch.Generator().manual_seed(0))
         for row, prompt in zip(together, PROMPTS):
-            alone, _ = draw(lm, *encode_prompts([prompt], tokenizer), 6, 1e-4, *ends, torch.Generator().manual_seed(1))
+            alone, _ = draw(lm, *encode_prompts([prompt], tokenizer), greedy, torch.Generator().manual_seed(1))
             assert torch.equal(alone[0], row)
     assert len({tuple(row) for row in together.tolist()}) > 2
 
@@ -111,7 +113,7 @@ def test_03_temperature_divides_old_new_and_reference_logits_and_nothing_else_be
     queries, mask = encode_prompts(["the film"] * 400, tokenizer)
     pad_id, eos_id = tokenizer.pad_token_id, tokenizer.eos_token_id
     for draw in (sample, generate):
-        drawn, _ = draw(lm, queries, mask, 20, 0.5, eos_id, pad_id, torch.Generator().manual_seed(0))
+        drawn, _ = draw(lm, queries, mask, Sampling(20, 0.5, eos_id, pad_id), torch.Generator().manual_seed(0))
         assert set(range(len(tokenizer))) - {pad_id} <= set(drawn.flatten().tolist())
     assert lm.generation_config.top_k == 5
 
@@ -139,11 +141,10 @@ def test_05_the_reward_model_reads_an_eos_and_its_score_has_the_references_mean_
         ids = torch.tensor([[*text, tokenizer.eos_token_id]])
         hidden = reward_model.model.model(input_ids=ids).last_hidden_state[0, -1]
         torch.testing.assert_close(scores[row], reward_model.model.score(hidden)[0], atol=1e-5, rtol=0)
-    found = respond(
-        reference, reward_model, PROMPTS * 4, tokenizer, PPOParams(max_new_tokens=8), torch.Generator().manual_seed(0)
-    )
-    calibrated = reward_model.calibrated(found.scores)
-    again = calibrated.score(calibrated.readings(found))
+    params, generator = PPOParams(max_new_tokens=8), torch.Generator().manual_seed(0)
+    responses = sample_responses(reference, PROMPTS * 4, tokenizer, params, generator)
+    calibrated = reward_model.calibrated(scored(responses, reward_model).scores)
+    again = scored(responses, calibrated).scores
     assert abs(again.mean()) < 1e-4 and abs(again.std() - 1) < 1e-4
 
 
@@ -258,16 +259,16 @@ def test_14_every_epoch_has_a_fresh_order_and_every_process_samples_with_its_own
     assert sorted(first) == sorted(second) == prompts and first != second
 
     def seed_of(rank, step, seed):
-        def roll(policy, prompts, params, seed):
+        def rollout(policy, prompts, params, seed):
             raise StopIteration(seed)
 
         class Process(Alone):
             pass
 
         Process.rank = rank
-        learner = SimpleNamespace(processes=Process(), policy=None)
+        alone = SimpleNamespace(processes=Process(), policy=None)
         with pytest.raises(StopIteration) as stopped:
-            outer_loop._improve(SimpleNamespace(roll=roll), learner, None, PARAMS, None, prompts, step, seed)
+            collect(SimpleNamespace(rollout=rollout), alone, Recipe(None, PARAMS, None, seed), prompts, step)
         return stopped.value.value
 
     seeds = {seed_of(rank, step, seed) for rank in range(8) for step in range(20) for seed in range(5)}

@@ -16,7 +16,7 @@ from dense_rlhf.attribution import attribute
 from dense_rlhf.config.params import AttributionParams, PPOParams
 from dense_rlhf.models.policy import PolicyWithValue
 from dense_rlhf.ppo.warnings import SIGNS, EntropyCollapse, KLBlowUp, diagnose
-from dense_rlhf.types import InputError
+from dense_rlhf.types import InputError, Rollout
 
 PARAMS = PPOParams(updates=4, rollouts=6, max_new_tokens=8, minibatch=3, epochs=2, lr=1e-2)
 
@@ -121,45 +121,52 @@ def test_the_coefficient_of_the_learner_goes_into_the_reward(rollout):
 batches_of_scores = st.lists(st.lists(st.floats(-50, 50, width=32), min_size=1, max_size=9), min_size=1, max_size=6)
 
 
+def paid(learner, rows, scores, params):
+    """What tokens that are shaped to `rows` are paid where the policy is the reference, and the share clipped."""
+    shape = torch.tensor(rows).shape
+    nothing, mask = torch.zeros(shape), torch.ones(shape, dtype=torch.bool)
+    rollout = Rollout(nothing.long(), mask, nothing.long(), mask, scores, mask[:, 0], nothing, nothing, nothing)
+    rewards, logged = learner.pay(rollout, torch.tensor(rows), params)
+    return rewards, logged["rewards_clipped"]
+
+
 @given(batches_of_scores, st.sampled_from([0.0, 1e4]))
 def test_rewards_are_divided_by_the_spread_of_all_scores_so_far(batches, shift):
     params, learner, so_far = replace(PARAMS, scale_rewards=True), bare(), []
     for batch in batches:
         so_far += [score + shift for score in batch]
-        shaped = torch.ones(len(batch), 3)
-        found, cut = learner.scaled(shaped, torch.tensor(so_far[-len(batch) :], dtype=torch.float64), params)
+        unit = learner.unit(torch.tensor(so_far[-len(batch) :], dtype=torch.float64), params)
         spread = np.std(so_far, ddof=1) if len(so_far) > 1 else 0.0
         assert learner.moments[0] == len(so_far) and learner.moments[1] == pytest.approx(np.mean(so_far), abs=1e-6)
         if spread > 1e-3:
-            assert found.unique().item() == pytest.approx(1 / spread, rel=1e-4)
-        assert found.isfinite().all() and cut == 0 and torch.equal(shaped, torch.ones(len(batch), 3))
+            assert unit == pytest.approx(spread, rel=1e-4)
+        assert 0 < unit < math.inf
 
 
 @pytest.mark.parametrize("scores", [[2.0], [3.0, 3.0, 3.0]], ids=["one score", "equal scores"])
 def test_without_spread_rewards_stay_as_they_are(scores):
-    found, _ = bare().scaled(torch.ones(len(scores), 2), torch.tensor(scores), replace(PARAMS, scale_rewards=True))
-    assert torch.equal(found, torch.ones(len(scores), 2))
+    assert bare().unit(torch.tensor(scores), replace(PARAMS, scale_rewards=True)) == 1
 
 
 def test_what_is_not_asked_for_is_not_done():
-    learner, shaped = bare(), torch.tensor([[50.0, -3.0]])
-    found, cut = learner.scaled(shaped, torch.tensor([1.0, 5.0]), PARAMS)
-    assert found is shaped and cut == 0 and learner.moments == [0, 0, 0]
+    learner, rows = bare(), [[50.0, -3.0], [0.0, 1.0]]
+    rewards, cut = paid(learner, rows, torch.tensor([1.0, 5.0]), PARAMS)
+    assert rewards.tolist() == rows and cut == 0 and learner.moments == [0, 0, 0]
 
 
 def test_clipping_bounds_both_signs_and_says_which_share_of_the_rewards_it_cut():
-    shaped = torch.tensor([[3.0, -0.5, 0.0, 0.0], [-7.0, 1.0, 0.5, 0.0]])
-    found, cut = bare().scaled(shaped, torch.zeros(2), replace(PARAMS, clip_rewards=1.0))
-    assert torch.equal(found, torch.tensor([[1.0, -0.5, 0.0, 0.0], [-1.0, 1.0, 0.5, 0.0]]))
+    params = replace(PARAMS, clip_rewards=1.0)
+    rewards, cut = paid(bare(), [[3.0, -0.5, 0.0, 0.0], [-7.0, 1.0, 0.5, 0.0]], torch.zeros(2), params)
+    assert rewards.tolist() == [[1.0, -0.5, 0.0, 0.0], [-1.0, 1.0, 0.5, 0.0]]
     assert cut == pytest.approx(2 / 5)  # of those that are not zero: a sparse reward has many zeros
-    assert bare().scaled(torch.zeros(2, 3), torch.zeros(2), replace(PARAMS, clip_rewards=1.0))[1] == 0
+    assert paid(bare(), [[0.0] * 3] * 2, torch.zeros(2), params)[1] == 0
 
 
 def test_clipping_comes_after_scaling():
     both = replace(PARAMS, scale_rewards=True, clip_rewards=1.0)
     scores = torch.tensor([-10.0, 10.0])  # of standard deviation 14.1
-    found, cut = bare().scaled(torch.tensor([[7.0], [-70.0]]), scores, both)
-    assert found.tolist() == [[pytest.approx(7 / scores.std().item())], [-1.0]] and cut == 0.5
+    rewards, cut = paid(bare(), [[7.0], [-70.0]], scores, both)
+    assert rewards.tolist() == [[pytest.approx(7 / scores.std().item())], [-1.0]] and cut == 0.5
 
 
 # ---------------------------------------------------------------------------------------------------- signs

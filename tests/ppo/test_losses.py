@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from dense_rlhf import ppo
 from dense_rlhf.config.params import PPOParams
+from dense_rlhf.masked import masked_whiten
 from dense_rlhf.types import InputError
 
 PARAMS = PPOParams(updates=1, rollouts=6, max_new_tokens=8, minibatch=6, lr=1e-2, kl_coef=0.1)
@@ -196,7 +197,7 @@ def test_an_update_is_decided_by_its_generator(policy, fresh):
 def test_one_step_lowers_the_loss_that_it_reports(policy, fresh):
     rollout, rewards = fresh
     advantages = ppo.gae(rewards, rollout.values, rollout.mask, PARAMS.gamma, PARAMS.lam)
-    white = ppo.masked_whiten(advantages, rollout.mask)
+    white = masked_whiten(advantages, rollout.mask)
     n = int(rollout.mask.sum())
     before = ppo.policy_loss(current(policy, rollout)[0], rollout.logprobs, white, rollout.mask, 0.2)[0].item() / n
     logs = run_update(policy, rollout, rewards, replace(PARAMS, lr=1e-3))

@@ -12,9 +12,9 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from dense_rlhf.data import render
 from dense_rlhf.models.policy import position_ids
-from dense_rlhf.ppo import sampling as rollout_module
+from dense_rlhf.ppo import sampling
 from dense_rlhf.ppo.rollout import response_texts
-from dense_rlhf.ppo.sampling import by_vllm, encode_prompts, prompt_batches, sample
+from dense_rlhf.ppo.sampling import Sampling, encode_prompts, prompt_batches, sample
 from dense_rlhf.types import InputError, Message
 
 
@@ -24,8 +24,8 @@ def encoded(prompts, tokenizer):
 
 def draw(lm, tokenizer, seed, prompts=PROMPTS, T=8, temperature=1.0):
     generator = torch.Generator().manual_seed(seed)
-    ends = tokenizer.eos_token_id, tokenizer.pad_token_id
-    return sample(lm, *encoded(prompts, tokenizer), T, temperature, *ends, generator)
+    settings = Sampling(T, temperature, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return sample(lm, *encoded(prompts, tokenizer), settings, generator)
 
 
 def test_prompts_are_left_padded_and_whole(tokenizer):
@@ -161,53 +161,17 @@ def test_a_dialogue_goes_through_the_chat_template_where_there_is_one(tokenizer)
     assert render(dialogue, with_template) == "[user]hi[assistant]" and render("plain", with_template) == "plain"
 
 
-class FakeEngine:
-    """What trl's wrapper of vLLM is asked, and an answer: row i gets i tokens and EOS, as far as there is room."""
-
-    def __init__(self, eos):
-        self.eos, self.synced, self.asked = eos, 0, []
-
-    def sync_weights(self):
-        self.synced += 1
-
-    def generate(self, prompts, images, num_generations):
-        assert images is None and num_generations == 1
-        self.asked.append((prompts, self.temperature, self.max_completion_length, self.generation_kwargs))
-        return prompts, [([7] * i + [self.eos])[: self.max_completion_length] for i in range(len(prompts))], None, None
-
-
-def test_vllm_is_asked_for_what_the_sampler_means(reference, tokenizer, monkeypatch):
-    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    engine = FakeEngine(eos)
-    monkeypatch.setattr(rollout_module, "_start_vllm", lambda lm: engine)
-    lm = copy.deepcopy(reference.lm)
-    for seed in (0, 0, 1):
-        generator = torch.Generator().manual_seed(seed)
-        responses, mask = by_vllm(lm, *encoded(PROMPTS, tokenizer), 4, 0.7, eos, pad, generator)
-    assert mask.sum(-1).tolist() == [1, 2, 3, 4, 4, 4] and responses[1].tolist() == [7, eos, pad, pad]
-    assert engine.synced == 3  # it never samples from old weights
-    prompts, temperature, T, options = engine.asked[0]
-    assert [tokenizer.decode(ids) for ids in prompts] == PROMPTS and (temperature, T) == (0.7, 4)
-    assert options["stop_token_ids"] == [eos] and options["logit_bias"] == {pad: -100.0}
-    assert engine.asked[0] == engine.asked[1] != engine.asked[2]
-
-
-def test_without_vllm_it_says_what_to_install(reference, tokenizer):
-    with pytest.raises(InputError, match=r"pip install 'dense-rlhf\[vllm\]'"):
-        by_vllm(reference.lm, *encode_prompts(PROMPTS, tokenizer), 4, 1.0, 0, 1, torch.Generator())
-
-
 @pytest.mark.parametrize("size", [1, 2, 100])
 def test_how_prompts_are_read_together_changes_no_sample(reference, tokenizer, size, monkeypatch):
     wanted = draw(reference.lm, tokenizer, 5, PROMPTS * 5)
-    monkeypatch.setattr(rollout_module, "PREFILL", size)
+    monkeypatch.setattr(sampling, "PREFILL", size)
     assert all(torch.equal(a, b) for a, b in zip(wanted, draw(reference.lm, tokenizer, 5, PROMPTS * 5)))
 
 
 @pytest.mark.parametrize("compact", [0.0, 1.0])
 def test_rows_that_leave_the_batch_change_no_other(reference, tokenizer, compact, monkeypatch):
     wanted = draw(reference.lm, tokenizer, 5, PROMPTS * 5)
-    monkeypatch.setattr(rollout_module, "COMPACT", compact)
+    monkeypatch.setattr(sampling, "COMPACT", compact)
     assert all(torch.equal(a, b) for a, b in zip(wanted, draw(reference.lm, tokenizer, 5, PROMPTS * 5)))
 
 

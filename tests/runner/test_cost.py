@@ -19,7 +19,7 @@ from dense_rlhf.models.language_models import load_policy
 from dense_rlhf.models.policy import PolicyWithValue, trainable_copy
 from dense_rlhf.models.reward_model import RewardModel
 from dense_rlhf.ppo.rollout import appraise
-from dense_rlhf.ppo.sampling import sample
+from dense_rlhf.ppo.sampling import Sampling, sample
 from dense_rlhf.runner import cost
 from dense_rlhf.types import InputError, Rollout
 
@@ -175,7 +175,7 @@ def test_operations_are_those_that_torch_counts(policy):
     work = {step.step: step.flops for step in cost.time(empty(params), params, P, ["shap"])}
     models, reader = real(params)
     generator, learner = torch.Generator(), ppo.make_learner(models.policy, PPO, 0)
-    prompts = rollout.queries, rollout.query_mask, PPO.max_new_tokens, 1.0, -1, 0, generator
+    prompts = rollout.queries, rollout.query_mask, Sampling(PPO.max_new_tokens, 1.0, -1, 0), generator
     readings = reader.readings(rollout)
     counted = {
         "sample": operations(lambda: sample(models.policy.sampling_model(), *prompts)),

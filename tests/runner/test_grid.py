@@ -18,10 +18,10 @@ from dense_rlhf.config.params import ShapeParams
 from dense_rlhf.config.study import load_study
 from dense_rlhf.files import append_line, lock
 from dense_rlhf.runner import grid, jobs, plan
-from dense_rlhf.runs import RunFolder, finished_runs, repository_root
+from dense_rlhf.runs import RunFolder, finished_runs, workspace
 from dense_rlhf.types import InputError
 
-REVIEWS = repository_root() / "params" / "reviews.yaml"
+REVIEWS = workspace() / "params" / "reviews.yaml"
 
 
 def test_expansion_is_datasets_times_arms_times_seeds_in_order():
@@ -78,7 +78,7 @@ def fake_repository(tmp_path, monkeypatch):
         },
         dict.fromkeys(("04_ppo", "05_bayesian_optimisation"), cells),
     )
-    monkeypatch.setattr("dense_rlhf.runs.PACKAGE", tmp_path / "dense_rlhf")
+    monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
@@ -211,11 +211,12 @@ def test_the_search_command_fills_the_ledger_that_the_notebook_looks_for(fake_re
     """It prepares the notebook's own folder and searches there; the study then finds the ledger and goes on."""
     from dense_rlhf.runner import train
 
-    def search_shape(task, shape, bo, ppo, attribution, prompts, ledger, seed, progress):
-        assert (task.name, shape.sources, bo.trials, prompts, seed) == ("task", ("shap", "terminal"), 7, [0, 1, 2], 5)
+    def search_shape(task, recipe, bo, objective, ledger, progress):
+        assert (task.name, bo.trials, recipe.seed, objective.prompts) == ("task", 7, 5, (0, 1, 2))
+        assert recipe.shape.sources == ("shap", "terminal")
         for _ in progress(range(5, 7)):
             append_line(ledger, {"trial": 0})
-        return replace(shape, weights=(0.25, 0.75)), None
+        return replace(recipe.shape, weights=(0.25, 0.75)), None
 
     task = SimpleNamespace(name="task", data=SimpleNamespace(validation_prompts=list(range(9))))
     monkeypatch.setattr("dense_rlhf.training.task.load_task", lambda *_: task)

@@ -28,7 +28,7 @@ from dense_rlhf.models.reward_model import RewardModel
 from dense_rlhf.models.tiny_recipe import train_tokenizer
 from dense_rlhf.models.train_reward_model import fresh_classifier
 from dense_rlhf.models.word_judge import AdditiveJudge
-from dense_rlhf.training.inner_loop import train_policy
+from dense_rlhf.training.inner_loop import Recipe, Session, train_policy
 from dense_rlhf.training.task import Task
 from dense_rlhf.types import LabelledText, RewardShape
 
@@ -51,7 +51,7 @@ def make_task() -> Task:
 
 
 def train(task: Task, folder: Path, shape: RewardShape = SHAPE) -> None:
-    trained = train_policy(task, shape, PARAMS, AttributionParams(), 0, folder=folder)
+    trained = train_policy(task, Recipe(shape, PARAMS, AttributionParams(), 0), Session(folder=folder))
     write_text(folder / "metrics.csv", trained.history.to_csv(index=False))
 
 

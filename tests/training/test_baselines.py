@@ -23,7 +23,7 @@ from dense_rlhf.ppo.sampling import encode_prompts, prompt_batches
 from dense_rlhf.training import baselines, dpo
 from dense_rlhf.training.baselines import BASELINES, best_of_n, leave_one_out_to_go, normalised_to_go, train_baseline
 from dense_rlhf.training.evaluate import evaluate
-from dense_rlhf.training.inner_loop import train_policy
+from dense_rlhf.training.inner_loop import Recipe, train_policy
 from dense_rlhf.training.task import Task
 from dense_rlhf.types import InputError, LabelledText, RewardShape
 
@@ -50,7 +50,7 @@ def task(tokenizer, reward_model):
 
 
 def train(task, name, shape=SPARSE, params=PARAMS, seed=0, **kwargs):
-    return train_baseline(task, name, shape, params, EXPLAIN, seed, **{"group": 2} | kwargs)
+    return train_baseline(task, name, Recipe(shape, params, EXPLAIN, seed), **{"group": 2} | kwargs)
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_contract(task, name):
     pd.testing.assert_frame_equal(first.history, again.history, check_exact=True)
     assert not first.history["proxy"].equals(other.history["proxy"])
     assert np.isfinite(first.history.to_numpy()).all()
-    ours = train_policy(task, MIXED, PARAMS, EXPLAIN, 0)
+    ours = train_policy(task, Recipe(MIXED, PARAMS, EXPLAIN, 0))
     assert set(first.history) <= set(ours.history) and list(first.seconds) == list(ours.seconds)
     assert {"update", "proxy", "gold", "kl", "length"} <= set(first.history)
     assert first.history["kl"][0] == pytest.approx(0, abs=1e-5)
@@ -178,7 +178,9 @@ def test_trl_trains_on_our_rollouts(task, name, batches):
             assert torch.equal(batch["ref_per_token_logps"], rollout.ref_logprobs[:, :T])
     first = batches[0][0]
     prompts = [task.tokenizer.decode(ids[keep].tolist()) for ids, keep in zip(first.queries, first.query_mask)]
-    ours = task.respond(task.reference, prompts, params, seed=100_003)  # of the first update of PPO with this seed
+    ours = task.scored_responses(
+        task.reference, prompts, params, seed=100_003
+    )  # of the first update of PPO with this seed
     assert torch.equal(first.responses, ours.responses)
     assert len(batches) == 3 and any(rollout.ended.any() for rollout, _ in batches)
     assert batches[0][0].query_mask.sum(-1).unique().numel() > 1
@@ -374,8 +376,8 @@ def test_a_rewarded_token_becomes_likelier_as_far_as_kl_allows(bandit, name, mon
 
 
 def test_dpo_spends_as_many_rollouts_as_ppo_and_sees_each_pair_once_an_epoch(task, monkeypatch):
-    asked, respond, taught, train_dpo = [], dpo.respond, [], baselines.train_dpo
-    monkeypatch.setattr("dense_rlhf.training.dpo.respond", lambda *args: asked.append(len(args[2])) or respond(*args))
+    asked, sample, taught, train_dpo = [], dpo.sample_responses, [], baselines.train_dpo
+    monkeypatch.setattr(dpo, "sample_responses", lambda *args: asked.append(len(args[1])) or sample(*args))
     monkeypatch.setattr(baselines, "train_dpo", lambda *args: taught.append(args) or train_dpo(*args))
     train(task, "dpo", params=replace(PARAMS, updates=9, epochs=2, kl_coef=0.3))
     assert sum(asked) == 72
@@ -398,5 +400,7 @@ def test_best_of_n_is_the_best(task):
     """Of the responses that the same seed gives to the same prompts, told n times."""
     params = replace(PARAMS, rollouts=24)
     found = best_of_n(task, PROMPTS, params, 3, 4)
-    every = task.respond(task.reference, [p for p in PROMPTS for _ in range(4)], params, seed=3 * 100_003 + 50_000)
+    every = task.scored_responses(
+        task.reference, [p for p in PROMPTS for _ in range(4)], params, seed=3 * 100_003 + 50_000
+    )
     assert found["proxy"].tolist() == every.scores.view(-1, 4).amax(-1).tolist()

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from dense_rlhf import ppo
 from dense_rlhf.config.params import AttributionParams, PolicyParams
 from dense_rlhf.ppo import checkpoint
-from dense_rlhf.training.inner_loop import train_policy
+from dense_rlhf.training.inner_loop import Recipe, Session, train_policy
 from dense_rlhf.types import InputError, RewardShape
 
 EXPLAIN = AttributionParams()
@@ -51,14 +51,14 @@ def test_a_training_cut_short_ends_as_an_unbroken_one(task, policy, tmp_path):
             raise Cut
 
     task = replace(task, policy=policy)
-    unbroken = train_policy(task, SHAPE, PARAMS, EXPLAIN, 0)
+    unbroken = train_policy(task, Recipe(SHAPE, PARAMS, EXPLAIN, 0))
     params = replace(PARAMS, checkpoint_every=2)  # how often decides nothing
     with pytest.raises(Cut):
-        train_policy(task, SHAPE, params, EXPLAIN, 0, watch=cut, folder=tmp_path)
+        train_policy(task, Recipe(SHAPE, params, EXPLAIN, 0), Session(watch=cut, folder=tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-000004"]
     rows = []
     torch.rand(3)  # the global generator is elsewhere by then
-    resumed = train_policy(task, SHAPE, params, EXPLAIN, 0, watch=rows.append, folder=tmp_path)
+    resumed = train_policy(task, Recipe(SHAPE, params, EXPLAIN, 0), Session(watch=rows.append, folder=tmp_path))
     assert [row["update"] for row in rows] == [4, 5, 6, 7]
     pd.testing.assert_frame_equal(resumed.history, unbroken.history, check_exact=True)
     for (name, a), b in zip(unbroken.policy.named_parameters(), resumed.policy.parameters()):
@@ -66,42 +66,43 @@ def test_a_training_cut_short_ends_as_an_unbroken_one(task, policy, tmp_path):
 
 
 def test_a_finished_training_is_read_and_not_repeated(task, tmp_path, monkeypatch):
-    first = train_policy(task, SPARSE, PARAMS, EXPLAIN, 0, folder=tmp_path)
+    first = train_policy(task, Recipe(SPARSE, PARAMS, EXPLAIN, 0), Session(folder=tmp_path))
     monkeypatch.setattr("dense_rlhf.training.inner_loop._improve", None)
-    again = train_policy(task, SPARSE, PARAMS, EXPLAIN, 0, folder=tmp_path)
+    again = train_policy(task, Recipe(SPARSE, PARAMS, EXPLAIN, 0), Session(folder=tmp_path))
     pd.testing.assert_frame_equal(first.history, again.history, check_exact=True)
 
 
 def test_a_checkpoint_of_another_training_is_not_resumed(task, tmp_path):
-    train_policy(task, SPARSE, PARAMS, EXPLAIN, 0, folder=tmp_path)
+    train_policy(task, Recipe(SPARSE, PARAMS, EXPLAIN, 0), Session(folder=tmp_path))
     other_prompts = replace(task, data=replace(task.data, train_prompts=task.data.train_prompts[::-1]))
     other_unit = replace(task, reward_model=replace(task.reward_model, scale=2.0))
     for change in (
         {"seed": 1},
-        {"params": replace(PARAMS, lr=1e-3)},
+        {"ppo": replace(PARAMS, lr=1e-3)},
         {"shape": SHAPE},
         {"task": other_prompts},
         {"task": other_unit},
     ):
-        given = {"task": task, "shape": SPARSE, "params": PARAMS, "attribution": EXPLAIN, "seed": 0} | change
-        fresh, found = (train_policy(**given, folder=folder).history for folder in (None, tmp_path))
+        given = {"task": task, "shape": SPARSE, "ppo": PARAMS, "attribution": EXPLAIN, "seed": 0} | change
+        other, recipe = given.pop("task"), Recipe(**given)
+        fresh, found = (train_policy(other, recipe, Session(folder=folder)).history for folder in (None, tmp_path))
         pd.testing.assert_frame_equal(fresh, found, check_exact=True)
 
 
 def test_a_checkpoint_that_cannot_be_read_says_so(task, tmp_path):
-    train_policy(task, SPARSE, PARAMS, EXPLAIN, 0, folder=tmp_path)
+    train_policy(task, Recipe(SPARSE, PARAMS, EXPLAIN, 0), Session(folder=tmp_path))
     (tmp_path / "checkpoint-000008" / "tensors.safetensors").write_bytes(b"nothing")
     with pytest.raises(InputError, match="checkpoint-000008 cannot be read.*remove it"):
-        train_policy(task, SPARSE, PARAMS, EXPLAIN, 0, folder=tmp_path)
+        train_policy(task, Recipe(SPARSE, PARAMS, EXPLAIN, 0), Session(folder=tmp_path))
 
 
 def test_half_a_checkpoint_is_never_seen(task, tmp_path, monkeypatch):
     monkeypatch.setattr("os.rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        train_policy(task, SPARSE, PARAMS, EXPLAIN, 0, folder=tmp_path)
+        train_policy(task, Recipe(SPARSE, PARAMS, EXPLAIN, 0), Session(folder=tmp_path))
     assert checkpoint.load_checkpoint(tmp_path) is None
     monkeypatch.undo()
-    train_policy(task, SPARSE, PARAMS, EXPLAIN, 0, folder=tmp_path)
+    train_policy(task, Recipe(SPARSE, PARAMS, EXPLAIN, 0), Session(folder=tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-000008"]
 
 
@@ -121,7 +122,7 @@ def test_a_number_that_is_not_finite_stops_the_run_and_keeps_its_rollout(task, t
 
     monkeypatch.setattr(ppo, "update", update)
     with pytest.raises(ppo.Diverged, match=r"update 2: .*not finite: .*failure.safetensors"):
-        train_policy(task, SPARSE, PARAMS, EXPLAIN, 0, folder=tmp_path)
+        train_policy(task, Recipe(SPARSE, PARAMS, EXPLAIN, 0), Session(folder=tmp_path))
     record = json.loads((tmp_path / "failure.json").read_text())
     named = {"reward": "reward", "loss": "value_loss", "gradient": "grad_norm"}[broken]
     assert record["update"] == 2 and record["metrics"][named] in ("nan", "inf") and named in record["error"]
@@ -131,9 +132,9 @@ def test_a_number_that_is_not_finite_stops_the_run_and_keeps_its_rollout(task, t
 
 
 def test_without_a_folder_it_stops_as_well(task, monkeypatch):
-    monkeypatch.setattr(ppo, "token_rewards", lambda rollout, *_: rollout.values * float("nan"))
+    monkeypatch.setattr("dense_rlhf.ppo.learner.token_rewards", lambda rollout, *_: rollout.values * float("nan"))
     with pytest.raises(ppo.Diverged, match="update 0: PPO met a number that is not finite: reward"):
-        train_policy(task, SPARSE, PARAMS, EXPLAIN, 0)
+        train_policy(task, Recipe(SPARSE, PARAMS, EXPLAIN, 0))
 
 
 def test_a_training_in_trouble_warns_by_name(task):
@@ -141,7 +142,9 @@ def test_a_training_in_trouble_warns_by_name(task):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         rows = []
-        trained = train_policy(task, RewardShape(("terminal",), (1.0,)), wild, EXPLAIN, 0, watch=rows.append)
+        trained = train_policy(
+            task, Recipe(RewardShape(("terminal",), (1.0,)), wild, EXPLAIN, 0), Session(watch=rows.append)
+        )
     names = [sign.name for sign in trained.warnings]
     assert names and set(names) <= {"KLBlowUp", "EntropyCollapse"}
     assert {w.category.__name__ for w in caught} >= set(names)

@@ -26,8 +26,8 @@ from dense_rlhf.files import append_line, read_ledger
 from dense_rlhf.shaping.rewards import shape_rewards
 from dense_rlhf.training import inner_loop, outer_loop
 from dense_rlhf.training.evaluate import evaluate
-from dense_rlhf.training.inner_loop import TrainedPolicy, train_policy
-from dense_rlhf.training.outer_loop import OBJECTIVES, search_shape, search_space, shape_at
+from dense_rlhf.training.inner_loop import Recipe, Session, TrainedPolicy, train_policy
+from dense_rlhf.training.outer_loop import OBJECTIVES, Objective, search_shape, search_space, shape_at
 from dense_rlhf.types import InputError, RewardShape
 
 PARAMS = PPOParams(updates=3, rollouts=4, max_new_tokens=6, minibatch=2, lr=1e-2)
@@ -42,8 +42,9 @@ def task():
     return kill_points.make_task()
 
 
-def search(task, ledger, bo=BO, shape=MIXED, params=PARAMS, prompts=PROMPTS[:4], **options):
-    return search_shape(task, shape, bo, params, EXPLAIN, prompts, ledger, 1, **options)
+def search(task, ledger, bo=BO, shape=MIXED, params=PARAMS, prompts=PROMPTS[:4], values=None):
+    objective = Objective(tuple(prompts), values) if values else Objective.of(bo, prompts)
+    return search_shape(task, Recipe(shape, params, EXPLAIN, 1), bo, objective, ledger)
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +163,9 @@ def test_the_ledger_holds_what_a_trial_was_and_how_to_repeat_it(task, unbroken):
     assert found.values == [row["value"] for row in rows] and found.errors == [row["standard_error"] for row in rows]
     assert found.points[:4] == Space(3).anchors() and shape == replace(MIXED, weights=found.incumbent()[0])
     row = rows[5]
-    trained = train_policy(task, replace(MIXED, weights=row["point"]), replace(PARAMS, updates=2), EXPLAIN, row["seed"])
+    trained = train_policy(
+        task, Recipe(replace(MIXED, weights=row["point"]), replace(PARAMS, updates=2), EXPLAIN, row["seed"])
+    )
     judged = evaluate(task, trained.policy, PROMPTS[:4], PARAMS, row["seed"])
     scores = judged["proxy"].to_numpy(dtype=float)
     assert row["value"] == pytest.approx(sum(scores) / 4, rel=1e-12)
@@ -181,7 +184,7 @@ def test_another_objective_another_value(task, unbroken, tmp_path):
         return judged["response"].str.len() - judged["kl"]
 
     bo, first = replace(BO, trials=2), trials(unbroken[1])[0]
-    search(task, tmp_path / "own.jsonl", bo, objective=length_less_kl)
+    search(task, tmp_path / "own.jsonl", bo, values=length_less_kl)
     search(task, tmp_path / "gold.jsonl", replace(bo, objective="gold"))
     own, gold = (trials(tmp_path / f"{name}.jsonl")[0] for name in ("own", "gold"))
     assert gold["value"] == pytest.approx(first["gold"]) and gold["proxy"] == first["proxy"]
@@ -192,21 +195,21 @@ def test_another_objective_another_value(task, unbroken, tmp_path):
 
 def test_an_objective_that_gives_one_number_is_refused(task, tmp_path):
     with pytest.raises(InputError, match=r"objective gave shape \(\), wanted a number for each of 4"):
-        search(task, tmp_path / "trials.jsonl", objective=lambda judged: judged["proxy"].mean())
-    with pytest.raises(InputError, match="1 held-out prompts tell no standard error"):
+        search(task, tmp_path / "trials.jsonl", values=lambda judged: judged["proxy"].mean())
+    with pytest.raises(InputError, match="1 held-out prompts give no standard error"):
         search(task, tmp_path / "trials.jsonl", prompts=PROMPTS[:1])
 
 
 def test_a_trial_of_no_number_or_one_that_diverged_is_recorded_and_not_observed(task, tmp_path, monkeypatch):
-    def diverges(task, shape, params, attribution, seed, folder, until):
-        if seed == 2001:
+    def diverges(task, recipe, session):
+        if recipe.seed == 2001:
             raise ppo.Diverged({"loss": math.nan}, None)
-        return train_policy(task, shape, params, attribution, seed, folder=folder, until=until)
+        return train_policy(task, recipe, session)
 
     monkeypatch.setattr("dense_rlhf.training.outer_loop.train_policy", diverges)
-    objective = itertools.chain([1.0, math.nan], itertools.repeat(2.0))
+    numbers = itertools.chain([1.0, math.nan], itertools.repeat(2.0))
     path = tmp_path / "trials.jsonl"
-    _, found = search(task, path, replace(BO, updates=1), objective=lambda judged: [0.0, 1.0, 2.0, next(objective)])
+    _, found = search(task, path, replace(BO, updates=1), values=lambda judged: [0.0, 1.0, 2.0, next(numbers)])
     rows = trials(path)
     assert [row["status"] for row in rows] == ["observed", "failed", "failed"] + ["observed"] * 3
     assert rows[1]["reason"] == "PPO met a number that is not finite: loss; lower ppo.lr or look at the rewards"
@@ -243,7 +246,7 @@ def test_a_trial_goes_on_from_its_checkpoint(task, unbroken, tmp_path, monkeypat
     path, improve, steps = tmp_path / "trials.jsonl", inner_loop._improve, []
 
     def dies(*arguments):
-        steps.append(arguments[6])
+        steps.append(arguments[4])
         if len(steps) == 2:
             raise KeyboardInterrupt
         return improve(*arguments)
@@ -289,7 +292,7 @@ def test_the_incumbents_policy_is_kept_and_found_again(task, unbroken):
     kept = json.loads((path.parent / "policy" / "trial.json").read_text())
     row = trials(path)[kept["trial"]]
     assert tuple(kept["point"]) == row["point"] == found.incumbent()[0] and kept["seed"] == row["seed"]
-    trained = train_policy(task, shape, replace(PARAMS, updates=2), EXPLAIN, row["seed"])
+    trained = train_policy(task, Recipe(shape, replace(PARAMS, updates=2), EXPLAIN, row["seed"]))
     read = AutoModelForCausalLM.from_pretrained(path.parent / "policy").state_dict()
     wanted = {name: w for name, w in weights_of(trained.policy).items() if name in read}
     assert len(wanted) > 10 and all(torch.equal(read[name], w) for name, w in wanted.items())
@@ -309,9 +312,9 @@ def test_a_policy_that_another_took_the_place_of_is_trained_again(task, unbroken
     path.write_bytes(unbroken[1].read_bytes())
     best, asked = json.loads((unbroken[1].parent / "policy" / "trial.json").read_text()), []
 
-    def counted(*arguments, **options):
-        asked.append(arguments[4])
-        return train_policy(*arguments, **options)
+    def counted(task, recipe, session):
+        asked.append(recipe.seed)
+        return train_policy(task, recipe, session)
 
     monkeypatch.setattr("dense_rlhf.training.outer_loop.train_policy", counted)
     search(task, path)
@@ -333,7 +336,7 @@ def test_the_policy_is_saved_when_its_trial_takes_the_lead(task, tmp_path, monke
     saved, asked = [], []
     monkeypatch.setattr("dense_rlhf.training.outer_loop.save_policy", lambda policy, *_: saved.append(policy))
     monkeypatch.setattr(
-        "dense_rlhf.training.outer_loop.train_policy", lambda *a, **o: (asked.append(a[4]), train_policy(*a, **o))[1]
+        "dense_rlhf.training.outer_loop.train_policy", lambda *a: (asked.append(a[1].seed), train_policy(*a))[1]
     )
     search(task, tmp_path / "trials.jsonl", replace(BO, trials=4, updates=1))
     assert len(saved) == 2 and asked == [1001, 2001, 3001, 4001]
@@ -344,21 +347,21 @@ def test_the_policy_is_saved_when_its_trial_takes_the_lead(task, tmp_path, monke
 
 
 def test_until_ends_a_training_and_leaves_it_the_same(task, tmp_path):
-    whole = train_policy(task, MIXED, PARAMS, EXPLAIN, 0)
+    whole = train_policy(task, Recipe(MIXED, PARAMS, EXPLAIN, 0))
     asked = []
 
     def until(rows):
         asked.append(len(rows))
         return len(rows) == 2
 
-    short = train_policy(task, MIXED, PARAMS, EXPLAIN, 0, until=until)
+    short = train_policy(task, Recipe(MIXED, PARAMS, EXPLAIN, 0), Session(until=until))
     assert asked == [0, 1, 2]
     pd.testing.assert_frame_equal(short.history, whole.history[:2], check_exact=True)
     often = replace(PARAMS, checkpoint_every=1)
     for _ in range(2):  # the second finds the checkpoint of the first and ends at once
-        again = train_policy(task, MIXED, often, EXPLAIN, 0, folder=tmp_path, until=until)
+        again = train_policy(task, Recipe(MIXED, often, EXPLAIN, 0), Session(folder=tmp_path, until=until))
         pd.testing.assert_frame_equal(again.history, whole.history[:2], check_exact=True)
-    on = train_policy(task, MIXED, often, EXPLAIN, 0, folder=tmp_path)
+    on = train_policy(task, Recipe(MIXED, often, EXPLAIN, 0), Session(folder=tmp_path))
     pd.testing.assert_frame_equal(on.history, whole.history, check_exact=True)
 
 
@@ -369,13 +372,13 @@ def staged(monkeypatch, rung, end):
     """Trainings whose batches score `rung(w)` halfway, and policies that score `end(w)` at the end."""
     lengths = []
 
-    def train(task, shape, params, attribution, seed, folder, until):
-        rows = []
-        while len(rows) < params.updates and not (until and until(rows)):
-            proxy = rung(shape.weights[0]) if len(rows) == 1 else -9.0
+    def train(task, recipe, session):
+        rows, weight = [], recipe.shape.weights[0]
+        while len(rows) < recipe.ppo.updates and not (session.until and session.until(rows)):
+            proxy = rung(weight) if len(rows) == 1 else -9.0
             rows.append({"update": len(rows), "proxy": proxy, "ess/shap": 0.5})
         lengths.append(len(rows))
-        return TrainedPolicy(shape.weights[0], pd.DataFrame(rows), pd.DataFrame())
+        return TrainedPolicy(weight, pd.DataFrame(rows), pd.DataFrame())
 
     def judge(task, policy, prompts, params, seed):
         spread = np.array([-0.1, 0.1, -0.2, 0.2])
@@ -463,5 +466,6 @@ def test_every_parameter_of_the_search_is_in_its_key(task, tmp_path):
     assert other.keys() == {field.name for field in fields(BOParams)}
     bo = replace(BO, initial=3, updates=4)
     changes = [replace(bo, **{name: value}) for name, value in other.items()]
-    keys = {outer_loop._search_key(task, PAIR, one, PARAMS, EXPLAIN, PROMPTS, 1, None) for one in [bo, *changes]}
+    recipe, objective = Recipe(PAIR, PARAMS, EXPLAIN, 1), Objective.of(bo, PROMPTS)
+    keys = {outer_loop._search_key(task, recipe, one, objective) for one in [bo, *changes]}
     assert len(keys) == len(other)

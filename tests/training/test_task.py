@@ -15,7 +15,7 @@ from dense_rlhf.models.language_models import LanguageModel
 from dense_rlhf.models.word_judge import AdditiveJudge
 from dense_rlhf.shaping.rewards import shape_rewards
 from dense_rlhf.training.evaluate import evaluate
-from dense_rlhf.training.inner_loop import train_policy
+from dense_rlhf.training.inner_loop import Recipe, train_policy
 from dense_rlhf.training.task import Task
 from dense_rlhf.types import LabelledText, RewardShape
 
@@ -39,13 +39,13 @@ def task(tokenizer, reference, reward_model):
 
 @pytest.mark.parametrize("shape", [SPARSE, MIXED], ids=["sparse", "mixed"])
 def test_same_seed_same_history(task, shape):
-    first, again, other = (train_policy(task, shape, PARAMS, EXPLAIN, seed).history for seed in (0, 0, 1))
+    first, again, other = (train_policy(task, Recipe(shape, PARAMS, EXPLAIN, seed)).history for seed in (0, 0, 1))
     pd.testing.assert_frame_equal(first, again, check_exact=True)
     assert not first["proxy"].equals(other["proxy"])
 
 
 def test_history_holds_a_row_an_update(task):
-    trained = train_policy(task, MIXED, PARAMS, EXPLAIN, 0)
+    trained = train_policy(task, Recipe(MIXED, PARAMS, EXPLAIN, 0))
     history = trained.history
     assert history["update"].tolist() == [0, 1, 2] and history[["proxy", "gold", "kl"]].notna().all(axis=None)
     assert history["kl"][0] == pytest.approx(0, abs=1e-5) and history["first_ratio_error"].max() < 1e-4
@@ -57,7 +57,7 @@ def test_history_holds_a_row_an_update(task):
 
 def test_training_moves_the_policy_and_not_the_reference(task):
     before = {name: p.clone() for name, p in task.reference.named_parameters()}
-    trained = train_policy(task, SPARSE, PARAMS, EXPLAIN, 0)
+    trained = train_policy(task, Recipe(SPARSE, PARAMS, EXPLAIN, 0))
     assert all(torch.equal(before[name], p) for name, p in task.reference.named_parameters())
     assert not torch.equal(trained.policy.lm.lm_head.weight, task.language_model.model.lm_head.weight)
     assert torch.equal(task.fresh_policy().lm.lm_head.weight, task.language_model.model.lm_head.weight)
@@ -65,7 +65,7 @@ def test_training_moves_the_policy_and_not_the_reference(task):
 
 def test_the_kl_coefficient_follows_the_kl_of_every_update_and_the_share_of_clipped_rewards_is_kept(task):
     params = replace(PARAMS, kl_target=0.5, kl_horizon=8.0, scale_rewards=True, clip_rewards=0.5)
-    history, wanted = train_policy(task, SPARSE, params, EXPLAIN, 0).history, params.kl_coef
+    history, wanted = train_policy(task, Recipe(SPARSE, params, EXPLAIN, 0)).history, params.kl_coef
     for kl, coefficient in zip(history["kl"], history["kl_coef"]):
         assert coefficient == pytest.approx(wanted)
         wanted *= 1 + min(max(kl / 0.5 - 1, -0.2), 0.2) * 4 / 8
@@ -77,14 +77,16 @@ def test_a_source_of_weight_zero_is_not_computed_and_changes_nothing(task, monke
     monkeypatch.setattr(
         "dense_rlhf.training.inner_loop.attribute", lambda *args: asked.append(list(args[2])) or attribute(*args)
     )
-    among = train_policy(task, RewardShape(("shap", "terminal"), (0.0, 1.0)), PARAMS, EXPLAIN, 0).history
+    among = train_policy(task, Recipe(RewardShape(("shap", "terminal"), (0.0, 1.0)), PARAMS, EXPLAIN, 0)).history
     assert asked == [["terminal"]] * 3
-    pd.testing.assert_frame_equal(among, train_policy(task, SPARSE, PARAMS, EXPLAIN, 0).history, check_exact=True)
+    pd.testing.assert_frame_equal(
+        among, train_policy(task, Recipe(SPARSE, PARAMS, EXPLAIN, 0)).history, check_exact=True
+    )
 
 
 def test_the_shape_terminal_trains_as_sparse_ppo_bit_for_bit(task):
     """The same rollout, once with a hand-made sparse reward and once through `shape_rewards`."""
-    rollout = task.roll(task.reference, PROMPTS, PARAMS, seed=0)
+    rollout = task.rollout(task.reference, PROMPTS, PARAMS, seed=0)
     sparse = torch.zeros_like(rollout.values)
     sparse[torch.arange(len(sparse)), rollout.mask.sum(-1) - 1] = rollout.scores
     shaped = shape_rewards(rollout, attribute(task.reward_model, rollout, ["terminal"], EXPLAIN), SPARSE)
