@@ -23,6 +23,17 @@ for job in (every := plan.expand(study)):
     jobs.finish(job, folder, "ok", "", 0.0)
 """
 
+PREPARE = """
+from pathlib import Path
+from dense_rlhf.config.study import load_study
+from dense_rlhf.runner import jobs, plan
+
+study = load_study(Path("params/reviews.yaml"))
+every = plan.expand(study)
+job = next(job for job in every if job.name == "04_ppo-shap-seed0")
+assert jobs.prepare(job, plan.runs_folder(study) / job.name, plan.threads_of(job, every, study.workers)) == "pending"
+"""
+
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
@@ -108,3 +119,12 @@ def test_a_notebooks_code_renders_it_again_and_what_reads_it(edited):
 
 def test_hidden_folders_hold_no_source(edited):
     assert set(edited("dense_rlhf/ppo/.ipynb_checkpoints/losses-checkpoint.py", with_code).values()) == {"cached"}
+
+
+def test_a_run_that_is_rendered_again_keeps_its_training_and_one_that_changed_does_not(edited, checkout):
+    kept = checkout / "runs" / "reviews" / "04_ppo-shap-seed0" / "checkpoint-000024"
+    for name, stays in (("view/figures.py", True), ("ppo/losses.py", False)):
+        kept.mkdir(exist_ok=True)
+        edited(f"dense_rlhf/{name}", with_code)
+        python(checkout, "-c", PREPARE)
+        assert kept.exists() == stays
