@@ -1,7 +1,7 @@
-"""The run folder: what a notebook leaves behind, and what a later notebook or report reads.
+"""The workspace of a study, and a run's folder in it: what a notebook writes and later notebooks and reports read.
 
 runs/STUDY/JOB/  params.yaml  inputs.json  notebook.ipynb  metrics.json  *.csv  log.txt
-                 run.json (last, by the runner)
+                 run.json (written last, by the runner)
 """
 
 from __future__ import annotations
@@ -21,13 +21,18 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from dense_rlhf.files import file_sha256, finite, settled_sha256, write_json, write_text
+from dense_rlhf import __version__
+from dense_rlhf.files import content_key, file_sha256, finite, settled_sha256, write_json, write_text
 from dense_rlhf.fingerprint import PACKAGE
 from dense_rlhf.types import InputError
 
 if TYPE_CHECKING:
     import pandas as pd
 
+STUDY_FOLDERS = ("notebooks", "params")  # what makes a folder a workspace
+README = f"""A study with dense-rlhf {__version__}: each of notebooks/ asks one question, each of params/ is a study.
+`dense-rlhf run params/reviews.yaml` runs one; its runs are kept in runs/, its pages open at reports/index.html.
+"""
 PACKAGES = ("torch", "transformers", "trl", "shap", "lime", "botorch", "papermill", "numpy", "pandas")
 
 
@@ -61,14 +66,54 @@ class RunFolder:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def repository_root() -> Path:
-    """The checkout that holds notebooks/, params/ and runs/."""
-    return PACKAGE.parent
+def _is_study(folder: Path) -> bool:
+    return all((folder / name).is_dir() for name in STUDY_FOLDERS)
+
+
+def workspace() -> Path:
+    """The folder of the user's study: the nearest at or above the current one with notebooks/ and params/, else the
+    checkout of this package. All that a study writes goes there: runs/ and reports/.
+
+    Raises `InputError` where there is neither; the installed package is never a workspace.
+    """
+    here = Path.cwd()
+    for folder in (here, *here.parents, PACKAGE.parent):
+        if _is_study(folder) and PACKAGE not in (folder, *folder.parents):
+            return folder
+    raise InputError("no notebooks/ and params/ here or above; run `dense-rlhf new FOLDER`, then work in it")
+
+
+def shipped(name: str) -> Path:
+    """A file or folder of this repository: from the checkout, else the copy that setup.py put into the wheel."""
+    return (PACKAGE.parent if _is_study(PACKAGE.parent) else PACKAGE / "shipped") / name
+
+
+def lay_out(folder: Path) -> None:
+    """Begin a study in `folder`: notebooks, parameters and a README. Raises `InputError` where it holds something."""
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise InputError(f"{folder} exists and is not empty; name a new folder")
+        for name in STUDY_FOLDERS:
+            shutil.copytree(shipped(name), folder / name, ignore=shutil.ignore_patterns(".*"))
+        write_text(folder / "README.md", README)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written: {error}") from error
 
 
 def python_path() -> str:
-    """PYTHONPATH for another process that is to run this very package."""
-    return os.pathsep.join(filter(None, [str(repository_root()), os.environ.get("PYTHONPATH")]))
+    """PYTHONPATH for a process that is to run this very package, from a checkout or as it is installed."""
+    checkout = str(PACKAGE.parent) if _is_study(PACKAGE.parent) else None
+    return os.pathsep.join(filter(None, [checkout, os.environ.get("PYTHONPATH")]))
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in PACKAGES}
+
+
+def environment_key() -> str:
+    """Hash of the workspace's locks/*.txt; where it has none, of the installed versions of `PACKAGES`."""
+    locks = sorted((workspace() / "locks").glob("*.txt"))
+    return content_key([file_sha256(path) for path in locks] or _versions())
 
 
 def open_run(folder: str | None, notebook: str, threads: int | None = None) -> RunFolder:
@@ -80,14 +125,16 @@ def open_run(folder: str | None, notebook: str, threads: int | None = None) -> R
         import torch
 
         torch.set_num_threads(threads)
-    path = Path(folder) if folder else repository_root() / "runs" / "interactive" / notebook
+    path = Path(folder) if folder else workspace() / "runs" / "interactive" / notebook
     path.mkdir(parents=True, exist_ok=True)
     return RunFolder(path)
 
 
 def commit() -> str:
-    """The checkout's commit, with `+changes` where files differ from it; `unknown` outside git."""
-    git = ["git", "-C", str(repository_root())]
+    """The commit of the package's checkout, with `+changes` where files differ; else its release, or `unknown`."""
+    if not _is_study(PACKAGE.parent):
+        return f"release {__version__}"
+    git = ["git", "-C", str(PACKAGE.parent)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
         changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
@@ -104,15 +151,23 @@ def _processor() -> str | None:
 
 
 @cache
-def _gpu() -> str | None:
-    """Number and names of the GPUs that CUDA would see, found without loading it; None without any."""
+def _installed_gpus() -> tuple[tuple[str, str, str], ...]:
+    """Index, UUID and name of each GPU that nvidia-smi lists."""
+    if shutil.which("nvidia-smi") is None:
+        return ()
+    query = ["nvidia-smi", "--query-gpu=index,uuid,name", "--format=csv,noheader"]
+    lines = subprocess.run(query, capture_output=True, text=True).stdout.splitlines()
+    return tuple(tuple(line.split(", ", 2)) for line in lines if line.count(", ") >= 2)
+
+
+def gpus() -> dict[str, str]:
+    """The name of each GPU that CUDA would see, by what CUDA_VISIBLE_DEVICES may call it; CUDA is not loaded."""
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if shutil.which("nvidia-smi") is None or chosen == "":
-        return None
-    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader", *([f"--id={chosen}"] if chosen else [])]
-    done = subprocess.run(query, capture_output=True, text=True)
-    names = Counter(done.stdout.splitlines()) if done.returncode == 0 else {}
-    return ", ".join(f"{number} x {name}" for name, number in names.items()) or None
+    if chosen is None:
+        return {index: name for index, _, name in _installed_gpus()}
+    wanted = [gpu.strip() for gpu in chosen.split(",") if gpu.strip()]
+    names = {key: name for index, uuid, name in _installed_gpus() for key in (index, uuid)} if wanted else {}
+    return {gpu: names.get(gpu, "unknown GPU") for gpu in wanted}
 
 
 def provenance() -> dict[str, object]:
@@ -123,8 +178,8 @@ def provenance() -> dict[str, object]:
         "machine": platform.machine(),
         "cores": os.cpu_count(),
         "processor": _processor(),
-        "gpu": _gpu(),
-        "versions": {name: version(name) for name in PACKAGES},
+        "gpu": ", ".join(f"{number} x {name}" for name, number in Counter(gpus().values()).items()) or None,
+        "versions": _versions(),
     }
 
 

@@ -16,9 +16,9 @@ from dense_rlhf.report.write import write_reports
 from dense_rlhf.runner.executors import EXECUTORS, executor
 from dense_rlhf.runner.grid import run_grid
 from dense_rlhf.runner.plan import describe, expand, reasons, runs_folder
-from dense_rlhf.runs import repository_root
+from dense_rlhf.runs import workspace
 
-STUDY = repository_root() / "params" / "ablations" / "kl.yaml"
+STUDY = workspace() / "params" / "ablations" / "kl.yaml"
 
 
 def main(where: str, dry_run: bool = False, study: Path = STUDY, settings: tuple[str, ...] = ("size=smoke",)) -> list:

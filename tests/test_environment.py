@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dense_rlhf.runs import repository_root
+from dense_rlhf.runs import workspace
 
-ROOT = repository_root()
+ROOT = workspace()
 
 
 def pins(lines):

@@ -21,7 +21,7 @@ from dense_rlhf.report.comparison import ablation_page, across_html, dataset_pag
 from dense_rlhf.report.notebook_page import notebook_body
 from dense_rlhf.report.page import GOOD, chip, footer, made_from, page
 from dense_rlhf.report.settings import in_order, settings_html
-from dense_rlhf.runs import RunFolder, repository_root
+from dense_rlhf.runs import RunFolder, workspace
 from dense_rlhf.types import InputError
 from dense_rlhf.view.escape import esc
 
@@ -73,7 +73,7 @@ def write_run_page(record: dict, run: RunFolder, target: Path) -> bool:
             [ALL, (study, "index.html")],
             listed,
             key,
-            repository_root(),
+            workspace(),
         ),
     )
     return True
@@ -96,7 +96,7 @@ def write_reports(study: StudyParams, records: list[dict]) -> Path:
     listed as such. Raises `InputError` for a study without runs."""
     if not records:
         raise InputError("a study without runs has no report")
-    root = repository_root()
+    root = workspace()
     folder, runs_root = root / "reports" / study.study, root / "runs" / study.study
     runs = {record["job"]: RunFolder(runs_root / record["job"]) for record in records}
     pages, lost = _run_pages(records, runs, folder)
@@ -150,7 +150,7 @@ def _comparisons(
     for name, (body, listed) in made:
         write_text(
             folder / f"comparison-{name}.html",
-            page(f"comparison: {name}", body, _footer(records, study.seeds), trail, listed, root=repository_root()),
+            page(f"comparison: {name}", body, _footer(records, study.seeds), trail, listed, root=workspace()),
         )
     return found
 

@@ -1,22 +1,22 @@
-"""What the commands `run` and `status` say: lines, one line that is written over on a terminal, and how to go on."""
+"""What the commands `run` and `status` print: lines, a progress line on a terminal, and the command to go on with."""
 
 from __future__ import annotations
 
 import shlex
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from dense_rlhf.runner.grid import tally
-from dense_rlhf.runner.jobs import BAD, GOOD, state
-from dense_rlhf.runner.plan import Job
+from dense_rlhf.runner.jobs import BAD, GOOD, STATES, state
+from dense_rlhf.runner.plan import Job, act, describe
 from dense_rlhf.types import InputError
 
 
 class Screen:
-    """Lines to standard output; below them, on a terminal only, a progress line."""
+    """Lines on standard output and, on a terminal only, a progress line below them."""
 
     def __init__(self):
         self.terminal, self.shown = sys.stdout.isatty(), False
@@ -26,6 +26,9 @@ class Screen:
         print(line, flush=True)
 
     def bar(self, text: str) -> None:
+        """Write over the progress line."""
+        if not self.terminal:
+            return
         print("\r\x1b[K" + text[: shutil.get_terminal_size().columns - 1], end="", flush=True)
         self.shown = True
 
@@ -37,23 +40,30 @@ class Screen:
 
 
 def selected(jobs: list[Job], folder: Path, only: str | None) -> list[str]:
-    """The jobs that `--only` names: all, those that `failed`, or those whose name fits, with * for any letters.
+    """The names of the jobs that `--only` chooses: all, those that `failed`, or those that fit a name with *.
 
-    Raises `InputError` where no job has such a name.
+    Raises `InputError` where no job fits.
     """
     names = [job.name for job in jobs]
     if only == "failed":
         return [name for name in names if state(folder / name, "")[0] in (*BAD, "cancelled")]
-    found = names if only is None else [name for name in names if fnmatchcase(name, only)]
-    if not found:
-        raise InputError(
-            f"--only is {only!r}, wanted failed, or the name of a run, * for any letters: " + ", ".join(names)
-        )
-    return found
+    chosen = names if only is None else [name for name in names if fnmatchcase(name, only)]
+    if not chosen:
+        known = ", ".join(names)
+        raise InputError(f"--only is {only!r}, wanted failed, or the name of a run, * for any letters: {known}")
+    return chosen
+
+
+def planned(jobs: list[Job], why: dict[str, str], workers: int) -> list[str]:
+    """What a dry run prints: a line for each job, with the reason why it would run, and one that counts them."""
+    reasons = [(job, why[job.name]) for job in jobs]
+    lines = [f"{act(reason):8s}{describe(job)}" + (f": {reason}" if reason else "") for job, reason in reasons]
+    would = sum(bool(reason) for _, reason in reasons)
+    return [*lines, f"{len(jobs)} runs, {would} to run, {workers} at a time; nothing was started"]
 
 
 def failures(records: Iterable[dict], study: str, command: str) -> list[str]:
-    """For each run that is not ok: what went wrong, and what to paste. `command` runs the study."""
+    """For each run that is not ok: what went wrong, and commands to paste. `command` runs the study."""
     lines = []
     for record in records:
         if record["status"] in GOOD:
@@ -69,16 +79,20 @@ def failures(records: Iterable[dict], study: str, command: str) -> list[str]:
     return lines
 
 
-def summary(records: list[dict]) -> str:
-    """How many runs have each status."""
-    return f"{len(records)} runs: " + (", ".join(f"{n} {name}" for name, n in tally(records).items()) or "none chosen")
+def tally(statuses: Iterable[str]) -> list[str]:
+    """How many runs have each status, such as `3 ok`, in the order of `STATES`."""
+    counts = Counter(statuses)
+    return [f"{counts[status]} {status}" for status in sorted(counts, key=STATES.index)]
+
+
+def summary(statuses: list[str]) -> str:
+    return f"{len(statuses)} runs: {', '.join(tally(statuses)) or 'none chosen'}"
 
 
 def states(jobs: list[Job], folder: Path, why: dict[str, str]) -> tuple[list[str], bool]:
-    """A line for each job, failures first, then one that counts; and whether all are ok."""
-    found = {job.name: state(folder / job.name, why[job.name]) for job in jobs}
-    order = sorted(found, key=lambda name: found[name][0] not in BAD)
-    lines = [f"{found[name][0]:10s}{name}" + (f": {found[name][1]}" if found[name][1] else "") for name in order]
-    counts = tally({"status": status} for status, _ in found.values())
-    lines.append(f"{len(jobs)} runs: " + ", ".join(f"{n} {name}" for name, n in counts.items()))
-    return lines, set(counts) == {"ok"}
+    """A line for each job, failures first, then one that counts them; and whether all are ok."""
+    now = {job.name: state(folder / job.name, why[job.name]) for job in jobs}
+    order = sorted(now, key=lambda name: now[name][0] not in BAD)
+    lines = [f"{now[name][0]:10s}{name}" + (f": {now[name][1]}" if now[name][1] else "") for name in order]
+    statuses = [status for status, _ in now.values()]
+    return [*lines, summary(statuses)], set(statuses) == {"ok"}

@@ -1,4 +1,4 @@
-"""One run in a process of its own: started, watched, ended with all its children, and never believed blindly.
+"""One run in a process of its own: started, watched, ended with all its children, and checked before it counts as ok.
 
     runner -> worker (`python -m dense_rlhf execute`) -> kernel
 
@@ -17,22 +17,32 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Thread
 
 from dense_rlhf.files import write_json
-from dense_rlhf.runs import RunFolder, python_path, repository_root
+from dense_rlhf.runs import RunFolder, python_path, workspace
 from dense_rlhf.types import InputError
 
-HEARTBEAT = ".heartbeat"  # touched by the worker while it lives; holds the cell that runs
+HEARTBEAT = ".heartbeat"  # touched by the worker while it lives; holds the number of the running cell
 BEAT = 5.0  # seconds
 PARENT = "DENSE_RLHF_PARENT"
-KERNEL_DIED = 137  # the worker's exit code then
+KERNEL_DIED = 137  # exit code of a worker whose kernel died
 PR_SET_PDEATHSIG = 1
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What a run may use."""
+
+    threads: int  # of the CPU
+    seconds: float
+    gpus: str | None = None  # its CUDA_VISIBLE_DEVICES; None: this process's own
+
+
 def die_with_parent(parent: int) -> None:
-    """End this process when process `parent`, which started it, ends; at once where it has ended."""
+    """End this process when `parent`, the process that started it, ends; at once if it has ended already."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(KERNEL_DIED)
@@ -42,28 +52,22 @@ def die_with_parent(parent: int) -> None:
 
 
 def launch(
-    notebook: str,
-    folder: Path,
-    threads: int,
-    timeout: float,
-    gpus: str | None = None,
-    stop: Event | None = None,
-    keep: tuple[int, ...] = (),
+    notebook: str, folder: Path, limits: Limits, stop: Event | None = None, keep: tuple[int, ...] = ()
 ) -> tuple[str, str]:
-    """Execute a prepared run in a subprocess, for `timeout` seconds at most: its status, and what went wrong.
+    """Execute a prepared run in a subprocess: its status, and what went wrong.
 
-    `gpus` is its CUDA_VISIBLE_DEVICES; `stop` ends it as `cancelled`; `keep` are open files it holds, such as locks.
+    `stop` ends it as `cancelled`; `keep` are files that it holds open, such as locks.
     """
-    log, deadline = folder / "log.txt", time.monotonic() + timeout
+    log, deadline = folder / "log.txt", time.monotonic() + limits.seconds
     with open(log, "a", encoding="utf-8") as file:
         begin = file.tell()
         child = subprocess.Popen(
             [sys.executable, "-m", "dense_rlhf", "execute", notebook, str(folder)],
-            cwd=repository_root(),
+            cwd=workspace(),
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=file,
-            env=_environment(threads, gpus),
+            env=_environment(limits),
             start_new_session=True,
             pass_fds=keep,
         )
@@ -72,19 +76,19 @@ def launch(
             if stop is not None and stop.is_set():
                 return "cancelled", "interrupted"
             if time.monotonic() > deadline:
-                return "timeout", f"no end after {timeout / 60:.0f} minutes"
+                return "timeout", f"not finished after {limits.seconds / 60:.0f} minutes"
             _wait(child, 0.2)
     finally:  # also on an interrupt: no kernel is left behind
         _end(child)
     return _outcome(child.returncode, _last_line(log, begin))
 
 
-def _environment(threads: int, gpus: str | None) -> dict[str, str]:
+def _environment(limits: Limits) -> dict[str, str]:
     """Threads and GPUs are fixed before torch loads; the worker runs this very package."""
-    names = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(limits.threads))
     quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    shown = {} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus}
-    return os.environ | names | quiet | shown | {"PYTHONPATH": python_path(), PARENT: str(os.getpid())}
+    gpus = {} if limits.gpus is None else {"CUDA_VISIBLE_DEVICES": limits.gpus}
+    return os.environ | threads | quiet | gpus | {"PYTHONPATH": python_path(), PARENT: str(os.getpid())}
 
 
 def _wait(child: subprocess.Popen, seconds: float) -> None:
@@ -93,39 +97,39 @@ def _wait(child: subprocess.Popen, seconds: float) -> None:
 
 
 def _end(child: subprocess.Popen) -> None:
-    """Kill the worker's process group and whatever it started; a kernel has a group of its own."""
+    """Kill the worker's process group and all its descendants; a kernel has a group of its own."""
     import psutil
 
-    family: list[psutil.Process] = []
+    descendants: list[psutil.Process] = []
     with suppress(psutil.NoSuchProcess):
-        family += psutil.Process(child.pid).children(recursive=True) if child.poll() is None else []
+        descendants += psutil.Process(child.pid).children(recursive=True) if child.poll() is None else []
     with suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
-    for process in family:
+    for process in descendants:
         with suppress(psutil.NoSuchProcess):
             process.kill()
     child.wait()
 
 
-def _outcome(code: int, said: str) -> tuple[str, str]:
+def _outcome(code: int, last_line: str) -> tuple[str, str]:
     if code == 0:
         return "ok", ""
     if code == KERNEL_DIED:
-        return "killed", f"the kernel died, perhaps out of memory ({said})"
+        return "killed", f"the kernel died, perhaps out of memory ({last_line})"
     if code < 0:
         return "killed", f"the run's process was ended by {signal.Signals(-code).name}, perhaps out of memory"
-    return "failed", said
+    return "failed", last_line
 
 
 def _last_line(log: Path, begin: int) -> str:
     with open(log, encoding="utf-8", errors="replace") as file:
         file.seek(begin)
         lines = [line for line in file.read().splitlines() if line.strip()]
-    return lines[-1] if lines else "ended without a word"
+    return lines[-1] if lines else "it ended and logged nothing"
 
 
 def heartbeat(folder: Path) -> dict:
-    """The `cell` that a run is at, and `age`, the seconds since its worker last gave a sign; else empty."""
+    """The `cell` that a run is at, and its `age`: seconds since the worker last showed that it lives. Else empty."""
     path = folder / HEARTBEAT
     try:
         return json.loads(path.read_text(encoding="utf-8")) | {"age": time.time() - path.stat().st_mtime}
@@ -137,10 +141,10 @@ def heartbeat(folder: Path) -> dict:
 
 
 def work(notebook: str, folder: Path) -> int:
-    """What the subprocess does; returns its exit code. The log keeps the trace, its last line is the reason."""
+    """What the subprocess does; returns its exit code. The log gets the traceback, and in its last line the reason."""
     if parent := os.environ.get(PARENT):
         die_with_parent(int(parent))
-    sys.modules.setdefault("rfc3987_syntax", None)  # a grammar for jsonschema that no notebook needs: saves a second
+    sys.modules.setdefault("rfc3987_syntax", None)  # jsonschema can do without it, and is a second faster
     try:
         execute_notebook(notebook, folder)
     except Exception as error:  # of papermill, nbclient or the kernel: no common base class
@@ -166,32 +170,31 @@ def _reason(error: Exception) -> str:
 def execute_notebook(notebook: str, folder: Path) -> None:
     """Run a notebook with the parameters in `folder`, in this process.
 
-    Raises what papermill raises, and `InputError` where cells were left out: papermill calls a kernel that a cell
-    ended with `exit()` a success.
+    Raises what papermill raises, and `InputError` where a cell called `exit()`, which papermill takes for a success.
     """
     import papermill
     import yaml
     from traitlets.config import Config
 
-    logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of each parameter that no cell assigns
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # else a warning for each parameter that no cell assigns
     run = RunFolder(folder)
     parameters = yaml.safe_load(run.file("params.yaml").read_text(encoding="utf-8"))
-    source, target = repository_root() / "notebooks" / f"{notebook}.ipynb", run.file("notebook.ipynb")
-    with tempfile.TemporaryDirectory(prefix="drl-") as sockets:  # unnamed, kernels of two runs would share theirs
+    source, target = workspace() / "notebooks" / f"{notebook}.ipynb", run.file("notebook.ipynb")
+    with tempfile.TemporaryDirectory(prefix="drl-") as sockets:  # by default two kernels would share theirs
         manager = {"transport": "ipc", "ip": f"{sockets}/k"}
-        done = papermill.execute_notebook(
+        executed = papermill.execute_notebook(
             str(source),
             str(target),
             parameters=parameters,
             kernel_name="python3",
             progress_bar=False,
-            cwd=str(repository_root()),
+            cwd=str(workspace()),
             config=Config({"KernelManager": manager}),
             kernel_manager_class=_manager(),
             on_cell_start=_beating(folder),
         )
-    if left := unfinished(done):
-        raise InputError(f"{left} was not executed to its end; a cell must not call exit()")
+    if cell := unfinished(executed):
+        raise InputError(f"{cell} was not executed to its end; a cell must not call exit()")
 
 
 def _manager() -> type:
@@ -200,14 +203,14 @@ def _manager() -> type:
 
     class Kernels(AsyncKernelManager):
         def format_kernel_cmd(self, extra_arguments=None):
-            found = super().format_kernel_cmd(extra_arguments)
-            return ["dense_rlhf.runner.execution" if part == "ipykernel_launcher" else part for part in found]
+            command = super().format_kernel_cmd(extra_arguments)
+            return ["dense_rlhf.runner.execution" if part == "ipykernel_launcher" else part for part in command]
 
     return Kernels
 
 
 def _beating(folder: Path):
-    """A hook that writes the cell that starts, and a thread that says every few seconds that this process lives."""
+    """A hook that notes which cell starts, and a thread that shows every few seconds that this process lives."""
 
     def beat() -> None:
         while True:
@@ -223,7 +226,7 @@ def _beating(folder: Path):
 
 
 def unfinished(notebook) -> str:
-    """The first code cell that was not executed, or ended with an error; empty where all is well."""
+    """The first code cell that was not executed or ended with an error; empty if there is none."""
     for number, cell in enumerate((c for c in notebook.cells if c.cell_type == "code"), 1):
         errors = [output for output in cell.outputs if output.output_type == "error"]
         if cell.source.strip() and (cell.execution_count is None or errors):

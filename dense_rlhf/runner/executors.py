@@ -1,22 +1,22 @@
-"""Where runs happen: here, on a Ray cluster, or through SLURM. Which runs are finished, only their folders know.
+"""Where runs happen: on this machine, on a Ray cluster, or through SLURM.
 
-An executor has `workers`, the most runs at once; `submit(call, *args)`, a future of what the call returns; `stop()`,
-which ends all that run; and is closed by `with`. Elsewhere, checkout, runs/ and caches must be on a file system that
-all machines share, with its locks.
+An executor has `workers`, the most runs at once; `submit(call, *args)`, a future of what the call returns; and
+`stop()`, which ends all that run. It is used in a `with` statement. On several machines the workspace, with runs/, and
+the caches must be on a file system that all of them share, and that has locks. An executor records nothing: which runs
+are finished is read from their folders.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from queue import SimpleQueue
 from threading import Event
 
-from dense_rlhf.runs import python_path
+from dense_rlhf.runs import gpus, python_path, workspace
 from dense_rlhf.types import InputError
 
 
@@ -38,12 +38,12 @@ class Threads:
 
 
 class Local(Threads):
-    """Threads of this process; each call is also given its slot's `gpus` and an event `stop`."""
+    """Threads of this process; each call is also given the `gpus` of its slot and an event `stop`."""
 
     def __init__(self, workers: int):
         super().__init__(workers)
         self.slots = SimpleQueue()
-        for share in shares(visible_gpus(), workers):
+        for share in shares(list(gpus()), workers):
             self.slots.put(share)
 
     def submit(self, call: Callable, *args) -> Future:
@@ -57,27 +57,17 @@ class Local(Threads):
             self.slots.put(share)
 
 
-def visible_gpus() -> list[str]:
-    """The GPUs that CUDA would see, found without loading it."""
-    if "CUDA_VISIBLE_DEVICES" in os.environ:
-        return [gpu for gpu in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if gpu.strip()]
-    if shutil.which("nvidia-smi") is None:
-        return []
-    query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
-    return subprocess.run(query, capture_output=True, text=True).stdout.split()
-
-
-def shares(gpus: list[str], workers: int) -> list[str | None]:
-    """CUDA_VISIBLE_DEVICES for each of the workers: GPUs of their own, or one with others; None without any."""
-    if not gpus:
+def shares(names: list[str], workers: int) -> list[str | None]:
+    """CUDA_VISIBLE_DEVICES for each worker: GPUs of its own, or one that it shares; None without a GPU."""
+    if not names:
         return [None] * workers
-    return [",".join(gpus[slot::workers] or [gpus[slot % len(gpus)]]) for slot in range(workers)]
+    return [",".join(names[slot::workers] or [names[slot % len(names)]]) for slot in range(workers)]
 
 
 class Ray:
-    """Tasks of a Ray cluster: the one at RAY_ADDRESS, else one that starts here and ends with this process.
+    """Tasks of the Ray cluster at RAY_ADDRESS, else of one that starts here and ends with this process.
 
-    A task is tried again where its process or machine was lost, never because a notebook failed.
+    A task is tried again when its process or machine was lost, never because a notebook failed.
     """
 
     RETRIES = 3
@@ -86,12 +76,12 @@ class Ray:
         self.ray = _extra("ray")
         self.workers, self.futures = workers, []
         if not self.ray.is_initialized():
-            package = {"env_vars": {"PYTHONPATH": python_path()}}  # workers run the code that this process runs
+            package = {"env_vars": {"PYTHONPATH": python_path()}}  # workers run the same code as this process
             self.ray.init(log_to_driver=False, logging_level="ERROR", runtime_env=package)
         self.options = {"num_cpus": cpus, "num_gpus": gpus, "max_retries": self.RETRIES, "retry_exceptions": False}
 
     def submit(self, call: Callable, *args) -> Future:
-        reference = self.ray.remote(call).options(**self.options).remote(*args)
+        reference = self.ray.remote(_in_folder).options(**self.options).remote(workspace(), call, *args)
         self.futures.append(reference)
         return reference.future()
 
@@ -107,15 +97,21 @@ class Ray:
         self.ray.shutdown()
 
 
-class Slurm(Threads):
-    """SLURM jobs through submitit; where there is no SLURM, submitit's own processes on this machine.
+def _in_folder(folder: Path, call: Callable, *args):
+    """Call in the workspace: a Ray worker starts in a folder of Ray's."""
+    os.chdir(folder)
+    return call(*args)
 
-    Partition, account and the like: SBATCH_PARTITION, SBATCH_ACCOUNT, ... in the environment.
+
+class Slurm(Threads):
+    """SLURM jobs through submitit; without SLURM, submitit's own processes on this machine.
+
+    Partition, account and the like are set in the environment: SBATCH_PARTITION, SBATCH_ACCOUNT, ...
     """
 
     def __init__(self, workers: int, cpus: int, gpus: float, minutes: float, logs: str):
         if gpus != int(gpus):
-            raise InputError(f"--gpus is {gpus}; SLURM gives whole ones, wanted 0, 1, 2, ...")
+            raise InputError(f"--gpus is {gpus}; SLURM gives whole GPUs: 0, 1, 2, ...")
         super().__init__(workers)
         self.jobs = []
         self.executor = _extra("submitit", "slurm").AutoExecutor(folder=logs)
@@ -147,9 +143,9 @@ def _extra(module: str, extra: str | None = None):
 
 
 def executor(kind: str, workers: int, cpus: int, gpus: float | None, minutes: float, logs: str):
-    """The executor of that name: `cpus` and `gpus` for each run, which has `minutes`; `logs` are a scheduler's own.
+    """The executor of that name. `cpus`, `gpus` and `minutes` are those of each run; `logs` is a scheduler's folder.
 
-    Raises `InputError` where its extra is missing.
+    Raises `InputError` where its extra is not installed.
     """
     if kind == "local":
         if gpus is not None:

@@ -1,10 +1,9 @@
-"""Run a study's jobs, each in its turn, on past failures; what is finished is not run again."""
+"""Run a study's jobs, each in its turn, continuing after failures; finished ones are not run again."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field, replace
@@ -15,8 +14,10 @@ from dense_rlhf.config.params import BENCHMARKS, RunParams, ShapeParams
 from dense_rlhf.config.study import StudyParams
 from dense_rlhf.files import content_key, write_json
 from dense_rlhf.fingerprint import source_key
+from dense_rlhf.runner.console import Screen, tally
+from dense_rlhf.runner.execution import Limits
 from dense_rlhf.runner.executors import Local
-from dense_rlhf.runner.jobs import BAD, GOOD, STATES, blank, cancel, finish, finished, held_by, run_job
+from dense_rlhf.runner.jobs import BAD, GOOD, blank, cancel, finish, finished, held_by, run_job
 from dense_rlhf.runner.plan import Job, awaits, expand, runs_folder, threads_of
 from dense_rlhf.runs import RunFolder, finished_runs, workspace
 from dense_rlhf.types import InputError
@@ -29,21 +30,20 @@ class _Grid:
     """What has ended, what runs, and what waits."""
 
     jobs: list[Job]
-    chosen: set[str]  # names of those to run; the others only stand as they are
+    chosen: set[str]  # names of those to run; the others count as they are
     folder: Path
     study: StudyParams
-    executor: object  # of `executors`
-    say: Callable[[str], None]
-    bar: Callable[[str], None] | None
+    executor: object  # one of `executors`
+    screen: Screen
     force: bool
     max_failures: int | None
     ended: dict[str, dict] = field(default_factory=dict)
     running: dict[Future, Job] = field(default_factory=dict)
-    later: dict[str, float] = field(default_factory=dict)  # when to look again at what another process runs
+    later: dict[str, float] = field(default_factory=dict)  # when to look again at a job that another process runs
     start: float = field(default_factory=time.time)
 
     def run(self) -> None:
-        """Until all has ended. On an interrupt all that runs is ended and marked before it is raised again."""
+        """Return when all jobs have ended. An interrupt ends the running ones, records that, and is raised again."""
         try:
             while len(self.ended) < len(self.jobs):
                 self._start_ready()
@@ -56,10 +56,10 @@ class _Grid:
         return threads_of(job, self.jobs, self.executor.workers)
 
     def _start_ready(self) -> None:
-        active = {job.name for job in self.running.values()}
-        for job in [job for job in self.jobs if job.name not in self.ended and job.name not in active]:
+        begun = {job.name for job in self.running.values()} | self.ended.keys()
+        for job in [job for job in self.jobs if job.name not in begun]:
             if self._failures() >= (self.max_failures or len(self.jobs) + 1):
-                self._end(job, blank(job, "cancelled", f"not begun, after {self._failures()} failures"))
+                self._end(job, blank(job, "cancelled", f"not started, after {self._failures()} failures"))
             elif len(self.running) >= self.executor.workers:
                 return
             elif awaits(job, self.jobs) <= self.ended.keys() and self.later.get(job.name, 0) < time.time():
@@ -77,27 +77,28 @@ class _Grid:
         elif not self.force and (record := finished(job, folder, threads)):
             self._end(job, record)
         else:
-            timeout = 60 * self.study.timeout_minutes
-            self.running[self.executor.submit(run_job, job, folder, threads, timeout, self.force)] = job
+            limits = Limits(threads, 60 * self.study.timeout_minutes)
+            self.running[self.executor.submit(run_job, job, folder, limits, self.force)] = job
             self._show()
 
     def _hopeless(self, job: Job) -> str:
-        """Why a job cannot run whose upstream has ended; a comparison takes the policies that there are."""
+        """Why a job whose upstream has ended cannot run; a comparison is content with the policies that finished."""
         status = {name: self.ended[name]["status"] for name in job.upstream}
         search = job.weights_from
         if search and status[search] not in GOOD:
             return f"needs {search}, which is {status[search]}"
         if job.reads and not any(status[name] in GOOD for name in job.reads):
-            return f"needs a finished policy; of {len(job.reads)} there is none"
+            return f"needs a finished policy; none of {len(job.reads)} finished"
         return ""
 
     def _put_off(self, job: Job) -> None:
         if job.name not in self.later:
-            self.say(f"waiting for {job.name}, which {held_by(self.folder / job.name) or 'another process'} runs")
+            holder = held_by(self.folder / job.name) or "another process"
+            self.screen.say(f"waiting for {job.name}, which {holder} runs")
         self.later[job.name] = time.time() + PATIENCE
 
     def _collect(self) -> None:
-        """Take in what has ended; wait a moment where nothing has."""
+        """Record the jobs that have ended; wait a moment if none has."""
         done = wait(self.running, timeout=PATIENCE, return_when=FIRST_COMPLETED).done
         if not self.running and self.later:
             time.sleep(PATIENCE / 4)
@@ -110,7 +111,7 @@ class _Grid:
                 self._end(job, record)
 
     def _result(self, job: Job, future: Future) -> dict:
-        """The run's record; `killed` where the executor lost it, `busy` where it runs on without us."""
+        """The run's record; `killed` if the executor lost it, `busy` if it still runs somewhere."""
         try:
             return future.result()
         except Exception as error:  # of Ray or submitit
@@ -124,55 +125,41 @@ class _Grid:
         self.executor.stop()
         done = wait(self.running, timeout=10).done
         for future, job in self.running.items():
-            told = future in done and not future.exception() and future.result()["status"] not in BAD
-            if not told and not held_by(self.folder / job.name):
+            recorded = future in done and not future.exception() and future.result()["status"] not in BAD
+            if not recorded and not held_by(self.folder / job.name):
                 finish(job, self.folder / job.name, "cancelled", "interrupted", time.time())
 
-    # ------------------------------------------------------------------------------------------------ what is said
+    # ------------------------------------------------------------------------------------------------ what is shown
 
     def _end(self, job: Job, record: dict) -> None:
         self.ended[job.name] = record
-        if record["status"] == "cached" or (self.bar and record["status"] == "ok"):
-            return self._show()
-        count = f"{len(self._records()):3d}/{len(self.chosen)}"
-        self.say(
-            f"{count}  {record['status']:9s}{record['seconds']:6.0f} s  {job.name}"
-            + (f": {record['error']}" if record["error"] else "")
-            + self._left()
-        )
+        if record["status"] != "cached" and not (self.screen.terminal and record["status"] == "ok"):
+            count = f"{len(self._statuses()):3d}/{len(self.chosen)}"
+            error = f": {record['error']}" if record["error"] else ""
+            line = f"{count}  {record['status']:9s}{record['seconds']:6.0f} s  {job.name}{error}"
+            self.screen.say(line + self._remaining())
         self._show()
 
     def _show(self) -> None:
-        if self.bar:
-            counts = [f"{n} {name}" for name, n in tally(self._records()).items()]
-            self.bar(
-                f"{len(self._records())}/{len(self.chosen)} · {len(self.running)} running"
-                + "".join(f" · {text}" for text in counts)
-                + self._left()
-            )
+        statuses = self._statuses()
+        running = f"{len(statuses)}/{len(self.chosen)} · {len(self.running)} running"
+        self.screen.bar(" · ".join([running, *tally(statuses)]) + self._remaining())
 
-    def _records(self) -> list[dict]:
+    def _statuses(self) -> list[str]:
         """Of the chosen jobs that have ended."""
-        return [record for name, record in self.ended.items() if name in self.chosen]
+        return [record["status"] for name, record in self.ended.items() if name in self.chosen]
 
-    def _left(self) -> str:
-        """An estimate from the pace of what was not cached."""
-        ran = sum(record["status"] != "cached" for record in self._records())
-        left = len(self.chosen) - len(self._records())
-        minutes = (time.time() - self.start) / ran * left / 60 if ran else 0
-        return f"   (about {minutes:.0f} min left)" if ran and left else ""
-
-
-def tally(records: Iterable[dict]) -> dict[str, int]:
-    """How many records have each status, in the order of `STATES`."""
-    found = Counter(record["status"] for record in records)
-    return dict(sorted(found.items(), key=lambda item: STATES.index(item[0])))
+    def _remaining(self) -> str:
+        """The time that is left, estimated from the pace of the runs that were not cached."""
+        statuses = self._statuses()
+        ran, waiting = sum(status != "cached" for status in statuses), len(self.chosen) - len(statuses)
+        minutes = (time.time() - self.start) / ran * waiting / 60 if ran else 0
+        return f"   (about {minutes:.0f} min left)" if ran and waiting else ""
 
 
 def run_grid(
     study: StudyParams,
-    say: Callable[[str], None],
-    bar: Callable[[str], None] | None = None,
+    screen: Screen | None = None,
     executor=None,
     names: Iterable[str] | None = None,
     force: bool = False,
@@ -180,14 +167,14 @@ def run_grid(
 ) -> list[dict]:
     """Run every job, or those in `names`, as many at a time as the executor takes; a failure stops nothing else.
 
-    `say` takes lines, `bar` the text of a line that is written over, where there is a terminal. After `max_failures`
-    nothing more is begun. Returns the records in order of name.
+    With `force` finished jobs run again; after `max_failures` nothing more is started. Returns the records in order of
+    name.
     """
     jobs, folder = expand(study), runs_folder(study)
     _forget_stale(folder, {job.name for job in jobs})
     chosen = {job.name for job in jobs} if names is None else set(names)
     with executor or Local(study.workers) as where:
-        grid = _Grid(jobs, chosen, folder, study, where, say, bar, force, max_failures)
+        grid = _Grid(jobs, chosen, folder, study, where, screen or Screen(), force, max_failures)
         for job in [job for job in jobs if job.name not in chosen]:
             grid.ended[job.name] = finished(job, folder / job.name, grid.threads(job)) or {"status": "pending"}
         grid.run()
@@ -195,7 +182,7 @@ def run_grid(
 
 
 def check_data(study: StudyParams) -> None:
-    """Raise `InputError`, naming parameter and file, where a local file cannot be read: before anything is started."""
+    """Read every local file that a study names, before a job starts. Raises `InputError` with parameter and file."""
     from dense_rlhf.data import load_data
 
     readers = [("data.path", data.path, lambda data=data: load_data(data)) for data in study.datasets if data.path]
@@ -210,42 +197,38 @@ def check_data(study: StudyParams) -> None:
 
 
 def _benchmark_readers(run: RunParams) -> list[tuple[str, str, Callable]]:
-    """As `_readers`, of the benchmarks' files. Raises `InputError` where there is no endpoint that could be asked."""
+    """As `_readers`, for the benchmarks' files. Raises `InputError` where no endpoint is set for the judge."""
     from dense_rlhf.evaluation.judge import alpaca_eval, mt_bench
     from dense_rlhf.evaluation.judge.client import MODEL, connect, setting
 
     setting(MODEL)
     connect(run.judge)
     alpaca, folder = run.downstream.alpaca_path, run.downstream.mt_bench_path
-    found = [("downstream.alpaca_path", alpaca, partial(alpaca_eval.read_instructions, alpaca))] if alpaca else []
-    if folder:
-        readers = mt_bench.read_prompts, mt_bench.read_questions
-        found += [("downstream.mt_bench_path", folder, partial(read, folder)) for read in readers]
-    return found
+    readers = [("downstream.alpaca_path", alpaca, partial(alpaca_eval.read_instructions, alpaca))] if alpaca else []
+    for read in (mt_bench.read_prompts, mt_bench.read_questions) if folder else ():
+        readers.append(("downstream.mt_bench_path", folder, partial(read, folder)))
+    return readers
 
 
 def _readers(run: RunParams) -> list[tuple[str, str, Callable]]:
-    """Parameter, path and loader of what people marked; the loaders are slow to import."""
-    people = run.attribution.rationale_path, run.evaluation.sst_path, run.evaluation.toxic_path
-    if not any(people):
+    """Parameter, path and loader of each file of human annotations; the loaders are slow to import."""
+    names = "attribution.rationale_path", "evaluation.sst_path", "evaluation.toxic_path"
+    paths = run.attribution.rationale_path, run.evaluation.sst_path, run.evaluation.toxic_path
+    if not any(paths):
         return []
     from dense_rlhf.attribution.human_marks import load_sst_trees, load_toxic_spans
     from dense_rlhf.attribution.human_words import load_rationale_judge
 
-    names = "attribution.rationale_path", "evaluation.sst_path", "evaluation.toxic_path"
-    return [
-        (name, path, partial(load, path))
-        for name, path, load in zip(names, people, (load_rationale_judge, load_sst_trees, load_toxic_spans))
-        if path
-    ]
+    loaders = load_rationale_judge, load_sst_trees, load_toxic_spans
+    return [(name, path, partial(load, path)) for name, path, load in zip(names, paths, loaders) if path]
 
 
 def _forget_stale(folder: Path, names: Iterable[str]) -> None:
-    """Runs of jobs that the study no longer has must not reach its comparison."""
-    for record in folder.glob("*/run.json"):
-        found = json.loads(record.read_text(encoding="utf-8"))
-        if record.parent.name not in names and found.get("status") == "ok":
-            write_json(record, found | {"status": "stale"})
+    """Mark the finished runs that the study no longer has as stale: they must not reach its comparison."""
+    for path in folder.glob("*/run.json"):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if path.parent.name not in names and record.get("status") == "ok":
+            write_json(path, record | {"status": "stale"})
 
 
 QUICK_ARMS = {

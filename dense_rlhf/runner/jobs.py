@@ -10,12 +10,13 @@ import os
 import platform
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from threading import Event
 
 from dense_rlhf.bayesopt.ledger import is_live
 from dense_rlhf.files import content_key, lock, write_json, write_text
-from dense_rlhf.runner.execution import HEARTBEAT, heartbeat, launch
+from dense_rlhf.runner.execution import HEARTBEAT, Limits, heartbeat, launch
 from dense_rlhf.runner.plan import Job, judge, training_inputs
 from dense_rlhf.runs import RunFolder, artefacts, provenance
 from dense_rlhf.types import InputError
@@ -71,18 +72,12 @@ def _empty(folder: Path) -> None:
 
 
 def run_job(
-    job: Job,
-    folder: Path,
-    threads: int,
-    timeout: float,
-    force: bool = False,
-    gpus: str | None = None,
-    stop: Event | None = None,
+    job: Job, folder: Path, limits: Limits, force: bool = False, gpus: str | None = None, stop: Event | None = None
 ) -> dict:
     """Prepare, execute, and write `run.json` last. Returns its content; status `cached` where nothing had to run.
 
-    Status `busy`, and nothing done, where another process runs this job. `timeout` in seconds; `gpus` and `stop` as in
-    `launch`.
+    Status `busy`, and nothing done, where another process runs this job. `gpus` takes the place of those in `limits`;
+    `stop` as in `launch`.
     """
     held = lock(folder / RUNNING, wait=False)
     if held is None:
@@ -93,10 +88,10 @@ def run_job(
         held.flush()
         start = time.time()
         try:
-            if prepare(job, folder, threads, force) == "ok":
+            if prepare(job, folder, limits.threads, force) == "ok":
                 return RunFolder(folder).load_json("run.json") | {"status": "cached"}
             write_json(folder / HEARTBEAT, {"cell": 0})
-            status, error = launch(job.notebook, folder, threads, timeout, gpus, stop, (held.fileno(),))
+            status, error = launch(job.notebook, folder, replace(limits, gpus=gpus), stop, (held.fileno(),))
         except InputError as problem:
             status, error = "failed", str(problem)
         return finish(job, folder, status, error, start)

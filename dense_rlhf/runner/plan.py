@@ -20,7 +20,7 @@ from dense_rlhf.config.study import StudyParams
 from dense_rlhf.data import DATASETS
 from dense_rlhf.files import content_key, file_sha256, settled_sha256
 from dense_rlhf.fingerprint import cell_imports, dependencies, source_key
-from dense_rlhf.runs import RunFolder, altered, repository_root
+from dense_rlhf.runs import RunFolder, altered, workspace
 from dense_rlhf.shaping.features import check_features
 from dense_rlhf.types import InputError
 
@@ -114,7 +114,7 @@ def threads_of(job: Job, jobs: list[Job], workers: int) -> int:
 
 
 def runs_folder(study: StudyParams) -> Path:
-    return repository_root() / "runs" / study.study
+    return workspace() / "runs" / study.study
 
 
 def describe(job: Job) -> str:
@@ -145,7 +145,7 @@ def inputs(job: Job, flat: dict, runs: Path) -> dict:
     `source` is all code that the notebook imports, `training` the part of it that can change a number that was
     trained; `upstream` has the training keys of the finished runs that it reads, `shown` their keys.
     """
-    notebook = repository_root() / "notebooks" / f"{job.notebook}.ipynb"
+    notebook = workspace() / "notebooks" / f"{job.notebook}.ipynb"
     cells, modules = _cells(notebook, notebook.stat().st_mtime_ns)
     records = {name: RunFolder(runs / name).load_json("run.json") for name in job.upstream}
     finished = {name: record for name, record in records.items() if record.get("status") == "ok"}
@@ -168,15 +168,17 @@ def training_inputs(inputs: dict) -> dict:
 
 @cache
 def _cells(notebook: Path, changed: int) -> tuple[str, tuple[str, ...]]:
-    """Hash of the code cells with their tags (text and outputs change no result), and the modules that they need."""
-    cells = [cell for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
-    sources = ["".join(cell["source"]) for cell in cells]
-    tags = [cell["metadata"].get("tags", []) for cell in cells]
-    return content_key([sources, tags]), tuple(sorted(dependencies(cell_imports(sources))))
+    """Hash of the code cells, and the modules that they need. A study overrides the cell tagged `parameters`."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    code = [
+        cell for cell in cells if cell["cell_type"] == "code" and "parameters" not in cell["metadata"].get("tags", [])
+    ]
+    sources = ["".join(cell["source"]) for cell in code]
+    return content_key(sources), tuple(sorted(dependencies(cell_imports(sources))))
 
 
 def _locks_sha256() -> str:
-    return content_key([file_sha256(path) for path in sorted((repository_root() / "locks").glob("*.txt"))])
+    return content_key([file_sha256(path) for path in sorted((workspace() / "locks").glob("*.txt"))])
 
 
 def _files(flat: dict) -> dict[str, str]:

@@ -10,7 +10,7 @@ from dense_rlhf.__main__ import main
 from dense_rlhf.config.params import ABLATIONS, BENCHMARKS, NOTEBOOKS, BOParams, RunParams, ShapeParams
 from dense_rlhf.config.parse import parse
 from dense_rlhf.config.study import load_study
-from dense_rlhf.runs import repository_root
+from dense_rlhf.runs import workspace
 from dense_rlhf.types import InputError, RewardShape
 
 STUDY = {"study": "x", "arms": {"sparse": {"sources": ["terminal"], "weights": [1.0]}}, "ppo": {"updates": 3}}
@@ -131,12 +131,12 @@ def test_notebook_globals_may_hold_other_things_but_no_misspelt_parameter():
     ],
 )
 def test_bad_input_is_one_line_exit_2_and_starts_nothing(study_file, capsys, settings, message):
-    before = {p.name for p in (repository_root() / "runs").glob("*")}
+    before = {p.name for p in (workspace() / "runs").glob("*")}
     options = [part for setting in settings for part in ("--set", setting)]
     assert main(["run", str(study_file()), *options]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
-    assert {p.name for p in (repository_root() / "runs").glob("*")} == before
+    assert {p.name for p in (workspace() / "runs").glob("*")} == before
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_a_setting_changes_what_it_names_and_a_size_can_leave_it_out(study_file)
 
 STUDIES = [
     path
-    for path in sorted((repository_root() / "params").rglob("*.yaml"))
+    for path in sorted((workspace() / "params").rglob("*.yaml"))
     if "study" in yaml.safe_load(path.read_text())
 ]
 

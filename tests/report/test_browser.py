@@ -35,7 +35,7 @@ def browser():
 def written(root, studies):
     """The pages of made-up studies, in a checkout of their own."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(report, "repository_root", lambda: root)
+    patch.setattr(report, "workspace", lambda: root)
     for study, records in studies:
         report.write_reports(study, records)
     patch.undo()

@@ -102,10 +102,10 @@ def test_toy_rewards_sum_to_the_score_and_telescoping_keeps_the_gradient():
 def study(tmp_path, monkeypatch):
     """A study of two PPO runs, `calm` without and `wild` with warnings; returns index and page of the wild one."""
     from dense_rlhf.config.study import load_study
-    from dense_rlhf.runs import RunFolder, repository_root
+    from dense_rlhf.runs import RunFolder, workspace
 
-    study = load_study(repository_root() / "params" / "reviews.yaml", ["study=s"])
-    monkeypatch.setattr(report, "repository_root", lambda: tmp_path)
+    study = load_study(workspace() / "params" / "reviews.yaml", ["study=s"])
+    monkeypatch.setattr(report, "workspace", lambda: tmp_path)
 
     def write(warnings):
         records = []

@@ -40,7 +40,7 @@ COUNTS = "import pathlib\nwith open(pathlib.Path(run_dir).parent / f'{arm}.count
 @pytest.fixture
 def study(tmp_path, monkeypatch):
     """A made-up study whose notebooks do nothing; its path."""
-    monkeypatch.setattr("dense_rlhf.runs.PACKAGE", tmp_path / "dense_rlhf")
+    monkeypatch.chdir(tmp_path)
     return make_checkout(tmp_path, STUDY, dict.fromkeys(STUDY["notebooks"], ("x = 1",)))
 
 

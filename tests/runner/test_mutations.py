@@ -10,7 +10,7 @@ from dense_rlhf.__main__ import main
 @pytest.fixture
 def refused(tmp_path, monkeypatch, capsys):
     """Run a study and return what is wrong with the answer; nothing is."""
-    monkeypatch.setattr("dense_rlhf.runs.PACKAGE", tmp_path / "dense_rlhf")
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("dense_rlhf.runner.plan._reason", lambda *_: "new")  # no made-up notebook is read
     monkeypatch.setattr("dense_rlhf.runner.grid.run_grid", lambda *_, **__: pytest.fail("started"))
 

@@ -20,7 +20,7 @@ from IPython.core.interactiveshell import InteractiveShell
 from PIL import Image
 from traitlets.config import Config
 
-from dense_rlhf.runs import repository_root
+from dense_rlhf.runs import workspace
 from dense_rlhf.types import InputError
 from dense_rlhf.view import live
 
@@ -419,7 +419,7 @@ def test_papermill_gets_lines_and_no_widget(tmp_path):
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
     nbformat.write(notebook, tmp_path / "in.ipynb")
     papermill.execute_notebook(
-        tmp_path / "in.ipynb", tmp_path / "out.ipynb", progress_bar=False, cwd=str(repository_root())
+        tmp_path / "in.ipynb", tmp_path / "out.ipynb", progress_bar=False, cwd=str(workspace())
     )
     outputs = nbformat.read(tmp_path / "out.ipynb", 4).cells[0].outputs
     assert {(out.output_type, out.get("name")) for out in outputs} == {("stream", "stderr")}
@@ -433,7 +433,7 @@ def test_a_real_kernel_knows_who_asks(can_be_asked):
     """JupyterLab and VS Code send requests with `allow_stdin`; nbclient, and with it papermill, without."""
     from jupyter_client.manager import start_new_kernel
 
-    manager, client = start_new_kernel(kernel_name="python3", cwd=str(repository_root()))
+    manager, client = start_new_kernel(kernel_name="python3", cwd=str(workspace()))
     try:
         seen = []
         reply = client.execute_interactive(
@@ -448,7 +448,7 @@ def test_a_real_kernel_knows_who_asks(can_be_asked):
 
 
 def test_a_script_gets_lines():
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, cwd=repository_root())
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, cwd=workspace())
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (0, "", 2), done.stderr
 
 

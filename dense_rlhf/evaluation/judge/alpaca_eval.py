@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING
 
 from dense_rlhf.data import read_rows
 from dense_rlhf.files import cache_root, cached_folder, content_key, file_sha256, write_json, write_text
-from dense_rlhf.fingerprint import PACKAGE
+from dense_rlhf.runs import shipped
 from dense_rlhf.types import InputError
 
 if TYPE_CHECKING:
     import pandas as pd
 
 HUB = ("tatsu-lab/alpaca_eval", "alpaca_eval_gpt4_baseline.json")
-LOCK = PACKAGE.parent / "locks" / "alpaca_eval.txt"
+LOCK = shipped("locks/alpaca_eval.txt")
 FULL = 805  # instructions of AlpacaEval; only of these does its length control know the difficulty
 THEIRS = "weighted_alpaca_eval_gpt4_turbo"  # AlpacaEval 2's annotator
 OURS = "endpoint"  # our annotator: the judge's model, shown how to name a letter
