@@ -94,6 +94,22 @@ def test_a_source_is_written(example, few_reviews, reward_model, rollout):
     assert set(script.main(str(few_reviews), reward_steps=20, responses=16)) == {"surprisal", "shap", "random"}
 
 
+def test_a_server_without_its_packages_says_which(example, monkeypatch):
+    script = example("serve_a_judge")
+    monkeypatch.setattr(script, "find_spec", lambda name: None if name == "uvicorn" else True)
+    with pytest.raises(SystemExit, match=r"^error: uvicorn: not installed; pip install 'dense-rlhf\[serve\]'$"):
+        script.main(8000)
+
+
+def test_the_served_model_is_called_by_its_name_and_not_by_a_path(example, tmp_path, monkeypatch):
+    script = example("serve_a_judge")
+    monkeypatch.setenv("DENSE_RLHF_CACHE", str(tmp_path))
+    for target in ("one", "one", "two"):
+        monkeypatch.setattr("dense_rlhf.models.language_models.smollm2_folder", lambda target=target: tmp_path / target)
+        link = script.served_folder()
+        assert link.name == script.MODEL and link.readlink() == tmp_path / target
+
+
 @pytest.fixture
 def cluster(tmp_path):
     """Calls the script in a checkout whose one notebook takes no time."""

@@ -1,10 +1,10 @@
 """Judgements of a real server against the same made by hand, item by item.
 
-    python -m dense_rlhf serve                # in another terminal; export what it says
-    python tests/evaluation/by_hand.py                   # 10 instructions, 10 questions of two turns
+    python examples/serve_a_judge.py          # in another terminal; export what it says
+    python tests/evaluation/by_hand.py        # 10 instructions, 10 questions of two turns
 
-A recorder stands before the server and keeps what it was asked and what it replied. Who won, and which rating was
-given, is told from that alone, by the few lines below, and compared with what the run reports.
+A recorder stands before the server and keeps requests and replies. Winners and ratings are read from these alone, by
+the few lines below, and compared with what the run reports.
 """
 
 import json

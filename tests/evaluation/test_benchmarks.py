@@ -25,7 +25,7 @@ from dense_rlhf.evaluation.benchmarks import (
     over_items,
     scores,
 )
-from dense_rlhf.evaluation.judge import Endpoint, NoVerdict, alpaca_eval, length_controlled, mt_bench, serve
+from dense_rlhf.evaluation.judge import Endpoint, NoVerdict, alpaca_eval, length_controlled, mt_bench
 from dense_rlhf.models.language_models import LanguageModel
 from dense_rlhf.types import InputError, Message
 from dense_rlhf.view import figures
@@ -403,25 +403,6 @@ def test_only_the_whole_benchmark_by_its_own_judge_has_no_caveats():
     full, part = (BenchmarkPrompts(["say"] * i, [None] * q) for i, q in ((805, 80), (10, 10)))
     assert caveats(full, whole, "gpt-4-turbo") == [] == caveats(BenchmarkPrompts([], []), whole, "small")
     assert len(caveats(part, replace(whole, alpaca_annotator=alpaca_eval.OURS), "small")) == 4
-
-
-# ---------------------------------------------------------------------------------------------------- the server
-
-
-def test_a_server_without_its_packages_says_which(monkeypatch, capsys):
-    monkeypatch.setattr(serve, "find_spec", lambda name: None if name == "uvicorn" else True)
-    assert main(["serve"]) == 2
-    error = capsys.readouterr().err
-    assert "uvicorn: not installed; pip install 'dense-rlhf[serve]'" in error and error.count("\n") == 1
-
-
-def test_the_served_model_is_called_by_its_name_and_not_by_a_path(tmp_path, monkeypatch):
-
-    monkeypatch.setenv("DENSE_RLHF_CACHE", str(tmp_path))
-    for target in ("one", "one", "two"):
-        monkeypatch.setattr("dense_rlhf.models.language_models.smollm2_folder", lambda target=target: tmp_path / target)
-        link = serve.served_folder()
-        assert link.name == serve.MODEL and link.readlink() == tmp_path / target
 
 
 # ---------------------------------------------------------------------------------------------------- the whole

@@ -274,8 +274,8 @@ def test_an_interrupt_keeps_what_was_judged(server, start, tmp_path):
 
 def test_a_killed_start_is_gone_on_with(server, start, tmp_path):
     code = (
-        "import sys; from pathlib import Path; from dense_rlhf.judge import Endpoint;"
-        "from dense_rlhf.params import JudgeParams;"
+        "import sys; from pathlib import Path; from dense_rlhf.evaluation.judge import Endpoint;"
+        "from dense_rlhf.config.params import JudgeParams;"
         "judge = Endpoint(Path(sys.argv[1]), JudgeParams(concurrency=1));"
         f"judge.compare(['Say it.'] * 10, {MANY}, ['theirs'] * 10)"
     )

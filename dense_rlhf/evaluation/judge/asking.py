@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from concurrent.futures import as_completed
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from threading import Thread
+
+from anyio.from_thread import start_blocking_portal
 
 from dense_rlhf.config.params import JudgeParams
 from dense_rlhf.evaluation.judge.client import Outcome
@@ -94,36 +94,14 @@ class Round:
 
 
 def settle_all(round_: Round, questions: dict[str, Question], close: Callable, progress: Callable) -> dict[str, str]:
-    """Settle every question by its key; the reasons of those without a judgement. `close` is awaited last."""
-    with _background_loop() as loop:
-        futures = {
-            asyncio.run_coroutine_threadsafe(round_.settle(key, question), loop): key
-            for key, question in questions.items()
-        }
+    """Settle every question by its key; the reasons of those without a judgement. `close` is awaited last.
+
+    The event loop has a thread of its own, since a notebook's is taken; an interrupt cancels what still runs.
+    """
+    with start_blocking_portal() as portal:
+        futures = {portal.start_task_soon(round_.settle, *item): item[0] for item in questions.items()}
         done = as_completed(futures)
         for _ in progress(range(len(futures))):
             next(done).result()
-        asyncio.run_coroutine_threadsafe(close(), loop).result()
+        portal.call(close)
     return {key: future.result() for future, key in futures.items() if future.result()}
-
-
-@contextmanager
-def _background_loop() -> Iterator[asyncio.AbstractEventLoop]:
-    """An event loop in a thread of its own, since a notebook's is taken; what still runs at the end is cancelled."""
-
-    async def cancel() -> None:
-        rest = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in rest:
-            task.cancel()
-        await asyncio.gather(*rest, return_exceptions=True)
-
-    loop = asyncio.new_event_loop()
-    thread = Thread(target=loop.run_forever, daemon=True)
-    thread.start()
-    try:
-        yield loop
-    finally:
-        asyncio.run_coroutine_threadsafe(cancel(), loop).result()
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()
