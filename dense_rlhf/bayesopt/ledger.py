@@ -1,11 +1,11 @@
-"""The record of a search: an append-only file of JSON lines, one an event, that any number of processes share.
+"""The record of a search: a file of JSON lines, one an event, that any number of processes append to.
 
     proposed -> running -> observed | stopped | failed
 
-A proposal follows from the lines above it and the search's settings; nothing else is kept, so that a search killed
-anywhere goes on as if it had not been. Whoever runs a trial holds its lock (flock), which the kernel takes back from
-the dead. Machines that share the folder must share its locks: NFS does unless mounted with nolock or local_lock, Lustre
-where mounted with flock.
+A proposal follows from the lines above it and the search's settings alone, so a search killed at any point resumes as
+if it had not been. A process holds its trial's lock (flock), which the kernel releases when the process dies. Machines
+that share the folder must share its locks: NFS does unless mounted with nolock or local_lock, Lustre if mounted with
+flock.
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ if TYPE_CHECKING:
     from dense_rlhf.bayesopt.search import Search
 
 ENDS = ("observed", "stopped", "failed")
-FAILURES = 3  # one after another end a search
-COMPLETE, CORRELATION = 5, 0.7  # trials, and their rank correlation of halfway and end, that let others stop halfway
+FAILURES = 3  # in a row end a search
+COMPLETE, CORRELATION = 5, 0.7  # trials, and rank correlation of halfway and end, from which others may stop halfway
 ALONE = "ledger.lock"
-Left = TypeVar("Left")  # what a trial leaves beside its numbers, such as a policy
+Extra = TypeVar("Extra")  # what a trial returns besides its numbers, such as a policy
 
 
 # ---------------------------------------------------------------------------------------------------- the file
 
 
 def trials(path: Path) -> list[dict]:
-    """The trials of a search in their order, each a dict of all that its events say.
+    """The trials of a search in order, each a dict of all fields of its events.
 
     - always: `trial`, `status` (its last event), `search`, `sources`, `point`, its first numbers as `weights`, `seed`,
       `rng` (all that fixed the proposal), `noise` (of the search then), `code`; once begun `host` and `pid`;
     - observed: `value` and its `standard_error`, means over the prompts of `proxy`, `gold` and `kl`, `updates`,
       `history` (the proxy of each update's batch), `rung` (its entry halfway), `ess` (mean ESS/T of each source that
       had weight), `seconds`;
-    - stopped: the same without proxy, gold and kl, with value and standard error foretold from `rung`, and the
+    - stopped: the same without proxy, gold and kl, with value and standard error predicted from `rung`, and the
       rank `correlation` that allowed it;
     - failed: `reason`, `seconds`, and no value.
 
-    Raises `InputError` for a ledger of something else.
+    Raises `InputError` if the file is not the ledger of a search.
     """
     rows: dict[int, dict] = {}
     for event in read_ledger(path):
@@ -62,19 +62,19 @@ def trials(path: Path) -> list[dict]:
 
 
 def is_live(path: Path) -> bool:
-    """Whether a process runs a trial of this ledger now."""
+    """Whether a process is running a trial of this ledger now."""
     folder = path.with_suffix(".d")
     if not folder.exists():
         return False
     with lock(folder / ALONE):  # nobody takes a trial meanwhile
-        found = [lock(held, wait=False) for held in folder.glob("*.lock") if held.name != ALONE]
-        for file in filter(None, found):
+        files = [lock(path, wait=False) for path in folder.glob("*.lock") if path.name != ALONE]
+        for file in filter(None, files):
             file.close()
-    return None in found
+    return None in files
 
 
 def trial_seed(seed: int, trial: int) -> int:
-    """The seed of trial 0, 1, ... of a search: 1000, 2000, ... above its own, where no other training has its seed."""
+    """The seed of trial 0, 1, ... of a search: 1000, 2000, ... above its own, which no other training uses."""
     return seed + 1000 * (trial + 1)
 
 
@@ -83,7 +83,7 @@ def trial_seed(seed: int, trial: int) -> int:
 
 @dataclass(frozen=True)
 class Ledger:
-    """A search and its record at `path`; locks, and what a trial needs while it runs, are in the folder beside it."""
+    """A search and its record at `path`; locks and the files of running trials are in `folder`, next to it."""
 
     path: Path
     empty: Callable[[], Search]  # the search before its first trial
@@ -104,7 +104,7 @@ class Ledger:
         return rows
 
     def replay(self) -> Search:
-        """The search with all that was observed, in the trials' order."""
+        """The search with every observation, in the trials' order."""
         search = self.empty()
         for row in self.rows():
             if "value" in row:
@@ -113,17 +113,16 @@ class Ledger:
 
     def run(
         self,
-        trial: Callable[[dict], tuple[dict, Left]],
-        ended: Callable[[dict, Left], None] = lambda row, left: None,
+        trial: Callable[[dict], tuple[dict, Extra]],
+        ended: Callable[[dict, Extra], None] = lambda row, extra: None,
         progress: Callable = iter,
     ) -> Search:
-        """Run trials until none is left, beside any other processes that do, and return what was observed.
+        """Run trials until all have ended, together with any other processes, and return the search.
 
-        `trial` takes a row of `trials`, trains at its `point` with its `seed`, and returns the event, such as
-        `{"event": "observed", "value": 1.0, "standard_error": 0.1}`, and what it leaves; `ended` is called with both
-        once they are recorded, by one process at a time. A value that is not finite is a failed trial. Raises
-        `InputError` where three failed one after another. A trial whose process died is run again, point and seed the
-        same; what `trial` raises leaves it to the next process.
+        `trial` takes a row of `trials`, trains at its `point` with its `seed`, and returns an event, such as
+        `{"event": "observed", "value": 1.0, "standard_error": 0.1}`, and an extra; `ended` is called with the recorded
+        row and the extra, by one process at a time. A value that is not finite is a failed trial; three in a row raise
+        `InputError`. A trial whose process died, or in which `trial` raised, is run again at the same point and seed.
         """
         done = sum(row["status"] in ENDS for row in self.rows())
         for _ in progress(range(done, self.number)):
@@ -134,7 +133,7 @@ class Ledger:
         return self.replay()
 
     def _claim(self) -> tuple[dict, IO] | None:
-        """The next trial, its lock held: of a process that died, else a new one. None once all have ended."""
+        """The next trial with its lock held: a dead process's, else a new one; None once all have ended."""
         while True:
             with self.alone():
                 rows = self.rows()
@@ -149,28 +148,21 @@ class Ledger:
             self._hold(running[0]["trial"]).close()
 
     def _propose(self, rows: list[dict]) -> dict:
-        """A new trial: its point follows from what was observed, and from what runs or has failed."""
+        """A new trial, at the point that follows from the observed, running and failed ones."""
         last = [row for row in rows if row["status"] in ENDS][-FAILURES:]
         if [row["status"] for row in last] == ["failed"] * FAILURES:
             raise InputError(
-                f"{FAILURES} trials failed one after another, the last: {last[-1]['reason']}. Change what "
-                f"makes them fail; {self.path} has them all"
+                f"{FAILURES} trials failed in a row, the last: {last[-1]['reason']}. Change what makes them fail; "
+                f"{self.path} has them all"
             )
         search, pending = self.replay(), [row for row in rows if "value" not in row]
         settings = {name: getattr(search, name) for name in ("strategy", "initial", "anchors", "replicates", "seed")}
         observed = [row["trial"] for row in rows if "value" in row]
         point = search.suggest([row["point"] for row in pending])
-        self._append(
-            "proposed",
-            len(rows),
-            **self.about,
-            point=point,
-            weights=point[: search.space.d],
-            seed=trial_seed(self.seed, len(rows)),
-            noise=asdict(search.noise()),
-            code=_code(),
-            rng=settings | {"observed": observed, "pending": [row["trial"] for row in pending]},
-        )
+        chosen = dict(point=point, weights=point[: search.space.d], seed=trial_seed(self.seed, len(rows)))
+        chosen |= dict(noise=asdict(search.noise()), code=_code())
+        chosen["rng"] = settings | {"observed": observed, "pending": [row["trial"] for row in pending]}
+        self._append("proposed", len(rows), **self.about, **chosen)
         return self.rows()[-1]
 
     def _finish(self, row: dict, held: IO, trial: Callable, ended: Callable) -> None:
@@ -178,17 +170,17 @@ class Ledger:
         with held:
             self._append("running", row["trial"], host=platform.node(), pid=os.getpid(), code=_code())
             start = time.perf_counter()
-            event, left = trial(row)
+            event, extra = trial(row)
             event = _honest(event) | {"seconds": time.perf_counter() - start}
             with self.alone():
                 self._append(event.pop("event"), row["trial"], **event)
-                ended(self.rows()[row["trial"]], left)
+                ended(self.rows()[row["trial"]], extra)
 
     def _append(self, event: str, trial: int, **more: object) -> None:
         append_line(self.path, finite({"event": event, "trial": trial} | more | {"time": time.time()}))
 
     def alone(self) -> IO:
-        """The lock under which the ledger is read and added to."""
+        """The lock under which the ledger is read and appended to."""
         return lock(self.folder / ALONE)
 
     def _hold(self, trial: int, wait: bool = True) -> IO | None:
@@ -212,20 +204,20 @@ def _honest(event: dict) -> dict:
 
 @dataclass(frozen=True)
 class Halfway:
-    """What complete trials were worth halfway (`rungs`) and at the end (`values`), and what that foretells."""
+    """Values of complete trials halfway (`rungs`) and at the end (`values`), and the prediction they give."""
 
     rungs: Sequence[float]
     values: Sequence[float]
 
     @classmethod
     def of(cls, rows: Sequence[dict]) -> Halfway:
-        """Of those `trials` that ran to their end."""
+        """From those `trials` that ran to their end."""
         complete = [row for row in rows if row["status"] == "observed"]
         return cls([row["rung"] for row in complete], [row["value"] for row in complete])
 
     @property
     def correlation(self) -> float:
-        """Spearman's; zero where there are fewer than five trials, or they do not differ."""
+        """Spearman's; zero for fewer than five trials, or trials that do not differ."""
         from scipy.stats import spearmanr
 
         if len(self.values) < COMPLETE or min(len(set(self.rungs)), len(set(self.values))) < 2:
@@ -233,20 +225,20 @@ class Halfway:
         return float(spearmanr(self.rungs, self.values).statistic)
 
     def stops(self, rung: float) -> bool:
-        """Whether a trial below the median halfway can be ended there."""
+        """Whether a trial with this value halfway can stop: below the median, and halfway predicts the end."""
         from statistics import median
 
         return self.correlation >= CORRELATION and rung < median(self.rungs)
 
-    def foretell(self, rung: float) -> tuple[float, float | None]:
-        """The value that the regression line predicts, and the standard error of a new observation around it.
+    def predict(self, rung: float) -> tuple[float, float | None]:
+        """The value on the least-squares line, and the standard error of a new observation around it.
 
-        s^2 (1 + 1/n + (x - mean x)^2 / Sxx), where s^2 are the squared residuals over n - 2. None in place of zero.
+        Its square is s^2 (1 + 1/n + (x - mean x)^2 / Sxx), where s^2 are the squared residuals over n - 2. None if zero.
         """
         from statistics import fmean, linear_regression
 
         slope, intercept = linear_regression(self.rungs, self.values)
         n, centre = len(self.rungs), fmean(self.rungs)
-        residual = sum((y - intercept - slope * x) ** 2 for x, y in zip(self.rungs, self.values)) / (n - 2)
+        variance = sum((y - intercept - slope * x) ** 2 for x, y in zip(self.rungs, self.values)) / (n - 2)
         spread = sum((x - centre) ** 2 for x in self.rungs)
-        return intercept + slope * rung, math.sqrt(residual * (1 + 1 / n + (rung - centre) ** 2 / spread)) or None
+        return intercept + slope * rung, math.sqrt(variance * (1 + 1 / n + (rung - centre) ** 2 / spread)) or None

@@ -1,4 +1,4 @@
-"""Bayesian optimisation of weights on the simplex. It knows vectors and floats, and nothing of what they mean."""
+"""Bayesian optimisation of weights on the simplex: suggest and observe. It does not know what the numbers mean."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dense_rlhf.bayesopt.space import Point, Space
 from dense_rlhf.types import InputError
 
 if TYPE_CHECKING:
     from botorch.models.model import Model
     from torch import Tensor
-from dense_rlhf.bayesopt.space import Point, Space
 
 SAMPLES = 128  # of the posterior, in the acquisition function
 RESTARTS = 3
@@ -26,21 +26,21 @@ RESTARTS = 3
 class Noise:
     """How much one observation scatters."""
 
-    variance: float | None  # of an observation; none where nothing says
-    between: float  # of it, beyond the observations' own standard errors: what another seed changes
-    degrees: int  # of freedom of the repeated points that told
+    variance: float | None  # of one observation; None if unknown
+    between: float  # its part beyond the observations' own standard errors: what another seed changes
+    degrees: int  # of freedom of the repeated points behind the estimate
 
 
 @dataclass
 class Search:
     """Maximise a noisy function over a `Space`: `suggest`, evaluate, `observe`, repeat.
 
-    First come the `anchors`, each `replicates` times, and `initial` scrambled Sobol points, of which behind anchors the
-    first have the weights of `Space.pairs`; then one of `STRATEGIES`: the knowledge gradient of an ensemble of Gaussian
-    processes (`gp`; `saas` and `additive` with other models), one process and log noisy expected improvement (`nei`),
-    or points that ask no model.
-    There is no hidden state: same settings, observations and pending points give the same suggestion, so a search is
-    resumed by observing its record again.
+    First come the `anchors`, each `replicates` times, and `initial` scrambled Sobol points, the first of which, after
+    the anchors, take the weights of `Space.pairs`; then one of `STRATEGIES`: the knowledge gradient of an ensemble of
+    Gaussian processes (`gp`; `saas` and `additive` with other models), log noisy expected improvement of one process
+    (`nei`), or points that need no model.
+    There is no hidden state: the same settings, observations and pending points give the same suggestion, so a search
+    is resumed by observing its record again.
     """
 
     space: Space
@@ -76,7 +76,7 @@ class Search:
 
     @property
     def start(self) -> list[Point]:
-        """The points that are tried before any model: anchors, pairs, Sobol points."""
+        """The points tried before any model is asked: anchors, pairs, Sobol points."""
         spread = self.space.sobol(self.initial, self.seed)
         if not self.anchors:
             return spread
@@ -85,7 +85,7 @@ class Search:
         return self.space.anchors() * self.replicates + pairs + spread[len(pairs) :]
 
     def suggest(self, pending: Sequence[Point] = ()) -> Point:
-        """The point to try next, while `pending` ones run, or have failed; below two observations a Sobol point."""
+        """The point to try next while `pending` ones run or have failed; a Sobol point below two observations."""
         n, start = len(self.points) + len(pending), self.start
         strategy = self.strategy if len(self.values) > 1 else "sobol"
         return start[n] if n < len(start) else STRATEGIES[strategy](self, list(pending))
@@ -93,7 +93,7 @@ class Search:
     def incumbent(self) -> tuple[Point, float, float]:
         """The evaluated point with the highest posterior mean, that mean, and its standard deviation.
 
-        Not the best observed value, which rewards lucky noise. Wants at least two observations.
+        Not the best observed value, which rewards lucky noise. Raises `InputError` below two observations.
         """
         mean, sd = self.posterior(self.points)
         best = int(mean.argmax())
@@ -105,21 +105,21 @@ class Search:
         return mean, np.sqrt(covariance.diagonal())
 
     def joint(self, points: Sequence[Point]) -> tuple[np.ndarray, np.ndarray]:
-        """Mean (N,) and covariance (N, N) of the noise-free function at `points`; of an ensemble, its mixture's."""
+        """Mean (N,) and covariance (N, N) of the noise-free function at `points`; for an ensemble, of its mixture."""
         import torch
 
         model = self.model()
         with torch.no_grad():
-            found = model.posterior(torch.from_numpy(self.space.to_unit(points)))
-            mean = found.mean.reshape(-1, len(points)).numpy()
-            covariance = found.distribution.covariance_matrix.reshape(-1, len(points), len(points)).numpy()
+            posterior = model.posterior(torch.from_numpy(self.space.to_unit(points)))
+            mean = posterior.mean.reshape(-1, len(points)).numpy()
+            covariance = posterior.distribution.covariance_matrix.reshape(-1, len(points), len(points)).numpy()
         apart = mean - mean.mean(0)
         return mean.mean(0), covariance.mean(0) + apart.T @ apart / len(mean)
 
     def noise(self) -> Noise:
         """Variance of one observation: pooled over repeated points, and at least the mean squared standard error.
 
-        What repeats scatter beyond their standard errors is variance between seeds, and belongs to every observation.
+        Scatter of repeats beyond their standard errors is variance between seeds, and is part of every observation.
         """
         groups = defaultdict(list)
         for i, point in enumerate(self.points):
@@ -146,7 +146,7 @@ class Search:
         return self._fitted[1]
 
     def _tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Unit points (N, size), values (N, 1) and their variances (N, 1), if known."""
+        """Unit points (N, size), values (N, 1) and, if known, their variances (N, 1)."""
         import torch
 
         X = torch.from_numpy(self.space.to_unit(self.points))
@@ -162,25 +162,25 @@ class Search:
 
 
 def noise_variance(search: Search) -> np.ndarray:
-    """The variance of each observation (N,), as the search's model takes it."""
+    """The noise variance of each observation (N,) in the search's model."""
     model = search.model()
     variance = model.likelihood.noise * model.outcome_transform.stdvs.squeeze(-1) ** 2
     return np.broadcast_to(variance.detach().numpy().reshape(-1, variance.shape[-1]).mean(0), len(search.values))
 
 
 def _most_telling(search: Search, pending: list[Point]) -> Point:
-    """The point whose observation should raise the best posterior mean the most, of what will have been tried by then.
+    """The point of a pool whose observation should raise the highest posterior mean over tried points the most.
 
-    The knowledge gradient over the tried points and the candidate (Scott et al., 2011), from a pool. Improvement asks
-    where the function may be high; this asks what one more noisy observation will let us hand over, and so repeats a
-    point where that tells more.
+    The knowledge gradient over the tried points and the candidate (Scott et al., 2011):
+    E[max_i (mean_i + step_i z)], z normal, by Gauss-Hermite quadrature. Expected improvement asks where the function
+    may be high; this asks how good the incumbent will be after one more noisy observation, so it may repeat a point.
     """
     pool = _pool(search, search.seed * 1000 + len(search.points) + len(pending))
     tried = list(dict.fromkeys([*pending, *search.points]))
     points = tried + [point for point in dict.fromkeys(pool) if point not in tried]
     mean, covariance = search.joint(points)
     noise, running = noise_variance(search).mean(), len(set(pending))
-    for i in range(running):  # will be observed: less is left to learn there, whatever comes
+    for i in range(running):  # will be observed: its value does not change how much
         covariance = covariance - np.outer(covariance[i], covariance[i]) / (covariance[i, i] + noise)
     step = covariance / np.sqrt(covariance.diagonal() + noise)  # of each mean, when a column is observed 1 sd higher
     nodes, shares = np.polynomial.hermite_e.hermegauss(15)
@@ -190,67 +190,65 @@ def _most_telling(search: Search, pending: list[Point]) -> Point:
 
 
 def _most_promising(search: Search, pending: list[Point]) -> Point:
-    """The point of the highest log noisy expected improvement: the best of a pool, then uphill from there."""
+    """The point of the highest log noisy expected improvement (Ament et al., 2023), climbed to from a pool's best."""
     import torch
     from botorch.acquisition.logei import qLogNoisyExpectedImprovement
-    from botorch.optim import optimize_acqf
     from botorch.sampling import SobolQMCNormalSampler
 
     space, seed = search.space, search.seed * 1000 + len(search.points) + len(pending)
     X, running = (torch.from_numpy(space.to_unit(points)) for points in (search.points, pending))
     pool = torch.from_numpy(space.to_unit(_pool(search, seed)))[:, None]
-    bounds = torch.stack([torch.zeros(space.size), torch.ones(space.size)]).double()
-    found = []
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # numerical chatter of the inner optimiser
         torch.manual_seed(seed)
-        acquisition = qLogNoisyExpectedImprovement(
-            search.model(),
-            X,
-            SobolQMCNormalSampler(torch.Size([SAMPLES]), seed=seed),
-            X_pending=running if pending else None,
-            prune_baseline=True,
-        )
-        for ends in product((0.0, 1.0), repeat=len(space.switches)):
-            fixed = {space.d + i: end for i, end in zip(space.switches, ends)}
-            for column, end in fixed.items():
-                pool[..., column] = end
-            with torch.no_grad():
-                tops = acquisition(pool).topk(RESTARTS).indices
-            found.append(
-                optimize_acqf(
-                    acquisition,
-                    bounds,
-                    q=1,
-                    num_restarts=RESTARTS,
-                    batch_initial_conditions=pool[tops],
-                    fixed_features=fixed or None,
-                    options={"maxiter": 20},
-                    equality_constraints=[(torch.arange(space.d), torch.ones(space.d).double(), 1.0)],
-                )
-            )
-    return space.from_unit(max(found, key=lambda one: float(one[1]))[0][0].numpy())
+        sampler = SobolQMCNormalSampler(torch.Size([SAMPLES]), seed=seed)
+        options = dict(X_pending=running if pending else None, prune_baseline=True)
+        acquisition = qLogNoisyExpectedImprovement(search.model(), X, sampler, **options)
+        tops = [_climbed(acquisition, pool, space, ends) for ends in product((0.0, 1.0), repeat=len(space.switches))]
+    return space.from_unit(max(tops, key=lambda top: float(top[1]))[0][0].numpy())
+
+
+def _climbed(acquisition: Callable, pool: Tensor, space: Space, ends: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """The highest point near the best of a pool (N, 1, size), with switches held at `ends`, and its value."""
+    import torch
+    from botorch.optim import optimize_acqf
+
+    fixed = {space.d + i: end for i, end in zip(space.switches, ends)}
+    for column, end in fixed.items():
+        pool[..., column] = end
+    with torch.no_grad():
+        starts = pool[acquisition(pool).topk(RESTARTS).indices]
+    return optimize_acqf(
+        acquisition,
+        torch.stack([torch.zeros(space.size), torch.ones(space.size)]).double(),
+        q=1,
+        num_restarts=RESTARTS,
+        batch_initial_conditions=starts,
+        fixed_features=fixed or None,
+        options={"maxiter": 20},
+        equality_constraints=[(torch.arange(space.d), torch.ones(space.d).double(), 1.0)],
+    )
 
 
 def _pool(search: Search, seed: int) -> list[Point]:
-    """Where to look: everywhere, at the anchors, at mixtures of few sources, between the points that look best, around
-    one, and at these without some source."""
+    """Candidates: Sobol points, anchors, mixtures of few sources, mixtures of the best tried points, points around the
+    best of them, and the best without some sources."""
     space, rng = search.space, np.random.default_rng(seed)
     mean, _ = search.posterior(search.points)
     best = space.to_unit(search.points)[np.argsort(-mean)[:5]]
     everywhere = space.sobol(256, seed) + space.anchors()
     few = rng.random((128, space.size))
-    few[:, : space.d] = rng.dirichlet(np.ones(space.d), 128) * _some(rng, 128, space.d)
+    few[:, : space.d] = rng.dirichlet(np.ones(space.d), 128) * _subsets(rng, 128, space.d)
     between = rng.dirichlet(np.full(len(best), 0.5), 64) @ best
     around = best[0] + rng.uniform(0, 0.3, (64, 1)) * (space.to_unit(space.sobol(64, seed + 1)) - best[0])
     without = best[rng.integers(0, len(best), 32)]
-    without[:, : space.d] *= _some(rng, 32, space.d)
+    without[:, : space.d] *= _subsets(rng, 32, space.d)
     rows = np.concatenate([few, between, around, without])
     return everywhere + [space.from_unit(row) for row in rows if row[: space.d].any()]
 
 
-def _some(rng: np.random.Generator, n: int, d: int) -> np.ndarray:
-    """Subsets of `d` sources, of any size from one on: rows (n, d) of bool."""
+def _subsets(rng: np.random.Generator, n: int, d: int) -> np.ndarray:
+    """Random subsets of `d` sources, none empty: (n, d) of bool."""
     return rng.random((n, d)).argsort(1) < rng.integers(1, d + 1, (n, 1))
 
 

@@ -1,4 +1,4 @@
-"""What is searched: weights on the simplex, and numbers within bounds."""
+"""The search space: weights on the simplex, and further numbers within bounds."""
 
 from __future__ import annotations
 
@@ -6,31 +6,26 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dense_rlhf.types import InputError, check_simplex
-
-if TYPE_CHECKING:
-    pass
-
 
 Point = tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class Space:
-    """What is searched: `d` weights on the simplex, then numbers within `bounds`; of these, `switches` are 0 or 1.
+    """Points of `d` weights on the simplex, then numbers within `bounds`, of which `switches` are 0 or 1.
 
-    A number may change nothing at some value of a weight. There it is halfway, so that what is the same is one point.
-    Raises `InputError` where there is nothing to choose.
+    A number may be idle: without effect at some value of a weight. There it is fixed at its midpoint, so that
+    equivalent settings coincide. Raises `InputError` for a space with nothing to choose, or impossible bounds.
     """
 
     d: int
     bounds: tuple[tuple[float, float], ...] = ()
     switches: tuple[int, ...] = ()  # places in `bounds`
-    idle: tuple[tuple[int, int, float], ...] = ()  # a place in `bounds`, a weight, and its value that makes it idle
+    idle: tuple[tuple[int, int, float], ...] = ()  # place in `bounds`, place of a weight, its value that idles it
 
     def __post_init__(self):
         if self.d < 1 or self.size < 2:
@@ -44,7 +39,7 @@ class Space:
 
     @property
     def size(self) -> int:
-        """Numbers in a point."""
+        """How many numbers a point has."""
         return self.d + len(self.bounds)
 
     def check(self, point: Sequence[float]) -> None:
@@ -59,40 +54,42 @@ class Space:
             raise InputError(f"a point is {list(point)}, wanted 0 or 1 at its switches")
 
     def to_unit(self, points: Sequence[Point]) -> np.ndarray:
-        """Points (N, size) with every number between 0 and 1."""
+        """Points (N, size) with every number scaled to [0, 1]."""
         low, high = self._box()
         return (np.asarray(points, float).reshape(-1, self.size) - low) / (high - low)
 
     def from_unit(self, unit: np.ndarray) -> Point:
-        """One row of `to_unit` back, exactly on the simplex and at the switches' ends, settled."""
+        """The point of one row of `to_unit`: exactly on the simplex, switches at 0 or 1, settled."""
         low, high = self._box()
         unit = np.clip(unit, 0, 1)
-        unit[[self.d + i for i in self.switches]] = unit[[self.d + i for i in self.switches]] >= 0.5
+        switches = [self.d + i for i in self.switches]
+        unit[switches] = unit[switches] >= 0.5
         point = low + unit * (high - low)
         point[: self.d] /= point[: self.d].sum()
         return self.settled(point.tolist())
 
     def settled(self, point: Sequence[float]) -> Point:
-        """The same point, its idle numbers halfway."""
-        found = list(point)
+        """The same point, its idle numbers at their midpoints."""
+        point = list(point)
         for i, k, value in self.idle:
-            if found[k] == value:
-                found[self.d + i] = sum(self.bounds[i]) / 2
-        return tuple(found)
+            if point[k] == value:
+                point[self.d + i] = sum(self.bounds[i]) / 2
+        return tuple(point)
 
     def _box(self) -> tuple[np.ndarray, np.ndarray]:
         box = np.array([*[(0.0, 1.0)] * self.d, *self.bounds])
         return box[:, 0], box[:, 1]
 
     def anchors(self) -> list[Point]:
-        """The vertices and the centroid, everything else halfway: mixtures that a study compares in any case."""
+        """The vertices and the centroid, other numbers at their midpoints: mixtures that any study compares."""
         rows = [*np.eye(self.d), np.full(self.d, 1 / self.d)][: self.d + (self.d > 1)]
         return [self.from_unit(np.concatenate([row, np.full(len(self.bounds), 0.5)])) for row in rows]
 
     def pairs(self, seed: int) -> list[Point]:
-        """Weights of two sources in equal parts, where there are more: no source much oftener, in an order of `seed`.
+        """Weights of two sources in equal parts, none if there are only two; `seed` decides the order.
 
-        With the vertices they are Scheffe's (1958) simplex lattice, which shows every interaction of two.
+        Sources come in turn, so that any first few pairs are balanced. With the vertices they are Scheffe's (1958)
+        simplex lattice, which shows every interaction of two sources.
         """
         order, half = np.random.default_rng(seed).permutation(self.d), 0.5 * np.eye(self.d)
         both = [(i, (i + step) % self.d) for step in range(1, self.d // 2 + 1) for i in range(self.d)]
@@ -100,7 +97,7 @@ class Space:
         return [tuple((half[i] + half[j]).tolist()) for i, j in unique] if self.d > 2 else []
 
     def sobol(self, n: int, seed: int) -> list[Point]:
-        """`n` scrambled Sobol points, uniform on the simplex through the gaps between sorted coordinates."""
+        """`n` scrambled Sobol points; gaps between sorted coordinates are uniform on the simplex."""
         from scipy.stats import qmc
 
         with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""Gaussian processes behind a search: what a noisy function of mixtures may be. Points with numbers from 0 to 1."""
+"""Gaussian processes that model a noisy function of mixtures, at points with numbers from 0 to 1."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from gpytorch.mlls import ExactMarginalLogLikelihood
 from gpytorch.priors import LogNormalPrior
 from torch import Tensor
 
-MEMBERS = 16  # draws of the hyperparameters that an ensemble holds
-CANDIDATES = 512  # of the prior, from which they start
-SLICES = 8  # each of them then takes
+MEMBERS = 16  # posterior draws of the hyperparameters in an ensemble
+CANDIDATES = 512  # prior draws from which they start
+SLICES = 8  # slice-sampling steps of each
 DTYPE = torch.float64
 JITTER = 1e-6  # of the values' variance
 
 
 class Ensemble(SingleTaskGP):
-    """Quadratic mixture models (Scheffe, 1958) of two kinds, in draws of all that they leave open.
+    """Quadratic mixture models (Scheffe, 1958) of two kinds, averaged over draws of their hyperparameters.
 
         all sources count alike, and deviations are smooth    k(x, y) = a (x . y)^2 + b exp(-sum((x - y)^2 / 2 l^2))
         a few directions carry everything                     k(x, y) = a (Lx . Ly)^2 + b
 
-    A priori one is as likely as the other, and log a, log b, log l and the entries of L are normal, for values of
-    variance 1; so is the noise's log variance, where no `variance` (N, 1) of the values Y (N, 1) is known. `MEMBERS`
-    draws of the posterior hold what the values leave open; a single best fit would be too sure. The second kind sees
-    that two sources which fail alone have a peak between them; the first, peaks that no quadratic form has.
+    Both kinds are equally likely a priori; log a, log b, log l and the entries of L are normal, for values of variance
+    1, and so is the noise's log variance if no `variance` (N, 1) of the values Y (N, 1) is given. `MEMBERS` posterior
+    draws keep the uncertainty that a single best fit would hide. The second kind can represent a peak between two
+    sources that fail alone; the first, peaks that no quadratic form has.
     """
 
     _is_ensemble = True
@@ -62,7 +62,7 @@ class Ensemble(SingleTaskGP):
         self.eval()
 
     def posterior(self, X: Tensor, *args, **kwargs) -> GaussianMixturePosterior:
-        """Of all members, at points (..., q, d)."""
+        """The mixture of all members' posteriors at points (..., q, d)."""
         return GaussianMixturePosterior(super().posterior(X.unsqueeze(-3), *args, **kwargs).distribution)
 
 
@@ -74,19 +74,19 @@ class _Drawn(Kernel):
         self.register_buffer("theta", theta)
 
     def forward(self, x1: Tensor, x2: Tensor, diag: bool = False, **_) -> Tensor:
-        found = _covariance(self.theta, x1, x2)
-        return found.diagonal(dim1=-2, dim2=-1) if diag else found
+        covariance = _covariance(self.theta, x1, x2)
+        return covariance.diagonal(dim1=-2, dim2=-1) if diag else covariance
 
 
 def _prior(d: int, noisy: bool) -> tuple[Tensor, Tensor]:
-    """Mean and sd of: which kind, by its sign; log a, log b, log l (d), L (d x d), and the noise's log variance."""
+    """Prior mean and sd of: kind (by sign), log a, log b, log l (d), L (d x d) and, if `noisy`, log noise variance."""
     rows = [*[(0.0, 1.0)] * 3, *[(0.0, 0.7)] * d, *[(0.0, 0.55)] * d**2, *[(-1.0, 2.0)] * noisy]
     mean, sd = torch.tensor(rows, dtype=DTYPE).T
     return mean, sd
 
 
 def _covariance(theta: Tensor, x1: Tensor, x2: Tensor) -> Tensor:
-    """(R, N, M) of the rows of `theta` (R, P) between points (N, d) and (M, d)."""
+    """(R, N, M): the kernel of each row of `theta` (R, P) between points (N, d) and (M, d)."""
     d = x1.shape[-1]
     few = theta[:, :1] > 0
     a, b = theta[:, 1:3, None, None].exp().unbind(1)
@@ -99,18 +99,18 @@ def _covariance(theta: Tensor, x1: Tensor, x2: Tensor) -> Tensor:
 
 
 def _log_likelihood(covariance: Tensor, noise: Tensor, y: Tensor) -> Tensor:
-    """Of values (N,) under each covariance (R, N, N) and noise variance (R, N), without its constant: (R,)."""
+    """(R,) of values (N,) under each covariance (R, N, N) and noise variance (R, N), up to a constant."""
     factor, failed = torch.linalg.cholesky_ex(covariance + torch.diag_embed(noise + JITTER))
     white = torch.linalg.solve_triangular(factor, y.expand(len(factor), -1)[..., None], upper=False)
-    found = -0.5 * white.square().sum((1, 2)) - factor.diagonal(dim1=1, dim2=2).log().sum(1)
-    return torch.where(failed > 0, -math.inf, found.nan_to_num(-math.inf))
+    likelihood = -0.5 * white.square().sum((1, 2)) - factor.diagonal(dim1=1, dim2=2).log().sum(1)
+    return torch.where(failed > 0, -math.inf, likelihood.nan_to_num(-math.inf))
 
 
 def posterior_draws(log_likelihood: Callable[[Tensor], Tensor], size: int, seed: int) -> Tensor:
     """Draws (MEMBERS, size) of a standard normal prior times a likelihood, a function of (R, size) to (R,).
 
-    Prior draws chosen by their likelihood, moved by elliptical slice sampling (Murray, Adams & MacKay, 2010), which has
-    no step size to tune. Always the same for a seed; torch's own generator is left alone.
+    Prior draws are chosen by their likelihood, then moved by elliptical slice sampling (Murray, Adams & MacKay, 2010),
+    which has no step size to tune. They depend on `seed` alone; torch's global generator is not used.
     """
     g = torch.Generator().manual_seed(seed)
     normal, uniform = partial(torch.randn, generator=g, dtype=DTYPE), partial(torch.rand, generator=g, dtype=DTYPE)
@@ -120,22 +120,22 @@ def posterior_draws(log_likelihood: Callable[[Tensor], Tensor], size: int, seed:
     z, value = z[chosen], value[chosen]
     for _ in range(SLICES):
         old, other, level = z.clone(), normal(MEMBERS, size), value + uniform(MEMBERS).log()
-        angle, left = 2 * math.pi * uniform(MEMBERS), torch.arange(MEMBERS)
+        angle, moving = 2 * math.pi * uniform(MEMBERS), torch.arange(MEMBERS)
         low, high = angle - 2 * math.pi, angle
-        while len(left):
-            z[left] = (old * angle.cos()[:, None] + other * angle.sin()[:, None])[left]
-            value[left] = log_likelihood(z[left])
-            left = left[value[left] <= level[left]]
+        while len(moving):
+            z[moving] = (old * angle.cos()[:, None] + other * angle.sin()[:, None])[moving]
+            value[moving] = log_likelihood(z[moving])
+            moving = moving[value[moving] <= level[moving]]
             low, high = torch.where(angle < 0, angle, low), torch.where(angle < 0, high, angle)
             angle = low + uniform(MEMBERS) * (high - low)
     return z
 
 
 def plain(X: Tensor, Y: Tensor, variance: Tensor | None, seed: int) -> SingleTaskGP:
-    """One smooth kernel with a length-scale for each number, its hyperparameters the likeliest.
+    """One smooth kernel with a length-scale for each number, its hyperparameters by MAP.
 
-    Length-scales from 1, as weights go from 0 to 1, up to where a source hardly matters; botorch's default expects
-    some 4 sqrt(d). A scale near one variance of the values. The priors' modes are exp(mu - sigma^2) = 1.
+    The priors' modes, exp(mu - sigma^2), are 1: length-scales from 1, the range of a weight, up to where a source
+    hardly matters (botorch's default expects some 4 sqrt(d)), and a scale near the variance of the values.
     """
     smooth = RBFKernel(ard_num_dims=X.shape[-1], lengthscale_prior=LogNormalPrior(0.49, 0.7))
     kernel = ScaleKernel(smooth, outputscale_prior=LogNormalPrior(1.0, 1.0))
@@ -146,7 +146,7 @@ def plain(X: Tensor, Y: Tensor, variance: Tensor | None, seed: int) -> SingleTas
 
 
 def sparse(name: str, X: Tensor, Y: Tensor, variance: Tensor | None, seed: int) -> SingleTaskGP:
-    """For many weights of which few matter: length-scales under sparse priors (Eriksson & Jankowiak, 2021), by MAP."""
+    """For many weights of which few matter: MAP under sparsity priors on length-scales (Eriksson & Jankowiak, 2021)."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # the priors' scales are drawn
         return _fitted(getattr(map_saas, name)(X, Y, variance))
@@ -161,4 +161,4 @@ MODELS: dict[str, Callable[..., SingleTaskGP]] = {
     "nei": plain,
     "saas": partial(sparse, "EnsembleMapSaasSingleTaskGP"),
     "additive": partial(sparse, "AdditiveMapSaasSingleTaskGP"),
-}  # by strategy; every other's is an `Ensemble`
+}  # by strategy; every other strategy has an `Ensemble`

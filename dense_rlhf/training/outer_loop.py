@@ -140,7 +140,7 @@ class Trials:
         about = {"updates": len(proxy), "history": proxy, "rung": proxy[rung - 1], "ess": ess}
         if len(proxy) == self.bo.updates:
             return {"event": "observed"} | self.judge(trained.policy, row["seed"]) | about, trained
-        value, error = halfway.foretell(about["rung"])
+        value, error = halfway.predict(about["rung"])
         about |= {"value": value, "standard_error": error, "correlation": halfway.correlation}
         return {"event": "stopped"} | about, trained
 

@@ -323,7 +323,7 @@ def test_an_unknown_standard_error_is_observed(tmp_path):
 
 def test_three_failures_in_a_row_end_the_search_and_tell(tmp_path):
     path = tmp_path / "trials.jsonl"
-    with pytest.raises(InputError, match="3 trials failed one after another, the last: no luck. .*trials.jsonl"):
+    with pytest.raises(InputError, match="3 trials failed in a row, the last: no luck. .*trials.jsonl"):
         toy(path).run(failing(2, 3, 4, 5, reason="no luck"))
     assert [row["status"] for row in trials(path)] == ["observed"] * 2 + ["failed"] * 3
     before = path.read_bytes()
@@ -463,7 +463,7 @@ UNTIED = (lambda pair: pair[0], lambda pair: pair[1])
 
 
 @given(st.lists(st.tuples(NUMBERS, NUMBERS), min_size=5, max_size=12, unique_by=UNTIED), NUMBERS)
-def test_halfway_foretells_what_least_squares_does(pairs, rung):
+def test_halfway_predicts_what_least_squares_does(pairs, rung):
     """Ranks by sorting twice; s^2 (1 + x0' (X'X)^-1 x0) from the design matrix."""
     halfway, (x, y) = complete(pairs), np.array(pairs).T
     ranks = [np.argsort(np.argsort(z)) for z in (x, y)]
@@ -474,7 +474,7 @@ def test_halfway_foretells_what_least_squares_does(pairs, rung):
     beta = np.linalg.lstsq(X, y, rcond=None)[0]
     residuals = y - X @ beta
     error = np.sqrt(residuals @ residuals / (len(x) - 2) * (1 + x0 @ np.linalg.inv(X.T @ X) @ x0))
-    value, found = halfway.foretell(rung)
+    value, found = halfway.predict(rung)
     assert value == pytest.approx(x0 @ beta, abs=1e-6) and (found or 0.0) == pytest.approx(error, abs=1e-6)
 
 
@@ -496,15 +496,15 @@ RISING = [(0.0, 1.0), (1.0, 1.5), (2.0, 2.2), (3.0, 2.9), (4.0, 4.3)]
         ([(0, 2.0), (1, 0.0), (2, 1.0), (3, 4.0), (4, 3.0)], 0.0, False),  # 0.6
     ],
 )
-def test_a_trial_stops_below_the_median_where_halfway_foretells_the_end(pairs, rung, stops):
+def test_a_trial_stops_below_the_median_where_halfway_predicts_the_end(pairs, rung, stops):
     assert complete(pairs).stops(rung) is stops
 
 
 def test_a_perfect_line_has_no_standard_error_to_observe():
-    assert complete([(float(x), 2.0 * x) for x in range(5)]).foretell(7.0) == (14.0, None)
+    assert complete([(float(x), 2.0 * x) for x in range(5)]).predict(7.0) == (14.0, None)
 
 
-def test_only_trials_that_ran_to_their_end_foretell():
+def test_only_trials_that_ran_to_their_end_predict():
     rows = [
         {"status": status, "rung": float(i), "value": 2.0 * i, "point": (1.0,)}
         for i, status in enumerate(["observed", "stopped", "observed", "running", "failed"])

@@ -223,7 +223,7 @@ def test_diverging_training_leaves_its_rollout(task, tmp_path, monkeypatch):
         raise ppo.Diverged({"a": math.inf}, rollout)
 
     monkeypatch.setattr(ppo, "update", diverges)
-    with pytest.raises(InputError, match="3 trials failed one after another, the last: update 0: .*002/failure.safe"):
+    with pytest.raises(InputError, match="3 trials failed in a row, the last: update 0: .*002/failure.safe"):
         search(task, tmp_path / "trials.jsonl")
     assert (tmp_path / "trials.d" / "001" / "failure.json").exists()
 
