@@ -1,6 +1,7 @@
 """Several processes make the update of one, on CPU through gloo; under NCCL the same code was never run."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,8 @@ def both(tmp_path_factory):
     """What two processes left, and what this one does alone."""
     two, one = tmp_path_factory.mktemp("two"), tmp_path_factory.mktemp("one")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    done = subprocess.run([*torchrun, str(WORKER), str(two)], capture_output=True, text=True, timeout=300)
+    command, env = [*torchrun, str(WORKER), str(two)], os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     leave(one)
     return two, one
