@@ -46,7 +46,7 @@ def _rows(*tensors: Tensor, players: Tensor) -> Iterator[list[np.ndarray]]:
 def rank_agreement(credit: Tensor, known: Tensor, players: Tensor) -> np.ndarray:
     """Spearman correlation of `credit` with `known` (B, T) in each response, (B,).
 
-    NaN where either is constant, as an even spread always is: it ranks nothing.
+    NaN where either is constant, as an even spread always is.
     """
     pairs = _rows(credit, known, players=players)
     return np.array([spearmanr(a, b).statistic if varied(a) and varied(b) else np.nan for a, b in pairs])
@@ -56,25 +56,9 @@ def average_precision(credit: Tensor, positive: Tensor, players: Tensor) -> np.n
     """Area under precision and recall of finding the `positive` tokens (B, T) by highest credit.
 
     Even credit gets the share of positives; random orders of few tokens get more, so compare with the source `random`.
-    NaN where no or every player is positive. Where low credit should find them (bad words, a score of goodness), give
-    `-credit`.
+    NaN where no player is positive, or every one. Give `-credit` where low credit should find them (bad words).
     """
     from sklearn.metrics import average_precision_score
 
     pairs = ((a, b > 0) for a, b in _rows(credit, positive, players=players))
     return np.array([average_precision_score(b, a) if 0 < b.sum() < len(b) else np.nan for a, b in pairs])
-
-
-def recovered_mass(credit: Tensor, positive: Tensor, players: Tensor) -> np.ndarray:
-    """The share of credit above zero that lies on the `positive` tokens (B, T).
-
-    Even credit gets the share of positives. NaN where no or every player is positive, or no credit above zero.
-    """
-    pairs = ((a.clip(min=0), b > 0) for a, b in _rows(credit, positive, players=players))
-    return np.array([a[b].sum() / a.sum() if 0 < b.sum() < len(b) and a.any() else np.nan for a, b in pairs])
-
-
-def top_hit(credit: Tensor, positive: Tensor, players: Tensor) -> np.ndarray:
-    """Whether the token with most credit is `positive` (B, T); of tied tokens, the share that is. NaN as above."""
-    pairs = ((a, b > 0) for a, b in _rows(credit, positive, players=players))
-    return np.array([b[a == a.max()].mean() if 0 < b.sum() < len(b) else np.nan for a, b in pairs])

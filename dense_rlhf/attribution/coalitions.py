@@ -6,7 +6,7 @@ credit sums to y_full - y_empty for every y.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations
@@ -48,8 +48,15 @@ def _merge(masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return unique[order], np.argsort(order)[index[2:]]
 
 
+def distinct(blocks: Mapping[Hashable, np.ndarray]) -> tuple[np.ndarray, dict[Hashable, list[int]]]:
+    """Each coalition of all `blocks` (m_i, k) once, in order of first use; and the rows there of each block's."""
+    number: dict[bytes, int] = {}
+    rows = {key: [number.setdefault(mask.tobytes(), len(number)) for mask in masks] for key, masks in blocks.items()}
+    return np.frombuffer(b"".join(number), bool).reshape(len(number), -1), rows
+
+
 def merged_design(masks: np.ndarray, operator: np.ndarray) -> Design:
-    """Merge coalitions that occur twice, and their columns."""
+    """A design of coalitions (m, k) and operator (k, m) in which each coalition is there once, its columns summed."""
     unique, index = _merge(masks)
     merged = np.zeros((len(unique), masks.shape[1]))
     np.add.at(merged, index, operator.T)

@@ -1,13 +1,13 @@
 """Scores of many coalitions of many responses, exact and cheap.
 
 Each prompt is computed once and its key-value cache kept; coalitions that share a prefix share its states
-(`packing`); the last layer runs only where a score is read. Models that this cannot be done with are batched plainly.
+(`packing`); the last layer runs only where a score is read. Other models score each coalition as a text of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -17,16 +17,26 @@ from transformers import DynamicCache, PreTrainedModel
 
 from dense_rlhf.attribution.packing import Pack, pack
 from dense_rlhf.models.language_models import within_memory
-from dense_rlhf.models.reward_model import RewardModel, padded, under_budget
+from dense_rlhf.models.reward_model import RewardModel, batches, padded
 from dense_rlhf.types import InputError, Reading, check_removal
 
-PACKED = ("llama", "mistral", "qwen2", "qwen3")  # decoders whose numbers the tests compare with their own forward
+PACKED = ("llama", "mistral", "qwen2", "qwen3")  # decoders that the tests compare with their own forward and attention
 
 
 def is_packed(model: PreTrainedModel, longest: int) -> bool:
     """Whether coalitions share prefixes: a tested decoder that sees its whole past, `longest` tokens at most."""
     window = getattr(model.config, "sliding_window", None)
     return model.config.model_type in PACKED and hasattr(model, "score") and not (window and window < longest)
+
+
+class _Questions(NamedTuple):
+    """Coalitions to score, and how their absent tokens are removed."""
+
+    readings: Sequence[Reading]
+    masks: Sequence[np.ndarray]  # (m_i, k_i) bool for each reading
+    kind: str  # drop, attention_mask or replace
+    replacement: int  # token id
+    starts: np.ndarray  # (N + 1,) the first coalition of each reading, of all
 
 
 @within_memory("coalitions are scored", "reward.token_budget")
@@ -42,7 +52,7 @@ def coalition_scores(
     `removal`: `drop` closes the gap, `attention_mask` hides the token and keeps positions, `replace:TOKEN` writes
     another token. The prompt and the suffix always stay. Memory is bounded by the model's token budget, whatever the
     batch. `progress` wraps the list of batches and may raise to cancel. Raises `InputError` where masks do not fit,
-    for another removal, and where a score is not finite.
+    for an unknown removal, and where a score is not finite.
     """
     for row, (reading, mask) in enumerate(zip(readings, masks, strict=True)):
         if mask.dtype != bool or mask.ndim != 2 or mask.shape[1] != len(reading.response):
@@ -54,7 +64,7 @@ def coalition_scores(
     outputs = torch.empty(starts[-1], device=reward_model.model.device, dtype=reward_model.dtype)
     longest = max((len(r.prompt) + len(r.response) for r in readings), default=0) + len(reward_model.suffix)
     score = _packed if is_packed(reward_model.model, longest) else _plain
-    for places, values in score(reward_model, readings, masks, kind, replacement, starts, progress):
+    for places, values in score(reward_model, _Questions(readings, masks, kind, replacement, starts), progress):
         outputs[torch.as_tensor(places, device=outputs.device)] = values.to(outputs.dtype)
     scores = reward_model.calibrate(outputs)
     if not bool(scores.isfinite().all()):
@@ -66,14 +76,14 @@ def coalition_scores(
     return list(scores.tensor_split(starts[1:-1].tolist())) if len(masks) else []
 
 
-def _plain(reward_model, readings, masks, kind, replacement, starts, progress) -> Iterator[tuple[np.ndarray, Tensor]]:
+def _plain(reward_model: RewardModel, asked: _Questions, progress: Callable) -> Iterator[tuple[np.ndarray, Tensor]]:
     """Every coalition as a sequence of its own: where each output belongs, and the outputs."""
-    for start, reading, mask in progress(list(zip(starts, readings, masks))):
+    for start, reading, mask in progress(list(zip(asked.starts, asked.readings, asked.masks))):
         prompt, tokens = list(reading.prompt), np.array(reading.response, dtype=int)
-        if kind == "drop":
+        if asked.kind == "drop":
             rows, attended = [prompt + tokens[keep].tolist() for keep in mask], None
-        elif kind == "replace":
-            rows, attended = [prompt + np.where(keep, tokens, replacement).tolist() for keep in mask], None
+        elif asked.kind == "replace":
+            rows, attended = [prompt + np.where(keep, tokens, asked.replacement).tolist() for keep in mask], None
         else:
             rows = [prompt + tokens.tolist()] * len(mask)
             attended = [[True] * len(prompt) + keep.tolist() for keep in mask]
@@ -91,7 +101,7 @@ def _token_id(reward_model: RewardModel, token: str) -> int:
 
 
 class _Keep:
-    """Stands for a layer's cache: takes the keys and values, and ends the layer there."""
+    """In place of a layer's cache: keeps the keys and values, and ends the layer there."""
 
     class Done(Exception):
         pass
@@ -105,7 +115,7 @@ class _Keep:
 
 
 class _Give:
-    """Stands for a layer's cache: answers with keys and values that were kept."""
+    """In place of a layer's cache: answers with keys and values that were kept."""
 
     def __init__(self, kept):
         self.kept = kept
@@ -126,28 +136,15 @@ def reading_only(model: PreTrainedModel, read: Tensor) -> Iterator[None]:
 
     def narrow(hidden: Tensor, attention_mask=None, position_embeddings=None, past_key_values=None, **options):
         keep = _Keep(past_key_values)
-        try:
-            forward(
-                hidden,
-                attention_mask=attention_mask,
-                position_embeddings=position_embeddings,
-                past_key_values=keep,
-                **options,
-            )
-        except _Keep.Done:
-            pass
+        options |= {"attention_mask": attention_mask, "position_embeddings": position_embeddings}
+        with suppress(_Keep.Done):
+            forward(hidden, **options | {"past_key_values": keep})
         if not read.shape[1]:
             return hidden[:, :0]
         rows = torch.arange(len(read), device=read.device)[:, None]
         turned = tuple(x.expand(len(read), -1, -1)[rows, read] for x in position_embeddings)
-        seen = attention_mask[rows, 0, read][:, None]
-        return forward(
-            hidden[rows, read],
-            attention_mask=seen,
-            position_embeddings=turned,
-            past_key_values=_Give(keep.kept),
-            **options,
-        )
+        options |= {"attention_mask": attention_mask[rows, 0, read][:, None], "position_embeddings": turned}
+        return forward(hidden[rows, read], **options | {"past_key_values": _Give(keep.kept)})
 
     layer.forward = narrow
     try:
@@ -176,30 +173,27 @@ class _Batch(NamedTuple):
     places: np.ndarray  # where the valid outputs belong
 
 
-def _packed(reward_model, readings, masks, kind, replacement, starts, progress) -> Iterator[tuple[np.ndarray, Tensor]]:
+def _packed(reward_model: RewardModel, asked: _Questions, progress: Callable) -> Iterator[tuple[np.ndarray, Tensor]]:
     """Shared prefixes once, batch by batch: where each output belongs, and the outputs."""
-    model, prompt = reward_model.model, lambda i: len(readings[i].prompt)
+    model, readings, suffix = reward_model.model, asked.readings, reward_model.suffix
     width = model.config.hidden_size  # larger packs share more and cost more attention, least for wide models
-    packs = [pack(mask, len(reward_model.suffix), kind, max(width, 128 + 2 * mask.shape[1])) for mask in masks]
-    groups = under_budget(sorted(range(len(readings)), key=prompt), prompt, reward_model.budget)
-    jobs = [(group, batch) for group in groups for batch in _batches(group, packs, prompt(group[-1]), reward_model)]
+    packs = [pack(mask, len(suffix), asked.kind, max(width, 128 + 2 * mask.shape[1])) for mask in asked.masks]
+    jobs = []
+    for group in batches([len(reading.prompt) for reading in readings], reward_model.budget):
+        items, longest = [(i, one) for i in group for one in packs[i]], len(readings[group[-1]].prompt)
+        parts = batches([longest + len(one) for _, one in items], reward_model.budget)  # prompts and nodes together
+        jobs += [(group, [items[n] for n in part]) for part in parts]
     current = prompts = None
     for group, items in progress(jobs):
         if group is not current:
             current, prompts = group, _read_prompts(model, [readings[i].prompt for i in group])
             row_of = {i: row for row, i in enumerate(group)}
-        tokens = [np.array([*readings[i].response, *reward_model.suffix], dtype=int) for i, _ in items]
-        batch = _collate(items, tokens, replacement, starts)
+        batch = _collate(items, asked, suffix)
         yield batch.places, _score(model, prompts, [row_of[i] for i, _ in items], batch)
 
 
-def _batches(group, packs, longest, reward_model) -> Iterator[list[tuple[int, Pack]]]:
-    """The packs of a group of readings, with their reading, so that prompts and nodes stay within the budget."""
-    items = sorted(((i, one) for i in group for one in packs[i]), key=lambda item: len(item[1]))
-    return under_budget(items, lambda item: longest + len(item[1]), reward_model.budget)
-
-
-def _collate(items: list[tuple[int, Pack]], tokens: list[np.ndarray], replacement: int, starts: np.ndarray) -> _Batch:
+def _collate(items: list[tuple[int, Pack]], asked: _Questions, suffix: tuple[int, ...]) -> _Batch:
+    """Packs, each with the number of its reading, as padded arrays."""
     b, N, (r, width) = len(items), max(len(one) for _, one in items), np.max([one.path.shape for _, one in items], 0)
     nodes = np.zeros((4, b, N), int)
     batch = _Batch(
@@ -207,11 +201,12 @@ def _collate(items: list[tuple[int, Pack]], tokens: list[np.ndarray], replacemen
         np.full((b, r, width), -1),
         np.zeros((b, r), int),
         np.zeros((b, r), bool),
-        np.concatenate([starts[i] + one.coalition for i, one in items]),
+        np.concatenate([asked.starts[i] + one.coalition for i, one in items]),
     )
-    for row, ((_, one), ids) in enumerate(zip(items, tokens)):
+    for row, (i, one) in enumerate(items):
         n, (m, columns) = len(one), one.path.shape
-        nodes[:, row, :n] = np.where(one.absent, replacement, ids[one.column]), one.position, one.column, one.owner
+        tokens = np.array([*asked.readings[i].response, *suffix], dtype=int)[one.column]
+        nodes[:, row, :n] = np.where(one.absent, asked.replacement, tokens), one.position, one.column, one.owner
         batch.path[row, :m, :columns] = one.path
         batch.read[row, :m], batch.valid[row, :m] = one.read, True
     return batch
@@ -220,12 +215,12 @@ def _collate(items: list[tuple[int, Pack]], tokens: list[np.ndarray], replacemen
 def visible(path: Tensor, owner: Tensor, column: Tensor) -> Tensor:
     """Which nodes each node of packs sees, (b, N, N) bool: itself and its ancestors. Arguments as in `Pack`, batched.
 
-    Made where it is used: it grows with N^2, what it is made of does not.
+    Made only when it is used, as it alone grows with N^2.
     """
     b, N = owner.shape
     past = path.gather(1, owner[..., None].expand(-1, -1, path.shape[-1]))
     later = torch.arange(path.shape[-1], device=path.device) > column[..., None]
-    past.masked_fill_(later | (past < 0), N)  # what it does not see, in a column of its own
+    past.masked_fill_(later | (past < 0), N)  # all that it does not see goes to one extra column
     sees = torch.zeros(b, N, N + 1, dtype=torch.bool, device=path.device).scatter_(-1, past, True)[..., :N]
     sees.diagonal(dim1=1, dim2=2).fill_(True)  # padding sees itself, lest its softmax be empty
     return sees
@@ -259,7 +254,7 @@ def _score(model: PreTrainedModel, prompts: _Prompts, rows: list[int], batch: _B
 
 
 def _trunk(model: PreTrainedModel, ids: Tensor, seen: Tensor, position: Tensor, cache: DynamicCache) -> Tensor:
-    """Last hidden state of tokens (b, N) that see what `seen` (b, N, P + N) says."""
+    """Last hidden state of tokens (b, N), which see P cached ones and each other where `seen` (b, N, P + N)."""
     bias = torch.zeros(seen.shape, device=ids.device, dtype=model.dtype).masked_fill_(~seen, -torch.inf)
     return model.base_model(
         input_ids=ids, attention_mask=bias[:, None], position_ids=position, past_key_values=cache, use_cache=True

@@ -1,6 +1,6 @@
-"""Explain any reward model: which parts of a response earned its score, for one prompt and one response.
+"""Explain any reward model: which parts of one response to one prompt earned its score.
 
-    found = explain(model, tokenizer, "prompt", "response")
+    explanation = explain(model, tokenizer, "prompt", "response")
 
 The model is any Hugging Face sequence classifier with one output, a decoder or an encoder.
 """
@@ -8,7 +8,7 @@ The model is any Hugging Face sequence classifier with one output, a decoder or 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -32,19 +32,19 @@ if TYPE_CHECKING:
     import shap
 
 ROLES = ("user", "assistant", "system")
-SENTINEL = "\ue000reply\ue001"  # stands for the response where a chat template's text around it is wanted
+SENTINEL = "\ue000reply\ue001"  # in place of the response, to see what a chat template writes around it
 
 
 @dataclass(frozen=True, repr=False)
 class Explanation:
     """What each token of one response adds to its score: `score = baseline + sum(credit) + gap`.
 
-    Shows itself in a notebook as a token heat-map and a table, elsewhere as text.
+    A notebook shows it as a token heat-map and a table, a terminal as text.
     """
 
     response: str
     spans: tuple[tuple[int, int], ...]  # characters of the response that each token covers, without gaps
-    credit: tuple[float, ...]  # of each token, in the model's own output
+    credit: tuple[float, ...]  # of each token, in the unit of the model's output
     player: tuple[int, ...]  # the player that each token belongs to, numbered from 0 in order
     baseline: float  # the score without the response
     score: float  # the score of the whole
@@ -52,7 +52,7 @@ class Explanation:
     complete: bool  # the source claims that gap is zero
     evaluations: int  # texts that the model scored
     seconds: float
-    engine: str  # packed: coalitions share what they have in common; plain: each is a text of its own
+    engine: str  # packed: coalitions share common prefixes; plain: each is a text of its own
     model: str  # where its weights came from, or its class
 
     @property
@@ -62,17 +62,14 @@ class Explanation:
 
     @property
     def tokens(self) -> list[str]:
-        """The text of each token; of the bytes of one character the first has it, the others have none."""
+        """The text of each token; a character of several tokens is the first one's, and the others are empty."""
         return [self.response[start:end] for start, end in self.spans]
 
     @property
     def players(self) -> Spans:
         """The characters of each player."""
-        number = np.array(self.player)
-        return [
-            (self.spans[t[0]][0], self.spans[t[-1]][1])
-            for t in (np.flatnonzero(number == p) for p in range(number.max() + 1))
-        ]
+        own = [np.flatnonzero(np.array(self.player) == number) for number in range(max(self.player) + 1)]
+        return [(self.spans[tokens[0]][0], self.spans[tokens[-1]][1]) for tokens in own]
 
     @property
     def player_credit(self) -> list[float]:
@@ -81,19 +78,16 @@ class Explanation:
 
     @property
     def _equation(self) -> str:
-        return (
-            f"score {self.score:.4f} = baseline {self.baseline:.4f} + credit {sum(self.credit):.4f} "
-            f"+ gap {self.gap:.1e}"
-        )
+        parts = f"baseline {self.baseline:.4f} + credit {sum(self.credit):.4f} + gap {self.gap:.1e}"
+        return f"score {self.score:.4f} = {parts}"
 
     @property
     def _how(self) -> str:
-        return (
-            f"{self.source} on {self.model}: {self.evaluations} evaluations, {self.seconds:.2f} s, {self.engine} engine"
-        )
+        work = f"{self.evaluations} evaluations, {self.seconds:.2f} s, {self.engine} engine"
+        return f"{self.source} on {self.model}: {work}"
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a token: its text, its first character and the one behind its last, its player, its credit."""
+        """A row for each token: its text, the characters [start, end) that it covers, its player, its credit."""
         import pandas as pd
 
         start, end = zip(*self.spans)
@@ -101,31 +95,28 @@ class Explanation:
         return pd.DataFrame(columns)
 
     def ranked(self, most: int = 12) -> pd.DataFrame:
-        """The players that move the score most, furthest first; share is of the sum of all movements."""
+        """The `most` players with the largest credit either way; share is of the sum of all |credit|."""
         import pandas as pd
 
-        rows = zip((self.response[a:b] for a, b in self.players), self.players, self.player_credit)
-        frame = pd.DataFrame(
-            [(text, f"{a}-{b}", credit) for text, (a, b), credit in rows], columns=["part", "characters", "credit"]
-        )
+        rows = [(self.response[a:b], f"{a}-{b}", credit) for (a, b), credit in zip(self.players, self.player_credit)]
+        frame = pd.DataFrame(rows, columns=["part", "characters", "credit"])
         total = frame["credit"].abs().sum()
         frame["share"] = frame["credit"].abs() / total if total else 0.0
         return frame.sort_values("credit", key=abs, ascending=False, kind="stable").head(most)
 
     def to_shap(self) -> shap.Explanation:
-        """One value a player, for shap's own plots (`text`, `bar`, `waterfall`).
+        """A value for each player, for shap's own plots (`text`, `bar`, `waterfall`).
 
-        `data` is escaped for HTML as far as `shap.plots.text` does not do so itself, `feature_names` for matplotlib.
+        `data` is escaped for HTML, which `shap.plots.text` does not do itself, and `feature_names` for matplotlib.
         """
         import shap
 
-        texts = [self.response[a:b] for a, b in self.players]
-        names = [esc(text).replace("$", r"\$") for text in texts]
+        texts = [esc(self.response[a:b]) for a, b in self.players]
         return shap.Explanation(
             values=np.array(self.player_credit),
             base_values=self.baseline,
-            data=np.array([esc(text) for text in texts], dtype=object),
-            feature_names=names,
+            data=np.array(texts, dtype=object),
+            feature_names=[text.replace("$", r"\$") for text in texts],
             display_data=np.array([f"{a}-{b}" for a, b in self.players], dtype=object),
         )
 
@@ -135,14 +126,12 @@ class Explanation:
         return "\n".join([self._equation, f"({self._how})", *lines])
 
     def _repr_html_(self) -> str:
-        heat = heatmap(self.tokens, list(self.credit), "credit")
-        frame = self.ranked()
-        left = len(self.players) - len(frame)
-        caption = "What moves the score most" + (f"; {left} more parts move it less" if left else "")
-        return (
-            f"<p>{esc(self._equation)}<br><small>{esc(self._how)}. Orange adds to the score, blue takes from it; "
-            f"hover for the number.</small></p><table>{heat}</table>{table(frame, caption, 4).data}"
-        )
+        heat, frame = heatmap(self.tokens, list(self.credit), "credit"), self.ranked()
+        more = len(self.players) - len(frame)
+        caption = "What moves the score most" + (f"; {more} more parts move it less" if more else "")
+        how = f"{esc(self._how)}. Orange adds to the score, blue takes from it; hover for the number."
+        head = f"<p>{esc(self._equation)}<br><small>{how}</small></p>"
+        return f"{head}<table>{heat}</table>{table(frame, caption, 4).data}"
 
 
 def explain(
@@ -151,40 +140,42 @@ def explain(
     prompt: str | Sequence[Message | Mapping[str, str]],
     response: str,
     source: str = "shap",
-    players: str | None = None,
-    spans: Sequence[tuple[int, int]] | None = None,
-    params: AttributionParams | None = None,
-    progress: Callable[[Iterator], Iterator] = iter,
+    players: str | Sequence[tuple[int, int]] = "tokens",
+    **options,
 ) -> Explanation:
-    """Which parts of `response` earned the score that `reward_model` gives it behind `prompt`.
+    """Which parts of `response` earned the score that `reward_model` gives it after `prompt`.
 
     `prompt` is text, or the dialogue so far, which goes through the tokenizer's chat template where it has one.
-    `players` are tokens, words or sentences (`params.players` where none is given), or what lies in and between the
-    caller's `spans`, rising (start, end) in characters of the response. A player's credit is spread evenly over its
-    tokens. Everything around the response always stays: prompt, special tokens, and the end that the model is read at
-    (EOS for a decoder whose tokenizer adds no end; where padding is the same token, the model's own forward would read
-    the token before it). One segment: pairs of texts are not supported. Tokens are those of the whole text, see
-    `alignment.tokenise`. Raises `InputError` for a source that removes no tokens, another model than a sequence
-    classifier with one output, a tokenizer without offsets, a response that is empty, too long or altered by the chat
-    template, and spans that do not fit.
+    `players` are tokens, words, sentences, or spans: rising (start, end) in characters of the response, the text
+    between them being players too. A player's credit is spread evenly over its tokens. `options` are fields of
+    `AttributionParams` (budgets, removal, seed), and `progress`, which wraps the batches and may raise to cancel.
+
+    Everything around the response always stays: prompt, special tokens, and the end at which the model is read (EOS
+    for a decoder whose tokenizer adds no end; where EOS is also the padding, the model's own forward would read the
+    token before it). Pairs of texts are not supported. Tokens are those of the whole text, see `text_spans.tokenise`.
+    Raises `InputError` for a source that removes no tokens, a model that is not a sequence classifier with one output,
+    a tokenizer without offsets, a response that is empty, too long or altered by the chat template, and spans that do
+    not fit.
     """
-    params, started = params or AttributionParams(), time.perf_counter()
+    started, progress = time.perf_counter(), options.pop("progress", iter)
+    params, design = AttributionParams(**options), _designed(source)
     _check_model(reward_model)
     wrapped, reading, tokens = _read(reward_model, tokenizer, prompt, response)
-    of = np.array(_players(response, tokens, players or params.players, spans))
-    found = explain_readings(wrapped, [reading], [of], {source: _designed(source)}, params, progress)[source]
+    group = np.array(_players(response, tokens, players))
+    explained = explain_readings(wrapped, [reading], [group], {source: design}, params, progress)[source]
+    baseline = explained.baseline.item()
     if params.removal == "drop":  # else all texts are equally long
-        _check_padding(wrapped, reading, found.baseline.item())
+        _check_padding(wrapped, reading, baseline)
     return Explanation(
         response,
         tuple(tokens),
-        tuple(found.credits[0].tolist()),
-        tuple(of.tolist()),
-        found.baseline.item(),
-        found.scores.item(),
+        tuple(explained.credits[0].tolist()),
+        tuple(group.tolist()),
+        baseline,
+        explained.scores.item(),
         source,
-        _designed(source).complete,
-        found.evaluations,
+        design.complete,
+        explained.evaluations,
         time.perf_counter() - started,
         "packed" if is_packed(reward_model, _length(wrapped, reading)) else "plain",
         reward_model.name_or_path or type(reward_model).__name__,
@@ -192,7 +183,7 @@ def explain(
 
 
 def _designed(source: str) -> Designed:
-    able = [name for name, one in SOURCES.items() if isinstance(one, Designed)]
+    able = [name for name, kind in SOURCES.items() if isinstance(kind, Designed)]
     if source not in able:
         raise InputError(f"source is {source!r}, wanted one that removes tokens: {', '.join(able)}")
     return SOURCES[source]
@@ -203,10 +194,8 @@ def _check_model(model: PreTrainedModel) -> None:
     if not isinstance(model, PreTrainedModel):
         raise InputError(f"reward_model is {name}, wanted a Hugging Face sequence classifier; merge adapters first")
     if model.config.num_labels != 1:
-        raise InputError(
-            f"{name} has {model.config.num_labels} outputs, wanted one: load it by "
-            "AutoModelForSequenceClassification, with num_labels=1 where it is yours"
-        )
+        advice = "load it by AutoModelForSequenceClassification, with num_labels=1 where it is yours"
+        raise InputError(f"{name} has {model.config.num_labels} outputs, wanted one: {advice}")
     if model.training:
         raise InputError(f"{name} is in training mode, its dropout would be explained too; call eval()")
 
@@ -215,16 +204,14 @@ def _check_padding(wrapped: RewardModel, reading: Reading, baseline: float) -> N
     """Raise where the prompt's score depends on the longer texts in its batch: the model pools at the padding."""
     alone = wrapped.score([Reading(reading.prompt, ())]).item()
     if abs(alone - baseline) > torch.finfo(wrapped.model.dtype).eps ** 0.5 * max(1.0, abs(alone)):
-        raise InputError(
-            f"{type(wrapped.model).__name__} scores the prompt {alone:.4f} alone, {baseline:.4f} beside "
-            "longer texts: it reads the padding; wanted a model that does not"
-        )
+        scores = f"scores the prompt {alone:.4f} alone, {baseline:.4f} in a batch with longer texts"
+        raise InputError(f"{type(wrapped.model).__name__} {scores}: it reads the padding; wanted a model that does not")
 
 
 def _read(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: object, response: str
 ) -> tuple[RewardModel, Reading, Spans]:
-    """The model behind its suffix, what it reads, and the characters of each response token."""
+    """The model with its suffix, the tokens that it reads, and the characters of each response token."""
     if not isinstance(response, str) or not response:
         raise InputError(f"response is {response!r}, wanted text that is not empty")
     before, behind, special = _around(tokenizer, prompt, response)
@@ -238,10 +225,8 @@ def _read(
     reading = Reading(tuple(sides.before), tuple(sides.middle))
     length, most = _length(wrapped, reading), _most_tokens(model)
     if length > most:
-        raise InputError(
-            f"prompt, response and end are {length} tokens, {type(model).__name__} reads at most {most}; "
-            "shorten the prompt or the response"
-        )
+        reads = f"{type(model).__name__} reads at most {most}; shorten the prompt or the response"
+        raise InputError(f"prompt, response and end are {length} tokens, {reads}")
     return wrapped, reading, tile(sides.spans, len(response))
 
 
@@ -250,7 +235,7 @@ def _length(wrapped: RewardModel, reading: Reading) -> int:
 
 
 def _most_tokens(model: PreTrainedModel) -> float:
-    """Tokens that fit the model's positions; RoBERTa's begin behind its padding id."""
+    """Tokens that fit the model's positions; RoBERTa's begin after its padding id."""
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or float("inf")
     places = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
     padding = getattr(places, "padding_idx", None)
@@ -258,7 +243,7 @@ def _most_tokens(model: PreTrainedModel) -> float:
 
 
 def _around(tokenizer: PreTrainedTokenizerBase, prompt: object, response: str) -> tuple[str, str, bool]:
-    """The text before and behind the response, and whether the tokenizer adds its special tokens to it."""
+    """The text before and after the response, and whether the tokenizer adds its special tokens to it."""
     if isinstance(prompt, str):
         return prompt, "", True
     messages = [_message(one) for one in prompt] if isinstance(prompt, Sequence) else []
@@ -273,31 +258,26 @@ def _around(tokenizer: PreTrainedTokenizerBase, prompt: object, response: str) -
 
     parts, whole = render(SENTINEL).split(SENTINEL), render(response)
     if len(parts) != 2 or whole != response.join(parts):
-        raise InputError(
-            f"the chat template does not keep the response {response[:80]!r} as it is, exactly once; "
-            "strip white space around it and markers that the template reads"
-        )
+        advice = "strip white space around it and markers that the template reads"
+        raise InputError(f"the chat template does not keep the response {response[:80]!r} as it is, once; {advice}")
     return *parts, False
 
 
 def _message(given: object) -> Message:
-    role, content = (
-        (given.get("role"), given.get("content"))
-        if isinstance(given, Mapping)
-        else (getattr(given, "role", None), getattr(given, "content", None))
-    )
+    fields = given if isinstance(given, Mapping) else getattr(given, "__dict__", {})
+    role, content = fields.get("role"), fields.get("content")
     if role not in ROLES or not isinstance(content, str):
         raise InputError(f"prompt holds {str(given)[:80]!r}, wanted a role of {', '.join(ROLES)} and content as text")
     return Message(role, content)
 
 
-def _players(response: str, tokens: Spans, kind: str, spans: Sequence[tuple[int, int]] | None) -> list[int]:
+def _players(response: str, tokens: Spans, players: str | Sequence[tuple[int, int]]) -> list[int]:
     """The player of each token, numbered from 0."""
-    if spans is None:
-        return list(range(len(tokens))) if kind == "tokens" else groups(tokens, cut(response, kind))
-    parts = partition(spans, len(response))
+    if isinstance(players, str):
+        return list(range(len(tokens))) if players == "tokens" else groups(tokens, cut(response, players))
+    parts = partition(players, len(response))
     owned = {parts[home] for home in homes(tokens, parts)}
-    lost = [span for span in map(tuple, spans) if span not in owned]
+    lost = [span for span in map(tuple, players) if span not in owned]
     if lost:
         raise InputError(f"spans: {lost[0]} ({response[slice(*lost[0])]!r}) is the smaller part of a token; widen it")
     return groups(tokens, parts)

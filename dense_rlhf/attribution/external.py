@@ -1,4 +1,4 @@
-"""Sources of credit outside the reward model: word lists, people's rationales, a DPO policy's log-ratio."""
+"""Sources of credit outside the reward model: word lists, people's marks, a DPO policy's log-ratio."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from dense_rlhf.types import Attribution, InputError, Rollout
 
 
 def lexicon(reward_model: RewardModel, rollout: Rollout, params: AttributionParams) -> Attribution:
-    """What people feel of the words alone: VADER's valence, -4 to 4, of each word, evenly over its tokens.
+    """How good people find each word by itself: VADER's valence, -4 to 4, spread evenly over its tokens.
 
-    Not in score units. The reward model is not asked; of negation and phrases the lexicon knows nothing.
+    Not in score units. Does not use the reward model, and ignores negation and phrases.
     """
     return _by_words("lexicon", load_lexicon(), reward_model, rollout)
 
 
 def rationale(reward_model: RewardModel, rollout: Rollout, params: AttributionParams) -> Attribution:
-    """What people marked in other texts: the mean value of each word in `rationale_path`, evenly over its tokens.
+    """How people marked each word in other texts: its mean value in `rationale_path`, spread evenly over its tokens.
 
-    In the unit of that file, shrunk where a word is rare; words that are not in it have none. The reward model is not
-    asked. Raises `InputError` where no file is given, or one that is not as it should be.
+    In the unit of that file, shrunk where a word is rare, zero where it is missing. Does not use the reward model.
+    Raises `InputError` without a file, or for a malformed one.
     """
     if params.rationale_path is None:
         raise InputError("rationale needs texts in which people marked words; set attribution.rationale_path to a file")
@@ -40,8 +40,8 @@ def _by_words(source: str, judge: AdditiveJudge, reward_model: RewardModel, roll
 def log_ratio(reward_model: RewardModel, rollout: Rollout, params: AttributionParams) -> Attribution:
     """The implicit reward of a DPO policy: credit_t = beta (log pi_dpo - log pi_ref)(y_t | x, y_<t) (RTO, 2404.18922).
 
-    Nats times beta. The two policies run, not the reward model, and the sum is the score only up to what DPO has not
-    learned and a constant of the prompt, so it is not complete. Raises `InputError` where there is no DPO policy.
+    Nats times beta. Runs the two policies, not the reward model; not complete, as the sum equals the score only up to
+    a constant of the prompt and to what DPO has not learned. Raises `InputError` without a DPO policy.
     """
     if reward_model.implicit is None:
         raise InputError("log_ratio needs a policy trained by DPO, and there is none; set reward.dpo_steps above 0")

@@ -1,12 +1,12 @@
-"""How far to trust each source of credit, asked of the reward model itself.
+"""How faithful each source of credit is to the reward model, whose scores of other coalitions put it to the test.
 
 Every measure is one number a response, NaN where undefined, so that intervals can resample responses. Numbers "in
 score units" are in standard deviations of the reference policy's scores, to which reward models are calibrated;
 none is divided by a response's own f(full) - f(empty), which may be zero.
 
-A source is read as *supporting* the response's deviation: credit times `sign`, the sign of f(full) - f(empty), and
-curves are `sign` times scores. So "most supporting first" is for every response what ERASER asks of the predicted
-class. A share (attention, terminal, the controls) says how much, not which way: its weights are its support.
+A player's *support* is its credit times `sign`, the sign of f(full) - f(empty), and curves are `sign` times scores. So
+"most supporting first" asks of every response what ERASER asks of the predicted class. A share (attention, terminal,
+the controls) has no sign: its weights are its support.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy as np
 from scipy.stats import kendalltau
 
 from dense_rlhf.attribution.agreement import rank_agreement, varied
+from dense_rlhf.attribution.coalitions import distinct
 from dense_rlhf.attribution.engine import coalition_scores
 from dense_rlhf.attribution.removal import player_groups
 from dense_rlhf.config.params import AttributionParams
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
 
-RANDOM = "random order"  # the control of the curves, beside the sources
+RANDOM = "random order"  # the control of the curves, listed with the sources
 STEPS = 10  # of the curves: 10, 20 .. 100 % of the players
 MEASURES = {
     "surrogate_r2": "R² of the credits' sum on fresh coalitions",
@@ -48,21 +49,36 @@ MEASURES = {
     "evenness": "ESS/T after the paper's softmax (1 is even)",
 }
 
+
+@dataclass(frozen=True)
+class Draws:
+    """The random coalitions that a response's sources are tested on."""
+
+    seed: int = 0
+    fresh: int = 64  # random coalitions
+    orders: int = 4  # random orders, whose mean curve is the control
+
+    def __post_init__(self):
+        if self.fresh < 2 or self.orders < 1:
+            given = f"fresh is {self.fresh} and orders {self.orders}"
+            raise InputError(f"{given}, wanted at least 2 and 1; take some 64 and 4")
+
+
 # ---------------------------------------------------------------------------------------------------- coalitions
 
 
 def fresh_coalitions(k: int, count: int, rng: np.random.Generator) -> np.ndarray:
     """`count` random coalitions (count, k) of k > 1 players, neither empty nor full: size uniform, then subset uniform.
 
-    Drawn apart from every design. Below some 8 players most coalitions were seen by a design all the same.
+    Independent of every design, though below some 8 players a design has seen most coalitions.
     """
     return rng.random((count, k)).argsort(1) < rng.integers(1, k, count)[:, None]
 
 
 def removal_path(support: np.ndarray, ties: np.ndarray) -> np.ndarray:
-    """Coalitions (2, STEPS + 1, k): what is left as the most supporting go, and what is there as they alone come.
+    """Coalitions (2, STEPS + 1, k) left by deleting, and built by inserting, the most supporting players first.
 
-    Step j moves ceil(k j / STEPS) players. `ties` (k,) orders those of equal support.
+    Step j has moved ceil(k j / STEPS) of them. `ties` (k,) orders those of equal support.
     """
     k = len(support)
     rank = np.argsort(np.lexsort([ties, -support]))
@@ -81,8 +97,8 @@ def path_counts(k: int) -> np.ndarray:
 def surrogate_r2(predicted: np.ndarray, scores: np.ndarray) -> float:
     """1 - mean (y - yhat)² / var y over coalitions, yhat = baseline + credit of the players present.
 
-    At most 1, 0 as good as the mean of y, unbounded below: take medians where var y is small. Compare with `uniform`,
-    which knows how many tokens are present. NaN where scores are all equal, or credit is not in score units.
+    At most 1; 0 is as good as the mean of y; unbounded below, so take medians. Compare with `uniform`, which knows how
+    many tokens are present. NaN where scores are all equal, or credit is not in score units.
     """
     return float(1 - np.mean((scores - predicted) ** 2) / scores.var()) if varied(scores) else np.nan
 
@@ -90,21 +106,18 @@ def surrogate_r2(predicted: np.ndarray, scores: np.ndarray) -> float:
 def surrogate_correlation(predicted: np.ndarray, scores: np.ndarray) -> float:
     """Pearson correlation of the credit present with the score; its square is R² after the best affine fit.
 
-    So sources in any unit compare; the sign stays. Chance is not 0: how many tokens are present tells much of the
-    score, and an even spread knows that. NaN where either is constant.
+    Compares sources in any unit and keeps the sign. Chance is not 0: the number of tokens present predicts much of the
+    score, and an even spread knows it. NaN where either is constant.
     """
     return float(np.corrcoef(predicted, scores)[0, 1]) if varied(predicted) and varied(scores) else np.nan
 
 
 def surrogate_beyond_size(predicted: np.ndarray, scores: np.ndarray, sizes: np.ndarray) -> float:
-    """The same correlation, partial (linear) given the number of tokens present: 0 by chance.
-
-    NaN for an even spread, which knows nothing else.
-    """
+    """The same correlation, partial given the number of tokens present: 0 by chance, NaN for an even spread."""
     size, *both = (x - x.mean() for x in (sizes, predicted, scores))
     rest = [x - size * (size @ x) / (size @ size or 1.0) for x in both]
-    told = all(np.abs(r).max() > 1e-5 * np.abs(x).max() for r, x in zip(rest, both))
-    return surrogate_correlation(*rest) if told else np.nan
+    varies = all(np.abs(r).max() > 1e-5 * np.abs(x).max() for r, x in zip(rest, both))
+    return surrogate_correlation(*rest) if varies else np.nan
 
 
 def infidelity(removed: np.ndarray, lost: np.ndarray) -> float:
@@ -169,10 +182,10 @@ def removal_agreement(by_removal: dict[str, Attribution], rollout: Rollout) -> d
 
 @dataclass(frozen=True)
 class _Claim:
-    """What a source says of one response of k players."""
+    """One source's account of a response of k players."""
 
     credit: np.ndarray  # (k,) NaN where not in score units
-    constant: float  # what no player earns: the baseline, and credit of EOS
+    constant: float  # the baseline, and credit of EOS
     support: np.ndarray  # (k,) in any unit
 
     @classmethod
@@ -186,7 +199,7 @@ class _Claim:
 
 @dataclass(frozen=True)
 class _Case:
-    """One response of k > 1 players: what is said of it, and which coalitions put that to the test."""
+    """One response of k > 1 players: the sources' claims, and the coalitions that put them to the test."""
 
     full: float  # f(full)
     sign: float
@@ -195,18 +208,11 @@ class _Case:
 
     @classmethod
     def of(
-        cls,
-        full: float,
-        sign: float,
-        claims: dict[str, _Claim],
-        k: int,
-        rng: np.random.Generator,
-        fresh: int,
-        orders: int,
+        cls, full: float, sign: float, claims: dict[str, _Claim], k: int, draws: Draws, rng: np.random.Generator
     ) -> _Case:
-        questions = {"fresh": fresh_coalitions(k, fresh, rng), "without": ~np.eye(k, dtype=bool)}
+        questions = {"fresh": fresh_coalitions(k, draws.fresh, rng), "without": ~np.eye(k, dtype=bool)}
         ties = rng.permutation(k)
-        supports = {(RANDOM, i): rng.random(k) for i in range(orders)}
+        supports = {(RANDOM, i): rng.random(k) for i in range(draws.orders)}
         supports |= {source: claim.support for source, claim in claims.items() if varied(claim.support)}
         paths = {("path", key): np.concatenate(removal_path(values, ties)) for key, values in supports.items()}
         return cls(full, sign, claims, questions | paths)
@@ -215,15 +221,16 @@ class _Case:
         """Every measure that needs forwards, by source and name, from the scores of the questions."""
         curves = {key[1]: self.sign * scores.reshape(2, -1) for key, scores in y.items() if key[0] == "path"}
         chance = np.mean([curve for key, curve in curves.items() if key[0] == RANDOM], axis=0)
-        found = {RANDOM: self._aopc(chance)}
+        lost = self.sign * (self.full - y["without"])
+        by_source = {RANDOM: self._aopc(chance)}
         for source, claim in self.claims.items():
-            found[source] = self._surrogate(claim, y["fresh"])
-            lost = self.sign * (self.full - y["without"])
-            found[source]["leave_one_out_tau"] = leave_one_out_tau(claim.support, lost)
+            values = self._surrogate(claim, y["fresh"])
+            values["leave_one_out_tau"] = leave_one_out_tau(claim.support, lost)
             if source in curves:
                 gain = [area(curve, len(claim.support)) for curve in curves[source] - chance]
-                found[source] |= self._aopc(curves[source]) | {"deletion": -gain[0], "insertion": gain[1]}
-        return {(source, name): value for source, values in found.items() for name, value in values.items()}
+                values |= self._aopc(curves[source]) | {"deletion": -gain[0], "insertion": gain[1]}
+            by_source[source] = values
+        return {(source, name): value for source, values in by_source.items() for name, value in values.items()}
 
     def _aopc(self, curves: np.ndarray) -> dict[str, float]:
         full = self.sign * self.full
@@ -249,14 +256,8 @@ def _ask(
     progress: Callable = iter,
 ) -> list[dict[Hashable, np.ndarray]]:
     """Scores of each block of coalitions of players, every coalition of a response once, in one pass for all."""
-    books, places = [], []
-    for blocks in questions:
-        number: dict[bytes, int] = {}
-        places.append(
-            {key: [number.setdefault(mask.tobytes(), len(number)) for mask in masks] for key, masks in blocks.items()}
-        )
-        books.append(np.frombuffer(b"".join(number), bool).reshape(len(number), -1))
-    masks = [book[:, group] for book, group in zip(books, groups)]
+    coalitions, places = zip(*map(distinct, questions)) if questions else ((), ())
+    masks = [own[:, group] for own, group in zip(coalitions, groups)]
     scores = map(_numpy, coalition_scores(reward_model, readings, masks, removal, progress))
     return [{key: y[rows] for key, rows in place.items()} for y, place in zip(scores, places)]
 
@@ -271,12 +272,10 @@ def _check(rollout: Rollout, readings: Sequence[Reading], attributions: dict[str
             "the reward model reads other tokens than the policy's, and credit is of the policy's; "
             "explain its texts in its own tokens (text_rollout without policy_tokenizer)"
         )
-    for source, found in attributions.items():
-        if found.credit.shape != rollout.mask.shape or source == RANDOM:
-            raise InputError(
-                f"credit of {source!r} is {tuple(found.credit.shape)}, wanted {tuple(rollout.mask.shape)} "
-                f"as the responses, and another name than {RANDOM!r}"
-            )
+    for source, attribution in attributions.items():
+        shape, wanted = tuple(attribution.credit.shape), tuple(rollout.mask.shape)
+        if shape != wanted or source == RANDOM:
+            raise InputError(f"credit of {source!r} is {shape}, wanted {wanted}, and another name than {RANDOM!r}")
 
 
 def faithfulness(
@@ -284,23 +283,19 @@ def faithfulness(
     rollout: Rollout,
     attributions: dict[str, Attribution],
     params: AttributionParams,
-    seed: int = 0,
-    fresh: int = 64,
-    orders: int = 4,
+    draws: Draws = Draws(),
     progress: Callable = iter,
 ) -> pd.DataFrame:
     """All `MEASURES` of all sources: columns source, measure, response, value; NaN where undefined.
 
-    Removal and players are those of `params`. Each response is asked, once for all sources, `fresh` coalitions, its
-    leave-one-outs, and 2 (STEPS - 1) of each source and of `orders` random orders; the control `RANDOM` has their mean
-    comprehensiveness and sufficiency. Draws depend on `seed` and the response's tokens alone. A response of fewer than
-    two players is asked nothing. Credit of EOS is taken as always there. Raises `InputError` for a reward model with
-    another tokenizer than the policy's (its tokens are not those that credit is of), and where credit does not fit.
+    Removal and players are those of `params`. For all sources together, the reward model scores each response's fresh
+    coalitions, its leave-one-outs, and 2 (STEPS - 1) coalitions of each source and of each random order; the control
+    `RANDOM` has the random orders' mean comprehensiveness and sufficiency. Draws depend on their seed and the
+    response's tokens only. Responses of fewer than two players need no forward. EOS is never removed. Raises
+    `InputError` for a reward model with another tokenizer than the policy's, and where credit has another shape.
     """
     readings = reward_model.readings(rollout)
     _check(rollout, readings, attributions)
-    if fresh < 2 or orders < 1:
-        raise InputError(f"fresh is {fresh} and orders {orders}, wanted at least 2 and 1; take some 64 and 4")
     groups = [player_groups(reward_model, reading, params.players) for reading in readings]
     rows = [row for row, group in enumerate(groups) if group.max(initial=0) > 0]
     asked = [readings[row] for row in rows], [groups[row] for row in rows]
@@ -309,23 +304,23 @@ def faithfulness(
     for row, reading, group, y in zip(rows, *asked, _ask(reward_model, *asked, ends, params.removal)):
         empty, full = y["ends"]
         sign = 1.0 if full >= empty else -1.0
-        claims = {source: _Claim.of(found, rollout, row, group, sign) for source, found in attributions.items()}
-        rng = np.random.default_rng([seed, *reading.response])
-        cases.append(_Case.of(full, sign, claims, group.max() + 1, rng, fresh, orders))
+        claims = {source: _Claim.of(one, rollout, row, group, sign) for source, one in attributions.items()}
+        rng = np.random.default_rng([draws.seed, *reading.response])
+        cases.append(_Case.of(full, sign, claims, group.max() + 1, draws, rng))
     answers = _ask(reward_model, *asked, [case.questions for case in cases], params.removal, progress)
     return _frame(rollout, attributions, {row: case.measures(y) for row, case, y in zip(rows, cases, answers)})
 
 
 def _frame(rollout: Rollout, attributions: dict[str, Attribution], by_row: dict[int, dict]) -> pd.DataFrame:
-    """Long form of what the rows' forwards say, and of what needs none."""
+    """Long form of the rows' measures, with those that need no forward."""
     import pandas as pd
 
     B = len(rollout.scores)
     keys = [(source, name) for source in attributions for name in MEASURES]
     table = {key: np.full(B, np.nan) for key in [*keys, (RANDOM, "comprehensiveness"), (RANDOM, "sufficiency")]}
-    for source, found in attributions.items():
-        table |= {(source, name): values for name, values in completeness(found, rollout).items()}
-        table[source, "evenness"] = evenness(found, rollout)
+    for source, attribution in attributions.items():
+        table |= {(source, name): values for name, values in completeness(attribution, rollout).items()}
+        table[source, "evenness"] = evenness(attribution, rollout)
     for row, values in by_row.items():
         for key, value in values.items():
             table[key][row] = value

@@ -1,4 +1,4 @@
-"""The kinds of source: linear in coalition scores, inside the reward model, or a share of the score."""
+"""The kinds of source: linear in coalition scores, a function imported when used, or a share of the score."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Designed:
 
 @dataclass(frozen=True)
 class Internal:
-    """A source that looks inside the reward model, or asks something else: `module:function`, imported when used."""
+    """A source that needs torch or more: the function at `module:function`, imported when used."""
 
     place: str
 

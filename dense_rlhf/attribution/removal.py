@@ -1,4 +1,4 @@
-"""Additive explanations by removal: score the coalitions of all sources at once, then one linear map for each."""
+"""Additive explanations by removal: score the coalitions of all sources together, then a linear map for each source."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dense_rlhf.attribution.coalitions import distinct
 from dense_rlhf.attribution.engine import coalition_scores
 from dense_rlhf.config.params import AttributionParams
 from dense_rlhf.models.reward_model import RewardModel
@@ -33,21 +34,14 @@ class Plan:
 
 @lru_cache(maxsize=512)
 def plan(k: int, sources: tuple[tuple[str, Designed], ...], params: AttributionParams) -> Plan:
-    """Designs of all sources on common coalitions; a response without players has its score alone."""
+    """The designs of all sources on common coalitions; without players, only the empty coalition."""
     if k == 0:
         return Plan(np.zeros((1, 0), bool), {}, {name: int(name == sources[0][0]) for name, _ in sources})
-    numbers: dict[bytes, int] = {}
-    uses, added, masks = {}, {}, []
-    for name, source in sources:
-        design, before = source.design(k, params), len(numbers)
-        rows = []
-        for mask in design.masks.numpy():
-            rows.append(numbers.setdefault(mask.tobytes(), len(numbers)))
-            if rows[-1] == len(masks):
-                masks.append(mask)
-        uses[name] = torch.tensor(rows), design.operator
-        added[name] = len(numbers) - before
-    return Plan(np.stack(masks), uses, added)
+    designs = {name: source.design(k, params) for name, source in sources}
+    masks, rows = distinct({name: design.masks.numpy() for name, design in designs.items()})
+    uses = {name: (torch.tensor(rows[name]), design.operator) for name, design in designs.items()}
+    reached = np.maximum.accumulate([max(numbers) + 1 for numbers in rows.values()])
+    return Plan(masks, uses, dict(zip(rows, np.diff(reached, prepend=0).tolist())))
 
 
 def player_groups(reward_model: RewardModel, reading: Reading, players: str) -> np.ndarray:
@@ -59,12 +53,12 @@ def player_groups(reward_model: RewardModel, reading: Reading, players: str) -> 
 
 
 class Explained(NamedTuple):
-    """What one source says of N readings."""
+    """The credit that one source gives the tokens of N readings."""
 
-    credits: list[Tensor]  # (n_i,) of each reading's tokens, float64
+    credits: list[Tensor]  # (n_i,) for each reading's tokens, float64
     baseline: Tensor  # (N,) the scores without any response token
-    scores: Tensor  # (N,) of the whole responses
-    evaluations: int  # of all readings, beyond those shared with sources before it
+    evaluations: int  # for all readings, beyond those shared with sources before it
+    scores: Tensor | None = None  # (N,) of the whole responses
 
 
 def explain_readings(
@@ -82,15 +76,15 @@ def explain_readings(
     """
     named = tuple(sources.items())
     plans = [plan(int(group.max(initial=-1)) + 1, named, params) for group in groups]
-    masks = [one.masks[:, group] for one, group in zip(plans, groups)]
+    masks = [plan.masks[:, group] for plan, group in zip(plans, groups)]
     values = coalition_scores(reward_model, readings, masks, params.removal, progress)
-    baseline = torch.stack([found[0] for found in values])
-    scores = torch.stack([found[min(1, len(found) - 1)] for found in values])  # without players, the empty one is all
-    done = {}
+    baseline = torch.stack([scores[0] for scores in values])
+    whole = torch.stack([scores[min(1, len(scores) - 1)] for scores in values])  # the empty one, without players
+    explained = {}
     for name in sources:
-        credits = [_credit(one, name, found.double(), group) for one, found, group in zip(plans, values, groups)]
-        done[name] = Explained(credits, baseline, scores, sum(one.added[name] for one in plans))
-    return done
+        credits = [_credit(plan, name, scores.double(), group) for plan, scores, group in zip(plans, values, groups)]
+        explained[name] = Explained(credits, baseline, sum(plan.added[name] for plan in plans), whole)
+    return explained
 
 
 def explain_by_removal(
@@ -100,34 +94,37 @@ def explain_by_removal(
     params: AttributionParams,
     progress: Callable = iter,
 ) -> dict[str, Attribution]:
-    """An attribution of a rollout for each source; seconds are divided as evaluations are."""
+    """An attribution of a rollout by each source; the seconds are divided as the evaluations are."""
     start = time.perf_counter()
     readings = reward_model.readings(rollout)
-    of = [player_groups(reward_model, reading, params.players) for reading in readings]
-    found = explain_readings(reward_model, readings, of, sources, params, progress)
-    total, done = max(sum(one.evaluations for one in found.values()), 1), {}
-    for name, one in found.items():
-        credit = on_policy_tokens(rollout, readings, one.credits)
-        baseline = one.baseline.to(rollout.scores)
-        gap = rollout.scores - baseline - credit.sum(-1)
-        done[name] = Attribution(
-            name, credit, baseline, gap, one.evaluations / len(readings), 0.0, sources[name].complete
-        )
+    groups = [player_groups(reward_model, reading, params.players) for reading in readings]
+    explained = explain_readings(reward_model, readings, groups, sources, params, progress)
+    done = {name: in_score_units(name, rollout, readings, explained[name], sources[name].complete) for name in sources}
+    total = max(sum(one.evaluations for one in explained.values()), 1)
     seconds = time.perf_counter() - start
-    return {name: replace(one, seconds=seconds * found[name].evaluations / total) for name, one in done.items()}
+    return {name: replace(one, seconds=seconds * explained[name].evaluations / total) for name, one in done.items()}
 
 
 def _credit(plan: Plan, source: str, scores: Tensor, group: np.ndarray) -> Tensor:
-    """Credit of a reading's tokens (n,)."""
+    """Credit of a reading's tokens (n,) from the scores of its coalitions (m,): phi = A y, shared within a player."""
     if not len(group):
         return scores[:0]
     rows, operator = plan.uses[source]
     phi = operator.to(scores.device) @ scores[rows.to(scores.device)]
-    of = torch.from_numpy(group).to(scores.device)
-    return (phi / of.bincount())[of]
+    player = torch.from_numpy(group).to(scores.device)
+    return (phi / player.bincount())[player]
 
 
-def on_policy_tokens(rollout: Rollout, readings: list[Reading], credits: list[Tensor]) -> Tensor:
+def in_score_units(
+    source: str, rollout: Rollout, readings: Sequence[Reading], explained: Explained, complete: bool = False
+) -> Attribution:
+    """The readings' credit on the policy's tokens, and the gap = score - baseline - sum of credit."""
+    credit, baseline = on_policy_tokens(rollout, readings, explained.credits), explained.baseline.to(rollout.scores)
+    gap = rollout.scores - baseline - credit.sum(-1)
+    return Attribution(source, credit, baseline, gap, explained.evaluations / len(readings), 0.0, complete)
+
+
+def on_policy_tokens(rollout: Rollout, readings: Sequence[Reading], credits: Sequence[Tensor]) -> Tensor:
     """Credit of each reading's tokens (n_i,) on the policy's tokens: (B, T), zero elsewhere, same totals."""
     credit = torch.zeros(rollout.mask.shape, dtype=rollout.scores.dtype, device=rollout.scores.device)
     for row, (reading, values) in enumerate(zip(readings, credits)):

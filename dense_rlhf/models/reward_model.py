@@ -15,20 +15,20 @@ from dense_rlhf.types import InputError, Reading, Responses, Rollout
 
 @dataclass(frozen=True)
 class RewardModel:
-    """A sequence classifier with one output, read behind a suffix that we append: no removal moves the read-out.
+    """A sequence classifier with one output, read at the end of a suffix that we append, which no removal moves.
 
-    `score = (output - offset) / scale`. Suffix (its EOS where none is given) and prompt are never players.
+    `score = (output - offset) / scale`. Prompt and suffix (by default its EOS) are never players.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase  # the model's own
     offset: float = 0.0
     scale: float = 1.0
-    token_budget: int | None = None  # tokens in one forward pass; by device where none is given
-    policy_tokenizer: PreTrainedTokenizerBase | None = None  # where the policy's tokens are others than the model's
+    token_budget: int | None = None  # tokens in one forward pass; None leaves it to the device
+    policy_tokenizer: PreTrainedTokenizerBase | None = None  # set where the policy's tokens are not the model's
     suffix: tuple[int, ...] = ()
     implicit: Callable[[Rollout], Tensor] | None = None  # per-token reward of a DPO-trained policy, (B, T)
-    revision: str = ""  # of what was read: the hub's commit, or a hash of weights or of what they were trained on
+    revision: str = ""  # the hub's commit, or a hash of the weights or of what they were trained on
 
     def __post_init__(self):
         if not self.suffix:
@@ -43,11 +43,11 @@ class RewardModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of its scores: the model's, at least float32."""
+        """Of scores: the model's, at least float32."""
         return torch.promote_types(self.model.dtype, torch.float32)
 
     def calibrated(self, scores: Tensor) -> RewardModel:
-        """The same model, centred and scaled so that `scores` (N,), the reference policy's, have mean 0 and sd 1."""
+        """The same model, shifted and scaled so that the reference policy's `scores` (N,) have mean 0 and sd 1."""
         sd = scores.std().item()
         if not sd > 1e-6:
             raise InputError(f"the reward model gives {len(scores)} texts scores of standard deviation {sd}; train it")
@@ -58,7 +58,7 @@ class RewardModel:
         return (outputs - self.offset) / self.scale
 
     def reading(self, prompt: Sequence[int], response: Sequence[int]) -> Reading:
-        """What the model reads of a policy's tokens: the same, or their text in its own tokens."""
+        """A policy's tokens as the model reads them: the same, or their text in its own tokens."""
         if self.policy_tokenizer is None:
             return Reading(tuple(prompt), tuple(response))
         return translate(self.policy_tokenizer, self.tokenizer, prompt, response)
@@ -75,24 +75,23 @@ class RewardModel:
 
     @torch.no_grad()
     def outputs(self, sequences: Sequence[Sequence[int]], attended: Sequence[Sequence[bool]] | None = None) -> Tensor:
-        """Raw outputs (N,) of token sequences with the suffix behind each, in batches within the token budget.
+        """Raw outputs (N,) of token sequences followed by the suffix, in batches within the token budget.
 
         Tokens that are not `attended` are hidden and keep their place. At least float32.
         """
-        lengths = [len(sequence) + len(self.suffix) for sequence in sequences]
-        found = torch.empty(len(sequences), device=self.model.device, dtype=self.dtype)
-        order = sorted(range(len(sequences)), key=lengths.__getitem__)
-        for rows in under_budget(order, lengths.__getitem__, self.budget):
-            ids, real = padded([(*sequences[i], *self.suffix) for i in rows], self._pad, self.model.device)
+        outputs = torch.empty(len(sequences), device=self.model.device, dtype=self.dtype)
+        for rows in batches([len(sequence) + len(self.suffix) for sequence in sequences], self.budget):
+            ids, real = self.suffixed([sequences[i] for i in rows])
             seen = real
             if attended is not None:
                 seen = padded([(*attended[i], *(True for _ in self.suffix)) for i in rows], 0, ids.device)[0].bool()
-            found[rows] = self.read(seen, real.sum(-1) - 1, input_ids=ids).to(found.dtype)
-        return found
+            outputs[rows] = self.read(seen, real.sum(-1) - 1, input_ids=ids).to(outputs.dtype)
+        return outputs
 
-    @property
-    def _pad(self) -> int:
-        return self.tokenizer.pad_token_id or 0
+    def suffixed(self, sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Token sequences followed by the suffix: ids (N, L), padded on the right, and which are real (N, L)."""
+        rows = [(*sequence, *self.suffix) for sequence in sequences]
+        return padded(rows, self.tokenizer.pad_token_id or 0, self.model.device)
 
     def read(self, seen: Tensor, last: Tensor, **tokens: Tensor) -> Tensor:
         """Raw outputs (N,) of `input_ids` or `inputs_embeds` at the positions `last`; encoders pool by themselves."""
@@ -105,7 +104,7 @@ class RewardModel:
 def padded(
     sequences: Sequence[Sequence[int]], value: int, device: torch.device, left: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Token ids (N, L) and which of them are real (N, L)."""
+    """Sequences padded with `value`, on the right or the left: ids (N, L), and which are real (N, L)."""
     width = max(map(len, sequences), default=0)
     ids, real = torch.full((len(sequences), width), value), torch.zeros(len(sequences), width, dtype=torch.bool)
     for row, sequence in enumerate(sequences):
@@ -114,13 +113,13 @@ def padded(
     return ids.to(device), real.to(device)
 
 
-def under_budget(items: Sequence, size: Callable, budget: int) -> Iterator[list]:
-    """Split `items`, in rising order of `size`, so that number times largest size stays within the budget."""
+def batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Numbers of sequences, short ones first, in batches of at most `budget` tokens with padding, or of one."""
     batch = []
-    for item in items:
-        if batch and (len(batch) + 1) * size(item) > budget:
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batch and (len(batch) + 1) * lengths[i] > budget:
             yield batch
             batch = []
-        batch.append(item)
+        batch.append(i)
     if batch:
         yield batch

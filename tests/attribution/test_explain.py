@@ -12,7 +12,6 @@ from conftest import SENTENCES, jitter
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from dense_rlhf.attribution.explain import explain
-from dense_rlhf.config.params import AttributionParams
 from dense_rlhf.types import InputError, Message
 
 PROMPT, RESPONSE = "the film", " was good. A bad plot, and awful acting"
@@ -129,7 +128,7 @@ def test_a_decoders_scores_are_its_own(kind, source, tokenizer):
 @pytest.mark.parametrize("kind", ENCODERS)
 def test_an_encoders_scores_are_its_own(kind, removal, bert_tokenizer):
     model = build(kind, bert_tokenizer)
-    found = explain(model, bert_tokenizer, PROMPT, RESPONSE, params=AttributionParams(removal=removal))
+    found = explain(model, bert_tokenizer, PROMPT, RESPONSE, removal=removal)
     assert found.score == pytest.approx(own_score(model, bert_tokenizer(PROMPT + RESPONSE)["input_ids"]), abs=1e-5)
     if removal == "drop":
         assert found.baseline == pytest.approx(own_score(model, bert_tokenizer(PROMPT)["input_ids"]), abs=1e-5)
@@ -153,7 +152,7 @@ def shapley(value, k):
 def test_kernel_shap_of_all_coalitions_is_shapley_by_definition(side, players, tokenizer, bert_tokenizer, llama, bert):
     model, own = (llama, tokenizer) if side == "decoder" else (bert, bert_tokenizer)
     response = {"tokens": " was good.", "words": " was good. A bad plot"}[players]
-    found = explain(model, own, PROMPT, response, "kernel", players, params=AttributionParams(samples_per_token=40))
+    found = explain(model, own, PROMPT, response, "kernel", players, samples_per_token=40)
     ids = own(PROMPT + response)["input_ids"]
     if side == "decoder":
         ids = [*ids, own.eos_token_id]
@@ -236,8 +235,8 @@ def test_a_dialogue_without_a_template_is_written_out(tokenizer, llama):
 
 
 def test_players_are_words_sentences_or_spans(tokenizer, llama):
-    def parts(players=None, spans=None, params=None):
-        found = explain(llama, tokenizer, PROMPT, RESPONSE, players=players, spans=spans, params=params)
+    def parts(players):
+        found = explain(llama, tokenizer, PROMPT, RESPONSE, players=players)
         credit = np.array(found.credit)
         for number, total in enumerate(found.player_credit):
             own = credit[np.array(found.player) == number]
@@ -245,21 +244,21 @@ def test_players_are_words_sentences_or_spans(tokenizer, llama):
         return [RESPONSE[a:b] for a, b in found.players]
 
     words = [" was", " good.", " A", " bad", " plot,", " and", " awful", " acting"]
-    assert parts("words") == words == parts(params=AttributionParams(players="words"))
+    assert parts("words") == words
     assert parts("sentences") == [" was good.", " A bad plot, and awful acting"]
-    assert parts(spans=[(5, 10), (12, 21)]) == [" was", " good.", " A", " bad plot", ", and awful acting"]
-    assert parts(spans=[(0, len(RESPONSE))]) == [RESPONSE]
+    assert parts([(5, 10), (12, 21)]) == [" was", " good.", " A", " bad plot", ", and awful acting"]
+    assert parts([(0, len(RESPONSE))]) == [RESPONSE]
 
 
 @pytest.mark.parametrize("spans", [[(3, 3)], [(0, 99)], [(-1, 3)], [(4, 9), (2, 3)], [(0, 5), (4, 9)], [(5, 4)]])
 def test_spans_that_do_not_fit_are_named(spans, tokenizer, llama):
     with pytest.raises(InputError, match=r"spans: \("):
-        explain(llama, tokenizer, PROMPT, RESPONSE, spans=spans)
+        explain(llama, tokenizer, PROMPT, RESPONSE, players=spans)
 
 
 def test_a_span_inside_of_a_token_is_refused(tokenizer, llama):
     with pytest.raises(InputError, match="smaller part of a token"):
-        explain(llama, tokenizer, PROMPT, " good film", spans=[(1, 2)])
+        explain(llama, tokenizer, PROMPT, " good film", players=[(1, 2)])
 
 
 # ---------------------------------------------------------------------------------------------------- display

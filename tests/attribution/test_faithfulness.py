@@ -14,11 +14,12 @@ from hypothesis.extra.numpy import arrays
 
 from dense_rlhf.attribution import attribute
 from dense_rlhf.attribution import faithfulness as measured
-from dense_rlhf.attribution.agreement import average_precision, recovered_mass, top_hit
+from dense_rlhf.attribution.agreement import average_precision
 from dense_rlhf.attribution.faithfulness import (
     MEASURES,
     RANDOM,
     STEPS,
+    Draws,
     aopc,
     area,
     completeness,
@@ -136,7 +137,7 @@ def test_controls_are_near_chance(tokenizer):
     words = sorted({word for text in SENTENCES for word in text.split()})
     rollout = text_rollout([" ".join(rng.choice(words, 12)) for _ in range(60)], tokenizer, model)
     sources = attribute(model, rollout, ["shuffled", "random"], PARAMS) | {"truth": truth(model, rollout)}
-    table = faithfulness(model, rollout, sources, PARAMS, fresh=16)
+    table = faithfulness(model, rollout, sources, PARAMS, Draws(fresh=16))
     means = table.groupby(["source", "measure"])["value"].agg(["mean", "sem"])
     for source in ("shuffled", "random"):
         for measure in ("deletion", "insertion", "leave_one_out_tau", "surrogate_beyond_size"):
@@ -176,11 +177,11 @@ def test_interactions_show_in_the_surrogate_only(tokenizer):
     rollout = text_rollout(TEXTS[:4], tokenizer, curved)
     params = replace(PARAMS, permutations=20)
     found = {"shap": attribute(curved, rollout, ["shap"], params)["shap"]}
-    table = faithfulness(curved, rollout, found, params, fresh=200).set_index("measure")["value"]
+    table = faithfulness(curved, rollout, found, params, Draws(fresh=200)).set_index("measure")["value"]
     assert (table["surrogate_r2"] < 0.999).all() and (table["surrogate_r2"] > 0.5).all()
     assert (table["infidelity"] > 0.01).all() and (table["gap"] < 1e-4).all()
     found = {"shap": replace(found["shap"], baseline=found["shap"].baseline + 5)}
-    shifted = faithfulness(curved, rollout, found, params, fresh=200).set_index("measure")["value"]
+    shifted = faithfulness(curved, rollout, found, params, Draws(fresh=200)).set_index("measure")["value"]
     assert (shifted["surrogate_r2"] < -1).all()
     assert np.allclose(shifted["surrogate_correlation"], table["surrogate_correlation"])
     assert additive.bonus == 0
@@ -191,7 +192,7 @@ def test_numbers_by_hand(tokenizer):
     model = planted(tokenizer, bonus=0.7)
     rollout = text_rollout(["the film was good and the cast was great"], tokenizer, model)
     found = attribute(model, rollout, ["shap"], PARAMS)
-    table = faithfulness(model, rollout, found, PARAMS, seed=5).set_index(["source", "measure"])["value"]
+    table = faithfulness(model, rollout, found, PARAMS, Draws(5)).set_index(["source", "measure"])["value"]
     ids, credit = rollout.responses[0], found["shap"].credit[0].double().numpy()
     k, baseline = len(ids), found["shap"].baseline.item()
 
@@ -309,7 +310,7 @@ def test_forwards_are_shared_and_counted(additive):
 
     real, measured.coalition_scores = measured.coalition_scores, spy
     try:
-        faithfulness(model, rollout, sources, PARAMS, fresh=8, orders=2)
+        faithfulness(model, rollout, sources, PARAMS, Draws(fresh=8, orders=2))
     finally:
         measured.coalition_scores = real
     assert len(seen) == SEVERAL.sum()
@@ -328,7 +329,7 @@ def test_rows_and_sources_do_not_depend_on_each_other(additive):
     for measure in MEASURES:
         values = alone[(alone["source"] == "shap") & (alone["measure"] == measure)]["value"]
         assert np.allclose(values, of(table, "shap", measure)[few], atol=1e-5, equal_nan=True), measure
-    again = faithfulness(model, part, {"shap": shap}, PARAMS, seed=1)
+    again = faithfulness(model, part, {"shap": shap}, PARAMS, Draws(1))
     assert not np.allclose(again["value"], alone["value"], equal_nan=True)
 
 
@@ -337,7 +338,7 @@ def test_a_real_reward_model(removal, reward_model, rollout):
     params = replace(PARAMS, removal=removal)
     found = attribute(reward_model, rollout, ["terminal", "uniform", "random", "shap", "lime"], params)
     found |= {"reversed": reversed_of(found["shap"])}
-    table = faithfulness(reward_model, rollout, found, params, fresh=32)
+    table = faithfulness(reward_model, rollout, found, params, Draws(fresh=32))
     values = table.groupby(["source", "measure"])["value"]
     mean, B = values.mean(), len(rollout.scores)
     assert set(table["measure"]) == set(MEASURES) and set(values.size()) == {B}
@@ -378,7 +379,7 @@ def test_bad_input_raises(additive, tokenizer):
     with pytest.raises(InputError, match="another name"):
         faithfulness(model, rollout, {RANDOM: shap}, PARAMS)
     with pytest.raises(InputError, match="fresh is 1"):
-        faithfulness(model, rollout, {"shap": shap}, PARAMS, fresh=1)
+        Draws(fresh=1)
     with pytest.raises(InputError, match="other tokens than the policy's"):
         faithfulness(replace(model, policy_tokenizer=tokenizer), rollout, {"shap": shap}, PARAMS)
 
@@ -491,11 +492,7 @@ def test_finding_marked_tokens():
     positive = marks([1, 0, 0, 0.2, 1], [0, 0, 1, 0, 0], [0, 0, 0, 0, 0])
     players = torch.tensor([[True] * 4 + [False], [True] * 4 + [False], [True] * 2 + [False] * 3])
     assert np.allclose(average_precision(credit, positive, players), [(1 + 2 / 3) / 2, 0.25, np.nan], equal_nan=True)
-    assert np.allclose(top_hit(credit, positive, players), [1, 0.25, np.nan], equal_nan=True)
-    assert np.allclose(recovered_mass(credit, positive, players), [3.5 / 5.5, 0.25, np.nan], equal_nan=True)
-    assert np.isnan(recovered_mass(-credit.abs(), positive, players)).all()
-    every = torch.ones_like(positive)
-    assert all(np.isnan(f(credit, every, players)).all() for f in (average_precision, top_hit, recovered_mass))
+    assert np.isnan(average_precision(credit, torch.ones_like(positive), players)).all()
 
 
 def test_a_tree_keeps_words_labels_and_places():

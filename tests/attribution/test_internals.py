@@ -9,7 +9,7 @@ import torch
 from conftest import PROMPTS, RATIONALES, SENTENCES, jitter
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from dense_rlhf.attribution import attribute, internals
+from dense_rlhf.attribution import attribute, internals, removal
 from dense_rlhf.config.params import AttributionParams, PPOParams, RewardParams, RunParams
 from dense_rlhf.models.reward_model import RewardModel
 from dense_rlhf.models.tiny_recipe import train_tokenizer
@@ -255,13 +255,14 @@ def test_another_vocabulary_moves_credit_and_keeps_its_total(source, alien, rewa
     alien = replace(alien, implicit=reward_model.implicit)
     rollout, totals = scored(rollout, alien), []
     assert any(len(r.response) != k for r, k in zip(alien.readings(rollout), rollout.players.sum(-1).tolist()))
-    lay = internals.on_policy_tokens
+    lay = removal.on_policy_tokens
 
     def remember(rollout, readings, credits):
         totals.extend(credit.sum().item() for credit in credits)
         return lay(rollout, readings, credits)
 
-    monkeypatch.setattr(internals, "on_policy_tokens", remember)
+    for module in (internals, removal):
+        monkeypatch.setattr(module, "on_policy_tokens", remember)
     found = explain(source, alien, rollout)
     assert found.credit.isfinite().all() and not found.credit[~rollout.mask].any()
     if source in ("prefix", "gradient_input", "integrated_gradients"):

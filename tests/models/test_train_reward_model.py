@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dense_rlhf.config.params import RewardParams
 from dense_rlhf.models import train_reward_model
-from dense_rlhf.models.reward_model import RewardModel, under_budget
+from dense_rlhf.models.reward_model import RewardModel, batches
 from dense_rlhf.models.train_reward_model import pack_kept, pair_ids, share_of
 from dense_rlhf.types import InputError, LabelledText, Message, PreferencePair, Reading
 
@@ -74,10 +74,10 @@ def test_score_does_not_depend_on_token_budget_or_row_order(reward_model, texts,
 
 @given(st.lists(st.integers(0, 9)), st.integers(1, 30))
 def test_batches_cover_every_item_once_within_the_budget(sizes, budget):
-    batches = list(under_budget(sorted(sizes), lambda size: size, budget))
-    assert sum(batches, []) == sorted(sizes)
-    assert all(len(batch) * batch[-1] <= budget or len(batch) == 1 for batch in batches)
-    for batch, following in zip(batches, batches[1:]):  # no batch could have taken one more
+    made = [[sizes[i] for i in numbers] for numbers in batches(sizes, budget)]
+    assert sum(made, []) == sorted(sizes)
+    assert all(len(batch) * batch[-1] <= budget or len(batch) == 1 for batch in made)
+    for batch, following in zip(made, made[1:]):  # no batch could have taken one more
         assert (len(batch) + 1) * following[0] > budget
 
 
