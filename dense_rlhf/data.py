@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dense_rlhf.config.params import DataParams
+from dense_rlhf.config.parse import named
 from dense_rlhf.files import file_sha256, wheel_member
 from dense_rlhf.types import InputError, LabelledText, Message, PreferencePair, Prompt
 
@@ -329,6 +330,4 @@ DATASETS: dict[str, Callable[[DataParams, int | None], Dataset]] = {
 
 def load_data(params: DataParams, rows: int | None = None) -> Dataset:
     """The dataset that `params.name` names; of a hub only its first `rows`, where given."""
-    if params.name not in DATASETS:
-        raise InputError(f"data.name is {params.name!r}, wanted one of {', '.join(DATASETS)}")
-    return DATASETS[params.name](params, rows)
+    return named(DATASETS, params.name, "data.name")(params, rows)

@@ -1,147 +1,126 @@
 """Every parameter of a study, typed and strict: YAML in, one flat dictionary for each notebook out, and back.
 
 `ppo: {lr: 1.0e-4}` in a study's YAML is `ppo.lr` on the command line and `ppo_lr` in a notebook's parameters cell.
-This module imports nothing heavy, so that a wrong parameter is refused at once.
+The comment on a field describes it in the JSON schema. This module imports nothing heavy, so that a wrong parameter is
+refused at once.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Annotated, Literal, get_type_hints
 
-from dense_rlhf.config.judging import DownstreamParams, JudgeParams
-from dense_rlhf.config.parse import parse
-from dense_rlhf.types import InputError, RewardShape, check_removal
+from pydantic import Field
+
+from dense_rlhf.config.parse import read_yaml
+from dense_rlhf.config.strict import Count, Flag, Many, Positive, Real, Several, Share, Size, Text, Whole, params, parse
+from dense_rlhf.types import NORMALISERS, InputError, RewardShape, check_removal
 
 LEARNED = "learned"
-DTYPES = ("float32", "bfloat16")
-CRITICS = ("shared", "detached", "separate")
-VALUE_STARTS = ("zero", "score")
-KL_ESTIMATORS = ("k1", "k2", "k3")
-SAMPLERS = ("cache", "generate", "vllm")
-PLAYERS = ("tokens", "words", "sentences")
 STRATEGIES = ("gp", "saas", "additive", "nei", "random", "sobol")
 OBJECTIVES = ("proxy", "gold", "penalised")
 TEMPERATURES = ("fixed", "shared", "each")
 LANDSCAPES = ("interior", "vertex", "face", "ridge", "tent", "flat")
 PLAIN = (bool, int, float, str, list, tuple, type(None))  # what a parameters cell can hold
 
+Dtype = Literal["float32", "bfloat16"]
 
-@dataclass(frozen=True)
+
+@params("data")
 class DataParams:
     """Which dataset and how its prompts are cut."""
 
-    name: str = "reviews"
-    path: str | None = None  # a local file, where there is no hub
-    revision: str | None = None  # branch, tag or commit on the hub; what it resolves to is recorded
-    split: str | None = None  # the hub's split; the dataset's own default where none is given
-    prompt_words: int = 8  # reviews: a prompt is the first words of a review
-    max_prompt_chars: int = 2000  # longer prompts are left out and counted
+    name: Text = "reviews"  # a registered dataset, or my_module:my_loader
+    path: Text | None = None  # a local file, in place of the hub
+    revision: Text | None = None  # branch, tag or commit on the hub; the commit it resolves to is recorded
+    split: Text | None = None  # the hub's split; by default the dataset's own
+    prompt_words: Count = 8  # reviews: a prompt is the first words of a review
+    max_prompt_chars: Count = 2000  # longer prompts are left out and counted
+
+    @property
+    def label(self) -> str:
+        """The name as a part of file names: of `my_module:my_loader` the function's."""
+        return self.name.rpartition(":")[2]
 
 
-def _check_dtype(name: str, dtype: str) -> None:
-    if dtype not in DTYPES:
-        raise InputError(f"{name} is {dtype!r}, wanted one of {', '.join(DTYPES)}")
-
-
-@dataclass(frozen=True)
+@params("policy")
 class PolicyParams:
     """Which language model to fine-tune, and how much of it."""
 
-    name: str = "tiny"  # tiny, smollm2, a hub id or a local folder
-    revision: str | None = None  # of a hub id; what it resolves to is recorded
-    trainable_layers: int | None = None  # only the last n layers learn; all parameters where none is given
-    dtype: str = "float32"  # float32; or bfloat16: frozen weights and arithmetic, learning weights stay float32
-
-    critic: str = "shared"  # shared: a head on the policy's trunk; detached: no gradient into it; separate: its own
-    value_start: str = "zero"  # zero; or score: a shared or detached head starts by saying the score so far
-    lora_rank: int | None = None  # adapters of this rank learn in place of the weights; none where none is given
-    lora_alpha: float = 32.0  # adapters are scaled by alpha / rank
-
-    def __post_init__(self):
-        _check_dtype("policy.dtype", self.dtype)
-        for name, known in (("critic", CRITICS), ("value_start", VALUE_STARTS)):
-            if getattr(self, name) not in known:
-                raise InputError(f"policy.{name} is {getattr(self, name)!r}, wanted one of {', '.join(known)}")
-        for name in ("trainable_layers", "lora_rank"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise InputError(f"policy.{name} is {getattr(self, name)}, wanted at least 1, or nothing")
+    name: Text = "tiny"  # tiny, smollm2, a hub id or a local folder
+    revision: Text | None = None  # of a hub id; the commit it resolves to is recorded
+    trainable_layers: Count | None = None  # only the last n layers learn; by default all parameters
+    dtype: Dtype = "float32"  # bfloat16: frozen weights and arithmetic; weights that learn stay float32
+    critic: Literal["shared", "detached", "separate"] = (
+        "shared"  # detached: no gradient into the trunk; separate: its own
+    )
+    value_start: Literal["zero", "score"] = "zero"  # score: a shared or detached head starts by predicting the score
+    lora_rank: Count | None = None  # adapters of this rank learn in place of the weights; by default none
+    lora_alpha: Size = 32.0  # adapters are scaled by alpha / rank
 
 
-@dataclass(frozen=True)
+@params("reward")
 class RewardParams:
     """The proxy reward model: a small transformer trained here, or a finished one from the hub."""
 
-    name: str = "scratch"  # scratch, or the hub id or folder of a sequence classifier with one output
-    revision: str | None = None
-    labels: float = 1.0  # scratch: the share of the people's labels, or pairs, that it learns from
-    hidden: int = 64
-    layers: int = 2
-    heads: int = 4
-    steps: int = 500
-    batch: int = 96
-    lr: float = 3e-3
-    window: int = 48  # labels: tokens of a training snippet; pairs: the most tokens of a dialogue
-    max_drop: float = 0.6  # labels: each snippet loses a uniform share of its tokens, up to this
-    token_budget: int | None = None  # tokens in one forward pass; by device where none is given
-    dtype: str = "float32"  # float32 or bfloat16: the weights when it scores and explains
-    dpo_steps: int = 0  # log_ratio: steps of DPO on the proxy's own preferences; none where 0
-    dpo_beta: float = 0.1  # log_ratio: how strongly DPO holds its policy to the reference
+    name: Text = "scratch"  # scratch, or the hub id or folder of a sequence classifier with one output
+    revision: Text | None = None  # of a hub id; the commit it resolves to is recorded
+    labels: Annotated[Real, Field(gt=0, le=1)] = 1.0  # scratch: the share of the human labels, or pairs, to learn from
+    hidden: Count = 64  # scratch: width of the model
+    layers: Count = 2
+    heads: Count = 4
+    steps: Whole = 500
+    batch: Count = 96
+    lr: Size = 3e-3
+    window: Count = 48  # labels: tokens of a training snippet; pairs: the most tokens of a dialogue
+    max_drop: Share = 0.6  # labels: each snippet loses a uniform share of its tokens, up to this
+    token_budget: Count | None = None  # tokens in one forward pass; by default set by the device
+    dtype: Dtype = "float32"  # of the weights when it scores and explains
+    dpo_steps: Whole = 0  # log_ratio: steps of DPO on the proxy's own preferences; 0 trains none
+    dpo_beta: Positive = 0.1  # log_ratio: how strongly DPO holds its policy to the reference
 
     def __post_init__(self):
-        _check_dtype("reward.dtype", self.dtype)
-        if not 0 < self.labels <= 1:
-            raise InputError(f"reward.labels is {self.labels}, wanted a share above 0, at most 1")
         if self.labels < 1 and self.name != "scratch":
             raise InputError(
-                f"reward.labels is {self.labels} for {self.name!r}, which is finished; wanted 1, or "
+                f"reward.labels is {self.labels} for {self.name!r}, which is already trained; wanted 1, or "
                 "reward.name 'scratch'"
             )
-        if self.dpo_steps < 0 or not 0 < self.dpo_beta < math.inf:
-            raise InputError(f"reward.dpo_steps, dpo_beta: {self.dpo_steps}, {self.dpo_beta}; wanted 0 or more, over 0")
 
 
-@dataclass(frozen=True)
+@params("attribution")
 class AttributionParams:
     """Budgets and conventions of explaining a response of k players."""
 
-    permutations: int = 2  # shap: 2 k - 1 evaluations each
-    samples_per_token: int = 4  # kernel, leverage: evaluations = this times k
-    lime_samples: int = 64
-    owen_depth: int | None = None  # levels of the tree; all where none is given, at about 2 k^2 / 3 evaluations
-    ig_steps: int = 16  # integrated gradients
-    removal: str = "drop"  # drop, attention_mask, or replace:TOKEN
-    players: str = "tokens"  # tokens, words or sentences: what is removed together and shares its credit evenly
-    rationale_path: str | None = None  # rationale: a file of texts in which people marked words
-    seed: int = 0
+    permutations: Count = 2  # shap: 2 k - 1 evaluations each
+    samples_per_token: Count = 4  # kernel, leverage: evaluations = this times k
+    lime_samples: Count = 64
+    owen_depth: Whole | None = None  # levels of the tree; by default all, at about 2 k^2 / 3 evaluations
+    ig_steps: Count = 16  # integrated gradients
+    removal: Text = "drop"  # drop, attention_mask, or replace:TOKEN
+    players: Literal["tokens", "words", "sentences"] = "tokens"  # are removed together and share their credit evenly
+    rationale_path: Text | None = None  # rationale: a file of texts in which people marked words
+    seed: Whole = 0
 
     def __post_init__(self):
-        for name in ("permutations", "samples_per_token", "lime_samples", "ig_steps"):
-            if getattr(self, name) < 1:
-                raise InputError(f"attribution.{name} is {getattr(self, name)}, wanted at least 1")
         check_removal(self.removal)
-        if self.players not in PLAYERS:
-            raise InputError(f"attribution.players is {self.players!r}, wanted one of {', '.join(PLAYERS)}")
 
 
-@dataclass(frozen=True)
+@params("shape")
 class ShapeParams:
     """An arm: sources, their weights (the word `learned` leaves them to the outer loop), and the normalisation."""
 
-    sources: tuple[str, ...] = ("terminal",)
-    weights: tuple[float, ...] | str = (1.0,)
-    normalise: str = "softmax"
-    temperature: float | tuple[float, ...] = 1.0  # of softmax; or a list, one a source
-    features: tuple[str, ...] = ()  # of tokens, that the weights depend on
-    slopes: tuple[tuple[float, ...], ...] = ()  # a row a source, a number a feature
+    sources: Many[Text] = ("terminal",)  # registered sources, or my_module:my_source
+    weights: Many[Real] | Literal["learned"] = (1.0,)  # one a source, which sum to 1
+    normalise: Literal[NORMALISERS] = "softmax"
+    temperature: Real | Many[Real] = 1.0  # of softmax; or a list, one a source
+    features: Many[Text] = ()  # of tokens, that the weights depend on
+    slopes: Many[Many[Real]] = ()  # a row a source, a number a feature
 
     def __post_init__(self):
-        if self.is_learned:
-            if len(self.sources) < 2:
-                raise InputError("shape.weights is 'learned' for one source; wanted at least two sources")
-        elif isinstance(self.weights, str):
-            raise InputError(f"shape.weights is {self.weights!r}, wanted a list of numbers or the word '{LEARNED}'")
+        if self.is_learned and len(self.sources) < 2:
+            raise InputError("shape.weights is 'learned' for one source; wanted at least two sources")
         self.reward_shape()
 
     @property
@@ -149,127 +128,76 @@ class ShapeParams:
         return self.weights == LEARNED
 
     def reward_shape(self) -> RewardShape:
-        """The shape; even weights where they are still to be learned."""
+        """The shape; with equal weights while they are still to be learned."""
         even = (1 / len(self.sources),) * len(self.sources)
-        return RewardShape(
-            self.sources,
-            even if self.is_learned else self.weights,
-            self.normalise,
-            self.temperature,
-            self.features,
-            self.slopes,
-        )
+        return RewardShape(**vars(self) | ({"weights": even} if self.is_learned else {}))
 
 
-@dataclass(frozen=True)
+@params("ppo")
 class PPOParams:
     """One policy's training."""
 
-    updates: int = 24
-    rollouts: int = 64  # responses an update
-    max_new_tokens: int = 24
-    temperature: float = 1.0
-    sampler: str = "cache"  # cache: our loop; generate: transformers' own, compiled on CUDA; vllm: the extra
-    epochs: int = 1  # passes over each batch of rollouts
-    minibatch: int = 32  # responses an optimiser step
-    lr: float = 1e-4  # falls linearly to a tenth
-    value_lr: float = 1e-3  # of the value head
-    kl_coef: float = 0.05  # where it starts, if kl_target is given
-    kl_estimator: str = "k1"  # of the penalty: k1 is unbiased, also in gradient; k2 and k3 vary less
-    kl_target: float | None = None  # nats a response; kl_coef then follows it
-    kl_horizon: float = 10_000.0  # responses in which kl_coef can change by a factor of about e
-    gamma: float = 1.0
-    lam: float = 0.95
-    clip: float = 0.2
-    value_clip: float = 0.2
-    value_coef: float = 0.1
-    max_grad_norm: float = 1.0
-    missing_eos_penalty: float = 0.0
-    whiten_rewards: bool = False
-    scale_rewards: bool = False  # divide by the running standard deviation of the scores
-    clip_rewards: float | None = None  # the most a token's shaped reward may be, either sign; the share cut is logged
-    micro_batch: int = 16  # responses of similar length in a forward pass, in each process
-    checkpoint_every: int = 10  # updates; a training that was cut short goes on from there
+    updates: Count = 24
+    rollouts: Count = 64  # responses an update
+    max_new_tokens: Count = 24
+    temperature: Positive = 1.0
+    sampler: Literal["cache", "generate"] = "cache"  # our loop; or transformers' own, compiled on CUDA
+    epochs: Count = 1  # passes over each batch of rollouts
+    minibatch: Count = 32  # responses an optimiser step
+    lr: Positive = 1e-4  # falls linearly to a tenth
+    value_lr: Positive = 1e-3  # of the value head
+    kl_coef: Size = 0.05  # only the initial value if kl_target is given
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # of the penalty: k1 is unbiased, also in gradient; others vary less
+    kl_target: Positive | None = None  # nats a response; kl_coef then follows it
+    kl_horizon: Positive = 10_000.0  # responses in which kl_coef can change by a factor of about e
+    gamma: Share = 1.0
+    lam: Share = 0.95
+    clip: Positive = 0.2
+    value_clip: Positive = 0.2
+    value_coef: Size = 0.1
+    max_grad_norm: Positive = 1.0
+    missing_eos_penalty: Size = 0.0
+    whiten_rewards: Flag = False
+    scale_rewards: Flag = False  # divide by the running standard deviation of the scores
+    clip_rewards: Positive | None = None  # bound on a token's shaped reward, either sign; the share clipped is logged
+    micro_batch: Count = 16  # responses of similar length in a forward pass, in each process
+    checkpoint_every: Count = 10  # updates; an interrupted training resumes from there
 
     def __post_init__(self):
-        for name in ("gamma", "lam"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"ppo.{name} is {getattr(self, name)}, wanted a number from 0 to 1")
-        for name in POSITIVE:
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise InputError(f"ppo.{name} is {value}, wanted a number above 0")
-        for name in ("kl_coef", "missing_eos_penalty", "value_coef"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise InputError(f"ppo.{name} is {getattr(self, name)}, wanted 0 or more")
-        for name, known in (("kl_estimator", KL_ESTIMATORS), ("sampler", SAMPLERS)):
-            if getattr(self, name) not in known:
-                raise InputError(f"ppo.{name} is {getattr(self, name)!r}, wanted one of {', '.join(known)}")
         if self.kl_target is not None and not self.kl_coef > 0:
             raise InputError(f"ppo.kl_coef is {self.kl_coef}, wanted a number above 0, which ppo.kl_target multiplies")
         if self.rollouts % self.minibatch:
             raise InputError(f"ppo.rollouts is {self.rollouts}, wanted a multiple of ppo.minibatch = {self.minibatch}")
 
 
-POSITIVE = (
-    "updates",
-    "rollouts",
-    "max_new_tokens",
-    "epochs",
-    "minibatch",
-    "micro_batch",
-    "checkpoint_every",
-    "temperature",
-    "lr",
-    "value_lr",
-    "clip",
-    "value_clip",
-    "max_grad_norm",
-    "kl_target",
-    "kl_horizon",
-    "clip_rewards",
-)
-
-
-@dataclass(frozen=True)
+@params("bo")
 class BOParams:
     """The outer loop."""
 
-    trials: int = 25
-    initial: int = 5  # quasi-random points before the model chooses, behind the anchors
-    updates: int = 10  # PPO updates a trial
-    anchors: bool = True  # start with each source alone and with all in equal parts
-    replicates: int = 1  # trials of each anchor, which tell how much another seed changes
-    strategy: str = "gp"
-    objective: str = "proxy"  # proxy; gold; or penalised: proxy less kl_weight times the KL, of held-out responses
-    kl_weight: float = 0.1  # proxy's sd a nat
-    stop_early: bool = False  # halfway, where trials so far show that halfway foretells the end
-    temperature: str = "fixed"  # fixed: the arm's; or searched, shared: one for all sources, each: one a source
-    temperature_low: float = 0.01
-    temperature_high: float = 1.0
-    signs: bool = False  # search also whether credit keeps its sign: signed against softmax
-    features: tuple[str, ...] = ()  # of tokens, whose slopes in the weights are searched, in place of the arm's
-    slope: float = 2.0  # slopes are searched from minus this to this
+    trials: Several = 25
+    initial: Whole = 5  # quasi-random points after the anchors, before the model chooses
+    updates: Count = 10  # PPO updates a trial
+    anchors: Flag = True  # start with each source alone and with all in equal parts
+    replicates: Count = 1  # trials of each anchor, which show how much another seed changes
+    strategy: Literal[STRATEGIES] = "gp"
+    objective: Literal[OBJECTIVES] = "proxy"  # of held-out responses; penalised: proxy less kl_weight times the KL
+    kl_weight: Size = 0.1  # proxy's sd a nat
+    stop_early: Flag = False  # halfway, once earlier trials show that the halfway score predicts the final one
+    temperature: Literal[TEMPERATURES] = "fixed"  # the arm's; or searched: shared by all sources, or one each
+    temperature_low: Positive = 0.01
+    temperature_high: Positive = 1.0
+    signs: Flag = False  # search also whether credit keeps its sign: signed against softmax
+    features: Many[Text] = ()  # of tokens; their slopes in the weights are searched, in place of the arm's
+    slope: Positive = 2.0  # slopes are searched from minus this to this
 
     def __post_init__(self):
-        least = {
-            "trials": 2,
-            "initial": 0 if self.anchors else 2,
-            "updates": 4 if self.stop_early else 1,
-            "replicates": 1,
-            "kl_weight": 0,
-        }
-        for name, low in least.items():
-            if not low <= getattr(self, name) < math.inf:
-                raise InputError(f"bo.{name} is {getattr(self, name)}, wanted at least {low}")
-        for name, known in (("strategy", STRATEGIES), ("objective", OBJECTIVES), ("temperature", TEMPERATURES)):
-            if getattr(self, name) not in known:
-                raise InputError(f"bo.{name} is {getattr(self, name)!r}, wanted one of {', '.join(known)}")
+        if self.initial < 2 and not self.anchors:
+            raise InputError(f"bo.initial is {self.initial}, wanted at least 2 where bo.anchors is false")
+        if self.updates < 4 and self.stop_early:
+            raise InputError(f"bo.updates is {self.updates}, wanted at least 4 where bo.stop_early is true")
         low, high = self.temperature_low, self.temperature_high
-        if not 0 < low < high < math.inf:
-            raise InputError(f"bo.temperature_low, temperature_high: {low}, {high}; wanted numbers above 0, rising")
-        if not 0 < self.slope < math.inf:
-            raise InputError(f"bo.slope is {self.slope}, wanted a number above 0")
+        if low >= high:
+            raise InputError(f"bo.temperature_low is {low}, wanted less than bo.temperature_high = {high}")
         if len(set(self.features)) != len(self.features):
             raise InputError(f"bo.features names a feature twice: {list(self.features)}")
 
@@ -282,76 +210,98 @@ class BOParams:
             )
 
 
-@dataclass(frozen=True)
+@params("evaluation")
 class EvaluationParams:
-    """How policies are judged."""
+    """How policies are evaluated."""
 
-    prompts: int = 300  # held-out prompts, one response each
-    seeds: int = 3  # trainings of each arm, in ablations that train
-    sst_path: str | None = None  # trees of the Stanford Sentiment Treebank, where there are some
-    toxic_path: str | None = None  # a CSV of SemEval-2021 toxic spans, where there is one
+    prompts: Count = 300  # held-out prompts, one response each
+    seeds: Count = 3  # trainings of each arm, in ablations that train
+    sst_path: Text | None = None  # trees of the Stanford Sentiment Treebank, if available
+    toxic_path: Text | None = None  # a CSV of SemEval-2021 toxic spans, if available
 
 
-@dataclass(frozen=True)
+@params("dimension")
 class DimensionParams:
-    """The ablation that asks how many trials more sources need."""
+    """The ablations that ask how many trials more sources need: on known functions, then on reviews."""
 
-    d: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)  # numbers of weights of the synthetic searches
-    trials: int = 100  # of each
-    seeds: int = 3  # of each
-    rival_trials: int = 40  # at most, of saas, additive and nei, which are beside the question
-    rival_seeds: int = 1
-    landscapes: tuple[str, ...] = LANDSCAPES
-    strategies: tuple[str, ...] = STRATEGIES
-    snr: tuple[float, ...] = (1.0,)  # sd of the function over sd of an observation's noise
-    goal: float = 0.25  # regret that is low enough, in sd of the function
-    sources: tuple[str, ...] = ("shap", "terminal", "lime", "attention")  # of the real searches: the first 2, 3, ...
-    normalise: str = "signed"  # and what their credit is normalised by
+    d: Many[Several] = (2, 3, 4, 5, 6, 7, 8)  # numbers of weights of the known functions
+    trials: Several = 100  # of each search of a known function
+    seeds: Count = 3  # of each search of a known function
+    rival_trials: Several = 40  # at most, of saas, additive and nei, which are not the question
+    rival_seeds: Whole = 1
+    landscapes: Many[Literal[LANDSCAPES]] = LANDSCAPES
+    strategies: Many[Literal[STRATEGIES]] = STRATEGIES
+    snr: Many[Positive] = (1.0,)  # sd of the function over sd of an observation's noise
+    goal: Positive = 0.25  # regret that is low enough, in sd of the function
+    sources: Many[Text] = ("shap", "terminal", "lime", "attention")  # on reviews: the first 2, 3, ... are mixed
+    normalise: Literal[NORMALISERS] = "signed"  # on reviews: what their credit is normalised by
 
     def __post_init__(self):
-        for name, known in (("landscapes", LANDSCAPES), ("strategies", STRATEGIES)):
-            if unknown := [word for word in getattr(self, name) if word not in known]:
-                raise InputError(f"dimension.{name}: {unknown[0]!r} is not one; wanted some of {', '.join(known)}")
-        if len(set(self.d)) < 2 or min(self.d) < 2 or self.trials < 2:
-            raise InputError(f"dimension.d, trials: {list(self.d)}, {self.trials}; wanted two or more, from 2")
-        if not set(self.landscapes) - {"flat"}:
-            raise InputError(f"dimension.landscapes is {list(self.landscapes)}, wanted one that is not flat")
-        if "gp" not in self.strategies:
-            raise InputError(f"dimension.strategies is {list(self.strategies)}, wanted gp, and others beside it")
-        if len(set(self.sources)) < 3:
-            raise InputError(f"dimension.sources is {list(self.sources)}, wanted at least 3")
-        if self.rival_trials < 2 or self.rival_seeds < 0:
-            raise InputError(
-                f"dimension.rival_trials, rival_seeds: {self.rival_trials}, {self.rival_seeds}; wanted at least 2 and 0"
-            )
-        if self.seeds < 1 or not self.goal > 0 or not min(self.snr, default=0) > 0:
-            raise InputError(f"dimension.seeds, goal, snr: {self.seeds}, {self.goal}, {self.snr}; wanted above 0")
+        for name, is_enough, wanted in (
+            ("d", len(set(self.d)) > 1, "two different numbers"),
+            ("landscapes", set(self.landscapes) - {"flat"}, "one that is not flat"),
+            ("strategies", "gp" in self.strategies, "gp, and others to compare it with"),
+            ("sources", len(set(self.sources)) > 2, "at least 3"),
+            ("snr", self.snr, "at least one number"),
+        ):
+            if not is_enough:
+                raise InputError(f"dimension.{name} is {list(getattr(self, name))}, wanted {wanted}")
 
 
-@dataclass(frozen=True)
+@params("judge")
+class JudgeParams:
+    """How an endpoint is asked to judge, and what that may cost."""
+
+    calls: Count = 4000  # requests, including those of earlier starts on the same record
+    tokens: Count = 4_000_000  # read and written, with earlier starts; requests under way when it is reached are extra
+    concurrency: Count = 4  # requests under way at once
+    timeout: Positive = 60.0  # seconds until an answer must be complete
+    attempts: Count = 5  # requests for one judgement, while the server is busy, fails or is silent
+    wait: Size = 1.0  # seconds at most before the second attempt; doubles with each; a random share of it is waited
+    longest_wait: Size = 60.0  # seconds; a server that asks for more patience than this is not asked again
+    temperature: Size | None = 0.0  # null: the server's own
+    reply_tokens: Count = 512  # a longer reply is cut, and is no judgement
+    limit_as: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"  # the request's field for reply_tokens
+
+
+@params("downstream")
+class DownstreamParams:
+    """AlpacaEval 2 and MT-Bench: who answers what, and how the answers are annotated."""
+
+    checkpoints: Many[Text] = ()  # folders of policies, judged next to the reference, which is `policy.name`
+    alpaca_path: Text | None = None  # a JSON list of instruction, output, generator; by default the hub's
+    alpaca_annotator: Text | None = "weighted_alpaca_eval_gpt4_turbo"  # its name, a folder, or endpoint; null: none
+    alpaca_instructions: Count | None = None  # the first n; by default all
+    mt_bench_path: Text | None = None  # a folder with MT-Bench's files; by default MT-Bench is left out
+    mt_bench_questions: Count | None = None  # the first n of each category
+    max_new_tokens: Count = 1024  # of an answer
+    temperature: Size = 0.7  # of answers to instructions; MT-Bench has its own, by category
+
+
+@params("")
 class RunParams:
     """What one notebook run is given."""
 
-    arm: str = "sparse"
-    setting: str = ""  # the study's name for what it varies; empty where it varies nothing
-    seed: int = 0
-    threads: int | None = None  # of torch; the runner fills in its share. Another number rounds differently
-    data: DataParams = field(default_factory=DataParams)
-    policy: PolicyParams = field(default_factory=PolicyParams)
-    reward: RewardParams = field(default_factory=RewardParams)
-    attribution: AttributionParams = field(default_factory=AttributionParams)
-    shape: ShapeParams = field(default_factory=ShapeParams)
-    ppo: PPOParams = field(default_factory=PPOParams)
-    bo: BOParams = field(default_factory=BOParams)
-    evaluation: EvaluationParams = field(default_factory=EvaluationParams)
-    dimension: DimensionParams = field(default_factory=DimensionParams)
-    judge: JudgeParams = field(default_factory=JudgeParams)
-    downstream: DownstreamParams = field(default_factory=DownstreamParams)
+    arm: Text = "sparse"
+    setting: Text = ""  # the study's name for what it varies; empty if it varies nothing
+    seed: Whole = 0
+    threads: Count | None = None  # of torch; by default the runner's share. Another number rounds differently
+    data: DataParams = DataParams()
+    policy: PolicyParams = PolicyParams()
+    reward: RewardParams = RewardParams()
+    attribution: AttributionParams = AttributionParams()
+    shape: ShapeParams = ShapeParams()
+    ppo: PPOParams = PPOParams()
+    bo: BOParams = BOParams()
+    evaluation: EvaluationParams = EvaluationParams()
+    dimension: DimensionParams = DimensionParams()
+    judge: JudgeParams = JudgeParams()
+    downstream: DownstreamParams = DownstreamParams()
 
     @property
     def where(self) -> str:
-        """What arms are compared within: the dataset, and the setting where there is one."""
-        return "-".join(filter(None, (self.data.name, self.setting)))
+        """What arms are compared within: the dataset, and the setting if there is one."""
+        return "-".join(filter(None, (self.data.label, self.setting)))
 
     def flat(self) -> dict[str, object]:
         """One level, `group_field`, plain YAML values: what papermill takes with `-f`."""
@@ -363,48 +313,36 @@ class RunParams:
 
     @classmethod
     def from_flat(cls, names: Mapping[str, object]) -> RunParams:
-        """Read back `flat()`; what is missing has its default.
+        """Read back `flat()`; parameters that are missing have their defaults.
 
-        Pass a notebook's `globals()`: names that belong to no group are its own business, but `ppo_lrr = 1` is refused.
+        Pass a notebook's `globals()`: names that belong to no group are ignored, but `ppo_lrr = 1` is refused.
         """
         nested: dict[str, object] = {name: names[name] for name in SINGLE if name in names}
         for name, value in names.items():
             group, _, key = name.partition("_")
             if group in GROUPS and key and isinstance(value, PLAIN):
                 nested.setdefault(group, {})[key] = value
-        return parse(cls, nested, "")
+        return parse(cls, nested)
+
+    @classmethod
+    def read(cls, path: Path) -> RunParams:
+        """The parameters in a run's `params.yaml`. Raises `InputError` where they are not readable."""
+        return cls.from_flat(read_yaml(path))
 
 
 def _lists(value: object) -> object:
     return [_lists(item) for item in value] if isinstance(value, tuple) else value
 
 
+GROUPS: dict[str, type] = {name: hint for name, hint in get_type_hints(RunParams).items() if is_dataclass(hint)}
 SINGLE = ("arm", "setting", "seed", "threads")
-GROUPS: dict[str, type] = {
-    "data": DataParams,
-    "policy": PolicyParams,
-    "reward": RewardParams,
-    "attribution": AttributionParams,
-    "shape": ShapeParams,
-    "ppo": PPOParams,
-    "bo": BOParams,
-    "evaluation": EvaluationParams,
-    "dimension": DimensionParams,
-    "judge": JudgeParams,
-    "downstream": DownstreamParams,
-}
 
 NOTEBOOKS = (
     *("01_reward_model", "02_attribution", "03_shaping", "04_ppo", "05_bayesian_optimisation"),
     *("06_comparison", "07_overoptimisation", "08_critic", "09_verdicts"),
 )
-ABLATIONS = (
-    "ablations/explainers",
-    "ablations/ppo",
-    "ablations/baselines",
-    "ablations/contextual",
-    "ablations/human",
-    "ablations/dimension",
-    "ablations/more_sources",
-)  # run where a study names them
+ABLATIONS = tuple(  # run where a study names them
+    f"ablations/{name}"
+    for name in ("explainers", "ppo", "baselines", "contextual", "human", "dimension", "more_sources")
+)
 BENCHMARKS = ("10_downstream",)  # likewise; they ask a judge over the network

@@ -1,89 +1,23 @@
-"""Strict reading: mappings to typed dataclasses, YAML files, `key=value` settings. No conversion is silent."""
+"""What a study is read from: YAML files, `key=value` settings, and names of the user's own functions."""
 
 from __future__ import annotations
 
-import math
-import reprlib
-import types
+import difflib
+import importlib
+import importlib.util
+import sys
 import typing
 from collections.abc import Mapping
-from dataclasses import is_dataclass
 from pathlib import Path
 
+from dense_rlhf.config.strict import kind
 from dense_rlhf.types import InputError
 
 if typing.TYPE_CHECKING:
     import yaml
 
-LARGEST = 2**31  # whole numbers stay below
 LONGEST = 1_000_000  # bytes of a YAML file
-_SHORT = reprlib.Repr()  # a value of any size, such as aliases of aliases, in a line of error
-_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
-
-
-def shown(value: object) -> str:
-    """A value as a line of error shows it: shortened."""
-    return _SHORT.repr(value)
-
-
-def kind(value: object) -> str:
-    return {
-        str: "text",
-        bool: "yes/no",
-        int: "a whole number",
-        float: "a number",
-        list: "a list",
-        dict: "a mapping",
-        type(None): "nothing",
-    }.get(type(value), type(value).__name__)
-
-
-def cast(value: object, wanted: object, name: str) -> object:
-    """`value` as the annotated type; the only conversions are whole numbers to numbers and lists to tuples."""
-    options = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
-    for option in options:
-        if option is float and type(value) in (int, float):
-            return float(value)
-        if option in (int, str, bool, type(None)) and type(value) is option:
-            return value
-        if typing.get_origin(option) is tuple and isinstance(value, (list, tuple)):
-            inner = typing.get_args(option)[0]
-            return tuple(cast(item, inner, f"{name}[{i}]") for i, item in enumerate(value))
-    hint = ""
-    if isinstance(value, str) and float in options:
-        hint = "; YAML reads 1e-4 as text, write 1.0e-4"
-    names = " or ".join(getattr(o, "__name__", None) or str(o) for o in options).replace("NoneType", "nothing")
-    raise InputError(f"{name} is {shown(value)} ({kind(value)}), wanted {names}{hint}")
-
-
-def parse(cls: type, given: object, where: str):
-    """Build the dataclass `cls` from a mapping. Raises `InputError` for unknown keys and wrong types."""
-    if not isinstance(given, Mapping):
-        raise InputError(f"{where or 'the file'} is {kind(given)}, wanted a mapping of {cls.__name__}")
-    hints = typing.get_type_hints(cls)
-    prefix = f"{where}." if where else ""
-    unknown = [key for key in given if key not in hints]
-    if unknown:
-        raise InputError(f"{prefix}{unknown[0]} is not a parameter; wanted one of {', '.join(hints)}")
-    values = {}
-    for key, value in given.items():
-        is_group = is_dataclass(hints[key])
-        values[key] = parse(hints[key], value, prefix + key) if is_group else cast(value, hints[key], prefix + key)
-    made = cls(**values)  # what it says of a number is more to the point
-    for key, value in values.items():
-        check_numbers(prefix + key, value)
-    return made
-
-
-def check_numbers(name: str, value: object) -> None:
-    """Raise `InputError` for a number, in a tuple too, that is not finite or larger than any use of it."""
-    if isinstance(value, tuple):
-        for i, item in enumerate(value):
-            check_numbers(f"{name}[{i}]", item)
-    elif isinstance(value, float) and not math.isfinite(value):
-        raise InputError(f"{name} is {value}, wanted a finite number")
-    elif isinstance(value, int) and abs(value) >= LARGEST:
-        raise InputError(f"{name} is {shown(value)}, wanted a whole number below {LARGEST}")
+T = typing.TypeVar("T")
 
 
 def merge(base: dict, over: Mapping) -> dict:
@@ -155,3 +89,41 @@ def parse_settings(pairs: typing.Iterable[str]) -> dict:
             value = {part: value}
         nested = merge(nested, value)
     return nested
+
+
+def named(registry: Mapping[str, T], name: str, where: str) -> T:
+    """The entry of `registry` by that name, or the user's own function, named by its Python path `module:function`.
+
+    Modules are also sought in the current folder. Raises `InputError`, which names the parameter `where`.
+    """
+    if name in registry:
+        return registry[name]
+    module, colon, function = name.partition(":")
+    if not colon:
+        close = difflib.get_close_matches(name, registry, 1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        known = ", ".join(registry)
+        raise InputError(f"{where}: {name!r} is not known, wanted {known}, or your own as my_module:my_function{hint}")
+    try:
+        module_file(name)
+        found = getattr(importlib.import_module(module), function)
+    except Exception as error:  # whatever the user's module raises
+        problem = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(f"{where}: cannot import {name!r} ({problem})") from error
+    if not callable(found):
+        raise InputError(f"{where}: {name!r} is {kind(found)}, wanted a function")
+    return found
+
+
+def module_file(name: str) -> Path | None:
+    """The source file of `module:function`; none of a name without a module, or of one that cannot be found."""
+    module, colon, _ = name.partition(":")
+    if not colon:
+        return None
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        return None
+    return Path(spec.origin) if spec and spec.origin else None

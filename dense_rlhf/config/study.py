@@ -5,35 +5,49 @@ It imports nothing heavy, as `params`.
 
 from __future__ import annotations
 
-import math
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from operator import attrgetter
 from pathlib import Path
 
+from pydantic import TypeAdapter
+
 from dense_rlhf.config.params import ABLATIONS, BENCHMARKS, GROUPS, NOTEBOOKS, DataParams, RunParams, ShapeParams
-from dense_rlhf.config.parse import cast, check_numbers, kind, merge, parse, parse_settings, read_yaml, shown
+from dense_rlhf.config.parse import merge, parse_settings, read_yaml
+from dense_rlhf.config.strict import Count, Many, Positive, Text, Whole, described, kind, params, parse, shown
 from dense_rlhf.types import InputError
 
+KNOWN = NOTEBOOKS + ABLATIONS + BENCHMARKS  # in the order in which they run
 OPTIONS = ("seeds", "notebooks", "workers", "timeout_minutes")
 STUDY_KEYS = ("study", "arms", "settings", *OPTIONS, "threads", "size", "sizes", *GROUPS)
 VARIED = tuple(name for name in GROUPS if name not in ("data", "shape"))  # what a setting can change
+FILES = (
+    *("data.path", "attribution.rationale_path", "evaluation.sst_path"),
+    *("evaluation.toxic_path", "downstream.alpaca_path"),
+)
 
 
-@dataclass(frozen=True)
+@params("")
 class StudyParams:
     """A grid: datasets x settings x arms x seeds, through the notebooks."""
 
-    study: str
+    study: Text  # the name of its folder in runs/ and reports/; by default the file's
     arms: dict[str, ShapeParams]
-    datasets: tuple[DataParams, ...]
+    datasets: Many[DataParams]
     run: RunParams  # what all runs share
-    seeds: tuple[int, ...] = (0,)
-    notebooks: tuple[str, ...] = NOTEBOOKS
-    workers: int = 1  # runs at a time; the cores are divided among them
-    timeout_minutes: float = 240.0  # for one run
+    seeds: Many[Whole] = (0,)  # of the policies' trainings
+    notebooks: Many[typing.Literal[KNOWN]] = NOTEBOOKS
+    workers: Count = 1  # runs at a time; the cores are divided among them
+    timeout_minutes: Positive = 240.0  # for one run
     settings: dict[str, RunParams] = field(default_factory=dict)  # by name: `run` with other parameters
+
+    def __post_init__(self):
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise InputError(f"seeds is {shown(list(self.seeds))}, wanted at least one, none twice")
+        for shape in [shape for shape in self.arms.values() if shape.is_learned]:
+            for run in self.comparisons:
+                run.bo.check(shape)
 
     @property
     def comparisons(self) -> list[RunParams]:
@@ -58,66 +72,49 @@ def load_study(path: Path, settings: typing.Iterable[str] = ()) -> StudyParams:
     if size != "full" and size not in sizes:
         raise InputError(f"size is {size!r}, wanted one of {', '.join(['full', *map(str, sizes)])}")
     merged = merge(merge(given, sizes.get(size, {})), over)
-    unknown = [key for key in merged if key not in STUDY_KEYS]
-    if unknown:
-        raise InputError(f"{unknown[0]} is not a parameter; wanted one of {', '.join(STUDY_KEYS)}")
-    return _study(merged, path)
+    _check_keys(merged, STUDY_KEYS, "{} is not a parameter")
+    return _checked(_study(merged, path))
+
+
+def _check_keys(given: Mapping, known: typing.Iterable[str], problem: str) -> None:
+    if unknown := [key for key in given if key not in known]:
+        raise InputError(f"{problem.format(unknown[0])}; wanted one of {', '.join(known)}")
 
 
 def _study(merged: dict, path: Path) -> StudyParams:
+    if "shape" in merged:
+        raise InputError("shape belongs to an arm: write arms: {my-arm: {sources: [...], weights: [...]}}")
     datasets = merged.get("data", {})
     datasets = datasets if isinstance(datasets, list) else [datasets]
-    parsed = tuple(parse(DataParams, one, "data") for one in datasets)
-    groups = {name: merged[name] for name in (*GROUPS, "threads") if name in merged and name != "data"}
-    if "shape" in groups:
-        raise InputError("shape belongs to an arm: write arms: {my-arm: {sources: [...], weights: [...]}}")
-    arms = merged.get("arms", {"sparse": {}})
-    if not isinstance(arms, Mapping) or not arms:
-        raise InputError(f"arms is {kind(arms)}, wanted a mapping of names to sources and weights")
-    shapes = {}
-    for name, arm in arms.items():
-        if arm is None:  # a size can leave an arm out
-            continue
-        try:
-            shapes[_name(name, "arms")] = parse(ShapeParams, arm, f"arms.{name}")
-        except InputError as error:
-            raise InputError(str(error).replace("shape.", f"arms.{name}.")) from error
-    plain = {key: merged[key] for key in OPTIONS if key in merged}
-    hints = typing.get_type_hints(StudyParams)
-    options = {key: cast(value, hints[key], key) for key, value in plain.items()}
-    study = StudyParams(
-        _name(merged.get("study", path.stem), "study"),
-        shapes,
-        parsed,
-        parse(RunParams, groups, ""),
-        settings=_settings(merged, groups),
-        **options,
+    groups = {name: merged[name] for name in (*VARIED, "threads") if name in merged}
+    arms = _by_name(merged.get("arms", {"sparse": {}}), "arms", "sources and weights")
+    settings = _by_name(merged.get("settings") or {}, "settings", "mappings of parameters")
+    for name, changed in settings.items():
+        _check_keys(changed, VARIED, f"settings.{name}.{{}} is nothing that a setting changes")
+    return parse(
+        StudyParams,
+        {
+            "study": _name(merged.get("study", path.stem), "study"),
+            "arms": {name: parse(ShapeParams, arm, f"arms.{name}") for name, arm in arms.items()},
+            "datasets": [parse(DataParams, one, "data") for one in datasets],
+            "run": parse(RunParams, groups),
+            "settings": {n: parse(RunParams, merge(groups, over), f"settings.{n}") for n, over in settings.items()},
+        }
+        | {key: merged[key] for key in OPTIONS if key in merged},
     )
-    for name, value in options.items():
-        check_numbers(name, value)
-    return _checked(study)
 
 
-def _settings(merged: dict, groups: dict) -> dict[str, RunParams]:
-    """The parameters of each setting: those of the study, with what the setting changes."""
-    given, found = merged.get("settings") or {}, {}
-    if not isinstance(given, Mapping):
-        raise InputError(f"settings is {kind(given)}, wanted a mapping of names to mappings of parameters")
-    for name, changed in given.items():
-        if changed is None:  # a size can leave a setting out
-            continue
-        where = f"settings.{_name(name, 'settings')}"
-        if not isinstance(changed, Mapping):
-            raise InputError(f"{where} is {kind(changed)}, wanted a mapping of parameters: {{ppo: {{lr: 0.1}}}}")
-        if unknown := [key for key in changed if key not in VARIED]:
-            raise InputError(f"{where}.{unknown[0]} is nothing that a setting changes; wanted {', '.join(VARIED)}")
-        try:
-            found[name] = parse(RunParams, merge(groups, changed), "")
-        except InputError as error:
-            raise InputError(f"{where}: {error}") from error
-    if given and not found:
-        raise InputError("settings: all are left out, wanted at least one, or settings=null")
-    return found
+def _by_name(given: object, where: str, what: str) -> dict[str, Mapping]:
+    """Arms or settings by their names, without those that a size leaves out."""
+    if not isinstance(given, Mapping) or not given and where == "arms":
+        raise InputError(f"{where} is {kind(given)}, wanted a mapping of names to {what}")
+    kept = {_name(name, where): value for name, value in given.items() if value is not None}
+    for name, value in kept.items():
+        if not isinstance(value, Mapping):
+            raise InputError(f"{where}.{name} is {kind(value)}, wanted a mapping of parameters")
+    if given and not kept:
+        raise InputError(f"{where}: all are left out, wanted at least one")
+    return kept
 
 
 def _name(name: object, where: str) -> str:
@@ -128,64 +125,44 @@ def _name(name: object, where: str) -> str:
 
 
 def _checked(study: StudyParams) -> StudyParams:
-    if not study.arms:
-        raise InputError("arms: all are left out, wanted at least one")
-    if not study.seeds or len(set(study.seeds)) != len(study.seeds):
-        raise InputError(f"seeds is {shown(list(study.seeds))}, wanted at least one, none twice")
-    if not min(study.workers, study.timeout_minutes, math.inf if study.run.threads is None else study.run.threads) > 0:
-        raise InputError("workers, threads and timeout_minutes must be above 0")
-    _check_least(study)
-    for shape in [shape for shape in study.arms.values() if shape.is_learned]:
-        for run in study.comparisons:
-            run.bo.check(shape)
-    known = NOTEBOOKS + ABLATIONS + BENCHMARKS
-    unknown = [n for n in study.notebooks if n not in known]
-    if unknown:
-        raise InputError(f"notebooks: {unknown[0]!r} is not one; wanted some of {', '.join(known)}")
-    paths = [(name, attrgetter(name)(run)) for run in study.comparisons for name in PATHS]
-    for name, path in paths:
-        if path is not None and not Path(path).is_file():
-            raise InputError(f"{name}: no file at {path}; give the path of a file that exists")
-    for folder in filter(None, [run.downstream.mt_bench_path for run in study.comparisons]):
-        if not Path(folder).is_dir():
+    """The study with its notebooks in order. Raises `InputError` for a file or folder that does not exist."""
+    labels = [data.label for data in study.datasets]
+    if not labels or len(set(labels)) != len(labels):
+        raise InputError(f"data names {', '.join(labels) or 'nothing'}, wanted datasets of different names")
+    for run in study.comparisons:
+        for name in FILES:
+            path = attrgetter(name)(run)
+            if path is not None and not Path(path).is_file():
+                raise InputError(f"{name}: no file at {path}; give the path of a file that exists")
+        folder = run.downstream.mt_bench_path
+        if folder and not Path(folder).is_dir():
             raise InputError(f"downstream.mt_bench_path: no folder at {folder}; give one with MT-Bench's files")
-    return replace(study, notebooks=tuple(n for n in known if n in study.notebooks))
+    return replace(study, notebooks=tuple(name for name in KNOWN if name in study.notebooks))
 
 
-PATHS = (
-    "data.path",
-    "attribution.rationale_path",
-    "evaluation.sst_path",
-    "evaluation.toxic_path",
-    "downstream.alpaca_path",
-)
-LEAST = {
-    "data": {"prompt_words": 1, "max_prompt_chars": 1},
-    "policy": {"lora_alpha": 0},
-    "reward": {
-        "hidden": 1,
-        "layers": 1,
-        "heads": 1,
-        "steps": 0,
-        "batch": 1,
-        "lr": 0,
-        "window": 1,
-        "max_drop": 0,
-        "token_budget": 1,
-    },
-    "attribution": {"owen_depth": 0, "seed": 0},
-    "evaluation": {"prompts": 1, "seeds": 1},
-}  # of numbers whose own groups do not say
+def schema() -> dict:
+    """The JSON schema of a study's YAML file, for editors; a field's comment is its description."""
+    whole = TypeAdapter(StudyParams).json_schema()
+    types, own = whole["$defs"], whole["properties"]
+    for cls in (*GROUPS.values(), RunParams, StudyParams):
+        properties = own if cls is StudyParams else types[cls.__name__]["properties"]
+        for name, text in described(cls).items():
+            properties[name]["description"] = text
+    run = types.pop("RunParams")["properties"]
+    data, arm = run["data"], run["shape"]
 
+    def by_name(value: dict) -> dict:
+        return {"type": ["object", "null"], "additionalProperties": {"anyOf": [value, {"type": "null"}]}}
 
-def _check_least(study: StudyParams) -> None:
-    """Raise `InputError` for a number below what it can be."""
-    for group, params in [(name, getattr(run, name)) for run in study.comparisons for name in GROUPS]:
-        for name, least in LEAST.get(group, {}).items():
-            value = getattr(params, name)
-            if value is not None and value < least:
-                raise InputError(f"{group}.{name} is {value}, wanted at least {least}")
-    if min(study.seeds) < 0:
-        raise InputError(f"seeds is {shown(list(study.seeds))}, wanted none below 0")
-    if most := [drop for run in study.comparisons if (drop := run.reward.max_drop) > 1]:
-        raise InputError(f"reward.max_drop is {most[0]}, wanted a share from 0 to 1")
+    def mapping(properties: dict) -> dict:
+        return {"type": "object", "additionalProperties": False, "properties": properties}
+
+    properties = {name: own[name] for name in ("study", *OPTIONS)} | {name: run[name] for name in (*VARIED, "threads")}
+    properties |= {
+        "data": {"anyOf": [data, {"type": "array", "items": data}]},
+        "arms": by_name(arm),
+        "settings": by_name(mapping({name: run[name] for name in VARIED})),
+        "size": {"type": "string", "description": "full, or one of the names in sizes"},
+        "sizes": {"type": "object", "additionalProperties": {"$ref": "#"}},
+    }
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "$defs": types} | mapping(properties)

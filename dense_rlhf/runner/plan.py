@@ -15,7 +15,7 @@ from pathlib import Path
 from dense_rlhf.attribution import SOURCES
 from dense_rlhf.bayesopt.ledger import trial_seed
 from dense_rlhf.config.params import ABLATIONS, BENCHMARKS, RunParams, ShapeParams
-from dense_rlhf.config.parse import parse
+from dense_rlhf.config.parse import named
 from dense_rlhf.config.study import StudyParams
 from dense_rlhf.data import DATASETS
 from dense_rlhf.files import content_key, file_sha256, settled_sha256
@@ -52,12 +52,10 @@ class Job:
 def check_names(study: StudyParams) -> None:
     """Raise `InputError` for a dataset, source or feature that no registry has, and for a seed that is a trial's."""
     for data in study.datasets:
-        if data.name not in DATASETS:
-            raise InputError(f"data.name is {data.name!r}, wanted one of {', '.join(DATASETS)}")
+        named(DATASETS, data.name, "data.name")
     for arm, shape in study.arms.items():
-        unknown = [source for source in shape.sources if source not in SOURCES]
-        if unknown:
-            raise InputError(f"arms.{arm}.sources: {unknown[0]!r} is not known, wanted some of {', '.join(SOURCES)}")
+        for source in shape.sources:
+            named(SOURCES, source, f"arms.{arm}.sources")
         check_features(f"arms.{arm}.features", shape.features)
         if shape.is_learned and not {"04_ppo", "05_bayesian_optimisation"} <= set(study.notebooks):
             raise InputError(f"arms.{arm} learns its weights: notebooks must name 04_ppo and 05_bayesian_optimisation")
@@ -74,7 +72,7 @@ def expand(study: StudyParams) -> list[Job]:
     check_names(study)
     jobs: list[Job] = []
     for run in study.comparisons:
-        several = [run.data.name] * (len(study.datasets) > 1) + [run.setting] * bool(run.setting)
+        several = [run.data.label] * (len(study.datasets) > 1) + [run.setting] * bool(run.setting)
         prefix, base = "".join(f"{name}-" for name in several), replace(run, seed=study.seeds[0])
         arms = [
             job
@@ -136,7 +134,7 @@ def learned_params(job: Job, runs: Path) -> RunParams:
     learned = RunFolder(runs / job.weights_from).load_json("metrics.json").get("shape")
     if not learned:
         raise InputError(f"{job.name} needs the weights of {job.weights_from}, which did not finish")
-    return replace(job.params, shape=parse(ShapeParams, asdict(job.params.shape) | learned, "shape"))
+    return replace(job.params, shape=ShapeParams(**asdict(job.params.shape) | learned))
 
 
 def inputs(job: Job, flat: dict, runs: Path) -> dict:

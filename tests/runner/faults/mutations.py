@@ -13,7 +13,6 @@ from dataclasses import fields
 import yaml
 
 from dense_rlhf.config.params import GROUPS, RunParams
-from dense_rlhf.config.study import LEAST
 
 STUDY = {"study": "s", "notebooks": ["04_ppo"], "arms": {"plain": {"sources": ["terminal"], "weights": [1.0]}}}
 WRONG = {
@@ -45,9 +44,6 @@ def values() -> Iterator[tuple[str, str, str]]:
             for value in TUPLES if any(map(typing.get_origin, options)) else WRONG[kind]:
                 yield f"{group}.{field.name}={value!r:.30}", changed(group, field.name, value), f"{where} {field.name}"
         yield f"{group}: unknown", changed(group, "learning_rat", 1), f"{where}.learning_rat"
-    for group, least in LEAST.items():
-        for name in least:
-            yield f"{group}.{name} below", changed(group, name, -1), f"{group}.{name}"
     for group in (g for g in GROUPS if g != "shape"):
         for value in (3, "text", [1]) if group != "data" else (3, "text", [3]):
             yield f"{group}={value!r}", changed("", group, value), group
