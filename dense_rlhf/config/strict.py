@@ -1,0 +1,144 @@
+"""Strict parameter classes: pydantic dataclasses whose errors are one line that names the field.
+
+Types convert nothing but whole numbers to numbers and lists to tuples.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+import reprlib
+from collections.abc import Callable
+from typing import Annotated, TypeVar, dataclass_transform
+
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Strict,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    TypeAdapter,
+    ValidationError,
+)
+from pydantic.dataclasses import dataclass
+
+from dense_rlhf.types import InputError
+
+LARGEST = 2**31  # whole numbers stay below
+T = TypeVar("T")
+
+Text, Flag = StrictStr, StrictBool
+Whole = Annotated[StrictInt, Field(ge=0, lt=LARGEST)]
+Count = Annotated[StrictInt, Field(ge=1, lt=LARGEST)]
+Several = Annotated[StrictInt, Field(ge=2, lt=LARGEST)]
+Real = StrictFloat
+Positive = Annotated[StrictFloat, Field(gt=0)]
+Size = Annotated[StrictFloat, Field(ge=0)]
+Share = Annotated[StrictFloat, Field(ge=0, le=1)]
+Many = Annotated[tuple[T, ...], Strict(), BeforeValidator(lambda given: tuple(given) if type(given) is list else given)]
+
+_SHORT = reprlib.Repr()  # shortens values of any size, such as aliases of aliases
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
+KINDS = {str: "text", bool: "yes/no", int: "a whole number", float: "a number", list: "a list", dict: "a mapping"}
+WORDS = dict(string="text", boolean="yes/no", integer="a whole number", number="a number", object="a mapping")
+BOUNDS = {"minimum": "of at least", "exclusiveMinimum": "above", "maximum": "of at most"}
+SAID = {"finite_number": "a finite number", "less_than": "a number below {lt:g}"}  # by pydantic's name of the error
+
+
+def shown(value: object) -> str:
+    """A value for a line of error, shortened."""
+    return _SHORT.repr(value)
+
+
+def kind(value: object) -> str:
+    """The type of a value, in words."""
+    return "nothing" if value is None else KINDS.get(type(value), type(value).__name__)
+
+
+@dataclass_transform(frozen_default=True)
+def params(group: str) -> Callable[[type[T]], type[T]]:
+    """Decorate the parameter class of a group: a frozen dataclass whose fields are checked when one is made.
+
+    Its constructor raises `InputError` for unknown names, wrong types and values out of bounds.
+    """
+
+    def decorate(cls: type[T]) -> type[T]:
+        made = dataclass(frozen=True, config=ConfigDict(title=group, extra="forbid", allow_inf_nan=False))(cls)
+        checked = made.__init__
+
+        @functools.wraps(checked)
+        def __init__(self, *args, **values):
+            try:
+                checked(self, *args, **values)
+            except ValidationError as error:
+                raise InputError(_line(error, made, group)) from None
+
+        made.__init__ = __init__
+        return made
+
+    return decorate
+
+
+def parse(cls: type[T], given: object, where: str = "") -> T:
+    """Make the parameter class `cls` from a mapping. Raises `InputError`, which names fields after `where`."""
+    try:
+        return TypeAdapter(cls).validate_python(given)
+    except ValidationError as error:
+        raise InputError(_line(error, cls, where)) from None
+
+
+def _line(error: ValidationError, cls: type, where: str) -> str:
+    """One sentence about the innermost of the errors: what arrived, and what was wanted."""
+    first = max(error.errors(include_url=False), key=lambda one: len(one["loc"]))
+    value, cause = first["input"], first.get("ctx", {}).get("error")
+    unknown = first["type"] in ("unexpected_keyword_argument", "invalid_key")
+    name, node = _place(cls, first["loc"][:-1] if unknown else first["loc"], where)
+    if unknown:
+        key = f"{name}.{first['loc'][-1]}".lstrip(".")
+        return f"{key} is not a parameter; wanted one of {', '.join(node['properties'])}"
+    if cause:  # of fields together: the group's own check names them
+        return re.sub(rf"\b{node['title']}\.", f"{name}.", str(cause)) if node.get("title") else str(cause)
+    if first["type"] == "dataclass_type":
+        return f"{name or 'the file'} is {kind(value)}, wanted a mapping"
+    wanted = SAID[first["type"]].format(**first.get("ctx", {})) if first["type"] in SAID else _words(node)
+    is_kind = first["type"].endswith("_type")
+    hint = "; YAML reads 1e-4 as text, write 1.0e-4" if isinstance(value, str) and "a number" in wanted else ""
+    return f"{name} is {shown(value)}{f' ({kind(value)})' if is_kind else ''}, wanted {wanted}{hint}"
+
+
+def _place(cls: type, path: tuple[str | int, ...], where: str) -> tuple[str, dict]:
+    """The name of the field that pydantic calls `path`, and its JSON schema."""
+    node = TypeAdapter(cls).json_schema()
+    groups = node.get("$defs", {})
+    for part in path:
+        fields = node.get("properties", {})
+        part = list(fields)[part] if fields and isinstance(part, int) else part  # a positional argument
+        if part in fields:
+            where, node = f"{where}.{part}".lstrip("."), fields[part]
+        elif isinstance(part, int):  # else the branch of a union, which needs no name
+            where, node = f"{where}[{part}]", node.get("items", node)
+        node = groups[node["$ref"].rpartition("/")[2]] if "$ref" in node else node
+    return where, node
+
+
+def _words(node: dict) -> str:
+    """What a JSON schema of a field admits, in words."""
+    if "anyOf" in node:
+        return ", or ".join(map(_words, node["anyOf"]))
+    if "enum" in node:
+        return f"one of {', '.join(node['enum'])}"
+    if "const" in node:
+        return f"the word {node['const']!r}"
+    if node["type"] == "array":
+        return f"a list, each {_words(node['items'])}"
+    bounds = [f" {text} {node[key]:g}" for key, text in BOUNDS.items() if key in node]
+    return WORDS.get(node["type"], "nothing") + " and".join(bounds)
+
+
+def described(cls: type) -> dict[str, str]:
+    """The comment on each field of a parameter class, by the field's name."""
+    return dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(cls), re.M))
