@@ -18,6 +18,7 @@ from dense_rlhf.bayesopt.search import Search
 from dense_rlhf.bayesopt.space import Point, Space
 from dense_rlhf.config.params import BOParams
 from dense_rlhf.files import content_key, lock, remove_checkpoints, write_folder, write_json
+from dense_rlhf.fingerprint import source_key
 from dense_rlhf.models.policy import PolicyWithValue
 from dense_rlhf.ppo.checkpoint import save_policy
 from dense_rlhf.training.evaluate import evaluate
@@ -98,10 +99,16 @@ def search_shape(
 
 
 def _search_key(task: Task, recipe: Recipe, bo: BOParams, objective: Objective) -> str:
-    """What decides a search besides the code, which every line of its ledger names; more trials make no other one."""
+    """What decides a search, its code too: the ledger of another is refused. More trials make no other search."""
     shape, prompts = asdict(recipe.shape) | {"weights": None}, list(map(str, objective.prompts))
     name = getattr(objective.values, "__qualname__", None)
-    settings = [shape, asdict(bo) | {"trials": None}, recipe.seed, prompts]
+    settings = [
+        shape,
+        asdict(bo) | {"trials": None},
+        recipe.seed,
+        prompts,
+        source_key("dense_rlhf.training.outer_loop"),
+    ]
     return content_key([*settings, *fixed_settings(task, recipe), name])
 
 
