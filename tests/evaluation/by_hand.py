@@ -134,7 +134,7 @@ def main():
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OPENAI_BASE_URL": address})
     if done.returncode:
         return done.returncode
-    rows = compare(ROOT / "runs" / STUDY / "07_downstream", kept)
+    rows = compare(ROOT / "runs" / STUDY / "10_downstream", kept)
     for item, hand, said in rows:
         print(f"{'same' if hand == said else 'DIFFERS':8s}{item}: by hand {hand}, reported {said}")
     agree = sum(hand == said for _, hand, said in rows)

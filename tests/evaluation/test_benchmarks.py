@@ -445,11 +445,11 @@ def test_the_notebook_agrees_with_the_judgements_made_by_hand(endpoint):
     left_out = [] if alpaca_eval.is_installed() else ["downstream.alpaca_annotator=null"]
     endpoint.clear()
     runs, reports = run_study("params/downstream.yaml", "pytest_downstream", *left_out)
-    run = runs["07_downstream"]
+    run = runs["10_downstream"]
     metrics, rows = run.load_json("metrics.json"), compare(run.path, endpoint)
     assert len(rows) == 16 + (0 if left_out else 4) and all(hand == said for _, hand, said in rows)
     assert metrics["judge"] == "canned" and metrics["stand_in"] and set(metrics["rating"]) == {"reference"}
-    assert "no benchmark score" in (reports / "07_downstream.html").read_text()
+    assert "no benchmark score" in (reports / "10_downstream.html").read_text()
     check_pages(runs, reports)
     for path in [p for folder in (run.path, reports) for p in folder.rglob("*") if p.is_file()]:
         assert b"sk-made-for-this-test" not in path.read_bytes(), path
