@@ -1,7 +1,7 @@
-"""Audit of a search: does it know when it cannot tell? A `Search` in; tables, checks and a verdict out.
+"""Audit of a search: does it know when it cannot tell? Tables, checks and a verdict from a `Search`.
 
-`names` are those of the search's weights, in their order. Numbers beyond the weights are held at the incumbent's.
-Values, and all that is in their unit, are in the unit of what was observed.
+`names` are those of the search's weights, in order. Numbers beyond the weights are held at the incumbent's. Values,
+and everything in their unit, are in the unit of the observations.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from dense_rlhf.statistics import Interval
 from dense_rlhf.types import InputError
 
 LEVEL = 0.05  # false alarms of "the weights can be told apart"
-LENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0)  # length-scales of the test, in median distances between the points
+LENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0)  # length-scales of the test, in median distances between points
 SHARES = (0.1, 0.3, 0.5, 0.7, 0.9, 0.97)  # of the variance that is signal
-TOLERANCE = 0.25, 0.05  # regret not worth a trial: a share of one observation's sd, and of the posterior's range
-EARLIEST = 4  # trials a number, before which the model is too sure for anything to have converged
-JUMP, OFTEN = 0.25, 0.25  # oscillation: of all weight, moved in one step; and the share of such steps
+TOLERANCE = 0.25, 0.05  # negligible regret: a share of one observation's sd, and of the posterior's range
+EARLIEST = 4  # trials a number of a point, before which the model is too sure to call anything converged
+JUMP, OFTEN = 0.25, 0.25  # oscillation: the weight moved in one step, and the share of such steps
 EVEN = 0.95  # ESS/T from which credit is an even spread in all but name
-PER_DIMENSION = 6  # trials
+PER_DIMENSION = 6  # trials a number of a point that a model needs
 FEW = 6  # pairs, below which a rank correlation has no interval
-CHOOSING = ("gp", "saas", "additive", "nei")  # strategies whose model chooses
+CHOOSING = ("gp", "saas", "additive", "nei")  # strategies whose model chooses points
 CONVERGED, MORE, FLAT = "converged", "needs more trials", "cannot be told apart"
 
 
@@ -52,32 +52,29 @@ def moved(search: Search, a: Point, b: Point) -> float:
 def trace(search: Search) -> pd.DataFrame:
     """What the search would have answered after each trial n: the incumbent and its 95 % interval.
 
-    From one trial more than a point has numbers, where there are so many: two that happen to agree would look sure.
-    Columns n, point, mean, low, high, and `moved`: the share of weight that the step moved.
+    Starts once trials outnumber a point's coordinates, as two trials that happen to agree would look certain.
+    Columns n, point, mean, low, high, and `moved`: the share of weight that changed since the row above.
     """
     rows = []
     for n in range(min(search.space.size + 1, len(search.values)), len(search.values) + 1):
         point, mean, sd = until(search, n).incumbent()
         step = moved(search, point, rows[-1]["point"]) if rows else np.nan
-        rows.append(
-            {"n": n, "point": point, "mean": mean, "low": mean - 1.96 * sd, "high": mean + 1.96 * sd, "moved": step}
-        )
+        rows.append(dict(n=n, point=point, mean=mean, low=mean - 1.96 * sd, high=mean + 1.96 * sd, moved=step))
     return pd.DataFrame(rows)
 
 
 def phases(search: Search) -> list[str]:
-    """Who chose each trial: "anchor", "quasi-random" (pairs and Sobol points), or "chosen" by the model."""
-    left, anchors, found = Counter(search.start), set(search.space.anchors()), []
+    """How each trial came about: "anchor", "quasi-random" (pairs and Sobol points), or "chosen" by the model."""
+    planned, anchors, kinds = Counter(search.start), set(search.space.anchors()), []
     later = "chosen" if search.strategy in CHOOSING else "quasi-random"
     for point in search.points:
-        planned = left[point] > 0
-        left[point] -= planned
-        found.append(("anchor" if point in anchors else "quasi-random") if planned else later)
-    return found
+        kinds.append(("anchor" if point in anchors else "quasi-random") if planned[point] > 0 else later)
+        planned[point] -= 1
+    return kinds
 
 
 def quasi_random_band(search: Search, seed: int = 0) -> Interval:
-    """What one trial at a Sobol point would show: mean and 95 % interval over points, posterior and noise."""
+    """Value of one trial at a random Sobol point: mean and 95 % interval over points, posterior and noise."""
     mean, sd = search.posterior(search.space.sobol(256, seed))
     scatter = np.sqrt(sd**2 + noise_variance(search).mean())
     draws = mean[:, None] + scatter[:, None] * norm.ppf((np.arange(100) + 0.5) / 100)
@@ -87,7 +84,7 @@ def quasi_random_band(search: Search, seed: int = 0) -> Interval:
 def gain_over_quasi_random(search: Search) -> Interval | None:
     """Mean value of chosen trials less that of quasi-random ones, 95 % (Welch); None with fewer than two of either.
 
-    It compares observations and asks no model. Anchors are neither.
+    Compares observations, without a model. Anchors count as neither.
     """
     values, phase = np.array(search.values), np.array(phases(search))
     chosen, drawn = values[phase == "chosen"], values[phase == "quasi-random"]
@@ -98,7 +95,7 @@ def gain_over_quasi_random(search: Search) -> Interval | None:
 
 
 def noise_parts(search: Search) -> pd.DataFrame:
-    """How much one observation scatters: columns noise, sd, and `known by`. NaN where nothing tells."""
+    """How much one observation scatters, by cause: columns noise, sd (NaN if unknown), and `known by`."""
     noise, errors = search.noise(), [error for error in search.errors if error]
     within = math.sqrt(np.mean(np.square(errors))) if errors else math.nan
     between = math.sqrt(noise.between) if noise.degrees else math.nan
@@ -113,19 +110,20 @@ def noise_parts(search: Search) -> pd.DataFrame:
 def leave_one_out(search: Search) -> pd.DataFrame:
     """Each observation predicted from all others: columns observed, mean, sd (of an observation) and z.
 
-    Hyper-parameters are held, and have seen it. In closed form (Rasmussen & Williams, 2006, eq. 5.12), by botorch.
+    Hyper-parameters are kept, so they were fitted to it too. Closed form (Rasmussen & Williams, 2006, eq. 5.12), by
+    botorch. Not for an ensemble whose noise is unknown, as its members then differ in it.
     """
     from botorch.cross_validation import loo_cv
 
-    found, values = loo_cv(search.model()).posterior, np.array(search.values)
-    of = "mixture_" if hasattr(found, "mixture_mean") else ""  # of an ensemble
-    mean, variance = (getattr(found, of + part).detach().numpy().reshape(len(values)) for part in ("mean", "variance"))
+    posterior, values = loo_cv(search.model()).posterior, np.array(search.values)
+    kind = "mixture_" if hasattr(posterior, "mixture_mean") else ""
+    mean, variance = (getattr(posterior, kind + part).detach().numpy().ravel() for part in ("mean", "variance"))
     sd = np.sqrt(variance)
     return pd.DataFrame({"observed": values, "mean": mean, "sd": sd, "z": (values - mean) / sd})
 
 
 def q_squared(left_out: pd.DataFrame) -> float:
-    """1 - PRESS / SS: how much better than the mean of the others; 1 is perfect, 0 no better, below 0 worse."""
+    """1 - PRESS / SS: 1 predicts perfectly, 0 no better than the mean of the others, below 0 worse."""
     y = left_out["observed"]
     others = (y.sum() - y) / (len(y) - 1)
     total = float(((y - others) ** 2).sum())
@@ -133,7 +131,7 @@ def q_squared(left_out: pd.DataFrame) -> float:
 
 
 def coverage(left_out: pd.DataFrame) -> float:
-    """The share of observations within the 95 % interval that the others predict."""
+    """The share of observations inside the 95 % interval predicted from the others."""
     return float((left_out["z"].abs() <= 1.96).mean())
 
 
@@ -147,11 +145,11 @@ def signal_to_noise(search: Search, seed: int = 0) -> float:
 
 
 def p_flat(search: Search, repeats: int = 999, seed: int = 0) -> float:
-    """Permutation p-value of "the points make no difference", which needs no level of noise.
+    """Permutation p-value of "the points make no difference", under which values are exchangeable over points.
 
-    If so, values are exchangeable over the points. Statistic: the most log marginal likelihood (restricted) that a
-    Gaussian process gains over a constant, over `LENGTHS` and `SHARES`. Points that were chosen after seeing values are
-    not quite exchangeable; on flat functions the false alarms stayed below `LEVEL`. With k trials it is at least 1/k!.
+    It needs no noise level. Statistic: the largest gain in restricted log marginal likelihood of a Gaussian process
+    over a constant, over `LENGTHS` and `SHARES`. Points chosen after seeing values are not quite exchangeable, but on
+    flat functions the false alarms stayed below `LEVEL`. With k trials p is at least 1/k!.
     """
     points, values = search.space.to_unit(search.points), np.array(search.values)
     distances = cdist(points, points)
@@ -165,9 +163,9 @@ def p_flat(search: Search, repeats: int = 999, seed: int = 0) -> float:
 
 
 def _gain(kernel: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """The most log likelihood that each row of values (R, N) gains from a kernel (N, N) over independent noise: (R,).
+    """Largest log-likelihood gain of a kernel (N, N) over independent noise, for each row of values (R, N): (R,).
 
-    Of the N - 1 contrasts, which no constant touches; their scale is maximised out.
+    Computed on the N - 1 contrasts, which cancel a constant; their scale is maximised out.
     """
     contrasts = helmert(len(kernel))
     eigenvalues, vectors = np.linalg.eigh(contrasts @ kernel @ contrasts.T)
@@ -178,8 +176,8 @@ def _gain(kernel: np.ndarray, values: np.ndarray) -> np.ndarray:
     return (-0.5 * squares.shape[1] * np.log(ratio) - 0.5 * np.log(variances).sum(-1)).max(-1)
 
 
-def baselines(search: Search, names: Sequence[str]) -> dict[str, Point]:
-    """Equal weights, and each source alone; the source `terminal` alone is sparse reward."""
+def plain_mixtures(search: Search, names: Sequence[str]) -> dict[str, Point]:
+    """Points of equal weights and of each source alone (`terminal` alone is sparse reward), by label."""
     d, beyond = search.space.d, search.incumbent()[0][search.space.d :]
     if len(names) != d:
         raise InputError(f"{len(names)} names for {d} weights: {', '.join(names)}; wanted one for each weight")
@@ -189,29 +187,24 @@ def baselines(search: Search, names: Sequence[str]) -> dict[str, Point]:
 
 
 def beats(search: Search, names: Sequence[str]) -> pd.DataFrame:
-    """Is the incumbent better than each of `baselines`? From the joint posterior.
+    """Is the incumbent better than each of `plain_mixtures`? From the joint posterior.
 
-    Columns against, difference, low, high (95 %) and probability; NaN where the incumbent is that baseline.
+    Columns against, difference, low, high (95 %) and probability; NaN where the incumbent is that mixture.
     """
-    best, others = search.incumbent()[0], baselines(search, names)
+    best, others = search.incumbent()[0], plain_mixtures(search, names)
     mean, covariance = search.joint([best, *others.values()])
     variance = covariance[0, 0] + covariance.diagonal()[1:] - 2 * covariance[0, 1:]
     same = np.array([np.allclose(best, point, atol=1e-9) for point in others.values()])
     difference = np.where(same, np.nan, mean[0] - mean[1:])
     sd = np.sqrt(np.maximum(variance, 1e-300))
+    ends = dict(low=difference - 1.96 * sd, high=difference + 1.96 * sd)
     return pd.DataFrame(
-        {
-            "against": list(others),
-            "difference": difference,
-            "low": difference - 1.96 * sd,
-            "high": difference + 1.96 * sd,
-            "probability": norm.cdf(difference / sd),
-        }
+        dict(against=list(others), difference=difference, **ends, probability=norm.cdf(difference / sd))
     )
 
 
 class Regret(NamedTuple):
-    """What the best of all points may have over the incumbent, by the posterior."""
+    """By how much the best of all points may exceed the incumbent, by the posterior."""
 
     expected: float
     high: float  # 95 %
@@ -219,27 +212,27 @@ class Regret(NamedTuple):
 
 
 def regret(search: Search, draws: int = 2000, seed: int = 0) -> Regret:
-    """E[max f - f(incumbent)], by joint draws of the posterior at the trials, the anchors and 256 Sobol points."""
+    """E[max f - f(incumbent)] over joint posterior draws at the trials, the anchors and 256 Sobol points."""
     points = [search.incumbent()[0], *search.points, *search.space.anchors(), *search.space.sobol(256, seed)]
     mean, covariance = search.joint(points)
     eigenvalues, vectors = np.linalg.eigh(covariance)
     factor = vectors * np.sqrt(eigenvalues.clip(min=0))
-    found = mean + np.random.default_rng(seed).standard_normal((draws, len(points))) @ factor.T
-    short = found.max(1) - found[:, 0]
+    sampled = mean + np.random.default_rng(seed).standard_normal((draws, len(points))) @ factor.T
+    short = sampled.max(1) - sampled[:, 0]
     return Regret(float(short.mean()), float(np.quantile(short, 0.95)), float(np.ptp(mean)))
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One of `CONVERGED`, `MORE` and `FLAT`, in words, with the numbers that the words hold."""
+    """`kind`, one of `CONVERGED`, `MORE` and `FLAT`, and `text`: the same in words, with the other numbers."""
 
     kind: str
     text: str
-    p: float  # of no difference
+    p: float  # of `p_flat`
     regret: Regret
     tolerance: float
     noise: float  # standard deviation of one observation
-    more: int  # trials: regret falls with the root of their number, and `EARLIEST` a number are the least
+    more: int  # trials
 
     @property
     def winner(self) -> bool:
@@ -250,61 +243,63 @@ class Verdict:
 def verdict(search: Search, names: Sequence[str], unit: str = "") -> Verdict:
     """Converged, about n more trials, or the weights cannot be told apart at this noise.
 
-    Told apart: `p_flat` below `LEVEL`. Converged: told apart, and the expected regret is within a quarter of one
-    observation's standard deviation or a twentieth of the posterior's range, whichever is more: nobody would see
-    a smaller one, or it does not matter. Not before `EARLIEST` trials a number: of fewer the model is too sure, as
-    functions that are known show (`ablations/dimension`).
+    Told apart: `p_flat` is below `LEVEL`. Converged: told apart, and the expected regret is within a quarter of one
+    observation's standard deviation or a twentieth of the posterior's range, whichever is larger: a smaller regret is
+    invisible or does not matter. `more` assumes that regret falls with the root of the number of trials, and asks for
+    at least `EARLIEST` trials a number: with fewer the model is too sure, as known functions show
+    (`ablations/dimension`).
     """
-    n, p, left = len(search.values), p_flat(search), regret(search)
+    n, p, short = len(search.values), p_flat(search), regret(search)
     noise = float(np.sqrt(noise_variance(search).mean()))
-    tolerance = max(TOLERANCE[0] * noise, TOLERANCE[1] * left.spread)
-    more = max(0, math.ceil(n * ((left.expected / tolerance) ** 2 - 1)), EARLIEST * search.space.size - n)
+    tolerance = max(TOLERANCE[0] * noise, TOLERANCE[1] * short.spread)
+    more = max(0, math.ceil(n * ((short.expected / tolerance) ** 2 - 1)), EARLIEST * search.space.size - n)
     more = more if more < 10 else 5 * math.ceil(more / 5)  # a rough law deserves no more digits
     kind = FLAT if p >= LEVEL else MORE if more else CONVERGED
-    found = Verdict(kind, "", p, left, tolerance, noise, more)
-    return replace(found, text=_said(found, search, names, f" {unit}" if unit else ""))
+    wordless = Verdict(kind, "", p, short, tolerance, noise, more)
+    return replace(wordless, text=_in_words(wordless, search, names, f" {unit}" if unit else ""))
 
 
-def _said(found: Verdict, search: Search, names: Sequence[str], unit: str) -> str:
-    left, n = found.regret, len(search.values)
-    test = f"permutation test over {n} trials, p = {found.p:.3f}, level {LEVEL:g}"
-    bound = f"{found.tolerance:.2g} (a quarter of one observation's sd or a twentieth of the posterior's range)"
-    gain = f"the best weights are expected to gain another {left.expected:.2g}{unit}, "
-    small = left.expected <= found.tolerance
+def _in_words(verdict: Verdict, search: Search, names: Sequence[str], unit: str) -> str:
+    short, n = verdict.regret, len(search.values)
+    test = f"permutation test over {n} trials, p = {verdict.p:.3f}, level {LEVEL:g}"
+    bound = f"{verdict.tolerance:.2g} (a quarter of one observation's sd or a twentieth of the posterior's range)"
+    small = short.expected <= verdict.tolerance
+    gain = f"the best weights are expected to gain another {short.expected:.2g}{unit}, {'within ' if small else ''}"
     early = f", which {n} trials of {search.space.size} numbers are too few to trust" * small
-    told = f"The weights can be told apart ({test}). {_compared(search, names)}"
-    unsaid = "" if search.noise().degrees else " No point was tried twice: what another seed changes is not counted."
-    return {
-        FLAT: f"The weights cannot be told apart at this noise ({test}). One observation scatters by {found.noise:.2g}"
-        f"{unit} (sd); over all weights the posterior mean moves by {left.spread:.2g}. No winner is claimed.",
-        MORE: f"Needs about {found.more} more trials: {gain}{'within' if small else 'more than'} {bound}{early}. "
-        f"{told}",
-        CONVERGED: f"Converged: {gain}within {bound}. {told}",
-    }[found.kind] + unsaid
+    apart = f"The weights can be told apart ({test}). {_compared(search, names)}"
+    unrepeated = " No point was tried twice: what another seed changes is not counted." * (not search.noise().degrees)
+    scatter = f"One observation scatters by {verdict.noise:.2g}{unit} (sd)"
+    spread = f"over all weights the posterior mean moves by {short.spread:.2g}"
+    text = {
+        FLAT: f"The weights cannot be told apart at this noise ({test}). {scatter}; {spread}. No winner is claimed.",
+        MORE: f"Needs about {verdict.more} more trials: {gain}{'' if small else 'more than '}{bound}{early}. {apart}",
+        CONVERGED: f"Converged: {gain}{bound}. {apart}",
+    }
+    return text[verdict.kind] + unrepeated
 
 
 def _compared(search: Search, names: Sequence[str]) -> str:
-    """The incumbent and its chances, in words."""
     best, chances = search.incumbent()[0], beats(search, names)
     mixture = ", ".join(f"{name} {weight:.2f}" for name, weight in zip(names, best))
-    of = [f"{row.against} {row.probability:.2f}" for row in chances.itertuples() if row.probability == row.probability]
-    return f"Probability that the incumbent ({mixture}) is better than: {', '.join(of)}."
+    known = [row for row in chances.itertuples() if not math.isnan(row.probability)]
+    listed = ", ".join(f"{row.against} {row.probability:.2f}" for row in known)
+    return f"Probability that the incumbent ({mixture}) is better than: {listed}."
 
 
 # ---------------------------------------------------------------------------------------------------- signatures
 
 
 class Check(NamedTuple):
-    """A failure signature: found, not found, or None where it cannot be told."""
+    """A failure signature: present, absent, or None if that cannot be told; with the number and text behind it."""
 
     name: str
-    found: bool | None
+    present: bool | None
     number: float
     text: str
 
 
 def oscillation(path: pd.DataFrame) -> Check:
-    """Does the incumbent still jump in the last third of a `trace`, more than once and in many of its steps?"""
+    """Does the incumbent still jump in the last third of a `trace`, more than once and in many steps?"""
     steps = path["moved"].iloc[len(path) - len(path) // 3 :]
     if len(steps) < 3:
         return Check("oscillation", None, math.nan, f"{len(path)} steps are too few")
@@ -323,7 +318,7 @@ def rank_correlation(a: Sequence[float], b: Sequence[float]) -> Interval:
 
 
 def overfitting(search: Search, trials: Sequence[Mapping]) -> Check:
-    """Does gold fall where the proxy rises, over all trials or the better half? `trials` hold point, proxy, gold."""
+    """Does gold fall as the proxy rises, over all trials or the better half? `trials` hold point, proxy, gold."""
     table = pd.DataFrame({name: [t[name] for t in trials] for name in ("proxy", "gold")}, dtype=float)
     if len(table) < FEW:
         return Check("reward overfitting", None, math.nan, f"{len(table)} trials are too few")
@@ -336,54 +331,47 @@ def overfitting(search: Search, trials: Sequence[Mapping]) -> Check:
         f"rank correlation of proxy and gold {rho} over {len(table)} trials, {among} over the {len(best)} of "
         f"higher proxy; gold at the incumbent {at_best}, best trial {table['gold'].max():.2f}"
     )
-    found = True if rho.high < 0 or top.high < 0 else False if rho.low > 0 else None
-    return Check("reward overfitting", found, rho.mean, text)
+    present = True if rho.high < 0 or top.high < 0 else False if rho.low > 0 else None
+    return Check("reward overfitting", present, rho.mean, text)
 
 
 def dimension(search: Search, q2: float) -> Check:
-    """Four numbers or more, and a model that predicts nothing or fewer than `PER_DIMENSION` trials for each?"""
+    """Four numbers or more, and fewer than `PER_DIMENSION` trials for each or a model that predicts nothing?"""
     n, size = len(search.values), search.space.size
-    found = size >= 4 and (not q2 > 0 or n < PER_DIMENSION * size)
-    return Check("too many dimensions", found, float(size), f"{n} trials for {size} numbers; leave-one-out Q² {q2:.2f}")
+    present = size >= 4 and (not q2 > 0 or n < PER_DIMENSION * size)
+    return Check(
+        "too many dimensions", present, float(size), f"{n} trials for {size} numbers; leave-one-out Q² {q2:.2f}"
+    )
 
 
 def misalignment(search: Search, names: Sequence[str], agreement: Mapping[str, Interval]) -> Check:
-    """Does the heaviest source explain no better than chance? `agreement`: rank correlation with known credit."""
+    """Is the heaviest source no better than chance? `agreement`: each source's rank correlation with known credit."""
     source = names[int(np.argmax(search.incumbent()[0][: search.space.d]))]
     if source not in agreement:
         return Check("misaligned explanations", None, math.nan, f"{source}, the heaviest source, ranks no tokens")
-    with_known = agreement[source]
-    text = f"credit of {source}, the heaviest source, agrees with known credit at {with_known}"
-    return Check("misaligned explanations", not with_known.low > 0, with_known.mean, text)
+    rho = agreement[source]
+    text = f"credit of {source}, the heaviest source, agrees with known credit at {rho}"
+    return Check("misaligned explanations", not rho.low > 0, rho.mean, text)
 
 
 def evenness(search: Search, names: Sequence[str], trials: Sequence[Mapping]) -> pd.DataFrame:
-    """How even each source's pay was, ESS/T: mean over the trials that paid it, and at the incumbent; 1 is even.
+    """How evenly each source spread its pay, ESS/T (1 is even): mean over trials that paid it, and at the incumbent.
 
-    `trials` hold point and ess (a share a source); a source without weight is not paid.
+    `trials` hold point and ess (a share for each source with weight).
     """
-    best = search.incumbent()[0]
-    here = [t["ess"] for t in trials if tuple(t["point"]) == best]
-
-    def mean(found: Sequence[Mapping], source: str) -> float:
-        return float(pd.Series([ess.get(source) for ess in found], dtype=float).mean())
-
-    rows = [(name, mean([t["ess"] for t in trials], name), mean(here, name)) for name in names]
+    best, paid = search.incumbent()[0], pd.DataFrame([t["ess"] for t in trials], columns=list(names), dtype=float)
+    here = paid.loc[[tuple(t["point"]) == best for t in trials]]
+    rows = [(name, float(paid[name].mean()), float(here[name].mean())) for name in names]
     return pd.DataFrame(rows, columns=["source", "ESS/T", "at the incumbent"])
 
 
 def sameness(even: pd.DataFrame) -> Check:
-    """Is a source of `evenness` an even spread in all but name? Two such sources are one."""
+    """Is a source of `evenness`, other than uniform, an even spread in all but name? Two such sources are one."""
     credited = even[(even["source"] != "uniform") & even["ESS/T"].notna()]
-    flat = credited[credited["ESS/T"] > EVEN]
-    text = ", ".join(f"{source} {share:.2f}" for source, share in zip(credited["source"], credited["ESS/T"]))
-    most = float(credited["ESS/T"].max())
-    return Check(
-        "even in all but name",
-        len(flat) > 0 if len(credited) else None,
-        most,
-        f"ESS/T {text or 'not known'}; from {EVEN:g} on a source is an even spread",
-    )
+    shares = ", ".join(f"{source} {share:.2f}" for source, share in zip(credited["source"], credited["ESS/T"]))
+    text = f"ESS/T {shares or 'not known'}; from {EVEN:g} on a source is an even spread"
+    present = bool((credited["ESS/T"] > EVEN).any()) if len(credited) else None
+    return Check("even in all but name", present, float(credited["ESS/T"].max()), text)
 
 
 def checks(
@@ -395,10 +383,6 @@ def checks(
     agreement: Mapping[str, Interval] | None = None,
 ) -> list[Check]:
     """Every failure signature, by name. `trials`: point, proxy, gold and ess of each; `path`: `trace`."""
-    return [
-        oscillation(path),
-        overfitting(search, trials),
-        dimension(search, q_squared(left_out)),
-        misalignment(search, names, agreement or {}),
-        sameness(evenness(search, names, trials)),
-    ]
+    even = evenness(search, names, trials)
+    model = dimension(search, q_squared(left_out)), misalignment(search, names, agreement or {})
+    return [oscillation(path), overfitting(search, trials), *model, sameness(even)]

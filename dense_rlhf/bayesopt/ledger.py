@@ -233,7 +233,7 @@ class Halfway:
     def predict(self, rung: float) -> tuple[float, float | None]:
         """The value on the least-squares line, and the standard error of a new observation around it.
 
-        Its square is s^2 (1 + 1/n + (x - mean x)^2 / Sxx), where s^2 are the squared residuals over n - 2. None if zero.
+        Its square is s^2 (1 + 1/n + (x - mean x)^2 / Sxx), s^2 the squared residuals over n - 2. None if zero.
         """
         from statistics import fmean, linear_regression
 

@@ -212,7 +212,7 @@ def test_the_gain_is_that_of_a_gaussian_process_over_a_constant():
 def test_the_chances_are_those_of_joint_draws(early):
     table, best = audit.beats(early, NAMES).set_index("against"), early.incumbent()[0]
     assert list(table.index) == ["equal weights", "shap alone", "terminal alone (sparse)", "lime alone"]
-    others = list(audit.baselines(early, NAMES).values())
+    others = list(audit.plain_mixtures(early, NAMES).values())
     mean, covariance = early.joint([best, *others])
     draws = np.random.default_rng(0).multivariate_normal(mean, covariance, 20_000)
     ahead = draws[:, :1] - draws[:, 1:]
@@ -235,7 +235,7 @@ def test_the_incumbent_is_not_compared_with_itself():
 
 def test_baselines_keep_what_is_searched_beyond_the_weights(beyond):
     warmth = beyond.incumbent()[0][2]
-    found = audit.baselines(beyond, ("a", "b"))
+    found = audit.plain_mixtures(beyond, ("a", "b"))
     assert found == {"equal weights": (0.5, 0.5, warmth), "a alone": (1, 0, warmth), "b alone": (0, 1, warmth)}
     for point in found.values():
         beyond.space.check(point)
@@ -388,11 +388,11 @@ def test_oscillation_is_movement_that_does_not_end():
     settled, restless = steps(*[0.9] * 6, 0, 0, 0), steps(*[0] * 6, 0.9, 0, 0.3)
     assert audit.oscillation(settled)[:3] == ("oscillation", False, 0)
     assert audit.oscillation(restless)[:3] == ("oscillation", True, pytest.approx(2 / 3))
-    assert audit.oscillation(steps(0.9, 0.9, 0.9)).found is None
-    assert audit.oscillation(steps(*[0.25] * 12)).found is False  # more than a quarter, not a quarter
-    assert audit.oscillation(steps(*[0] * 6, 0, 0, 0.9)).found is False  # one jump is a correction
-    assert audit.oscillation(steps(*[0] * 15, *[0.9] * 2, *[0] * 6)).found is False  # a quarter of eight
-    assert audit.oscillation(steps(*[0] * 15, *[0.9] * 3, *[0] * 5)).found is True
+    assert audit.oscillation(steps(0.9, 0.9, 0.9)).present is None
+    assert audit.oscillation(steps(*[0.25] * 12)).present is False  # more than a quarter, not a quarter
+    assert audit.oscillation(steps(*[0] * 6, 0, 0, 0.9)).present is False  # one jump is a correction
+    assert audit.oscillation(steps(*[0] * 15, *[0.9] * 2, *[0] * 6)).present is False  # a quarter of eight
+    assert audit.oscillation(steps(*[0] * 15, *[0.9] * 3, *[0] * 5)).present is True
 
 
 def ledger(search, proxy, gold, ess=None):
@@ -406,34 +406,34 @@ def test_overfitting_is_gold_that_falls_as_the_proxy_rises(early):
     rising = np.arange(12.0)
     against = audit.overfitting(early, ledger(early, rising, -rising))
     along = audit.overfitting(early, ledger(early, rising, rising))
-    assert against.found is True and against.number == pytest.approx(-1)
-    assert along.found is False and along.number == pytest.approx(1)
+    assert against.present is True and against.number == pytest.approx(-1)
+    assert along.present is False and along.number == pytest.approx(1)
     best = early.points.index(early.incumbent()[0])
     assert f"gold at the incumbent {rising[best]:.2f}, best trial 11.00" in along.text
     nine = audit.overfitting(early, ledger(early, rising, rising)[:9])
     assert "1.00 over the 5 of higher proxy" in nine.text and "nan" not in nine.text
     unrelated = [3, 9, 1, 7, 0, 11, 4, 8, 2, 10, 6, 5]
-    assert audit.overfitting(early, ledger(early, rising, unrelated)).found is None
+    assert audit.overfitting(early, ledger(early, rising, unrelated)).present is None
     bent = np.where(rising < 6, rising, 20 - rising)  # good until the proxy is high
     turned = audit.overfitting(early, ledger(early, rising, bent))
-    assert turned.found is True and turned.number > 0
+    assert turned.present is True and turned.number > 0
 
 
 def test_many_numbers_want_many_trials_and_a_model_that_predicts(early):
-    assert audit.dimension(early, -1.0).found is False  # three weights
+    assert audit.dimension(early, -1.0).present is False  # three weights
     four = on_simplex(4, 19, lambda p: np.array(p)[:, 0], 0.1)
-    assert len(four.values) == 24 and audit.dimension(four, 0.3).found is False
-    assert audit.dimension(four, 0.0).found is True and audit.dimension(four, math.nan).found is True
-    assert audit.dimension(audit.until(four, 23), 0.3).found is True
+    assert len(four.values) == 24 and audit.dimension(four, 0.3).present is False
+    assert audit.dimension(four, 0.0).present is True and audit.dimension(four, math.nan).present is True
+    assert audit.dimension(audit.until(four, 23), 0.3).present is True
 
 
 def test_misalignment_is_of_the_heaviest_source(known):
     source = NAMES[int(np.argmax(known.incumbent()[0]))]
     good, bad = Interval(0.4, 0.2, 0.6), Interval(0.1, -0.1, 0.3)
     assert audit.misalignment(known, NAMES, {source: good})[1:3] == (False, 0.4)
-    assert audit.misalignment(known, NAMES, {source: bad}).found is True
+    assert audit.misalignment(known, NAMES, {source: bad}).present is True
     nothing_known = audit.misalignment(known, NAMES, {name: good for name in NAMES if name != source})
-    assert nothing_known.found is None and source in nothing_known.text
+    assert nothing_known.present is None and source in nothing_known.text
 
 
 def test_evenness_is_a_mean_over_the_trials_that_paid_a_source(early):
@@ -455,8 +455,8 @@ def even(**shares):
 def test_sources_that_are_even_spreads_are_named():
     assert audit.sameness(even(shap=0.99, terminal=0.05))[1:3] == (True, 0.99)
     assert audit.sameness(even(shap=0.6, terminal=0.05))[1:3] == (False, 0.6)
-    assert audit.sameness(even(uniform=1.0, shap=0.6)).found is False  # it says so
-    assert audit.sameness(even(shap=math.nan)).found is None
+    assert audit.sameness(even(uniform=1.0, shap=0.6)).present is False  # it says so
+    assert audit.sameness(even(shap=math.nan)).present is None
     assert "shap 0.60" in audit.sameness(even(shap=0.6)).text
 
 
@@ -470,7 +470,7 @@ def test_every_signature_has_a_named_result(known):
         "misaligned explanations",
         "even in all but name",
     ]
-    assert [check.found for check in found] == [False, False, False, None, False]
+    assert [check.present for check in found] == [False, False, False, None, False]
     assert all(check.text for check in found)
 
 
@@ -481,7 +481,7 @@ def test_the_smallest_search_is_audited(early):
     found = audit.verdict(search, NAMES)
     assert found.kind == audit.FLAT and found.p == 1 and len(audit.trace(search)) == 1
     checks = audit.checks(search, NAMES, ledger(search, [0, 1], [0, 1]), audit.trace(search), left_out)
-    assert [check.found for check in checks] == [None, None, False, None, None]
+    assert [check.present for check in checks] == [None, None, False, None, None]
 
 
 pairs = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=6, max_size=20).filter(
