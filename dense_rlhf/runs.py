@@ -22,6 +22,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from dense_rlhf import __version__
+from dense_rlhf.config.parse import read_yaml
 from dense_rlhf.files import content_key, file_sha256, finite, settled_sha256, write_json, write_text
 from dense_rlhf.fingerprint import PACKAGE
 from dense_rlhf.types import InputError
@@ -55,6 +56,13 @@ class RunFolder:
         import pandas as pd
 
         return pd.read_csv(self.file(f"{name}.csv"), keep_default_na=True)
+
+    def parameters(self) -> dict:
+        """The flat parameters in `params.yaml`, as they were written; empty where there are none that can be read."""
+        try:
+            return read_yaml(self.file("params.yaml"))
+        except InputError:
+            return {}
 
     def save_metrics(self, metrics: Mapping[str, object] = MappingProxyType({}), /, **more: object) -> None:
         """Write `metrics.json`; intervals become mappings, numbers that are not finite null."""

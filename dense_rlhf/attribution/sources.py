@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from dense_rlhf.config.params import AttributionParams
+from dense_rlhf.config.parse import named
 from dense_rlhf.types import Attribution, InputError, Rollout
 
 if TYPE_CHECKING:
@@ -69,10 +70,8 @@ def attribute(
     `progress` wraps the batches of coalitions and may raise to cancel. Raises `InputError` for an unknown source, and
     where credit is not finite.
     """
-    unknown = [s for s in sources if s not in SOURCES]
-    if unknown:
-        raise InputError(f"sources: {', '.join(map(repr, unknown))} not known, wanted some of {', '.join(SOURCES)}")
-    designed = {s: SOURCES[s] for s in sources if isinstance(SOURCES[s], Designed)}
+    kinds = {source: named(SOURCES, source, "sources") for source in sources}
+    designed = {source: kind for source, kind in kinds.items() if isinstance(kind, Designed)}
     done: dict[str, Attribution] = {}
     if designed:
         from dense_rlhf.attribution.removal import explain_by_removal
@@ -81,7 +80,7 @@ def attribute(
     for source in sources:
         if source not in designed:
             start = time.perf_counter()
-            found = SOURCES[source](reward_model, rollout, params)
+            found = kinds[source](reward_model, rollout, params)
             done[source] = replace(found, seconds=time.perf_counter() - start)
     for source, found in done.items():
         if not bool(found.credit.isfinite().all()):

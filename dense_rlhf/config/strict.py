@@ -12,18 +12,7 @@ import reprlib
 from collections.abc import Callable
 from typing import Annotated, TypeVar, dataclass_transform
 
-from pydantic import (
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    Strict,
-    StrictBool,
-    StrictFloat,
-    StrictInt,
-    StrictStr,
-    TypeAdapter,
-    ValidationError,
-)
+from pydantic import BeforeValidator, ConfigDict, Field, Strict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from dense_rlhf.types import InputError
@@ -31,14 +20,13 @@ from dense_rlhf.types import InputError
 LARGEST = 2**31  # whole numbers stay below
 T = TypeVar("T")
 
-Text, Flag = StrictStr, StrictBool
-Whole = Annotated[StrictInt, Field(ge=0, lt=LARGEST)]
-Count = Annotated[StrictInt, Field(ge=1, lt=LARGEST)]
-Several = Annotated[StrictInt, Field(ge=2, lt=LARGEST)]
-Real = StrictFloat
-Positive = Annotated[StrictFloat, Field(gt=0)]
-Size = Annotated[StrictFloat, Field(ge=0)]
-Share = Annotated[StrictFloat, Field(ge=0, le=1)]
+Text, Flag, Real = Annotated[str, Strict()], Annotated[bool, Strict()], Annotated[float, Strict()]
+Whole = Annotated[int, Strict(), Field(ge=0, lt=LARGEST)]
+Count = Annotated[int, Strict(), Field(ge=1, lt=LARGEST)]
+Several = Annotated[int, Strict(), Field(ge=2, lt=LARGEST)]
+Positive = Annotated[Real, Field(gt=0)]
+Size = Annotated[Real, Field(ge=0)]
+Share = Annotated[Real, Field(ge=0, le=1)]
 Many = Annotated[tuple[T, ...], Strict(), BeforeValidator(lambda given: tuple(given) if type(given) is list else given)]
 
 _SHORT = reprlib.Repr()  # shortens values of any size, such as aliases of aliases
@@ -46,7 +34,7 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
 KINDS = {str: "text", bool: "yes/no", int: "a whole number", float: "a number", list: "a list", dict: "a mapping"}
 WORDS = dict(string="text", boolean="yes/no", integer="a whole number", number="a number", object="a mapping")
 BOUNDS = {"minimum": "of at least", "exclusiveMinimum": "above", "maximum": "of at most"}
-SAID = {"finite_number": "a finite number", "less_than": "a number below {lt:g}"}  # by pydantic's name of the error
+SAID = {"finite_number": "a finite number", "less_than": "a number below {lt}"}  # by pydantic's name of the error
 
 
 def shown(value: object) -> str:
@@ -91,6 +79,11 @@ def parse(cls: type[T], given: object, where: str = "") -> T:
         raise InputError(_line(error, cls, where)) from None
 
 
+@functools.cache
+def json_schema(cls: type) -> dict:
+    return TypeAdapter(cls).json_schema()
+
+
 def _line(error: ValidationError, cls: type, where: str) -> str:
     """One sentence about the innermost of the errors: what arrived, and what was wanted."""
     first = max(error.errors(include_url=False), key=lambda one: len(one["loc"]))
@@ -112,7 +105,7 @@ def _line(error: ValidationError, cls: type, where: str) -> str:
 
 def _place(cls: type, path: tuple[str | int, ...], where: str) -> tuple[str, dict]:
     """The name of the field that pydantic calls `path`, and its JSON schema."""
-    node = TypeAdapter(cls).json_schema()
+    node = json_schema(cls)
     groups = node.get("$defs", {})
     for part in path:
         fields = node.get("properties", {})

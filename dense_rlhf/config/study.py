@@ -149,6 +149,8 @@ def schema() -> dict:
         for name, text in described(cls).items():
             properties[name]["description"] = text
     run = types.pop("RunParams")["properties"]
+    for node in run.values():
+        node.pop("default", None)  # of a whole group; its fields have theirs
     data, arm = run["data"], run["shape"]
 
     def by_name(value: dict) -> dict:

@@ -156,16 +156,9 @@ def _record(run: RunFolder) -> dict:
     return run.load_json("run.json")
 
 
-def _flat(run: RunFolder) -> dict:
-    import yaml
-
-    path = run.file("params.yaml")
-    return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.exists() else {}
-
-
 def _shape(run: RunFolder) -> tuple[tuple[str, ...], str]:
     """Sources and normalisation of the run's reward; of a run without parameters, its arm's name as the source."""
-    flat = _flat(run)
+    flat = run.parameters()
     return tuple(flat.get("shape_sources") or [_record(run).get("arm")]), str(flat.get("shape_normalise", ""))
 
 
@@ -178,7 +171,7 @@ def kind(arm: str, sources: Sequence[str]) -> str:
 
 def _settings(run: RunFolder) -> object:
     """The parameters that must be alike for runs of one seed to be pairs; of a run without any, its own folder."""
-    flat = {name: value for name, value in _flat(run).items() if name.split("_")[0] not in OWN}
+    flat = {name: value for name, value in run.parameters().items() if name.split("_")[0] not in OWN}
     return flat if run.file("params.yaml").exists() else str(run.path)
 
 
@@ -206,7 +199,10 @@ def _about(arm: str, shape: tuple[tuple[str, ...], str] | None, search: RunFolde
     about = {"sources": sources, "normalise": normalise}
     if search is None:
         return about
-    return about | {"search": _record(search).get("seconds") or 0.0, "trials": int(_flat(search).get("bo_trials") or 1)}
+    return about | {
+        "search": _record(search).get("seconds") or 0.0,
+        "trials": int(search.parameters().get("bo_trials") or 1),
+    }
 
 
 def _arm(found: Finding, name: str, what: str, about: Mapping) -> Arm:

@@ -41,17 +41,6 @@ def warned(run: RunFolder, in_full: bool) -> str:
     return f"<ul class='warned' aria-label='warnings'>{items}</ul>" if items else ""
 
 
-def parameters_of(run: RunFolder) -> dict:
-    """The resolved parameters of a run, empty where there are none that can be read."""
-    import yaml
-
-    try:
-        found = yaml.safe_load(run.file("params.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def write_run_page(record: dict, run: RunFolder, target: Path) -> bool:
     """Render one run, unless the page is there already; False where its notebook never came to be."""
     notebook = run.file("notebook.ipynb")
@@ -69,7 +58,7 @@ def write_run_page(record: dict, run: RunFolder, target: Path) -> bool:
         page(
             record["job"],
             failed + warned(run, in_full=True) + body + links,
-            footer(record, parameters_of(run)),
+            footer(record, run.parameters()),
             [ALL, (study, "index.html")],
             listed,
             key,

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Thread
 
+from dense_rlhf.config.params import RunParams
 from dense_rlhf.files import write_json
 from dense_rlhf.runs import RunFolder, python_path, workspace
 from dense_rlhf.types import InputError
@@ -173,12 +174,11 @@ def execute_notebook(notebook: str, folder: Path) -> None:
     Raises what papermill raises, and `InputError` where a cell called `exit()`, which papermill takes for a success.
     """
     import papermill
-    import yaml
     from traitlets.config import Config
 
     logging.getLogger("papermill").setLevel(logging.ERROR)  # else a warning for each parameter that no cell assigns
     run = RunFolder(folder)
-    parameters = yaml.safe_load(run.file("params.yaml").read_text(encoding="utf-8"))
+    parameters = RunParams.read(run.file("params.yaml")).flat()
     source, target = workspace() / "notebooks" / f"{notebook}.ipynb", run.file("notebook.ipynb")
     with tempfile.TemporaryDirectory(prefix="drl-") as sockets:  # by default two kernels would share theirs
         manager = {"transport": "ipc", "ip": f"{sockets}/k"}

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dense_rlhf.config.params import RunParams, ShapeParams
-from dense_rlhf.config.parse import read_yaml
 from dense_rlhf.config.study import StudyParams, load_study
 from dense_rlhf.files import finite, remove_checkpoints, write_json
 from dense_rlhf.runner.jobs import prepare
@@ -127,7 +126,7 @@ def search(study: StudyParams, arm: str, progress: Callable = iter) -> tuple[Run
     run = RunFolder(runs_folder(study) / job.name)
     if prepare(job, run.path, threads_of(job, jobs, study.workers)) == "ok":
         return run, None
-    return run, _search(RunParams.from_flat(read_yaml(run.file("params.yaml"))), run, progress)
+    return run, _search(RunParams.read(run.file("params.yaml")), run, progress)
 
 
 def _search(params: RunParams, run: RunFolder, progress: Callable) -> RewardShape:

@@ -5,23 +5,22 @@ import gzip
 import io
 import json
 import math
-import types
-import typing
 from collections.abc import Iterator
 from dataclasses import fields
 
 import yaml
+from pydantic import TypeAdapter
 
 from dense_rlhf.config.params import GROUPS, RunParams
 
 STUDY = {"study": "s", "notebooks": ["04_ppo"], "arms": {"plain": {"sources": ["terminal"], "weights": [1.0]}}}
-WRONG = {
-    int: ["text", 1.5, True, [1], {"a": 1}, 10**30, math.nan],
-    float: ["1e-4", True, [1.0], {"a": 1}, math.nan],
-    bool: ["yes please", 1, [True]],
-    str: [3, True, ["x"], {"a": 1}],
+WRONG = {  # by the type's name in JSON schema
+    "boolean": ["yes please", 1, [True]],
+    "integer": ["text", 1.5, True, [1], {"a": 1}, 10**30, math.nan],
+    "number": ["1e-4", True, [1.0], {"a": 1}, math.nan],
+    "string": [3, True, ["x"], {"a": 1}],
+    "array": [{"a": 1}, [[["x"]]], True, [math.nan], [{"a": [1]}]],
 }
-TUPLES = [{"a": 1}, [[["x"]]], True, [math.nan], [{"a": [1]}]]
 
 
 def changed(group: str, name: str, value: object) -> str:
@@ -35,14 +34,19 @@ def changed(group: str, name: str, value: object) -> str:
 def values() -> Iterator[tuple[str, str, str]]:
     """Every parameter with every kind of value that it cannot have: (label, text, names in the error)."""
     for group, cls in GROUPS.items():
-        hints = typing.get_type_hints(cls)
         where = "arms.plain" if group == "shape" else group
-        for field in fields(cls):
-            hint = hints[field.name]
-            options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-            kind = next((kind for kind in (bool, int, float, str) if kind in options), None)
-            for value in TUPLES if any(map(typing.get_origin, options)) else WRONG[kind]:
-                yield f"{group}.{field.name}={value!r:.30}", changed(group, field.name, value), f"{where} {field.name}"
+        for name, schema in TypeAdapter(cls).json_schema()["properties"].items():
+            kinds = {one["type"]: one for one in schema.get("anyOf", [schema])}
+            kind = next(kind for kind in ("array", *WRONG) if kind in kinds)
+            bad = [*WRONG[kind], *(["no such choice"] if "enum" in kinds[kind] else [])]
+            bad += [
+                kinds[kind][key] - off
+                for key, off in {"minimum": 1, "exclusiveMinimum": 0}.items()
+                if key in kinds[kind]
+            ]
+            bad += [kinds[kind]["maximum"] + 1] if "maximum" in kinds[kind] else []
+            for value in bad:
+                yield f"{group}.{name}={value!r:.30}", changed(group, name, value), f"{where} {name}"
         yield f"{group}: unknown", changed(group, "learning_rat", 1), f"{where}.learning_rat"
     for group in (g for g in GROUPS if g != "shape"):
         for value in (3, "text", [1]) if group != "data" else (3, "text", [3]):
