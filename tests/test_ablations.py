@@ -92,7 +92,7 @@ def test_contextual_weights_are_searched_beside_static_ones_and_trained_again(co
     assert metrics["real"] <= metrics["told_apart"] == (low is not None and low > 0)
 
 
-def test_trials_are_counted_against_sources_on_known_functions_and_on_reviews(dimension):
+def test_trials_are_counted_against_sources_on_known_functions(dimension):
     run = dimension[0]["dimension"]
     metrics, searches = run.load_json("metrics.json"), read_ledger(run.file("searches.jsonl"))
     assert len(searches) == len({line["key"] for line in searches}) == 8  # face by three strategies, flat by gp
@@ -100,9 +100,14 @@ def test_trials_are_counted_against_sources_on_known_functions_and_on_reviews(di
     assert {method: set(by_size) for method, by_size in metrics["needed"].items()} == {
         method: {"2", "3"} for method in ("gp", "sobol", "gp on sobol")
     }
-    found = run.load_table("searches")
-    face = found[(found["landscape"] == "face") & (found["method"] == "gp")].groupby("d")["regret"].mean()
+    rows = run.load_table("searches")
+    face = rows[(rows["landscape"] == "face") & (rows["method"] == "gp")].groupby("d")["regret"].mean()
     assert {int(d): at["mean"] for d, at in metrics["regret"]["gp"].items()} == pytest.approx(dict(face))
+
+
+def test_more_sources_are_searched_and_trained_again(dimension):
+    run = dimension[0]["more_sources"]
+    metrics = run.load_json("metrics.json")
     for d in (2, 3):
         tried = trials(run.path / f"{d}_sources" / "trials.jsonl")
         assert len(tried) == 6 and {len(t["weights"]) for t in tried} == {d} == {len(t["sources"]) for t in tried}
