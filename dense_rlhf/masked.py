@@ -1,4 +1,4 @@
-"""Mean, sum, variance, whitening and softmax under a boolean mask: the only such code in the package."""
+"""Sum, mean, variance, whitening and softmax under a boolean mask: the only such code in the package."""
 
 from __future__ import annotations
 

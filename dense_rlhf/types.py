@@ -66,7 +66,7 @@ def check_right_padded(name: str, mask: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Responses:
-    """Scored responses, before any policy has been asked how likely they are."""
+    """Scored responses, without any policy's log-probabilities."""
 
     queries: Tensor  # (B, P) token ids, left-padded
     query_mask: Tensor  # (B, P) bool
@@ -87,7 +87,7 @@ class Responses:
         _check("mask", self.mask, (B, T))
         check_right_padded("mask", self.mask)
         if bool((self.query_mask[:, :-1] & ~self.query_mask[:, 1:]).any()):
-            raise InputError("query_mask is false behind a token; wanted queries padded on the left only")
+            raise InputError("query_mask is false after a token; wanted queries padded on the left only")
         if self.trunk is not None:
             _check("trunk", self.trunk, (B, int(self.lengths.max()), self.trunk.shape[-1]))
 
@@ -97,7 +97,7 @@ class Responses:
         return self.query_mask.sum(-1) + self.mask.sum(-1)
 
     def rows(self) -> tuple[Tensor, Tensor]:
-        """Prompt and response of each row side by side, padded on the right only: ids (B, L), and where (B, T) is read.
+        """Each prompt directly followed by its response, padded on the right: ids (B, L), and positions `at` (B, T).
 
         Row b, column `at[b, t]` holds the token before response token t. A causal decoder needs no mask for them.
         Raises `InputError` for a prompt of no tokens.
@@ -119,25 +119,21 @@ class Responses:
         return players(self.mask, self.ended)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The fields that there are, by name."""
+        """The fields that are not None, by name."""
         return {f.name: x for f in fields(self) if (x := getattr(self, f.name)) is not None}
 
     def take(self, rows: Tensor) -> Self:
-        """Some of the rows, without the padding that they do not need."""
+        """The given rows, without the padding that they do not need."""
         P, T = (int(mask[rows].sum(-1).max()) for mask in (self.query_mask, self.mask))
         prompt = slice(self.queries.shape[1] - P, None)
         columns = {"queries": prompt, "query_mask": prompt, "trunk": slice(int(self.lengths[rows].max()))}
-        return type(self)(
-            **{
-                name: x[rows] if x.dim() == 1 else x[rows, columns.get(name, slice(T))]
-                for name, x in self.tensors().items()
-            }
-        )
+        whole = self.tensors().items()
+        return type(self)(**{n: x[rows] if x.dim() == 1 else x[rows, columns.get(n, slice(T))] for n, x in whole})
 
 
 @dataclass(frozen=True)
 class Rollout(Responses):
-    """Responses with what the policy said of them.
+    """Responses with the policy's log-probabilities and values.
 
     Index t is the act of emitting response token t; `values[:, t]` is the estimate before it.
     """
@@ -154,12 +150,12 @@ class Rollout(Responses):
 
 @dataclass(frozen=True)
 class Reading:
-    """What a reward model reads of one response, in its own tokens."""
+    """One prompt and response in the reward model's own tokens."""
 
-    prompt: tuple[int, ...]  # always there
-    response: tuple[int, ...]  # what is explained
-    spread: Tensor | None = None  # (len(response), k): shares of each token's credit on the policy's k tokens; none
-    # where these are the same tokens
+    prompt: tuple[int, ...]  # never removed
+    response: tuple[int, ...]  # explained
+    spread: Tensor | None = None  # (len(response), k): shares of each token's credit on the policy's k tokens; None
+    # where both models have the same tokens
 
 
 def players(mask: Tensor, ended: Tensor) -> Tensor:
@@ -178,7 +174,7 @@ class Attribution:
     credit: Tensor  # (B, T) score units, zero where the rollout's mask is false
     baseline: Tensor  # (B,) the score that no response token explains
     gap: Tensor  # (B,) score - baseline - credit.sum(-1); NaN where credit is not in score units
-    evaluations: float  # reward-model forwards a response, beyond those shared with sources explained before it
+    evaluations: float  # reward-model forwards for each response, beyond those shared with sources before it
     seconds: float  # wall time for the batch
     complete: bool = False  # the source claims that gap is zero
     is_share: bool = False  # credit is a distribution over the response times the score; shaping leaves it as it is
@@ -194,7 +190,7 @@ class Attribution:
 class RewardShape:
     """How attributions become rewards: `weights` on the simplex over `sources`, and how each source is normalised.
 
-    With `features` phi(t) of each token in [-1, 1] the log-weight of source k gains slopes[k] . phi(t).
+    With token features phi(t) in [-1, 1], slopes[k] . phi(t) is added to the log-weight of source k.
     """
 
     sources: tuple[str, ...]
@@ -218,13 +214,11 @@ class RewardShape:
             raise InputError(f"shape.features names a feature twice: {list(self.features)}")
         rows, F = [list(row) for row in self.slopes], len(self.features)
         if len(rows) != (K if F else 0) or not all(len(row) == F and all(map(math.isfinite, row)) for row in rows):
-            raise InputError(
-                f"shape.slopes is {rows}, wanted a row for each of {K} sources, a finite number for each "
-                f"of {F} features; none without features"
-            )
+            wanted = f"a row for each of {K} sources, a finite number for each of {F} features; none without features"
+            raise InputError(f"shape.slopes is {rows}, wanted {wanted}")
 
     def temperature_of(self, source: str) -> float:
-        """Of one source; of any where there is one for all. Raises `InputError` for a source that has none."""
+        """The temperature of one source, or the one for all. Raises `InputError` for a source that has none."""
         if isinstance(self.temperature, (int, float)):
             return self.temperature
         if source not in self.sources:
@@ -238,7 +232,7 @@ class RewardShape:
 
     @property
     def is_contextual(self) -> bool:
-        """Whether the weights differ from token to token: not where all sources of weight have the same slopes."""
+        """Whether the weights differ from token to token: two sources with weight have different slopes."""
         return len({row for row, weight in zip(self.slopes, self.weights) if weight > 0}) > 1
 
 
@@ -251,7 +245,7 @@ def check_simplex(name: str, weights: Sequence[float], size: int) -> None:
 
 
 def check_removal(removal: str) -> None:
-    """Raise `InputError` for a way to remove a token that there is not."""
+    """Raise `InputError` for an unknown removal method."""
     kind, _, token = removal.partition(":")
     if kind not in REMOVALS or bool(token) != (kind == "replace"):
         raise InputError(f"attribution.removal is {removal!r}, wanted drop, attention_mask or replace:TOKEN")

@@ -1,4 +1,4 @@
-"""Texts in which people marked the words, from local files: what a source of credit should find.
+"""Texts in which people marked words, from local files: tokens that a source of credit should find.
 
 Nothing here is downloaded or shipped. A file is read whole or not at all.
 """
@@ -30,11 +30,11 @@ ESCAPE = re.compile("|".join(map(re.escape, ESCAPED)))
 
 @dataclass(frozen=True)
 class MarkedText:
-    """A text with what people said of stretches of its characters; of the rest they said nothing."""
+    """A text in which people gave values to spans of characters, and none to the rest."""
 
     text: str
     spans: Spans  # (start, end) in characters
-    values: tuple[float, ...]  # one a span
+    values: tuple[float, ...]  # one for each span
     label: float = float("nan")  # of the whole text, in the unit of the values
 
     @property
@@ -44,7 +44,7 @@ class MarkedText:
 
 
 def read_text(path: str | Path) -> str:
-    """A whole file as UTF-8 text. Raises `InputError` where there is none."""
+    """A whole file as UTF-8 text. Raises `InputError` where it is missing or not readable."""
     try:
         return Path(path).read_bytes().decode("utf-8-sig")
     except FileNotFoundError as error:
@@ -56,8 +56,8 @@ def read_text(path: str | Path) -> str:
 def parse_tree(tree: str) -> MarkedText:
     """One tree of the Stanford Sentiment Treebank (Socher et al., 2013): words with valence -2 to 2, the root's label.
 
-    Words stand apart by one space, as the treebank cuts them (`It 's a film .`); its escapes are undone. Labels of
-    phrases between word and root are not kept. Raises `InputError` where brackets and labels do not form a tree.
+    Words are separated by one space, as the treebank splits them (`It 's a film .`), and its escapes are undone. Labels
+    of phrases between word and root are dropped. Raises `InputError` where brackets and labels do not form a tree.
     """
     rest, shrunk = tree.strip(), LEAF.sub("@", tree.strip())
     while shrunk != rest:
@@ -73,57 +73,52 @@ def parse_tree(tree: str) -> MarkedText:
 
 def load_sst_trees(path: str | Path) -> list[MarkedText]:
     """`parse_tree` of every line. Raises `InputError` that names file and line."""
-    found = []
+    trees = []
     for number, line in enumerate(read_text(path).rstrip("\n").split("\n"), 1):
         try:
-            found.append(parse_tree(line))
+            trees.append(parse_tree(line))
         except InputError as error:
             raise InputError(f"{path}, line {number}: {error}") from error
-    return found
+    return trees
 
 
 def _runs(characters: Sequence[int]) -> Spans:
-    """Numbers as stretches (start, end) without gaps."""
+    """Numbers as spans (start, end) of consecutive ones."""
     numbers = np.unique(np.array(characters, dtype=int))
-    return [
-        (int(run[0]), int(run[-1]) + 1)
-        for run in np.split(numbers, np.flatnonzero(np.diff(numbers) > 1) + 1)
-        if len(run)
-    ]
+    runs = np.split(numbers, np.flatnonzero(np.diff(numbers) > 1) + 1)
+    return [(int(run[0]), int(run[-1]) + 1) for run in runs if len(run)]
 
 
 def load_toxic_spans(path: str | Path) -> list[MarkedText]:
-    """A CSV with `text`, and `spans`, the list of its toxic characters (SemEval-2021 task 5), each marked 1.
+    """A CSV of `text` and `spans`, the list of its toxic characters (SemEval-2021 task 5), each marked 1.
 
-    Posts without a toxic character stay, without a span. Raises `InputError` that names file and line (the last of
-    the row).
+    Posts without a toxic character stay, without a span. Raises `InputError` that names file and line (the row's last).
     """
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
     if not {"spans", "text"} <= set(reader.fieldnames or ()):
         raise InputError(f"{path}, line 1: columns {reader.fieldnames}, wanted spans and text")
-    found = []
+    posts = []
     for row in reader:
         try:
             characters = json.loads(row["spans"])
-            right = all(type(i) is int and 0 <= i < len(row["text"]) for i in characters)
+            valid = all(type(i) is int and 0 <= i < len(row["text"]) for i in characters)
         except (TypeError, ValueError):
-            right = False
-        if not right:
-            raise InputError(
-                f"{path}, line {reader.line_num}: spans {str(row['spans'])[:60]!r}, wanted a list of "
-                f"places within its text of {len(row['text'] or '')} characters"
-            )
+            valid = False
+        if not valid:
+            given = f"line {reader.line_num}: spans {str(row['spans'])[:60]!r}"
+            wanted = f"a list of places within its text of {len(row['text'] or '')} characters"
+            raise InputError(f"{path}, {given}, wanted {wanted}")
         spans = _runs(characters)
-        found.append(MarkedText(row["text"], spans, (1.0,) * len(spans)))
-    return found
+        posts.append(MarkedText(row["text"], spans, (1.0,) * len(spans)))
+    return posts
 
 
 def readable(
     texts: Sequence[MarkedText], tokenizer: PreTrainedTokenizerBase, longest: int
 ) -> tuple[list[MarkedText], dict[str, int]]:
-    """The texts of 1 to `longest` tokens that the tokenizer gives back as they are, and a count of all by reason.
+    """The texts of 1 to `longest` tokens that the tokenizer reproduces exactly, and counts of those left out.
 
-    No text is cut: its human label is of the whole.
+    No text is cut, as its human label describes the whole.
     """
     counts, kept = Counter(read=len(texts), kept=0), []
     for marked in texts:
@@ -141,16 +136,15 @@ def readable(
 
 
 def text_rollout(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, reward_model: RewardModel) -> Rollout:
-    """Texts as responses to nothing, so that `attribute` explains them: no prompt, no EOS, every token a player.
+    """Texts as responses to an empty prompt, for `attribute` to explain: no EOS, every token a player.
 
     `tokenizer` is the policy's, or the reward model's own where it has no `policy_tokenizer`. Log-probabilities and
-    values are zero: sources that read them say nothing. Raises `InputError` for no text or an empty one.
+    values are zero, so sources that use them mean nothing. Raises `InputError` for no text or an empty one.
     """
     ids = tokenizer(list(texts), add_special_tokens=False)["input_ids"] if len(texts) else []
     if not ids or not all(ids):
-        raise InputError(
-            f"{len(ids)} texts, {sum(not row for row in ids)} of them without a token; wanted some texts, none empty"
-        )
+        empty = sum(not row for row in ids)
+        raise InputError(f"{len(ids)} texts, {empty} of them without a token; wanted some texts, none empty")
     responses, mask = padded(ids, tokenizer.pad_token_id or 0, reward_model.model.device)
     nothing, none = responses[:, :0], torch.zeros(mask.shape, device=mask.device)
     made = Rollout(nothing, nothing.bool(), responses, mask, none[:, 0], mask.new_zeros(len(mask)), none, none, none)
@@ -158,9 +152,9 @@ def text_rollout(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, rewar
 
 
 def token_marks(texts: Sequence[MarkedText], rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """What people said, on the tokens (B, T) of `text_rollout`: a span's value is spread by characters, zero elsewhere.
+    """People's values on the tokens (B, T) of `text_rollout`: each span's is spread by characters, zero elsewhere.
 
-    A token is marked where this is not zero. Raises `InputError` where the tokens do not give the text back.
+    Raises `InputError` where the tokens do not give the text back.
     """
     marks = torch.zeros(rollout.mask.shape)
     for row, (marked, ids, keep) in enumerate(zip(texts, rollout.responses.cpu(), rollout.players.cpu(), strict=True)):

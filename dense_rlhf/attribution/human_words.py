@@ -1,6 +1,6 @@
-"""Human marks on some texts become a judge of the words of any text, such as a policy writes.
+"""Human marks on some texts, averaged by word, score the words of any other text, such as a policy's.
 
-Its unit is the file's; what people said of a word in context is averaged over its contexts.
+The unit is the file's. A word's meaning in context is lost in the mean.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from dense_rlhf.attribution.human_marks import MarkedText, load_sst_trees, load_
 from dense_rlhf.models.word_judge import WORD, AdditiveJudge
 from dense_rlhf.types import InputError
 
-PRIOR = 2.0  # unmarked occurrences that every word is taken to have had besides
+PRIOR = 2.0  # extra occurrences of value zero that every word starts with
 
 
 def load_rationales(path: str | Path) -> list[MarkedText]:
-    """The texts of a file and how good people found their words, above zero or below; the rest is zero.
+    """The texts of a file with the values that people gave their words, good ones above zero.
 
-    Its first character says what the file is: `{` lines of `load_spans`; `(` trees of the Stanford Sentiment Treebank;
-    else a CSV of toxic spans, each of value -1. Raises `InputError` that names file and line.
+    The file's first character gives its format: `{` lines of `load_spans`; `(` trees of the Stanford Sentiment
+    Treebank; else a CSV of toxic spans, each of value -1. Raises `InputError` that names file and line.
     """
     start = read_text(path).lstrip()[:1]
     if start == "{":
@@ -41,21 +41,19 @@ def load_spans(path: str | Path) -> list[MarkedText]:
 
     Raises `InputError` that names file and line.
     """
-    found = []
+    texts = []
     for number, line in enumerate(read_text(path).rstrip("\n").split("\n"), 1):
         try:
             row = json.loads(line)
             text, spans = row["text"], [tuple(span) for span in row["spans"]]
-            right = isinstance(text, str) and all(_is_span(span, len(text)) for span in spans)
+            valid = isinstance(text, str) and all(_is_span(span, len(text)) for span in spans)
         except (TypeError, ValueError, KeyError, RecursionError):
-            right = False
-        if not right:
-            raise InputError(
-                f'{path}, line {number}: {line[:60]!r}, wanted {{"text": ..., "spans": [[start, end, '
-                "value], ...]}, places within the text and finite values"
-            )
-        found.append(MarkedText(text, [span[:2] for span in spans], tuple(float(span[2]) for span in spans)))
-    return found
+            valid = False
+        if not valid:
+            wanted = '{"text": ..., "spans": [[start, end, value], ...]}, places within the text and finite values'
+            raise InputError(f"{path}, line {number}: {line[:60]!r}, wanted {wanted}")
+        texts.append(MarkedText(text, [span[:2] for span in spans], tuple(float(span[2]) for span in spans)))
+    return texts
 
 
 def _is_span(span: tuple, length: int) -> bool:
@@ -66,23 +64,23 @@ def _is_span(span: tuple, length: int) -> bool:
 def fit_words(texts: Sequence[MarkedText], prior: float = PRIOR) -> AdditiveJudge:
     """The mean human value of each word, shrunk to zero where it is rare.
 
-    weight = sum of its values / (occurrences + prior): the posterior mean of normal values that vary `prior` times as
-    much within a word as between words. A word's value is the mean over its characters of what was said of them, zero
-    where nothing was; where spans overlap, their values add.
+    weight = sum of its values / (occurrences + prior): the posterior mean of normal values whose variance is `prior`
+    times as large within a word as between words. An occurrence's value is the mean over its characters, zero outside
+    all spans; overlapping spans add up.
     """
     sums, counts = defaultdict(float), defaultdict(int)
     for marked in texts:
-        said = np.zeros(len(marked.text))
+        by_character = np.zeros(len(marked.text))
         for (start, end), value in zip(marked.spans, marked.values):
-            said[start:end] += value
+            by_character[start:end] += value
         for word in WORD.finditer(marked.text):
-            sums[word.group().lower()] += float(said[word.start() : word.end()].mean())
+            sums[word.group().lower()] += float(by_character[word.start() : word.end()].mean())
             counts[word.group().lower()] += 1
     return AdditiveJudge("rationale", {word: sums[word] / (counts[word] + prior) for word in sums if sums[word]})
 
 
 def load_rationale_judge(path: str | Path) -> AdditiveJudge:
-    """`fit_words` of a file, read once while it stays as it is. Raises `InputError` where no word of it is marked."""
+    """`fit_words` of a file, cached until the file changes. Raises `InputError` where no word of it is marked."""
     written = Path(path).stat().st_mtime_ns if Path(path).is_file() else None
     return _load_judge(str(path), written)
 
@@ -91,5 +89,5 @@ def load_rationale_judge(path: str | Path) -> AdditiveJudge:
 def _load_judge(path: str, written: int | None) -> AdditiveJudge:
     judge = fit_words(load_rationales(path))
     if not judge.weights:
-        raise InputError(f"{path}: people marked no word of its texts, so it says nothing; give a file with marks")
+        raise InputError(f"{path}: people marked no word of its texts; give a file with marks")
     return judge

@@ -1,4 +1,4 @@
-"""The installed `shap` and `lime` on one response: slow, and the yardstick for our batched numbers."""
+"""The `shap` and `lime` libraries on one response: slow, the reference for our batched numbers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def plain_scores(reward_model: RewardModel, reading: Reading) -> Callable[[np.nd
 
 
 def shap_values(scores: Callable, k: int, permutations: int, seed: int) -> np.ndarray:
-    """`shap.PermutationExplainer` with every token absent as background, (k,). Restores numpy's global state."""
+    """`shap.PermutationExplainer` against all tokens absent, (k,). Restores numpy's global random state."""
     import shap
 
     state = np.random.get_state()  # the explainer seeds the global generator

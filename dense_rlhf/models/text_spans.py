@@ -1,4 +1,4 @@
-"""Where tokens lie in their text, and how credit moves from one cut of a text to another.
+"""Where tokens lie in their text, and how credit moves from one division of a text to another.
 
 Cuts (tokens of two tokenizers, words, sentences, a caller's spans) are lists of (start, end) in characters.
 """
@@ -36,9 +36,9 @@ def token_spans(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> Spans
 
 
 def _ends_by_windows(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int] | None:
-    """Length of the text of every prefix, decoding only what is new behind the last whole characters.
+    """Length of the text of every prefix, decoding only what follows the last whole characters.
 
-    None where the pieces are not the text: then only decoding every prefix can tell.
+    None where the pieces do not add up to the text: every prefix must then be decoded.
     """
     ends, pieces, context, fresh, known = [], [], 0, 0, ""
     for t in range(len(ids)):
@@ -49,13 +49,13 @@ def _ends_by_windows(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list
         if not text.startswith(known):
             return None
         pieces.append(text[len(known) :])
-        context, fresh = fresh, t + 1  # one piece of context: some tokenizers write a token otherwise at the start
+        context, fresh = fresh, t + 1  # one piece of context: some tokenizers write a text's first token differently
         known = tokenizer.decode(ids[context:fresh])
     return ends if "".join(pieces) == tokenizer.decode(ids) else None
 
 
 class Sides(NamedTuple):
-    """A text as tokens: what is explained, and what stands before and behind it."""
+    """A text as tokens: the part that is explained, and those before and after it."""
 
     before: list[int]
     middle: list[int]
@@ -66,16 +66,14 @@ class Sides(NamedTuple):
 def tokenise(
     tokenizer: PreTrainedTokenizerBase, before: str, middle: str, behind: str = "", special: bool = False
 ) -> Sides:
-    """Tokenise three parts of one text as the tokenizer does the whole, with its `special` tokens or without.
+    """Tokenise a text of three parts as the tokenizer does the whole, with its `special` tokens or without.
 
     White space at the end of `before` may join the first token of `middle`. Where any other token would straddle two
     parts, each part is tokenised by itself. Raises `InputError` for a tokenizer without offsets.
     """
     if not tokenizer.is_fast:
-        raise InputError(
-            f"{type(tokenizer).__name__} reports no character offsets, which finding tokens in a text "
-            "needs; take a fast tokenizer"
-        )
+        name = type(tokenizer).__name__
+        raise InputError(f"{name} reports no character offsets, which finding tokens needs; take a fast tokenizer")
     start, stop = len(before), len(before) + len(middle)
     text = before + middle + behind
     whole = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, return_special_tokens_mask=True)
@@ -87,15 +85,12 @@ def tokenise(
     last = next((t for t in core[first - head :] if offsets[t][0] >= stop), tail)
     over = last > first and offsets[last - 1][1] > stop
     if over or (first < tail and text[offsets[first][0] : start].strip()):
-        parts = [
-            tokenizer(part, add_special_tokens=False, return_offsets_mapping=True) for part in (before, middle, behind)
-        ]
+        alone = {"add_special_tokens": False, "return_offsets_mapping": True}
+        parts = [tokenizer(part, **alone) for part in (before, middle, behind)]
         own = [part["input_ids"] for part in parts]
-        sides = Sides(ids[:head] + own[0], own[1], own[2] + ids[tail:], parts[1]["offset_mapping"])
-    else:
-        spans = [(max(a, start) - start, b - start) for a, b in offsets[first:last]]
-        sides = Sides(ids[:first], ids[first:last], ids[last:], spans)
-    return sides
+        return Sides(ids[:head] + own[0], own[1], own[2] + ids[tail:], parts[1]["offset_mapping"])
+    spans = [(max(a, start) - start, b - start) for a, b in offsets[first:last]]
+    return Sides(ids[:first], ids[first:last], ids[last:], spans)
 
 
 def translate(
@@ -103,8 +98,8 @@ def translate(
 ) -> Reading:
     """A policy's tokens as the tokens of a reward model with another vocabulary, aligned by characters.
 
-    Special tokens of the policy are left out of the prompt, those in the response are read as text. A response
-    that the reward tokenizer reads nothing of has no token to earn credit. Raises `InputError` as `tokenise` does.
+    The policy's special tokens are left out of the prompt, and read as text in the response. A response of which the
+    reward tokenizer reads nothing has no token to earn credit. Raises `InputError` as `tokenise` does.
     """
     special = set(policy.all_special_ids)
     prompt = [token for token in prompt if token not in special]
@@ -117,7 +112,7 @@ def translate(
 
 
 def _solid(offsets: Spans, length: int) -> Spans:
-    """Offsets of which none is empty: a token without a character of its own shares the one that it stands at."""
+    """Offsets without empty ones: a token without a character of its own shares the one at its place."""
     return [(a, b) if b > a else (min(a, length - 1), min(a, length - 1) + 1) for a, b in offsets]
 
 
@@ -125,10 +120,9 @@ def _solid(offsets: Spans, length: int) -> Spans:
 
 
 def overlap(given: Spans, onto: Spans) -> Tensor:
-    """(len(given), len(onto)) float64: the share of each given span's characters that lies on each other span.
+    """The share of each given span's characters that lies on each other span, (len(given), len(onto)) float64.
 
-    Rows sum to one, so credit moved by `credit @ overlap` keeps its total. Raises `InputError` where a given span
-    touches none.
+    Rows sum to one, so `credit @ overlap` keeps its total. Raises `InputError` for a given span that touches none.
     """
     a, b = (torch.tensor(spans, dtype=torch.float64).view(-1, 2) for spans in (given, onto))
     common = torch.minimum(a[:, None, 1], b[None, :, 1]) - torch.maximum(a[:, None, 0], b[None, :, 0])
@@ -136,16 +130,15 @@ def overlap(given: Spans, onto: Spans) -> Tensor:
     total = common.sum(-1, keepdim=True)
     if bool((total == 0).any()):
         lost = int((total.squeeze(-1) == 0).nonzero()[0])
-        raise InputError(
-            f"token {lost} at characters {given[lost]} meets no token of the other cut; the two texts cannot be aligned"
-        )
+        where = f"token {lost} at characters {given[lost]}"
+        raise InputError(f"{where} meets no token of the other text; the two cannot be aligned")
     return common / total
 
 
 def tile(spans: Spans, length: int) -> Spans:
-    """Rising spans stretched until they have no gaps: what none covers goes to the one behind it, the rest to the last.
+    """Rising spans stretched to leave no gaps: characters that none covers go to the next span, the rest to the last.
 
-    A span that lies on one before it, as the bytes of one character do, is empty.
+    A span that lies within an earlier one, as the bytes of one character do, becomes empty.
     """
     ends = np.maximum.accumulate([end for _, end in spans]).tolist() if spans else []
     return list(zip([0, *ends[:-1]], [*ends[:-1], length])) if ends else []
@@ -161,34 +154,31 @@ def cut(text: str, kind: str) -> Spans:
 def partition(spans: Sequence[tuple[int, int]], length: int) -> Spans:
     """A caller's spans and the stretches between them: all of a text of `length` characters, in order.
 
-    Raises `InputError` naming a span that is empty, outside the text, or not behind the one before it.
+    Raises `InputError` naming a span that is empty, outside the text, or overlaps the one before it.
     """
-    found, reached = [], 0
+    parts, reached = [], 0
     for start, end in spans:
         if not reached <= start < end <= length:
-            raise InputError(
-                f"spans: ({start}, {end}) in a text of {length} characters, behind a span that ends at "
-                f"{reached}; wanted rising (start, end), not empty, not overlapping"
-            )
-        found += [(reached, start)] * (start > reached) + [(start, end)]
+            given = f"({start}, {end}) in a text of {length} characters, after a span that ends at {reached}"
+            raise InputError(f"spans: {given}; wanted rising (start, end), not empty, not overlapping")
+        parts += [(reached, start)] * (start > reached) + [(start, end)]
         reached = end
-    return found + [(reached, length)] * (length > reached)
+    return parts + [(reached, length)] * (length > reached)
 
 
 def homes(tokens: Spans, spans: Spans) -> list[int]:
-    """The number of the span in which each token mostly lies; where it lies in none, that of the token before it."""
+    """The number of the span in which each token mostly lies; for a token in none, that of the token before it."""
     a, b = (np.array(cut, dtype=int).reshape(-1, 2) for cut in (tokens, spans))
     common = np.minimum(a[:, None, 1], b[None, :, 1]) - np.maximum(a[:, None, 0], b[None, :, 0])
-    found, last = [], 0
+    numbers, last = [], 0
     for shared in common:
-        best = int(shared.argmax()) if len(shared) else 0
-        last = best if len(shared) and shared[best] > 0 else last
-        found.append(last)
-    return found
+        last = int(shared.argmax()) if shared.max(initial=0) > 0 else last
+        numbers.append(last)
+    return numbers
 
 
 def groups(tokens: Spans, spans: Spans) -> list[int]:
     """The player of each token: the span in which it mostly lies, numbered from 0 without gaps, by first token."""
-    found = homes(tokens, spans)
-    names = {name: number for number, name in enumerate(dict.fromkeys(found))}
-    return [names[name] for name in found]
+    owners = homes(tokens, spans)
+    numbers = {owner: number for number, owner in enumerate(dict.fromkeys(owners))}
+    return [numbers[owner] for owner in owners]

@@ -19,7 +19,7 @@ EOS, PAD = "<eos>", "<pad>"
 
 @dataclass(frozen=True)
 class LanguageModelParams:
-    """Size and recipe. Two optimisers: Muon (Jordan, 2024) for matrices inside the trunk, AdamW for the rest."""
+    """Size and recipe. Two optimisers: Muon (Jordan, 2024) for the layers' matrices, AdamW for the rest."""
 
     vocabulary: int = 4096
     hidden: int = 256
@@ -69,7 +69,7 @@ def build_language_model(params: LanguageModelParams, tokenizer: PreTrainedToken
 
 
 def token_stream(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> Tensor:
-    """All texts as one line of token ids, an EOS before each and one at the end."""
+    """All texts as one sequence of token ids, with an EOS before each and one at the end."""
     eos = tokenizer.eos_token_id
     encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
     return torch.tensor([token for ids in encoded for token in (eos, *ids)] + [eos])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from dense_rlhf.types import InputError, LabelledText, PreferencePair
 
 
 def share_of(examples: list, labels: float, seed: int) -> list:
-    """A share `labels` of the examples, drawn with `seed`; a larger share holds a smaller one. All of them for 1.
+    """A random share `labels` of the examples; a larger share holds a smaller one of the same seed, 1 keeps all.
 
     Raises `InputError` where it rounds to none.
     """
@@ -35,10 +36,8 @@ def share_of(examples: list, labels: float, seed: int) -> list:
         return examples
     kept = round(labels * len(examples))
     if not kept:
-        raise InputError(
-            f"reward.labels is {labels:g}, which leaves none of {len(examples)} examples; wanted at least "
-            f"{1 / len(examples):.2g}"
-        )
+        left = f"reward.labels is {labels:g}, which leaves none of {len(examples)} examples"
+        raise InputError(f"{left}; wanted at least {1 / len(examples):.2g}")
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))
     return [examples[i] for i in order[:kept].tolist()]
 
@@ -60,10 +59,7 @@ def fresh_classifier(params: RewardParams, tokenizer: PreTrainedTokenizerBase) -
 
 
 def pack_kept(ids: Tensor, keep: Tensor, eos_id: int) -> tuple[Tensor, Tensor]:
-    """Move the kept tokens of each row (N, L) to the front and put EOS behind them.
-
-    Returns packed ids (N, L + 1) and lengths (N,) with the EOS.
-    """
+    """Move the kept tokens of each row (N, L) to the front and append EOS: ids (N, L + 1), lengths with EOS (N,)."""
     order = torch.argsort(~keep, dim=-1, stable=True)
     packed = F.pad(ids.gather(-1, order), (0, 1), value=eos_id)
     lengths = keep.sum(-1)
@@ -72,7 +68,7 @@ def pack_kept(ids: Tensor, keep: Tensor, eos_id: int) -> tuple[Tensor, Tensor]:
 
 
 def _snippets(encoded: list[list[int]], params: RewardParams, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A random window of each text, random tokens of it kept: ids and keep, both (N, window)."""
+    """A random window of each text, and which of its tokens are kept: ids and keep, both (N, window)."""
     ids = torch.zeros(len(encoded), params.window, dtype=torch.long)
     keep = torch.zeros(len(encoded), params.window, dtype=torch.bool)
     for row, tokens in enumerate(encoded):
@@ -93,7 +89,7 @@ def train_on_labels(
 ) -> PreTrainedModel:
     """A fresh classifier trained by logistic loss on snippets with random token dropout.
 
-    Dropout puts coalitions (texts with tokens removed) into the training distribution (Hase et al., 2021).
+    Dropout makes coalitions (texts with tokens removed) part of the training distribution (Hase et al., 2021).
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -117,7 +113,7 @@ def train_on_labels(
 
 
 def pair_ids(pair: PreferencePair, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Token ids of prompt + chosen and prompt + rejected, each with EOS: what the reward model reads."""
+    """Token ids of prompt + chosen and prompt + rejected, each with EOS, as the reward model reads them."""
     prompt = tokenizer(render(pair.prompt, tokenizer), add_special_tokens=False)["input_ids"]
     space = "" if tokenizer.chat_template and not isinstance(pair.prompt, str) else " "
     sides = tokenizer([space + pair.chosen, space + pair.rejected], add_special_tokens=False)["input_ids"]
@@ -135,11 +131,11 @@ def train_on_pairs(
     rows = [dict(zip(("chosen_ids", "rejected_ids"), pair_ids(p, tokenizer))) for p in examples]
     rows = [row for row in rows if max(map(len, row.values())) <= params.window]
     if len(rows) < params.batch:
-        raise InputError(
-            f"reward.window: {len(rows)} of {len(examples)} pairs have at most {params.window} tokens, "
-            f"wanted at least reward.batch = {params.batch}; raise the window or the labels"
-        )
+        short = f"{len(rows)} of {len(examples)} pairs have at most {params.window} tokens"
+        wanted = f"wanted at least reward.batch = {params.batch}; raise the window or the labels"
+        raise InputError(f"reward.window: {short}, {wanted}")
     cpu = not torch.cuda.is_available()
+    quiet = dict(report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True)
     config = RewardConfig(
         str(folder / "trainer"),
         per_device_train_batch_size=params.batch,
@@ -151,10 +147,7 @@ def train_on_pairs(
         use_cpu=cpu,
         bf16=not cpu,
         gradient_checkpointing=False,
-        report_to="none",
-        save_strategy="no",
-        logging_strategy="no",
-        disable_tqdm=True,
+        **quiet,
     )
     data, model = datasets.Dataset.from_list(rows), fresh_classifier(params, tokenizer)
     trainer = RewardTrainer(model, config, train_dataset=data, processing_class=tokenizer)
@@ -185,7 +178,7 @@ def load_reward_model(
             model = train_on_labels(examples, tokenizer, params, seed, progress)
         model.save_pretrained(folder)
 
-    later = ("dtype", "token_budget", "dpo_steps", "dpo_beta")  # what its training does not see
+    later = ("dtype", "token_budget", "dpo_steps", "dpo_beta")  # parameters that its training does not use
     learned = {name: value for name, value in vars(params).items() if name not in later}
     key = {
         "data": data_revision,
@@ -198,9 +191,8 @@ def load_reward_model(
     }
     folder = cached_folder("reward", key, build)
     model = LlamaForSequenceClassification.from_pretrained(folder, use_safetensors=True)
-    return RewardModel(
-        model.eval().to(getattr(torch, params.dtype)), tokenizer, token_budget=params.token_budget, revision=folder.name
-    )
+    model = model.eval().to(getattr(torch, params.dtype))
+    return RewardModel(model, tokenizer, token_budget=params.token_budget, revision=folder.name)
 
 
 def _hub_reward_model(params: RewardParams, tokenizer: PreTrainedTokenizerBase) -> RewardModel:
@@ -210,10 +202,9 @@ def _hub_reward_model(params: RewardParams, tokenizer: PreTrainedTokenizerBase) 
         model = AutoModelForSequenceClassification.from_pretrained(params.name, use_safetensors=True, **at)
         own = AutoTokenizer.from_pretrained(params.name, **at)
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"reward.name: cannot load {params.name!r} ({type(error).__name__}). Wanted 'scratch', a "
-            "local folder or a hub id that is reachable"
-        ) from error
+        wanted = "'scratch', a local folder or a hub id that is reachable"
+        failed = f"cannot load {params.name!r} ({type(error).__name__})"
+        raise InputError(f"reward.name: {failed}. Wanted {wanted}") from error
     if model.config.num_labels != 1:
         raise InputError(f"reward.name: {params.name!r} has {model.config.num_labels} outputs, wanted one")
     model = model.eval().to(getattr(torch, params.dtype))
@@ -236,16 +227,14 @@ def proxy_correct(
 ) -> np.ndarray:
     """Whether the proxy agrees with people on each example, (N,) of bool, with a share `drop` of its tokens removed.
 
-    Labels: is the first `window` tokens' output above zero? Pairs: does the chosen reply score higher? Pairs with
-    more than `window` tokens are left out, so compare len() with the number of examples.
+    Labels: the sign of the output on the first `window` tokens. Pairs: the chosen reply scores higher; those with more
+    than `window` tokens are left out, so compare len() with the number of examples.
     """
     tokenizer, generator = reward_model.tokenizer, torch.Generator().manual_seed(seed)
 
     def outputs(sequences: list[list[int]]) -> Tensor:
-        kept = (torch.rand(len(tokens), generator=generator) >= drop for tokens in sequences)
-        return reward_model.outputs(
-            [[t for t, k in zip(tokens, keep.tolist()) if k] for tokens, keep in zip(sequences, kept)]
-        ).cpu()
+        keep = ((torch.rand(len(tokens), generator=generator) >= drop).tolist() for tokens in sequences)
+        return reward_model.outputs([list(compress(tokens, kept)) for tokens, kept in zip(sequences, keep)]).cpu()
 
     if isinstance(examples[0], PreferencePair):
         pairs = [sides for e in examples if max(map(len, sides := pair_ids(e, tokenizer))) <= window]

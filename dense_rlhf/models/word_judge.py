@@ -20,13 +20,13 @@ WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)?")
 
 @dataclass(frozen=True)
 class AdditiveJudge:
-    """A score that is a sum over words, so that the credit of every token is known exactly. Unknown words add zero."""
+    """A score that is a sum over words; unknown words add zero."""
 
     name: str
     weights: dict[str, float]  # lower-case word -> credit
 
     def score(self, text: str) -> float:
-        """What the text's words add up to."""
+        """The sum of the weights of the text's words."""
         return sum(self.weights.get(word.group().lower(), 0.0) for word in WORD.finditer(text))
 
     def token_credit(self, tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[float]:

@@ -1,14 +1,16 @@
 """What a study will need, computed from configs alone: bytes of memory and floating-point operations.
 
-Weights are counted on the meta device, in the very objects that training would make; nothing is read or allocated.
+Weights are counted on the meta device, in the objects that a training would make; nothing is read or allocated.
 Letters: B responses of T tokens after P of prompt, L = P + T; n layers, H hidden, Q = heads x head size, K = key-value
 heads x head size, M width of the feed-forward part, V vocabulary, W numbers in the layers' linear maps; s bytes of a
-number, 4 or 2. A 2-operation multiply-add is counted as 2.
+number, 4 or 2. A multiply-add counts as 2 operations. The tests compare all of it with what torch holds and counts;
+running the steps themselves under torch's FlopCounterMode would need tensors with values, as they branch on them.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,6 +24,7 @@ from dense_rlhf.attribution.kinds import Designed
 from dense_rlhf.attribution.packing import pack
 from dense_rlhf.attribution.removal import plan
 from dense_rlhf.config.params import AttributionParams, PPOParams, RunParams
+from dense_rlhf.config.parse import named
 from dense_rlhf.models.policy import LOGITS, PolicyWithValue, trainable_copy
 from dense_rlhf.models.reward_model import RewardModel
 
@@ -45,25 +48,18 @@ class Sizes:
     def of(cls, model: PreTrainedModel) -> Sizes:
         """Read off a model, on the meta device or not."""
         config, base = model.config, model.base_model
-        heads = config.num_attention_heads
-        head = getattr(config, "head_dim", None) or config.hidden_size // heads
+        heads, hidden = config.num_attention_heads, config.hidden_size
+        head = getattr(config, "head_dim", None) or hidden // heads
+        key = (getattr(config, "num_key_value_heads", None) or heads) * head
+        mlp = getattr(config, "intermediate_size", None) or 4 * hidden
         tables = {id(module.weight) for module in base.modules() if isinstance(module, torch.nn.Embedding)}
         linear = sum(p.numel() for p in base.parameters() if p.dim() == 2 and id(p) not in tables)
-        return cls(
-            config.num_hidden_layers,
-            config.hidden_size,
-            heads,
-            heads * head,
-            (getattr(config, "num_key_value_heads", None) or heads) * head,
-            getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
-            config.vocab_size,
-            linear,
-        )
+        return cls(config.num_hidden_layers, hidden, heads, heads * head, key, mlp, config.vocab_size, linear)
 
 
 @dataclass(frozen=True)
 class Models:
-    """What one training holds, on the meta device."""
+    """The models of one training, on the meta device."""
 
     reference: PolicyWithValue
     policy: PolicyWithValue
@@ -71,19 +67,19 @@ class Models:
 
 
 def empty_policy(config: PreTrainedConfig, dtype: str = "float32") -> PreTrainedModel:
-    """A causal language model of this config without numbers in it."""
+    """A causal language model of this config without values."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
 
 
 def empty_classifier(config: PreTrainedConfig, dtype: str = "float32") -> PreTrainedModel:
-    """A sequence classifier of this config without numbers in it."""
+    """A sequence classifier of this config without values."""
     with torch.device("meta"):
         return AutoModelForSequenceClassification.from_config(config, dtype=getattr(torch, dtype))
 
 
 def assemble(lm: PreTrainedModel, reward: PreTrainedModel, params: RunParams) -> Models:
-    """Reference, policy and reward model as a training would have them. Raises `InputError` as that would."""
+    """Reference, policy and reward model as a training makes them. Raises the same `InputError`s."""
     bf16 = params.policy.dtype == "bfloat16"
     with torch.device("meta"):
         reference = PolicyWithValue(lm, params.policy.trainable_layers, bf16=bf16).requires_grad_(False)
@@ -96,16 +92,16 @@ def assemble(lm: PreTrainedModel, reward: PreTrainedModel, params: RunParams) ->
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes of one thing, and when it is there: `always`, or only while the step `when` runs."""
+    """Bytes of memory that are held `always`, or only while the step `when` runs."""
 
     what: str
     bytes: float
     when: str
-    how: str
+    how: str  # the product that gives the bytes
 
 
 def peak(needs: Sequence[Need]) -> float:
-    """Bytes at the worst moment: what is always there and the largest step."""
+    """Bytes at the worst moment: those always held and the largest step."""
     steps: dict[str, float] = {}
     for need in needs:
         steps[need.when] = steps.get(need.when, 0) + need.bytes
@@ -114,27 +110,18 @@ def peak(needs: Sequence[Need]) -> float:
 
 
 def memory(models: Models, params: RunParams, P: int, token_budget: int) -> list[Need]:
-    """All needs of one process that trains, with prompts of at most P tokens, in the order in which they come."""
-    needs = weights(models)
-    needs += sampling(models, params.ppo, P)
-    needs += reading(models, params, P, token_budget)
-    return needs + updating(models, params.ppo, P)
+    """All needs of one process that trains, with prompts of at most P tokens, in the order of the steps."""
+    needs = weights(models) + sampling(models, params.ppo, P)
+    return needs + reading(models, params, P, token_budget) + updating(models, params.ppo, P)
+
+
+def _learning(policy: PolicyWithValue) -> list[torch.nn.Parameter]:
+    return [p for p in policy.parameters() if p.requires_grad]
 
 
 def weights(models: Models) -> list[Need]:
-    """Numbers x their size, each stored once: frozen ones are shared. Adam keeps two float32 for one that learns."""
-    seen: set[int] = set()
-
-    def count(parameters) -> dict[int, int]:
-        """How many numbers there are of each size, of parameters not counted before."""
-        sizes: dict[int, int] = {}
-        for p in parameters:
-            if id(p) not in seen:
-                seen.add(id(p))
-                sizes[p.element_size()] = sizes.get(p.element_size(), 0) + p.numel()
-        return sizes
-
-    learning = [p for p in models.policy.parameters() if p.requires_grad]
+    """Numbers x their size, shared ones once. Adam keeps two float32 numbers for each that learns."""
+    learning = _learning(models.policy)
     groups = {
         "reference": models.reference.parameters(),
         "policy, learns": learning,
@@ -142,12 +129,15 @@ def weights(models: Models) -> list[Need]:
         "copy that samples": models.policy.sampling_model().parameters(),
         "reward model": models.reward.parameters(),
     }
-    needs = []
+    needs, seen = [], set()
     for name, parameters in groups.items():
-        found = count(parameters)
-        how = " + ".join(f"{number:,} x {size}" for size, number in found.items())
-        if found:
-            needs.append(Need(name, sum(size * number for size, number in found.items()), "always", how))
+        numbers = Counter()  # of each size in bytes
+        for p in parameters:
+            numbers[p.element_size()] += p.numel() * (id(p) not in seen)
+            seen.add(id(p))
+        if size := sum(size * number for size, number in numbers.items()):
+            how = " + ".join(f"{number:,} x {size}" for size, number in numbers.items() if number)
+            needs.append(Need(name, size, "always", how))
     number = sum(p.numel() for p in learning)
     needs.append(Need("Adam", 8 * number, "always", f"{number:,} x 2 x 4"))
     return needs
@@ -169,8 +159,8 @@ def cache(sizes: Sizes, tokens: int, s: int) -> float:
 def sampling(models: Models, ppo: PPOParams, P: int) -> list[Need]:
     """While all B responses are sampled at once.
 
-    Cache at its full length L; the working set of the prompts; B V numbers of logits, as s + 4 + 4 for their
-    temperature and 4 + 8 + 8 for the distribution function.
+    Cache at its full length L; the working set of the prompts; B V logits, each s + 4 + 4 bytes with its temperature
+    and 4 + 8 + 8 for the distribution function.
     """
     sizes, s, B = Sizes.of(models.reference.lm), _bytes(models.policy.sampling_model()), ppo.rollouts
     L = P + ppo.max_new_tokens
@@ -185,8 +175,8 @@ def reading(models: Models, params: RunParams, P: int, token_budget: int) -> lis
     """While the reward model explains, in batches of at most `token_budget` tokens.
 
     A group of prompts in the cache, their copies in the batch with its own keys and values, the batch's working set,
-    and who sees whom: budget x (N (1 + s) + 10 (T + 1)), with packs of N = max(H, 128 + 2 T) nodes. Models that are not
-    packed have the working set alone.
+    and the attention masks: budget x (N (1 + s) + 10 (T + 1)), with packs of N = max(H, 128 + 2 T) nodes. Models that
+    are not packed need the working set only.
     """
     sizes, s, T = Sizes.of(models.reward), _bytes(models.reward), params.ppo.max_new_tokens
     how = f"{token_budget:,} tokens"
@@ -197,7 +187,7 @@ def reading(models: Models, params: RunParams, P: int, token_budget: int) -> lis
         kept = cache(sizes, prompts + token_budget, s)
         needs.append(Need("prompts and packs in the cache", kept, "explain", f"{prompts:,} + {how}"))
         each = nodes * (1 + s) + 10 * (T + 1)
-        needs.append(Need("who sees whom", token_budget * each, "explain", f"{how} x {each:,}"))
+        needs.append(Need("attention masks", token_budget * each, "explain", f"{how} x {each:,}"))
     return needs
 
 
@@ -211,7 +201,7 @@ def updating(models: Models, ppo: PPOParams, P: int) -> list[Need]:
     """
     policy, L = models.policy, P + ppo.max_new_tokens
     sizes, b = Sizes.of(models.reference.lm), min(ppo.micro_batch, ppo.minibatch)
-    learning = [p for p in policy.parameters() if p.requires_grad]
+    learning = _learning(policy)
     number, matrices = sum(p.numel() for p in learning), sum(p.numel() for p in learning if p.dim() == 2)
     s = 2 if policy.bf16 else 4
     layer, layers = kept_by_layer(sizes, s, _rank(policy)), sizes.layers - policy.cut
@@ -238,8 +228,8 @@ def kept_by_layer(sizes: Sizes, s: int, rank: int) -> float:
     """Bytes a token that a Llama-like layer keeps for its backward pass, attention by torch's fused kernels.
 
     2 Q + 2 K + 4 M numbers of s bytes (queries, keys, values, their output; gate, its silu, up, their product),
-    4 heads + 8 for softmax and norms, and the residual stream, its norms and the maps' inputs: of H 24 bytes in
-    float32, 26 under autocast; 16 and 20 with adapters, whose frozen maps need no inputs; they keep 7 rank s.
+    4 heads + 8 for softmax and norms, and for the residual stream, its norms and the maps' inputs 24 H in float32,
+    26 H under autocast. With adapters 16 H and 20 H, as frozen maps need no inputs, and 7 rank s more.
     """
     stream = {(4, False): 24, (2, False): 26, (4, True): 16, (2, True): 20}[s, rank > 0]
     numbers = 2 * sizes.query + 2 * sizes.key + 4 * sizes.mlp + 7 * rank
@@ -250,9 +240,13 @@ def _bytes(model: PreTrainedModel) -> int:
     return model.dtype.itemsize
 
 
+def _adapters(policy: PolicyWithValue) -> list[torch.nn.Parameter]:
+    return [p for name, p in policy.lm.named_parameters() if "lora_" in name]
+
+
 def _rank(policy: PolicyWithValue) -> int:
-    """Of the policy's adapters; 0 without."""
-    return min((min(p.shape) for name, p in policy.lm.named_parameters() if "lora_" in name), default=0)
+    """The rank of the policy's adapters; 0 without."""
+    return min((min(p.shape) for p in _adapters(policy)), default=0)
 
 
 # ---------------------------------------------------------------------------------------------------- time
@@ -260,11 +254,11 @@ def _rank(policy: PolicyWithValue) -> int:
 
 @dataclass(frozen=True)
 class Device:
-    """Peak operations a second in bfloat16 and float32 and bytes a second, by the vendor; the share that is reached.
+    """The vendor's peak operations a second in bfloat16 and float32 and bytes a second; the share that is reached.
 
-    `layer_seconds` is what Python and the driver need to start one layer, which bounds sampling token by token and
-    small models. Both are assumed for a CPU core. Of GPUs they are what benchmarks/gpu.jsonl has of one H200, whose
-    chip is the H100's: from 0.12 of the peak for 135M parameters to 0.36 for a billion.
+    `layer_seconds` is the time in which Python and the driver start one layer, which bounds small models and sampling
+    token by token. Share and time are assumed for a CPU core; for GPUs they were measured on one H200, which has the
+    H100's chip (benchmarks/gpu.jsonl): 0.12 of the peak for 135M parameters to 0.36 for a billion.
     """
 
     name: str
@@ -275,10 +269,8 @@ class Device:
     layer_seconds: float
 
     def __str__(self) -> str:
-        return (
-            f"{self.name} {self.reached:.0%} of {self.bf16 / 1e12:g} TFLOP/s in bfloat16, {self.float32 / 1e12:g} "
-            f"in float32, {self.bandwidth / 1e9:g} GB/s"
-        )
+        peak = f"{self.bf16 / 1e12:g} TFLOP/s in bfloat16, {self.float32 / 1e12:g} in float32"
+        return f"{self.name} {self.reached:.0%} of {peak}, {self.bandwidth / 1e9:g} GB/s"
 
     def seconds(self, flops: float, s: int) -> float:
         """Time for dense work of numbers of s bytes."""
@@ -294,25 +286,25 @@ DEVICES = (
 
 @dataclass(frozen=True)
 class Work:
-    """One step of an update: operations on numbers of `size` bytes; passes that must wait for one another."""
+    """One step of an update: operations on numbers of `size` bytes, in passes that wait for one another."""
 
     step: str
     flops: float
     size: int
     passes: int = 0
     layers: int = 0
-    read: float = 0.0  # bytes that each of the passes reads
+    read: float = 0.0  # bytes that each pass reads
 
     def seconds(self, device: Device) -> float:
-        """The longest of arithmetic, reading and starting."""
+        """The longest of arithmetic, reading memory and starting layers."""
         waiting = self.passes * max(self.read / device.bandwidth, self.layers * device.layer_seconds)
         return max(device.seconds(self.flops, self.size), waiting)
 
 
 def forward(sizes: Sizes, tokens: float, context: float, layers: int | None = None) -> float:
-    """Operations of one forward pass through `layers` (all where none are given): tokens (2 W + 4 context Q n).
+    """Operations of one forward pass through `layers` (default all): tokens (2 W + 4 context Q n).
 
-    `context` is what a token's attention computes, also what a mask then hides; half the text where it is causal.
+    `context` is the number of tokens that one attends to, hidden ones included: half the text for a causal kernel.
     """
     layers = sizes.layers if layers is None else layers
     return tokens * layers * (2 * sizes.weights / sizes.layers + 4 * context * sizes.query)
@@ -320,36 +312,34 @@ def forward(sizes: Sizes, tokens: float, context: float, layers: int | None = No
 
 def time(models: Models, params: RunParams, P: float, sources: Sequence[str]) -> list[Work]:
     """The steps of one update with prompts of P tokens and responses of their full length, an upper bound."""
-    ppo, policy, reward = params.ppo, Sizes.of(models.reference.lm), Sizes.of(models.reward)
-    B, T = ppo.rollouts, ppo.max_new_tokens
-    work = [_sample(models, ppo, P), Work("score", forward(reward, B * (P + T), P + T), _bytes(models.reward))]
-    work.append(Work("explain", _explain(models, params, P, sources), _bytes(models.reward)))
-    s, head = 2 if models.policy.bf16 else 4, 2 * B * T * policy.hidden * policy.vocabulary
-    below = forward(policy, B * (P + T), (P + T) / 2, models.policy.cut)
-    above = forward(policy, B * (P + T), (P + T) / 2, policy.layers - models.policy.cut)
-    trunk = models.policy.value_trunk and Sizes.of(models.policy.value_trunk)
-    critic = forward(trunk, B * (P + T), (P + T) / 2) if trunk else 0
-    adapters = 2 * B * (P + T) * sum(p.numel() for name, p in models.policy.lm.named_parameters() if "lora_" in name)
-    parts, depth, deep = math.ceil(B / ppo.micro_batch), policy.layers - models.policy.cut, trunk.layers if trunk else 0
-    work.append(
-        Work(
-            "log-probabilities",
-            below + 2 * (above + head) + adapters + critic,
-            s,
-            parts,
-            models.policy.cut + 2 * depth + deep,
-        )
-    )
-    back = 1 if _rank(models.policy) else 2  # frozen maps hand gradients on and have none of their own
-    again = 1 if min(ppo.micro_batch, ppo.minibatch) * T * policy.vocabulary > LOGITS else 0
-    learns = models.policy.lm.get_output_embeddings().weight.requires_grad
-    heads = head * (2 + again + learns)
+    reward, s = Sizes.of(models.reward), _bytes(models.reward)
+    tokens = params.ppo.rollouts * (P + params.ppo.max_new_tokens)
+    score = Work("score", forward(reward, tokens, P + params.ppo.max_new_tokens), s)
+    explain = Work("explain", _explain(models, params, P, sources), s)
+    return [_sample(models, params.ppo, P), score, explain, *_learn(models, params.ppo, P)]
+
+
+def _learn(models: Models, ppo: PPOParams, P: float) -> list[Work]:
+    """Log-probabilities under policy and reference, whose layers below the cut are the same; then the epochs."""
+    policy, sizes, trunk = models.policy, Sizes.of(models.reference.lm), models.policy.value_trunk
+    B, T, s = ppo.rollouts, ppo.max_new_tokens, 2 if policy.bf16 else 4
+    text, depth, deep = (B * (P + T), (P + T) / 2), sizes.layers - policy.cut, 0
+    below, above = forward(sizes, *text, policy.cut), forward(sizes, *text, depth)
+    head, critic = 2 * B * T * sizes.hidden * sizes.vocabulary, 0
+    if trunk is not None:
+        critic, deep = forward(Sizes.of(trunk), *text), Sizes.of(trunk).layers
+    adapters = 2 * text[0] * sum(p.numel() for p in _adapters(policy))
+    parts, flops = math.ceil(B / ppo.micro_batch), below + 2 * (above + head) + adapters + critic
+    probabilities = Work("log-probabilities", flops, s, parts, policy.cut + 2 * depth + deep)
+    back = 1 if _rank(policy) else 2  # frozen maps pass gradients on and have none of their own
+    again = min(ppo.micro_batch, ppo.minibatch) * T * sizes.vocabulary > LOGITS
+    heads = head * (2 + again + policy.lm.get_output_embeddings().weight.requires_grad)
     flops = ppo.epochs * (above * (1 + back) + heads + 3 * (adapters + critic))
-    return [*work, Work("update", flops, s, ppo.epochs * parts, 3 * (depth + deep))]
+    return [probabilities, Work("update", flops, s, ppo.epochs * parts, 3 * (depth + deep))]
 
 
 def _sample(models: Models, ppo: PPOParams, P: float) -> Work:
-    """B P tokens at once, then T times B: each reads all weights and the cache so far, on average P + T / 2."""
+    """B P tokens at once, then T passes of B, each of which reads all weights and a cache of about P + T / 2 tokens."""
     sizes, B, T = Sizes.of(models.reference.lm), ppo.rollouts, ppo.max_new_tokens
     s = _bytes(models.policy.sampling_model())
     flops = forward(sizes, B * P, P) + forward(sizes, B * T, P + T / 2) + 2 * B * T * sizes.hidden * sizes.vocabulary
@@ -364,8 +354,8 @@ WHOLE = {"attention": 1, "prefix": 1, "gradient_input": 3}  # forward passes ove
 def _explain(models: Models, params: RunParams, P: float, sources: Sequence[str]) -> float:
     """Operations of all sources: the tokens of the coalitions that they need, and passes over whole responses.
 
-    Where prefixes are shared, prompts are computed once, and the last layer only where a score is read, its keys and
-    values (4 H K a token) apart.
+    Where prefixes are shared, prompts are computed once, and of the last layer only keys and values (4 H K a token),
+    except where a score is read.
     """
     sizes, B, T = Sizes.of(models.reward), params.ppo.rollouts, params.ppo.max_new_tokens
     packed = models.reward.config.model_type in PACKED
@@ -386,12 +376,13 @@ def _explain(models: Models, params: RunParams, P: float, sources: Sequence[str]
 def coalition_tokens(
     players: np.ndarray, sources: Sequence[str], params: AttributionParams, P: float, width: int | None
 ) -> tuple[float, float, int]:
-    """Tokens to compute for the coalitions of a response, tokens beside its prompt that each sees, and coalitions.
+    """Tokens to compute for the coalitions of a response, how many each sees after the prompt, and the coalitions.
 
-    `players` (T,) says which player each token belongs to. With `width` (the model's H) prefixes are shared, as the
+    `players` (T,) is the player that each token belongs to. With `width` (the model's H) prefixes are shared, as the
     engine packs them; without, every coalition is a text with its prompt.
     """
-    designed = tuple((name, SOURCES[name]) for name in sources if isinstance(SOURCES[name], Designed))
+    kinds = [(name, named(SOURCES, name, "sources")) for name in sources]
+    designed = tuple((name, source) for name, source in kinds if isinstance(source, Designed))
     if not designed:
         return 0, 0, 0
     masks = plan(int(players[-1]) + 1, designed, params).masks[:, players]

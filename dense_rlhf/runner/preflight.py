@@ -1,4 +1,4 @@
-"""A dry run that resolves everything except the weights: parameters, data, revisions, tokenizers, configs, budget."""
+"""A dry run that resolves everything except the weights: parameters, data, revisions, tokenizers, configs, costs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TRANSLATED = 20  # replies that are read in the reward model's tokens
 
 
 class Report:
-    """Lines as they are found; how many of them failed."""
+    """Says one line for each check and counts those that failed."""
 
     def __init__(self, say: Callable[[str], None]):
         self.say, self.failed = say, 0
@@ -42,7 +42,7 @@ class Report:
         self.line(*(("ok", field, good) if holds else ("FAIL", field, bad)))
 
     def attempt(self, field: str, what: str, act: Callable):
-        """What `act()` returns, or None and a line for whatever it raises."""
+        """What `act()` returns; or None, and a line with the error that it raises."""
         try:
             return act()
         except InputError as error:
@@ -53,12 +53,12 @@ class Report:
 
 
 def check(study: StudyParams, say: Callable[[str], None]) -> int:
-    """Say of each thing that the study needs whether it is there; returns how many are not. Reads no weights."""
+    """Say for each thing that the study needs whether it is there; returns how many are not. Reads no weights."""
     report, run = Report(say), study.run
     if study.settings:
         report.line("note", "settings", f"checked without what these change: {', '.join(study.settings)}")
-    policy = find_policy(report, run)
-    reward = find_reward(report, run.reward, policy)
+    policy = read_policy(report, run)
+    reward = read_reward(report, run.reward, policy)
     longest, typical = 0, 0.0
     for data in study.datasets:
         lengths = _check_data(report, replace(run, data=data), policy, reward)
@@ -80,8 +80,8 @@ def check(study: StudyParams, say: Callable[[str], None]) -> int:
 
 
 @dataclass(frozen=True)
-class Found:
-    """A model without its weights; None for what could not be had."""
+class EmptyModel:
+    """A model without its weights; None for parts that could not be read."""
 
     tokenizer: PreTrainedTokenizerBase | None
     config: PreTrainedConfig | None
@@ -89,40 +89,37 @@ class Found:
 
 
 def _resolve(report: Report, field: str, name: str, revision: str | None) -> dict[str, object]:
-    """Say which commit a hub id is at and which weights lie there; where to read the rest, nothing for a folder."""
+    """Say a hub id's commit and its weights' size; returns the arguments that read its other files at that commit."""
     if Path(name).is_dir():
         _check_weights(report, field, {path.name: path.stat().st_size for path in Path(name).iterdir()})
         return {}
 
+    branch = revision or "main"
+
     def ask():
         try:
-            return huggingface_hub.HfApi().model_info(name, revision=revision or "main", files_metadata=True)
+            return huggingface_hub.HfApi().model_info(name, revision=branch, files_metadata=True)
         except Exception as error:  # the hub's errors share no base class
-            raise InputError(
-                f"{name!r} at {revision or 'main'} is no folder here and no model that the hub answers "
-                f"for ({type(error).__name__}); wanted a local folder or a hub id that is reachable"
-            ) from error
+            place = f"{name!r} at {branch} is no folder here, and not to be had from the hub ({type(error).__name__})"
+            raise InputError(f"{place}; wanted a local folder or a hub id that is reachable") from error
 
     info = report.attempt(field, "its commit", ask)
     if info is None:
-        return {"revision": revision or "main", "local_files_only": True}
-    report.ok(field, f"{name} at {revision or 'main'} is commit {info.sha}")
+        return {"revision": branch, "local_files_only": True}
+    report.ok(field, f"{name} at {branch} is commit {info.sha}")
     _check_weights(report, field, {file.rfilename: file.size or 0 for file in info.siblings})
     return {"revision": info.sha}
 
 
 def _check_weights(report: Report, field: str, files: dict[str, int]) -> None:
     weights = {name: size for name, size in files.items() if name.endswith(".safetensors")}
-    report.demand(
-        bool(weights),
-        field,
-        f"weights: {len(weights)} safetensors, {sum(weights.values()) / 1e9:.2f} GB",
-        f"has no .safetensors among {len(files)} files; other weights are never read",
-    )
+    good = f"weights: {len(weights)} safetensors, {sum(weights.values()) / 1e9:.2f} GB"
+    bad = f"has no .safetensors among {len(files)} files; other weights are never read"
+    report.demand(bool(weights), field, good, bad)
 
 
-def find_policy(report: Report, run: RunParams) -> Found:
-    """The policy's tokenizer, config and empty model, each said or missed in a line."""
+def read_policy(report: Report, run: RunParams) -> EmptyModel:
+    """The policy's tokenizer, config and empty model, with a line for each."""
     name, field = run.policy.name, "policy.name"
     shipped = {"tiny": lambda: PACKAGE / "models" / "tiny_policy", "smollm2": smollm2_folder}
     folder = report.attempt(field, "its files", shipped[name]) if name in shipped else None
@@ -135,56 +132,40 @@ def find_policy(report: Report, run: RunParams) -> Found:
         _check_tokenizer(report, tokenizer, config)
     if model:
         model.config.pad_token_id = tokenizer.pad_token_id if tokenizer else 0
-        report.ok(
-            field, f"{config.model_type}, {model.num_parameters():,} parameters, {config.num_hidden_layers} layers"
-        )
-    return Found(tokenizer, config, model)
+        size = f"{model.num_parameters():,} parameters, {config.num_hidden_layers} layers"
+        report.ok(field, f"{config.model_type}, {size}")
+    return EmptyModel(tokenizer, config, model)
 
 
 def _check_tokenizer(report: Report, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig | None) -> None:
-    eos, pad = tokenizer.eos_token, tokenizer.pad_token
-    report.demand(
-        eos is not None,
-        "policy.name",
-        f"ends with {eos!r}, pads with {pad!r}",
-        "its tokenizer has no EOS, so no response could end; add one to its files",
-    )
+    field, eos = "policy.name", tokenizer.eos_token
+    bad = "its tokenizer has no EOS, so no response could end; add one to its files"
+    report.demand(eos is not None, field, f"ends with {eos!r}, pads with {tokenizer.pad_token!r}", bad)
     if config and len(tokenizer) > config.vocab_size:
-        report.line(
-            "FAIL",
-            "policy.name",
-            f"its tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}; wanted files of one model",
-        )
+        sizes = f"its tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}"
+        report.line("FAIL", field, f"{sizes}; wanted files of one model")
     if "strftime_now" in str(tokenizer.chat_template):
-        report.line("note", "policy.name", "its chat template writes today's date: another day, other prompts")
+        report.line("note", field, "its chat template writes today's date: prompts change from day to day")
 
 
-def find_reward(report: Report, params: RewardParams, policy: Found) -> Found | None:
+def read_reward(report: Report, params: RewardParams, policy: EmptyModel) -> EmptyModel | None:
     """The reward model's tokenizer, config and empty model; None for one to be trained here, without a tokenizer."""
     field, name = "reward.name", params.name
     if name == "scratch":
-        return policy.tokenizer and Found(policy.tokenizer, *_scratch(report, params, policy.tokenizer))
+        return policy.tokenizer and EmptyModel(policy.tokenizer, *_scratch(report, params, policy.tokenizer))
     at = _resolve(report, field, name, params.revision)
     tokenizer = report.attempt(field, "its tokenizer", lambda: AutoTokenizer.from_pretrained(name, **at))
     config = report.attempt(field, "its config.json", lambda: AutoConfig.from_pretrained(name, **at))
     model = config and report.attempt(field, "its config.json", lambda: cost.empty_classifier(config, params.dtype))
     if config:
-        report.demand(
-            config.num_labels == 1,
-            field,
-            "has one output",
-            f"{name!r} has {config.num_labels} outputs, wanted one: a reward model",
-        )
+        bad = f"{name!r} has {config.num_labels} outputs, wanted one: a reward model"
+        report.demand(config.num_labels == 1, field, "has one output", bad)
     if model:
         report.ok(field, f"{config.model_type}, {model.num_parameters():,} parameters")
     if tokenizer:
-        report.demand(
-            tokenizer.eos_token is not None,
-            field,
-            f"reads its score behind {tokenizer.eos_token!r}",
-            "its tokenizer has no EOS to read the score behind; wanted a reward model with one",
-        )
-    return Found(tokenizer, config, model)
+        bad = "its tokenizer has no EOS at which to read the score; wanted a reward model with one"
+        report.demand(tokenizer.eos_token is not None, field, f"reads its score at {tokenizer.eos_token!r}", bad)
+    return EmptyModel(tokenizer, config, model)
 
 
 def _scratch(report: Report, params: RewardParams, tokenizer: PreTrainedTokenizerBase) -> tuple:
@@ -197,36 +178,29 @@ def _scratch(report: Report, params: RewardParams, tokenizer: PreTrainedTokenize
 # ---------------------------------------------------------------------------------------------------- data
 
 
-def _check_data(report: Report, run: RunParams, policy: Found, reward: Found | None) -> list[int]:
-    """Say what the loader made of the data; tokens of each prompt, shortest first."""
+def _check_data(report: Report, run: RunParams, policy: EmptyModel, reward: EmptyModel | None) -> list[int]:
+    """Say how many rows the loader kept; returns the prompts' lengths in tokens, shortest first."""
     data = report.attempt("data.name", "its rows", lambda: load_data(run.data, ROWS))
     if not data:
         return []
     left_out = sum(number for name, number in data.counts.items() if name.startswith("left out"))
+    long, most = data.counts.get("left out: prompt too long", 0), run.data.max_prompt_chars
+    text = f"{data.counts['read']:,} rows read, {left_out:,} left out"
     report.ok(
         "data.name",
-        f"{data.name} at {data.revision}: {data.counts['read']:,} rows read, {left_out:,} left out "
-        f"({data.counts.get('left out: prompt too long', 0):,} of them longer than "
-        f"data.max_prompt_chars = {run.data.max_prompt_chars})",
+        f"{data.name} at {data.revision}: {text} ({long:,} of them longer than data.max_prompt_chars = {most})",
     )
     prompts = data.train_prompts
     if run.data.path or data.name == "reviews":  # else only the first rows were read
-        report.demand(
-            len(prompts) >= run.ppo.rollouts,
-            "ppo.rollouts",
-            f"{len(prompts):,} training prompts",
-            f"is {run.ppo.rollouts}, but there are {len(prompts)} training prompts; lower it",
-        )
+        bad = f"is {run.ppo.rollouts}, but there are {len(prompts)} training prompts; lower it"
+        report.demand(len(prompts) >= run.ppo.rollouts, "ppo.rollouts", f"{len(prompts):,} training prompts", bad)
     if not policy.tokenizer:
         return []
     if reward and reward.tokenizer:
-        report.attempt(
-            "reward.name", "reading the policy's text", lambda: _check_alignment(report, run, data, policy, reward)
-        )
-    return (
-        report.attempt("policy.name", "rendering prompts", lambda: _check_prompts(report, prompts, policy.tokenizer))
-        or []
-    )
+        align = lambda: _check_alignment(report, run, data, policy, reward)  # noqa: E731
+        report.attempt("reward.name", "reading the policy's text", align)
+    measure = lambda: _check_prompts(report, prompts, policy.tokenizer)  # noqa: E731
+    return report.attempt("policy.name", "rendering prompts", measure) or []
 
 
 def _check_prompts(report: Report, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -241,28 +215,22 @@ def _check_prompts(report: Report, prompts: Sequence[Prompt], tokenizer: PreTrai
 QUANTILES = {"least": 0.0, "median": 0.5, "95 %": 0.95, "most": 1.0}
 
 
-def _check_alignment(report: Report, run: RunParams, data: Dataset, policy: Found, reward: Found) -> None:
-    """Whether the reward model can read what the policy writes, and in the form that it was taught."""
+def _check_alignment(report: Report, run: RunParams, data: Dataset, policy: EmptyModel, reward: EmptyModel) -> None:
+    """Whether the reward model can read the policy's text, and in the form that it was trained on."""
     field = "reward.name"
     if shares_tokens(policy.tokenizer, reward.tokenizer):
         report.ok(field, "reads the policy's tokens as they are")
         if policy.config and reward.config and policy.config.vocab_size > reward.config.vocab_size:
             text = f"has {reward.config.vocab_size} embeddings for {policy.config.vocab_size} logits of the policy"
-            report.line("note", field, f"{text}; wanted as many, lest one of the others is sampled")
+            report.line("note", field, f"{text}; wanted as many, as any token may be sampled")
     else:
         for prompt, reply in _dialogues(data)[:TRANSLATED]:
-            ids = [
-                policy.tokenizer(text, add_special_tokens=False)["input_ids"]
-                for text in (render(prompt, policy.tokenizer), reply)
-            ]
+            texts = [render(prompt, policy.tokenizer), reply]
+            ids = policy.tokenizer(texts, add_special_tokens=False)["input_ids"]
             translate(policy.tokenizer, reward.tokenizer, *ids)
         report.ok(field, "has a vocabulary of its own; tokens are aligned by characters")
-        report.demand(
-            run.policy.critic != "separate",
-            "policy.critic",
-            f"{run.policy.critic}",
-            "'separate' starts as the reward model and needs its tokens; take 'shared'",
-        )
+        bad = "'separate' starts as the reward model and needs its tokens; take 'shared'"
+        report.demand(run.policy.critic != "separate", "policy.critic", run.policy.critic, bad)
     _compare_templates(report, data, policy.tokenizer, reward.tokenizer)
 
 
@@ -275,6 +243,7 @@ def _dialogues(data: Dataset) -> list[tuple[Prompt, str]]:
 def _compare_templates(
     report: Report, data: Dataset, policy: PreTrainedTokenizerBase, reward: PreTrainedTokenizerBase
 ) -> None:
+    """Note where the reward model's own chat template writes a dialogue differently."""
     prompt, reply = _dialogues(data)[0]
     if isinstance(prompt, str) or not reward.chat_template or reward is policy:
         return
@@ -283,27 +252,21 @@ def _compare_templates(
     given = render(prompt, policy) + reply + (reward.eos_token or "")
     if taught != given:
         at = next((i for i, (a, b) in enumerate(zip(taught, given)) if a != b), min(len(taught), len(given)))
-        report.line(
-            "note",
-            "reward.name",
-            f"its own chat template would write {taught[at : at + 40]!r} where the "
-            f"policy's writes {given[at : at + 40]!r}",
-        )
+        own, other = taught[at : at + 40], given[at : at + 40]
+        text = f"its own chat template would write {own!r} where the policy's writes {other!r}"
+        report.line("note", "reward.name", text)
 
 
-def _check_positions(report: Report, run: RunParams, policy: Found, reward: Found | None, longest: int) -> None:
+def _check_positions(
+    report: Report, run: RunParams, policy: EmptyModel, reward: EmptyModel | None, longest: int
+) -> None:
     """Whether prompt and response fit what each model was trained for."""
-    for field, found in (("policy.name", policy), ("reward.name", reward)):
-        most = getattr(found and found.config, "max_position_embeddings", None)
-        if most:
-            L = longest + run.ppo.max_new_tokens + 1
-            report.demand(
-                L <= most,
-                field,
-                f"{most} positions for {L} tokens of prompt, response and EOS",
-                f"has {most} positions, but the longest prompt and ppo.max_new_tokens = "
-                f"{run.ppo.max_new_tokens} need {L}; lower data.max_prompt_chars",
-            )
+    T, L = run.ppo.max_new_tokens, longest + run.ppo.max_new_tokens + 1
+    for field, model in (("policy.name", policy), ("reward.name", reward)):
+        if most := getattr(model and model.config, "max_position_embeddings", None):
+            good = f"{most} positions for {L} tokens of prompt, response and EOS"
+            need = f"the longest prompt and ppo.max_new_tokens = {T} need {L}; lower data.max_prompt_chars"
+            report.demand(L <= most, field, good, f"has {most} positions, but {need}")
 
 
 # ---------------------------------------------------------------------------------------------------- budget
@@ -327,12 +290,8 @@ def _say_budget(report: Report, study: StudyParams, models: cost.Models, longest
     total = cost.peak(needs) / 2**30
     report.say(f"  {'peak':8s} {'what is always there, and the largest step':43s}{total:6.2f} GiB")
     if gpu:
-        report.demand(
-            total <= gpu[1],
-            "memory",
-            f"{gpu[0]} has {gpu[1]:.1f} GiB",
-            f"{gpu[0]} has {gpu[1]:.1f} GiB; lower ppo.micro_batch or reward.token_budget",
-        )
+        has = f"{gpu[0]} has {gpu[1]:.1f} GiB"
+        report.demand(total <= gpu[1], "memory", has, f"{has}; lower ppo.micro_batch or reward.token_budget")
     _say_time(report, study, models, typical)
 
 
@@ -344,10 +303,9 @@ def _gpu() -> tuple[str, float] | None:
 
 def _say_time(report: Report, study: StudyParams, models: cost.Models, typical: float) -> None:
     """Seconds of each step of an update and hours of the study, on `cost.DEVICES`."""
-    run, devices, hours = study.run, cost.DEVICES, dict.fromkeys(cost.DEVICES, 0.0)
+    run, devices, hours, seen = study.run, cost.DEVICES, dict.fromkeys(cost.DEVICES, 0.0), set()
     report.say(f"\ntime of an update, at prompts of {typical:.0f} tokens and responses of {run.ppo.max_new_tokens}\n")
     report.say(f"  {'':32s}{'PFLOP':>10s}" + "".join(f"{device.name + ' s':>14s}" for device in devices))
-    said = set()
     for shape in study.arms.values():
         steps = cost.time(models, run, typical, shape.sources)
         updates = len(study.seeds) * run.ppo.updates + (run.bo.trials * run.bo.updates if shape.is_learned else 0)
@@ -355,14 +313,10 @@ def _say_time(report: Report, study: StudyParams, models: cost.Models, typical: 
             hours[device] += updates * sum(step.seconds(device) for step in steps) / 3600
         for step in steps:
             name = f"explain {' + '.join(shape.sources)}" if step.step == "explain" else step.step
-            if name not in said:
-                said.add(name)
-                report.say(
-                    f"  {name:32s}{step.flops / 1e15:10.4f}"
-                    + "".join(f"{step.seconds(device):14.1f}" for device in devices)
-                )
+            if name not in seen:
+                seen.add(name)
+                seconds = "".join(f"{step.seconds(device):14.1f}" for device in devices)
+                report.say(f"  {name:32s}{step.flops / 1e15:10.4f}{seconds}")
     report.say(f"  {'all updates of all arms':42s}" + "".join(f"{hour:12.1f} h" for hour in hours.values()))
-    report.say(
-        "  at the share of the vendor's numbers that one H200 reached, and a core's assumed: "
-        + "; ".join(map(str, devices))
-    )
+    speeds = "; ".join(map(str, devices))
+    report.say(f"  at the share of the vendor's numbers that one H200 reached, and a core's assumed: {speeds}")

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,11 +11,12 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, Qwen3Config
+from transformers import AutoConfig, BertConfig, LlamaConfig, Qwen3Config
 
 from dense_rlhf import ppo
 from dense_rlhf.attribution import attribute
 from dense_rlhf.config.params import AttributionParams, PolicyParams, PPOParams, RewardParams, RunParams
+from dense_rlhf.fingerprint import PACKAGE
 from dense_rlhf.models.language_models import load_policy
 from dense_rlhf.models.policy import PolicyWithValue, trainable_copy
 from dense_rlhf.models.reward_model import RewardModel
@@ -79,17 +81,8 @@ def made_up(T=PPO.max_new_tokens):
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1, 300, (PPO.rollouts, P + T), generator=generator)
     zero, mask = torch.zeros(PPO.rollouts, T), torch.ones(PPO.rollouts, T, dtype=torch.bool)
-    return Rollout(
-        ids[:, :P],
-        torch.ones(PPO.rollouts, P, dtype=torch.bool),
-        ids[:, P:],
-        mask,
-        zero[:, 0],
-        ~mask[:, 0],
-        zero,
-        zero,
-        zero,
-    )
+    query_mask = torch.ones(PPO.rollouts, P, dtype=torch.bool)
+    return Rollout(ids[:, :P], query_mask, ids[:, P:], mask, zero[:, 0], ~mask[:, 0], zero, zero, zero)
 
 
 def named(needs):
@@ -168,6 +161,26 @@ def operations(act):
     return counter.get_total_flops()
 
 
+SMOLLM2 = dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9)
+CONFIGS = {
+    "tiny": AutoConfig.from_pretrained(PACKAGE / "models" / "tiny_policy"),
+    "SmolLM2-135M": LlamaConfig(**SMOLLM2, num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True),
+    "wide heads": Qwen3Config(**SHAPE, head_dim=32),
+    "encoder": BertConfig(**SMOLLM2 | {"num_hidden_layers": 3}),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_forward_pass_is_what_torch_counts_on_the_meta_device(name):
+    """An encoder's pooler reads one position of each text, but its weights count for all."""
+    model, b, L = cost.empty_classifier(CONFIGS[name]), 4, 100
+    seen = {} if name == "encoder" else {"attention_mask": torch.zeros(b, 1, L, L, device="meta"), "use_cache": False}
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.base_model(input_ids=torch.empty(b, L, dtype=torch.long, device="meta"), **seen)
+    rel = 0.05 if name == "encoder" else 1e-12
+    assert cost.forward(cost.Sizes.of(model), b * L, L) == pytest.approx(counter.get_total_flops(), rel=rel)
+
+
 @pytest.mark.parametrize("policy", LEARNERS, ids=str)
 def test_operations_are_those_that_torch_counts(policy):
     """Nearly: torch counts the half of causal attention that is not computed; merged adapters are its too."""
@@ -226,10 +239,11 @@ def test_an_update_needs_what_it_is_said_to(tokenizer):
     """Peak resident memory of an update in a process of its own, within a third."""
     code = """
 import ctypes, sys, torch
-sys.path.insert(0, "tests")
+sys.path[:0] = sys.argv[1:]
 torch.set_num_threads(1)
 import test_cost as t
-from dense_rlhf import budget, ppo
+from dense_rlhf import ppo
+from dense_rlhf.runner import cost
 ctypes.CDLL("libc.so.6").mallopt(-3, 65536)  # what is freed goes back
 status = lambda key: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) * 1024
 t.SHAPE |= {"hidden_size": 512, "intermediate_size": 1376, "vocab_size": 4096}
@@ -248,6 +262,7 @@ print(said / (status("VmHWM") - before))
 """
     if sys.platform != "linux":
         pytest.skip("reads /proc")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    here = Path(__file__).parent
+    done = subprocess.run([sys.executable, "-c", code, here, here.parent], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert 0.75 < float(done.stdout.split()[-1]) < 1.35, done.stdout

@@ -161,7 +161,7 @@ def few_embeddings(folders):
         (break_config, "reward.name", "its config.json:"),
         (drop_tokenizer, "policy.name", "its tokenizer:"),
         (only_eos, "policy.name", "no special token besides EOS to pad with"),
-        (no_eos, "reward.name", "has no EOS to read the score behind"),
+        (no_eos, "reward.name", "has no EOS at which to read the score"),
         (few_embeddings, "policy.name", "the model 100"),
     ],
     ids=lambda x: getattr(x, "__name__", ""),
