@@ -1,4 +1,4 @@
-"""The two loops: `train_policy` teaches a policy with one reward shape, `search_shape` learns the shape's weights."""
+"""The outer loop: `search_shape` learns the weights of a reward shape from policies that `train_policy` trains."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from dense_rlhf.types import InputError, Prompt, RewardShape
 def search_space(shape: RewardShape, bo: BOParams) -> Space:
     """Points are the weights of the sources, then, where searched, log temperatures, the sign switch, and slopes.
 
-    Slopes are a row a source, a number a feature; the last source's are zero, since only differences matter. A source
-    without weight needs no numbers, and one with all weight no slopes.
-    Raises `InputError` where numbers are searched that change nothing.
+    Slopes are a row a source, a number a feature; the last source's are zero, since only differences matter. The
+    numbers of a source without weight change nothing, nor do the slopes of one with all weight: they are idle.
+    Raises `InputError` where a search would change nothing.
     """
     bo.check(shape)
     K, F = len(shape.sources), len(bo.features)
@@ -45,24 +45,24 @@ def search_space(shape: RewardShape, bo: BOParams) -> Space:
 
 
 def shape_at(shape: RewardShape, bo: BOParams, point: Point) -> RewardShape:
-    """The shape that a point of `search_space` stands for; what is not searched is the given shape's."""
+    """The shape at a point of `search_space`; what is not searched is the given shape's."""
     K, F, extras = len(shape.sources), len(bo.features), list(point[len(shape.sources) :])
-    found = {"weights": tuple(point[:K])}
+    fields = {"weights": tuple(point[:K])}
     if bo.temperature != "fixed":
         n = K if bo.temperature == "each" else 1
         logs, extras = extras[:n], extras[n:]
-        found["temperature"] = tuple(map(math.exp, logs)) if n == K else math.exp(logs[0])
+        fields["temperature"] = tuple(map(math.exp, logs)) if n == K else math.exp(logs[0])
     if bo.signs:
-        found["normalise"] = "signed" if extras.pop(0) else "softmax"
+        fields["normalise"] = "signed" if extras.pop(0) else "softmax"
     if F:
         rows = [tuple(extras[i * F : (i + 1) * F]) for i in range(K - 1)]
-        found |= {"features": bo.features, "slopes": (*rows, (0.0,) * F)}
-    return replace(shape, **found)
+        fields |= {"features": bo.features, "slopes": (*rows, (0.0,) * F)}
+    return replace(shape, **fields)
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What a search maximises: the mean over held-out `prompts` of what `values` makes of `evaluate`'s table."""
+    """What a search maximises: the mean of `values` of the table of `evaluate` on held-out `prompts`."""
 
     prompts: tuple[Prompt, ...]
     values: Callable[[pd.DataFrame], Sequence[float]]  # a number a prompt
@@ -73,7 +73,7 @@ class Objective:
 
     @classmethod
     def of(cls, bo: BOParams, prompts: Sequence[Prompt]) -> Objective:
-        """The one that `bo.objective` names."""
+        """The objective that `bo.objective` names."""
         return cls(tuple(prompts), partial(OBJECTIVES[bo.objective], bo))
 
 
@@ -82,10 +82,10 @@ def search_shape(
 ) -> tuple[RewardShape, Search]:
     """Outer loop: propose a shape, train a policy from the reference, observe its `objective` on held-out prompts.
 
-    The standard error of a value is over prompts and responses; how PPO varies from seed to seed is not in it. The
-    weights and the updates of `recipe` are those of `bo`. Any number of processes may search on one `ledger` (see
-    `dense_rlhf.bayesopt.ledger`): each resumes what it reads there and returns when all trials have ended. Returns the
-    incumbent's shape and the search, and leaves the incumbent's policy in the folder `policy` next to the ledger.
+    A value's standard error is over prompts and responses; how PPO varies between seeds is not in it. The weights of
+    `recipe.shape` are ignored; updates are `bo.updates`. Any number of processes may search on one `ledger` (see
+    `dense_rlhf.bayesopt.ledger`): each resumes from it and returns when all trials have ended. Returns the incumbent's
+    shape and the search; the incumbent's policy is saved in the folder `policy` next to the ledger.
     Raises `InputError` for the ledger of another search.
     """
     recipe = replace(recipe, ppo=replace(recipe.ppo, updates=bo.updates))
@@ -102,14 +102,8 @@ def _search_key(task: Task, recipe: Recipe, bo: BOParams, objective: Objective) 
     """What decides a search, its code too: the ledger of another is refused. More trials make no other search."""
     shape, prompts = asdict(recipe.shape) | {"weights": None}, list(map(str, objective.prompts))
     name = getattr(objective.values, "__qualname__", None)
-    settings = [
-        shape,
-        asdict(bo) | {"trials": None},
-        recipe.seed,
-        prompts,
-        source_key("dense_rlhf.training.outer_loop"),
-    ]
-    return content_key([*settings, *fixed_settings(task, recipe), name])
+    settings, code = [shape, asdict(bo) | {"trials": None}, recipe.seed], source_key("dense_rlhf.training.outer_loop")
+    return content_key([*settings, prompts, code, *fixed_settings(task, recipe), name])
 
 
 @dataclass(frozen=True)
@@ -117,7 +111,7 @@ class Trials:
     """How a trial of a search is run, and what is kept of it."""
 
     task: Task
-    recipe: Recipe  # of a trial, but for its shape and seed
+    recipe: Recipe  # of a trial, apart from its shape and seed
     bo: BOParams
     objective: Objective
     book: Ledger
@@ -128,7 +122,7 @@ class Trials:
         return self.book.path.with_name("policy")
 
     def train(self, row: dict, until: Callable[[list[dict]], bool] | None = None) -> TrainedPolicy:
-        """The policy of a trial, from the reference, at its point and with its seed."""
+        """The policy of a trial, trained from the reference with the shape at its point and its seed."""
         shape = shape_at(self.recipe.shape, self.bo, row["point"])
         recipe = replace(self.recipe, shape=shape, seed=row["seed"])
         return train_policy(self.task, recipe, Session(folder=self._folder(row), until=until))
@@ -136,7 +130,9 @@ class Trials:
     def run(self, row: dict) -> tuple[dict, TrainedPolicy | None]:
         """Train and judge one trial: its event in the ledger, and its policy."""
         halfway, rung = Halfway.of(self.book.rows()), max(self.bo.updates // 2, 1)
-        stops = self.bo.stop_early and row["point"] not in self.book.empty().space.anchors()  # whose repeats tell noise
+        stops = (
+            self.bo.stop_early and row["point"] not in self.book.empty().space.anchors()
+        )  # their repeats measure noise
         until = (lambda history: len(history) == rung and halfway.stops(history[-1]["proxy"])) if stops else None
         try:
             trained = self.train(row, until)
@@ -152,25 +148,25 @@ class Trials:
         return {"event": "stopped"} | about, trained
 
     def judge(self, policy: PolicyWithValue, seed: int) -> dict[str, float | None]:
-        """The value of a policy, its standard error over prompts, and the judgements that it is not made of."""
+        """The value of a policy, its standard error over prompts, and the means of proxy, gold and KL."""
         judged = evaluate(self.task, policy, self.objective.prompts, self.recipe.ppo, seed)
-        each = np.asarray(self.objective.values(judged), dtype=float)
-        if each.shape != (len(judged),):
-            raise InputError(f"the objective gave shape {each.shape}, wanted a number for each of {len(judged)}")
-        error, means = float(each.std(ddof=1) / len(each) ** 0.5), dict(judged[["proxy", "gold", "kl"]].mean())
-        return {"value": float(each.mean()), "standard_error": error or None} | means
+        values = np.asarray(self.objective.values(judged), dtype=float)
+        if values.shape != (len(judged),):
+            raise InputError(f"the objective gave shape {values.shape}, wanted a number for each of {len(judged)}")
+        error, means = float(values.std(ddof=1) / len(values) ** 0.5), dict(judged[["proxy", "gold", "kl"]].mean())
+        return {"value": float(values.mean()), "standard_error": error or None} | means
 
     def ended(self, row: dict, trained: TrainedPolicy | None) -> None:
-        """Forget the checkpoints of a trial that is recorded, and keep its policy where its point leads the search."""
+        """Delete a recorded trial's checkpoints; save its policy if its point is the incumbent."""
         remove_checkpoints(self._folder(row))
         search = self.book.replay()
         if row["status"] == "observed" and len(search.values) > 1 and search.incumbent()[0] == row["point"]:
             self._keep(row, trained)
 
     def keep_incumbent(self, search: Search) -> None:
-        """Train the incumbent's policy again where another trial's took its place in between."""
+        """Train the incumbent's policy again if the saved one is of another point."""
         leads = [row for row in self.book.rows() if "value" in row and row["point"] == search.incumbent()[0]]
-        leads.sort(key=lambda row: row["status"] == "observed")  # last, where there is one: it is what `ended` keeps
+        leads.sort(key=lambda row: row["status"] == "observed")  # last, if any: `ended` has kept its policy
         with lock(self.book.folder / "policy.lock"):
             kept = self.policy / "trial.json"
             if not kept.exists() or json.loads(kept.read_text()) not in map(_identity, leads):
