@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Thread
 
-from dense_rlhf.config.params import RunParams
+from dense_rlhf.config.parse import read_yaml
 from dense_rlhf.files import write_json
 from dense_rlhf.runs import RunFolder, python_path, workspace
 from dense_rlhf.types import InputError
@@ -178,7 +178,7 @@ def execute_notebook(notebook: str, folder: Path) -> None:
 
     logging.getLogger("papermill").setLevel(logging.ERROR)  # else a warning for each parameter that no cell assigns
     run = RunFolder(folder)
-    parameters = RunParams.read(run.file("params.yaml")).flat()
+    parameters = read_yaml(run.file("params.yaml"))  # with run_dir, which is no parameter of a study
     source, target = workspace() / "notebooks" / f"{notebook}.ipynb", run.file("notebook.ipynb")
     with tempfile.TemporaryDirectory(prefix="drl-") as sockets:  # by default two kernels would share theirs
         manager = {"transport": "ipc", "ip": f"{sockets}/k"}

@@ -35,7 +35,7 @@ def test_expansion_is_datasets_times_arms_times_seeds_in_order():
     for job in found:
         if job.weights_from:
             assert stage[job.weights_from] < job.stage
-        assert job.stage < stage[f"{job.params.data.name}-06_comparison"] or job.notebook == "06_comparison"
+        assert job.stage < stage[f"{job.params.data.name}-06_comparison"] or job.notebook in plan.COMPARING
 
 
 def test_settings_are_compared_each_by_itself():
@@ -103,17 +103,17 @@ def test_a_failure_stops_nothing_else_and_is_told(fake_repository, capsys):
 def test_a_finished_run_is_not_repeated_until_something_changes(fake_repository):
     path = fake_repository / "params" / "s.yaml"
     study = load_study(path, ["arms.bad=null"])
-    first = grid.run_grid(study, print)
+    first = grid.run_grid(study)
     assert [r["status"] for r in first] == ["ok"]
-    assert [r["status"] for r in grid.run_grid(study, print)] == ["cached"]
-    assert [r["status"] for r in grid.run_grid(load_study(path, ["arms.bad=null", "ppo.lr=0.25"]), print)] == ["ok"]
+    assert [r["status"] for r in grid.run_grid(study)] == ["cached"]
+    assert [r["status"] for r in grid.run_grid(load_study(path, ["arms.bad=null", "ppo.lr=0.25"]))] == ["ok"]
 
 
 def test_a_run_without_end_is_stopped(fake_repository):
     write_notebook(fake_repository / "notebooks" / "04_ppo.ipynb", "import time; time.sleep(600)")
     study = load_study(fake_repository / "params" / "s.yaml", ["arms.bad=null", "timeout_minutes=0.1"])
     start = time.monotonic()
-    assert [r["status"] for r in grid.run_grid(study, print)] == ["timeout"]
+    assert [r["status"] for r in grid.run_grid(study)] == ["timeout"]
     assert time.monotonic() - start < 60
 
 
@@ -122,7 +122,7 @@ def test_learned_weights_reach_the_policy_as_plain_parameters(fake_repository):
         "arms={bo: {sources: [shap, terminal], weights: learned}, good: null, bad: null}",
         "notebooks=[04_ppo, 05_bayesian_optimisation]",
     ]
-    records = grid.run_grid(load_study(fake_repository / "params" / "s.yaml", settings), print)
+    records = grid.run_grid(load_study(fake_repository / "params" / "s.yaml", settings))
     assert [r["status"] for r in records] == ["ok", "ok"]
     flat = yaml.safe_load((fake_repository / "runs" / "s" / "04_ppo-bo-seed0" / "params.yaml").read_text())
     assert flat["shape_weights"] == [0.5, 0.5]
@@ -233,8 +233,8 @@ def test_the_search_command_fills_the_ledger_that_the_notebook_looks_for(fake_re
     options = [part for setting in settings for part in ("--set", setting)]
     assert main(["search", study, "--arm", "bo", *options]) == 0
     out = capsys.readouterr().out
-    assert "1 trials run here, of 2 that were left" in out and "incumbent: shap 0.250, terminal 0.750" in out
-    assert f"python -m dense_rlhf run {study} --set 'arms={{bo:" in out
+    assert "1 trials run here, of 2 that were open" in out and "incumbent: shap 0.250, terminal 0.750" in out
+    assert f"dense-rlhf run {study} --set 'arms={{bo:" in out
     run = RunFolder(fake_repository / "runs" / "s" / "05_bayesian_optimisation-bo")
     wanted = load_study(Path(study), settings)
     first, *others = plan.expand(wanted)
@@ -247,13 +247,13 @@ def test_the_search_command_fills_the_ledger_that_the_notebook_looks_for(fake_re
         assert main(["search", study, "--arm", arm, *options]) == (2 if message else 0)
         assert message in capsys.readouterr().err
     assert main(["search", study, "--arm", "good"]) == 2
-    assert "arms.good.weights are given, nothing is to be learned; these are: none" in capsys.readouterr().err
+    assert "arms.good.weights are given, so there is nothing to learn; learned arms: none" in capsys.readouterr().err
 
 
 def test_arms_that_left_the_study_leave_its_comparison(fake_repository):
     path = fake_repository / "params" / "s.yaml"
-    grid.run_grid(load_study(path, ["arms.bad=null"]), print)
-    grid.run_grid(load_study(path, ["arms={other: {sources: [uniform]}, good: null, bad: null}"]), print)
+    grid.run_grid(load_study(path, ["arms.bad=null"]))
+    grid.run_grid(load_study(path, ["arms={other: {sources: [uniform]}, good: null, bad: null}"]))
     runs = finished_runs(fake_repository / "runs" / "s")
     assert [run.path.name for run in runs] == ["04_ppo-other-seed0"]
 

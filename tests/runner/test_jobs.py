@@ -1,4 +1,4 @@
-"""The runner: why it runs what, what it calls ok, who may run beside it, and how it ends."""
+"""The runner: why it runs what, what it calls ok, several runners at once, and how it ends."""
 
 import json
 import os
@@ -18,9 +18,10 @@ from dense_rlhf.config.study import load_study
 from dense_rlhf.files import lock
 from dense_rlhf.runner import grid, jobs, plan
 from dense_rlhf.runner.console import Screen
-from dense_rlhf.runner.executors import Local, executor, shares, visible_gpus
+from dense_rlhf.runner.execution import Limits
+from dense_rlhf.runner.executors import Local, executor, shares
 from dense_rlhf.runner.jobs import finish, prepare, run_job, state
-from dense_rlhf.runs import RunFolder, _gpu, provenance
+from dense_rlhf.runs import RunFolder, _installed_gpus, gpus, provenance
 from dense_rlhf.types import InputError
 
 STUDY = {
@@ -49,7 +50,7 @@ def faked(study, monkeypatch):
     """The same without kernels: each run takes a moment, and the arms in the list that is returned fail."""
     bad: list[str] = []
 
-    def launch(notebook, folder, threads, timeout, gpus, stop, keep):
+    def launch(notebook, folder, limits, stop, keep):
         assert keep and not held_elsewhere(folder)
         time.sleep(0.05)
         name = folder.name
@@ -74,7 +75,7 @@ def why(study: Path, *settings: str) -> dict[str, str]:
 
 
 def statuses(study: Path, **options) -> dict[str, str]:
-    return {record["job"]: record["status"] for record in grid.run_grid(load_study(study), print, **options)}
+    return {record["job"]: record["status"] for record in grid.run_grid(load_study(study), **options)}
 
 
 # ---------------------------------------------------------------------------------------------------- the reason
@@ -127,7 +128,7 @@ def test_a_data_file_of_other_content_is_another_run(study, faked, tmp_path):
     path = tmp_path / "marks.csv"
     path.write_text('spans,text\n"[0]",bad\n')
     setting = f"attribution.rationale_path={path}"
-    grid.run_grid(load_study(study, [setting]), print)
+    grid.run_grid(load_study(study, [setting]))
     assert set(why(study, setting).values()) == {""}
     path.write_text('spans,text\n"[1]",bad\n')
     assert why(study, setting)[REWARD] == "files changed: attribution_rationale_path"
@@ -135,7 +136,7 @@ def test_a_data_file_of_other_content_is_another_run(study, faked, tmp_path):
 
 def test_an_arm_that_left_and_came_back_is_not_run_again(study, faked):
     statuses(study)
-    fewer = grid.run_grid(load_study(study, ["arms.sparse=null"]), print)
+    fewer = grid.run_grid(load_study(study, ["arms.sparse=null"]))
     assert {record["job"]: record["status"] for record in fewer}[COMPARISON] == "ok"
     assert statuses(study) == {REWARD: "cached", SPARSE: "cached", SEARCH: "cached", BO: "cached", COMPARISON: "ok"}
 
@@ -174,7 +175,7 @@ def test_what_needs_a_failed_run_is_cancelled_with_the_reason(study, faked, caps
     out = capsys.readouterr().out
     assert f"cancelled: {BO}\n  needs {SEARCH}, which is failed\n" in out
     assert f"failed: {SEARCH}\n  In [2] 'x = 1': ValueError: no\n  log:   runs/s/{SEARCH}/log.txt\n" in out
-    assert f"again: python -m dense_rlhf run {study} --only {SEARCH}\n" in out
+    assert f"again: dense-rlhf run {study} --only {SEARCH}\n" in out
     assert "5 runs: 3 ok, 1 failed, 1 cancelled" in out, "the comparison takes the policies that there are"
     assert main(["status", str(study)]) == 1
     out = capsys.readouterr().out
@@ -188,7 +189,7 @@ def test_what_needs_a_failed_run_is_cancelled_with_the_reason(study, faked, caps
     faked += [SPARSE, BO]
     assert statuses(study, force=True)[COMPARISON] == "cancelled"
     record = RunFolder(plan.runs_folder(load_study(study)) / COMPARISON).load_json("run.json")
-    assert record["error"] == "needs a finished policy; of 2 there is none"
+    assert record["error"] == "needs a finished policy; none of 2 finished"
 
 
 def test_a_finished_run_whose_search_fails_now_is_kept_and_not_compared(study, faked, tmp_path):
@@ -231,24 +232,32 @@ def test_two_workers_take_little_more_than_half_the_time(study, faked, monkeypat
         settings = ["notebooks=[04_ppo]", "arms.bo=null", "seeds=[0, 1, 2, 3, 4, 5]"]
         read = load_study(study, [f"workers={workers}", *settings])
         start = time.monotonic()
-        assert {record["status"] for record in grid.run_grid(read, print, force=True)} == {"ok"}
+        assert {record["status"] for record in grid.run_grid(read, force=True)} == {"ok"}
         took.append(time.monotonic() - start)
     assert took[0] / took[1] > 1.6
 
 
-@pytest.mark.parametrize("visible, wanted", [(None, "2 x NVIDIA A, 1 x NVIDIA B"), ("2", "1 x NVIDIA B"), ("", None)])
-def test_a_record_names_processor_and_gpus(visible, wanted, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "visible, names, wanted",
+    [
+        (None, ["0", "1", "2"], "2 x NVIDIA A, 1 x NVIDIA B"),
+        ("2", ["2"], "1 x NVIDIA B"),
+        ("GPU-b, 5", ["GPU-b", "5"], "1 x NVIDIA B, 1 x unknown GPU"),
+        ("", [], None),
+    ],
+)
+def test_a_record_names_processor_and_gpus(visible, names, wanted, tmp_path, monkeypatch):
     smi = tmp_path / "nvidia-smi"
-    smi.write_text('#!/bin/sh\n[ "$3" = --id=2 ] || printf "NVIDIA A\\nNVIDIA A\\n"\necho NVIDIA B\n')
+    smi.write_text('#!/bin/sh\nprintf "0, GPU-x, NVIDIA A\\n1, GPU-y, NVIDIA A\\n2, GPU-b, NVIDIA B\\n"\n')
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    _gpu.cache_clear()
-    made = provenance()
-    _gpu.cache_clear()
-    assert made["gpu"] == wanted and made["cores"] > 0
+    _installed_gpus.cache_clear()
+    made, seen = provenance(), gpus()
+    _installed_gpus.cache_clear()
+    assert list(seen) == names and made["gpu"] == wanted and made["cores"] > 0
     assert made["processor"] is None or made["processor"] in Path("/proc/cpuinfo").read_text()
 
 
@@ -263,7 +272,7 @@ def test_a_kernel_that_died_or_left_cells_out_is_not_ok(study, tmp_path):
         ("import sys; sys.exit(0)", "failed", "code cell 3 was not executed"),
     ):
         write_notebook(tmp_path / "notebooks" / "01_reward_model.ipynb", source, "y = 1")
-        record = run_job(job, tmp_path / "runs" / "s" / job.name, 1, 60)
+        record = run_job(job, tmp_path / "runs" / "s" / job.name, Limits(1, 60))
         assert record["status"] == status and said in record["error"]
         assert not (tmp_path / "runs" / "s" / job.name / ".heartbeat").exists()
 
@@ -331,14 +340,12 @@ def test_gpus_are_divided_before_torch_loads(monkeypatch, faked, study):
     assert shares([], 2) == [None, None] and shares(["0", "1", "2"], 2) == ["0,2", "1"]
     assert shares(["5"], 3) == ["5", "5", "5"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
-    assert visible_gpus() == ["4", "7"]
+    assert list(gpus()) == ["4", "7"]
     seen = []
     with Local(2) as where:
         for future in [where.submit(lambda gpus, stop: seen.append(gpus) or time.sleep(0.1)) for _ in range(2)]:
             future.result()
     assert sorted(seen) == ["4", "7"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert visible_gpus() == []
 
 
 def test_threads_and_gpus_reach_the_run(study, tmp_path):
@@ -349,7 +356,7 @@ def test_threads_and_gpus_reach_the_run(study, tmp_path):
         "pathlib.Path(run_dir, 'metrics.json').write_text(json.dumps(found))",
     )
     job, folder = plan.expand(load_study(study))[0], tmp_path / "runs" / "s" / REWARD
-    assert run_job(job, folder, 3, 60, gpus="6", stop=Event())["status"] == "ok"
+    assert run_job(job, folder, Limits(3, 60), gpus="6", stop=Event())["status"] == "ok"
     assert RunFolder(folder).load_json("metrics.json") == {"OMP_NUM_THREADS": "3", "CUDA_VISIBLE_DEVICES": "6"}
     shutil.rmtree(folder)
 
