@@ -26,11 +26,13 @@ from dense_rlhf.evaluation.benchmarks import (
     scores,
 )
 from dense_rlhf.evaluation.judge import Endpoint, NoVerdict, alpaca_eval, length_controlled, mt_bench
+from dense_rlhf.files import cache_root
 from dense_rlhf.models.language_models import LanguageModel
 from dense_rlhf.types import InputError, Message
 from dense_rlhf.view import figures
 
 SMALL = ROOT / "params" / "downstream"
+INSTALLED = any((cache_root() / "alpaca_eval").glob("*/venv/bin/python"))
 
 
 @pytest.fixture
@@ -281,7 +283,7 @@ def weighted(asked):
     return {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice], "usage": usage}
 
 
-@pytest.mark.skipif(not alpaca_eval.is_installed(), reason="alpaca_eval's environment is not made")
+@pytest.mark.skipif(not INSTALLED, reason="alpaca_eval's environment is not made")
 def test_alpaca_evals_own_annotator_and_length_control_are_read_back(tmp_path, monkeypatch):
     """Against the server's probabilities, and against our own length control with the same made-up table."""
     rng, N = np.random.default_rng(0), 40
@@ -442,7 +444,7 @@ def test_ratings_are_those_that_the_server_gave(endpoint, tmp_path):
 
 
 def test_the_notebook_agrees_with_the_judgements_made_by_hand(endpoint):
-    left_out = [] if alpaca_eval.is_installed() else ["downstream.alpaca_annotator=null"]
+    left_out = [] if INSTALLED else ["downstream.alpaca_annotator=null"]
     endpoint.clear()
     runs, reports = run_study("params/downstream.yaml", "pytest_downstream", *left_out)
     run = runs["10_downstream"]

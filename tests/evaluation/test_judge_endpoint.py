@@ -208,7 +208,7 @@ def test_a_judge_that_never_answers_is_given_up(server, start):
     found = compare(judge, 10)
     assert len(server.asked) == 2 + 3 * 2 and found[:2].tolist() == [0, 0] and np.isnan(found[2:]).all()
     assert reasons(judge)[:3] == ["no answer within 0.1 s"] * 3
-    assert all(reason.startswith("never asked: 3 questions one after another") for reason in reasons(judge)[3:])
+    assert all(reason.startswith("never asked: 3 questions in a row") for reason in reasons(judge)[3:])
     server.usual = say()
     assert compare(start(), 10).tolist() == [0, 0] + [1] * 8 and len(server.asked) == 8 + 8
 
@@ -228,21 +228,21 @@ def test_an_endpoint_that_refuses_us_is_asked_no_more(server, start, status, var
     assert compare(start(), 10).tolist() == [1] * 10 and len(server.asked) == 3 + 8
 
 
-# ---------------------------------------------------------------------------------------------------- budget, kills
+# ---------------------------------------------------------------------------------------------------- limits, kills
 
 
-@pytest.mark.parametrize("budget", [{"calls": 4}, {"tokens": 400}], ids=["calls", "tokens"])
-def test_a_budget_holds_over_starts(server, start, budget):
-    (name,) = budget
-    judge = start(**budget)
+@pytest.mark.parametrize("limit", [{"calls": 4}, {"tokens": 400}], ids=["calls", "tokens"])
+def test_a_limit_holds_over_starts(server, start, limit):
+    (name,) = limit
+    judge = start(**limit)
     found = compare(judge, 10)
     assert found[:4].tolist() == [1] * 4 and np.isnan(found[4:]).all() and len(server.asked) == 4
-    assert reasons(judge) == [f"never asked: the budget of {budget[name]} {name} is used up; raise judge.{name}"] * 6
-    assert np.isnan(compare(start(**budget), 10)[4:]).all() and len(server.asked) == 4
+    assert reasons(judge) == [f"never asked: the limit of {limit[name]} {name} is reached; raise judge.{name}"] * 6
+    assert np.isnan(compare(start(**limit), 10)[4:]).all() and len(server.asked) == 4
     assert compare(start(), 10).tolist() == [1] * 10 and len(server.asked) == 10
 
 
-def test_a_budget_counts_failed_calls_and_those_under_way(server, start):
+def test_a_limit_counts_failed_calls_and_those_under_way(server, start):
     server.script, server.usual = [refuse(500)] * 3, say(seconds=0.02)
     compare(start(calls=6, concurrency=4), 10)
     assert len(server.asked) == 6

@@ -1,7 +1,7 @@
-"""Judges of whole responses: which of two is better, or how good is one.
+"""Judges of whole responses: which of two is better, or how good one is.
 
-A judge compares (`Judge`), or grades too (`Grader`); `pairwise` asks it in both orders. `gold_judge` and `reward_judge`
-score what the study has; `Endpoint` asks any chat model behind an OpenAI-compatible address.
+A judge compares (`Judge`) or also grades (`Grader`); `pairwise` asks it in both orders. `gold_judge` and `reward_judge`
+use the study's own scores; `Endpoint` asks any chat model behind an OpenAI-compatible address.
 """
 
 from dense_rlhf.evaluation.judge.endpoint import Endpoint, Failure

@@ -1,8 +1,8 @@
 """AlpacaEval 2 (Dubois et al., 2024, arXiv 2404.04475) through its own package: files in, its annotator, files out.
 
-`alpaca_eval` 0.6.6 imports `pkg_resources`, asks `datasets` to trust remote code, and its length control reads row
-numbers that pandas has sorted since 2.2: it cannot share an environment with this project. It has one of its own, from
-`locks/alpaca_eval.txt`, made on first use and called as a subprocess.
+`alpaca_eval` 0.6.6 cannot share an environment with this project: it imports `pkg_resources`, asks `datasets` to trust
+remote code, and its length control relies on row numbers that pandas sorts since 2.2. It gets an environment of its
+own from `locks/alpaca_eval.txt`, made on first use, and runs as a subprocess.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dense_rlhf.data import read_rows
-from dense_rlhf.files import cache_root, cached_folder, content_key, file_sha256, write_json, write_text
+from dense_rlhf.files import cached_folder, file_sha256, write_json, write_text
 from dense_rlhf.runs import shipped
 from dense_rlhf.types import InputError
 
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 HUB = ("tatsu-lab/alpaca_eval", "alpaca_eval_gpt4_baseline.json")
 LOCK = shipped("locks/alpaca_eval.txt")
-FULL = 805  # instructions of AlpacaEval; only of these does its length control know the difficulty
+FULL = 805  # instructions of AlpacaEval; its length control knows the difficulty of these alone
 THEIRS = "weighted_alpaca_eval_gpt4_turbo"  # AlpacaEval 2's annotator
-OURS = "endpoint"  # our annotator: the judge's model, shown how to name a letter
+OURS = "endpoint"  # our annotator: the judge's model, with examples of how to answer by a letter
 EXAMPLES = (
     ("Name a large city.", "Bread is eaten.", "London.", "B"),
     ("What is 2 plus 2?", "4", "I like films.", "A"),
@@ -44,13 +44,13 @@ Which answer is better, A or B?
 <|im_end|>
 """
 REPLY = "<|im_start|>assistant\n{}\n<|im_end|>\n"
-FIRST, SECOND = r"^\W*A\b", r"^\W*B\b"  # how a reply must begin
+LETTERS = {1: r"^\W*A\b", 2: r"^\W*B\b"}  # how a reply must begin
 
 
 def read_instructions(path: str | None, most: int | None = None, revision: str | None = None) -> list[dict]:
-    """Rows of instruction, output and generator: the baseline's outputs, those of the hub where no path is given.
+    """Rows of instruction, output and generator, to compare outputs with: those at `path`, or the hub's without one.
 
-    Raises `InputError` for a row without them. The hub's route has not been run.
+    Raises `InputError` for a row without these fields. Reading from the hub is untested.
     """
     where = path or _from_hub(revision)
     rows = read_rows(Path(where))[:most]
@@ -77,9 +77,9 @@ def _from_hub(revision: str | None) -> str:
 def evaluate(
     folder: Path, rows: Sequence[Mapping], outputs: Sequence[str], generator: str, annotator: str, model: str
 ) -> tuple[dict[str, float], pd.DataFrame]:
-    """Write what `generator` answered, have it compared with the baseline's outputs in `rows`, and read that back.
+    """Have `generator`'s outputs compared with those in `rows`; returns what `read_back` does.
 
-    Returns as `read_back`. `model` is asked by our own annotator, `OURS`; others name theirs.
+    `model` is asked by our own annotator, `OURS`; other annotators name their model.
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_outputs(folder / "model_outputs.json", rows, outputs, generator)
@@ -90,7 +90,7 @@ def evaluate(
 
 
 def write_outputs(path: Path, rows: Sequence[Mapping], outputs: Sequence[str], generator: str) -> None:
-    """`model_outputs.json`: what `generator` answered to the instruction of each row."""
+    """Write `model_outputs.json`: `generator`'s output for the instruction of each row."""
     if len(rows) != len(outputs):
         raise InputError(f"{len(outputs)} outputs for {len(rows)} instructions, wanted one each")
     write_json(path, [dict(row) | {"output": text, "generator": generator} for row, text in zip(rows, outputs)])
@@ -100,7 +100,7 @@ def write_outputs(path: Path, rows: Sequence[Mapping], outputs: Sequence[str], g
 
 
 def python() -> Path:
-    """The Python that has alpaca_eval. Raises `InputError` where pip cannot make its environment."""
+    """The Python that has alpaca_eval. Raises `InputError` if pip cannot make its environment."""
 
     def build(folder: Path) -> None:
         venv, pip = folder / "venv", [sys.executable, "-m", "pip", "--quiet", "--python"]
@@ -114,47 +114,31 @@ def python() -> Path:
                 "or leave AlpacaEval out: downstream.alpaca_annotator=null"
             )
 
-    return cached_folder("alpaca_eval", _key(), build) / "venv" / "bin" / "python"
-
-
-def is_installed() -> bool:
-    """Whether its environment is there already."""
-    return (cache_root() / "alpaca_eval" / content_key(_key())).exists()
-
-
-def _key() -> dict[str, str]:
-    return {"lock": file_sha256(LOCK), "python": sys.version.split()[0]}
+    key = {"lock": file_sha256(LOCK), "python": sys.version.split()[0]}
+    return cached_folder("alpaca_eval", key, build) / "venv" / "bin" / "python"
 
 
 def annotator_config(name: str, model: str, folder: Path) -> str:
-    """What alpaca_eval is to be told: its own name, a folder's path, or that of `OURS`, written here for `model`."""
+    """An annotator as alpaca_eval names it: its own name, a folder, or that of `OURS`, written into `folder`."""
     if name != OURS:
         return str(Path(name).resolve()) if Path(name).is_dir() else name
-    answer = {"model_name": model, "max_tokens": 4, "temperature": 0.0, "requires_chatml": True}
-    config = {
-        "prompt_template": f"{OURS}/prompt.txt",
-        "fn_completions": "openai_completions",
-        "completions_kwargs": answer,
-        "fn_completion_parser": "regex_parser",
-        "batch_size": 1,
-        "completion_parser_kwargs": {"outputs_to_match": {1: FIRST, 2: SECOND}},
-    }
     import yaml
 
-    shown = "".join(
-        ASK.format(instruction=asked, output_1=a, output_2=b) + REPLY.format(better) for asked, a, b, better in EXAMPLES
-    )
-    write_text(folder / OURS / "prompt.txt", shown + ASK)
-    write_text(folder / OURS / "configs.yaml", yaml.safe_dump({OURS: config}))
+    answer = {"model_name": model, "max_tokens": 4, "temperature": 0.0, "requires_chatml": True}
+    config = dict(fn_completions="openai_completions", completions_kwargs=answer, prompt_template=f"{OURS}/prompt.txt")
+    config |= dict(fn_completion_parser="regex_parser", completion_parser_kwargs={"outputs_to_match": LETTERS})
+    asked = [ASK.format(instruction=text, output_1=a, output_2=b) + REPLY.format(best) for text, a, b, best in EXAMPLES]
+    write_text(folder / OURS / "prompt.txt", "".join(asked) + ASK)
+    write_text(folder / OURS / "configs.yaml", yaml.safe_dump({OURS: config | {"batch_size": 1}}))
     return str((folder / OURS).resolve())
 
 
 def annotate(folder: Path, config: str, length_control: bool) -> None:
     """Run alpaca_eval on `model_outputs.json` and `reference_outputs.json`, in the folder that holds them.
 
-    It leaves `leaderboard.csv`, `annotations.json` and `cache.json`: what was annotated before is not asked again. The
-    endpoint is that of the environment. Its length control wants the hub's table of difficulties. Raises `InputError`
-    with its last word where it fails.
+    It writes `leaderboard.csv`, `annotations.json` and `cache.json`, so that nothing is annotated twice. The endpoint
+    is the environment's. Length control needs the hub's table of difficulties. Raises `InputError` with the last line
+    of alpaca_eval's errors if it fails.
     """
     here = folder.resolve()
     options = {
@@ -174,12 +158,12 @@ def annotate(folder: Path, config: str, length_control: bool) -> None:
     alone |= {} if length_control else {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=alone)
     if done.returncode:
-        raise InputError(f"alpaca_eval ended with code {done.returncode}: {_last_word(done.stderr)}")
+        raise InputError(f"alpaca_eval ended with code {done.returncode}: {_last_line(done.stderr)}")
 
 
-def _last_word(said: str) -> str:
-    """The last line, without the key, which goes before the line is cut: no part of it stays."""
-    line = next((line for line in reversed(said.splitlines()) if line.strip()), "it gave no reason")
+def _last_line(errors: str) -> str:
+    """The last line without the key, which is removed before the line is cut, so that no part of it remains."""
+    line = next((line for line in reversed(errors.splitlines()) if line.strip()), "it gave no reason")
     key = os.environ.get("OPENAI_API_KEY")
     return (line.replace(key, "***") if key else line)[:300]
 
@@ -187,8 +171,8 @@ def _last_word(said: str) -> str:
 def read_back(folder: Path, generator: str, wanted: int) -> tuple[dict[str, float], pd.DataFrame]:
     """The leaderboard's row of `generator` by name (win_rate, in per cent, ...), and the annotations.
 
-    A row an instruction: instruction, preference in [0, 1] for the generator (NaN where the reply could not be read),
-    output_1 (the baseline's), output_2. Raises `InputError` unless there are `wanted` rows.
+    A row an instruction: instruction, preference in [0, 1] for the generator (NaN for an unreadable reply), output_1
+    (the reference's), output_2. Raises `InputError` unless there are `wanted` rows.
     """
     import pandas as pd
 

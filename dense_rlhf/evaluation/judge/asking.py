@@ -1,4 +1,4 @@
-"""Many questions, a few at a time: attempts, waits, and what ends them all."""
+"""Many questions, a few at a time: attempts, waits, and what ends the round."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from dense_rlhf.evaluation.judge.client import Outcome
 from dense_rlhf.evaluation.judge.record import Record
 from dense_rlhf.evaluation.judge.templates import Question
 
-SILENT = 3  # questions one after another that no attempt got an answer to: the server is not there
+SILENT = 3  # questions in a row without any answer: the server is gone
 
 
 @dataclass
 class Round:
-    """One start: questions are asked until all are settled, the budget is used up, or the endpoint is not there.
+    """Questions are asked until all are settled, a limit of calls or tokens is reached, or the endpoint is gone.
 
     `send` asks once; `about` goes into every line of the record. Another process may ask the same question meanwhile;
     the first judgement counts.
@@ -41,7 +41,7 @@ class Round:
         self.turns = asyncio.Semaphore(self.params.concurrency)
 
     async def settle(self, key: str, question: Question) -> str:
-        """Ask until there is an answer or no further attempt; why there is no judgement, or nothing."""
+        """Ask until there is an answer or no attempt remains; the reason for having no judgement, or an empty text."""
         async with self.turns:
             reason = "never asked"
             for attempt in range(self.params.attempts):
@@ -59,12 +59,12 @@ class Round:
             return outcome.reason
 
     def _blocked(self) -> str:
-        """Why nothing more may be asked; empty where it may."""
+        """Why nothing more may be asked; empty if it may."""
         params, record = self.params, self.record
         if record.calls + self.under_way >= params.calls:
-            return f"the budget of {params.calls} calls is used up; raise judge.calls"
+            return f"the limit of {params.calls} calls is reached; raise judge.calls"
         if record.tokens >= params.tokens:
-            return f"the budget of {params.tokens} tokens is used up; raise judge.tokens"
+            return f"the limit of {params.tokens} tokens is reached; raise judge.tokens"
         return self.ended
 
     async def _ask(self, key: str, question: Question) -> Outcome:
@@ -73,30 +73,29 @@ class Round:
             outcome = await self.send(question)
         finally:
             self.under_way -= 1
-        said = {"reason": outcome.reason} if outcome.value is None else {"value": outcome.value}
-        took = {"tokens": outcome.tokens, "seconds": round(time.perf_counter() - start, 3), "time": time.time()}
-        self.record.add(
-            {"key": key} | self.about | {"template": question.template} | said | {"reply": outcome.reply} | took
-        )
+        line = {"key": key} | self.about | {"template": question.template}
+        line |= {"reason": outcome.reason} if outcome.value is None else {"value": outcome.value}
+        cost = dict(tokens=outcome.tokens, seconds=round(time.perf_counter() - start, 3), time=time.time())
+        self.record.add(line | {"reply": outcome.reply} | cost)
         return outcome
 
     def _pause(self, attempt: int, after: float) -> float:
-        """Seconds: a random share of a wait that doubles, behind what the server asked for."""
+        """Seconds to wait: what the server asked for, and a random share of a wait that doubles with each attempt."""
         return min(self.params.longest_wait, after + random.uniform(0, self.params.wait * 2**attempt))
 
     def _conclude(self, outcome: Outcome) -> None:
-        """End the round where the endpoint refuses us, or is silent."""
+        """End the round if the endpoint refuses us or is silent."""
         self.silent = self.silent + 1 if outcome.again else 0
         if outcome.refused:
             self.ended, self.refused = outcome.reason, True
         elif self.silent >= SILENT:
-            self.ended = f"{SILENT} questions one after another had no answer, the last: {outcome.reason}"
+            self.ended = f"{SILENT} questions in a row had no answer, the last: {outcome.reason}"
 
 
 def settle_all(round_: Round, questions: dict[str, Question], close: Callable, progress: Callable) -> dict[str, str]:
-    """Settle every question by its key; the reasons of those without a judgement. `close` is awaited last.
+    """Settle every question, by key; returns the reasons of those without a judgement. `close` is awaited last.
 
-    The event loop has a thread of its own, since a notebook's is taken; an interrupt cancels what still runs.
+    The event loop has a thread of its own, as a notebook's is taken; an interrupt cancels what still runs.
     """
     with start_blocking_portal() as portal:
         futures = {portal.start_task_soon(round_.settle, *item): item[0] for item in questions.items()}

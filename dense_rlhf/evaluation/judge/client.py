@@ -1,4 +1,4 @@
-"""One request to an OpenAI-compatible endpoint, and what became of it. Address, key and model are the environment's."""
+"""One request to an OpenAI-compatible endpoint, and its outcome. Address, key and model come from the environment."""
 
 from __future__ import annotations
 
@@ -18,39 +18,39 @@ if TYPE_CHECKING:
     from openai.types.chat import ChatCompletion
 
 ADDRESS, KEY, MODEL = "OPENAI_BASE_URL", "OPENAI_API_KEY", "OPENAI_MODEL"
-BUSY = (408, 409, 425, 429)  # and what is wrong with the server, from 500: worth another attempt
+BUSY = (408, 409, 425, 429)  # with server errors, from 500: worth another attempt
 REFUSED = {
-    401: f"the key is refused; mend {KEY}",
-    403: f"the key may not do this; mend {KEY}",
-    404: f"there is no such model or address; mend {MODEL} or {ADDRESS}",
+    401: f"the key is refused; correct {KEY}",
+    403: f"the key may not do this; correct {KEY}",
+    404: f"there is no such model or address; correct {MODEL} or {ADDRESS}",
 }
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one request: a `value`, or the `reason` why there is none."""
+    """The outcome of one request: a `value`, or the `reason` for having none."""
 
     value: float | None = None
     reason: str = ""
     reply: str = ""
     tokens: int = 0
     again: bool = False  # another attempt may help
-    after: float = 0.0  # seconds that the server wants to be left alone
-    refused: bool = False  # no other question will be answered either
+    after: float = 0.0  # seconds for which the server asked to be left alone
+    refused: bool = False  # other questions would be refused too
 
 
 def setting(name: str) -> str:
-    """A variable of the environment. Raises `InputError` where it is not set."""
+    """A variable of the environment. Raises `InputError` if it is not set."""
     if value := os.environ.get(name, "").strip():
         return value
     raise InputError(
         f"{name} is not set; an endpoint needs {ADDRESS}, such as http://localhost:8000/v1, {MODEL}, and "
-        f"{KEY}, any text where the server asks for none"
+        f"{KEY}, any text if the server asks for none"
     )
 
 
 def connect(params: JudgeParams) -> AsyncOpenAI:
-    """A client of the environment's endpoint, which retries nothing by itself. Raises `InputError` without one."""
+    """A client of the environment's endpoint that never retries by itself. Raises `InputError` if it names none."""
     address, key = setting(ADDRESS), setting(KEY)
     if not address.startswith(("http://", "https://")):
         raise InputError(f"{ADDRESS} must begin with http:// or https://")
@@ -62,7 +62,7 @@ def connect(params: JudgeParams) -> AsyncOpenAI:
 
 
 async def send(client: AsyncOpenAI, model: str, question: Question, params: JudgeParams) -> Outcome:
-    """Ask once. Of an error its kind alone is kept: its text may repeat the key."""
+    """Ask once. Only the kind of an error is kept, as its text may repeat the key."""
     import openai
 
     warmth = {} if params.temperature is None else {"temperature": params.temperature}
@@ -94,7 +94,7 @@ def _refusal(error: APIStatusError, params: JudgeParams) -> Outcome:
 
 
 def _seconds(header: str | None) -> float:
-    """Of a Retry-After, which is a number or a date; zero where it is neither."""
+    """Seconds of a Retry-After, which is a number or a date; zero if it is neither."""
     try:
         return max(0.0, float(header))  # in this order: of 0 and NaN it is 0
     except (TypeError, ValueError):
@@ -106,7 +106,7 @@ def _seconds(header: str | None) -> float:
 
 
 def _judgement(completion: ChatCompletion, question: Question) -> Outcome:
-    """What a completion says. Servers differ, and the client checks no field."""
+    """The judgement in a completion. Servers differ, and the client validates no field."""
     try:
         choice = completion.choices[0]
         reply, ended = choice.message.content, choice.finish_reason
@@ -125,7 +125,7 @@ def _judgement(completion: ChatCompletion, question: Question) -> Outcome:
 
 
 def _tokens(completion: ChatCompletion, question: Question, reply: object) -> int:
-    """As the server counted them; else, and where that is no count, bytes, which tokens are never more than."""
+    """The server's count; without a valid one the number of bytes, which is never less than that of tokens."""
     total = getattr(getattr(completion, "usage", None), "total_tokens", None)
     if isinstance(total, int) and 0 <= total < 2**31:
         return total

@@ -21,7 +21,7 @@ from dense_rlhf.types import InputError, Prompt
 
 @dataclass(frozen=True)
 class Failure:
-    """A question without a judgement: its row in the call, its template, and why."""
+    """A question without a judgement: its row in the call, its template, and the reason."""
 
     row: int
     template: str
@@ -31,8 +31,8 @@ class Failure:
 class Endpoint:
     """Asks the chat model that OPENAI_BASE_URL, OPENAI_API_KEY and OPENAI_MODEL name, and keeps every answer.
 
-    The record at `path` is added to line by line: a start after a kill, a budget or an outage asks only the rest. What
-    has no judgement is NaN, and `failures` says why. `name` keeps two endpoints apart whose models are named alike.
+    Answers are appended to the record at `path`, so a restart after a kill, an outage or a limit asks only the rest. A
+    missing judgement is NaN, and `failures` says why. `name` keeps endpoints apart whose models have the same name.
     """
 
     def __init__(self, path: Path, params: JudgeParams | None = None, name: str = "", progress: Callable = iter):
@@ -42,7 +42,7 @@ class Endpoint:
         self._failures: dict[str, Failure] = {}
 
     def compare(self, instructions: Sequence[Prompt], first: Sequence[str], second: Sequence[str]) -> np.ndarray:
-        """(N,) 1 where the first response is preferred, 0 where the second, 0.5 for a tie, NaN without a judgement."""
+        """(N,) 1 if the first response is preferred, 0 if the second, 0.5 for a tie, NaN without a judgement."""
         check_lengths(instructions=instructions, first=first, second=second)
         return self.ask([comparison(*row) for row in zip(instructions, first, second)])
 
@@ -55,9 +55,9 @@ class Endpoint:
         return self.ask([grading(*row) for row in zip(instructions, responses, references)])
 
     def ask(self, questions: Sequence[Question]) -> np.ndarray:
-        """(N,) what was read of each reply, NaN without a judgement; the same question is asked once.
+        """(N,) the number read from each reply, NaN without a judgement; equal questions are asked once.
 
-        Raises `InputError` where the endpoint refuses key, model or address; what was judged before is kept.
+        Raises `InputError` if the endpoint refuses key, model or address; earlier judgements are kept.
         """
         keys = [self._key(question) for question in questions]
         self.record.refresh()
@@ -71,11 +71,11 @@ class Endpoint:
 
     @property
     def failures(self) -> list[Failure]:
-        """All that was asked of this object and has no judgement yet."""
+        """Every question to this object that has no judgement yet."""
         return list(self._failures.values())
 
     def report(self) -> str:
-        """What it cost so far, and how often which reason left something without a judgement."""
+        """The cost so far, and why how many questions have no judgement."""
         reasons = Counter(failure.reason for failure in self.failures)
         why = "; ".join(f"{reason} ({count})" for reason, count in reasons.most_common())
         return (
@@ -84,23 +84,18 @@ class Endpoint:
         )
 
     def _key(self, question: Question) -> str:
-        """Of all that a judgement depends on."""
-        asked = [[message.role, message.content] for message in question.messages]
-        how = [self.params.temperature, self.params.reply_tokens]
-        return content_key([self.name, self.model, question.template, asked, how])
+        """Hash of everything that a judgement depends on."""
+        messages = [[message.role, message.content] for message in question.messages]
+        settings = [self.params.temperature, self.params.reply_tokens]
+        return content_key([self.name, self.model, question.template, messages, settings])
 
     def _settle(self, questions: dict[str, Question]) -> dict[str, str]:
-        client = connect(self.params)
+        client, about = connect(self.params), {"judge": self.name, "model": self.model}
         round_ = Round(
-            self.record,
-            self.params,
-            lambda question: send(client, self.model, question, self.params),
-            {"judge": self.name, "model": self.model},
+            self.record, self.params, lambda question: send(client, self.model, question, self.params), about
         )
         reasons = settle_all(round_, questions, client.close, self.progress)
         if round_.refused:
-            raise InputError(
-                f"the endpoint judged {len(questions) - len(reasons)} of {len(questions)} questions, then "
-                f"{round_.ended}"
-            )
+            judged = f"{len(questions) - len(reasons)} of {len(questions)} questions"
+            raise InputError(f"the endpoint judged {judged}, then {round_.ended}")
         return reasons

@@ -1,4 +1,4 @@
-"""What every judge answers, and both orders of a comparison."""
+"""The interface of a judge, and comparisons in both orders."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Judge(Protocol):
     name: str
 
     def compare(self, instructions: Sequence[Prompt], first: Sequence[str], second: Sequence[str]) -> np.ndarray:
-        """(N,) in [0, 1]: the share by which `first` is preferred; 0.5 a tie, NaN where no judgement was had."""
+        """(N,) in [0, 1]: the share by which `first` is preferred; 0.5 a tie, NaN where unjudged."""
 
 
 class Grader(Protocol):
@@ -28,12 +28,12 @@ class Grader(Protocol):
     def grade(
         self, instructions: Sequence[Prompt], responses: Sequence[str], references: Sequence[str | None] | None = None
     ) -> np.ndarray:
-        """(N,) from 1 to 10, NaN where no judgement was had. A reference is a correct answer to grade against."""
+        """(N,) from 1 to 10, NaN where unjudged. A reference is a correct answer to grade against."""
 
 
 @dataclass(frozen=True)
 class Pairwise:
-    """Both orders of N pairs: (N,) shares by which ours is preferred, NaN where no judgement was had."""
+    """Both orders of N pairs: (N,) shares by which ours is preferred, NaN where unjudged."""
 
     shown_first: np.ndarray
     shown_second: np.ndarray
@@ -45,17 +45,17 @@ class Pairwise:
 
     @property
     def judged(self) -> np.ndarray:
-        """(N,) bool: both orders are there."""
+        """(N,) bool: both orders have a judgement."""
         return ~np.isnan(self.preference)
 
     @property
     def failed(self) -> int:
-        """Pairs without a judgement; they count nowhere below."""
+        """Number of unjudged pairs, which the numbers below leave out."""
         return int((~self.judged).sum())
 
     @property
     def win_rate(self) -> float:
-        """Mean preference of the judged pairs; NaN where there are none."""
+        """Mean preference over judged pairs; NaN without any."""
         return self._mean(self.preference)
 
     @property
@@ -70,11 +70,11 @@ class Pairwise:
 
     @property
     def position_bias(self) -> float:
-        """What being shown first adds to a response's preference: 0 nothing, 0.5 all, negative where it harms."""
+        """What being shown first adds to a response's preference: 0 nothing, 0.5 everything, negative if it harms."""
         return self._mean((self.shown_first - self.shown_second) / 2)
 
     def summary(self) -> dict[str, float]:
-        """All that is to be said of the pairs, by name."""
+        """These numbers by name, and how many pairs there are."""
         names = ("win_rate", "ties", "consistent", "position_bias", "failed")
         return {"pairs": len(self.judged)} | {name: getattr(self, name) for name in names}
 

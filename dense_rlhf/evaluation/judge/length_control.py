@@ -1,4 +1,4 @@
-"""Preferences as they would be between responses of equal length: AlpacaEval 2's length control, for any judge."""
+"""AlpacaEval 2's length control, for any judge: preferences as between responses of equal length."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 FOLDS = 5
 INVERSE_PENALTIES = np.logspace(-4, 4, 10)
 GAMED_WEIGHT = 0.2 / 2  # of each annotation of the two gamed baselines
-ORDER = 123  # seed in which the solver visits coefficients
+ORDER = 123  # seed of the order in which the solver visits coefficients
 
 
 def length_controlled(
@@ -28,13 +28,13 @@ def length_controlled(
     difficulty: np.ndarray | None = None,
     gamed: pd.DataFrame | None = None,
 ) -> np.ndarray:
-    """(N,) the preference for ours, were both responses equally long; its mean is the length-controlled win rate.
+    """(N,) the preference for ours if both responses were equally long; its mean is the length-controlled win rate.
 
-    `preference` (N,) is in [0, 1]; where it is NaN it is foretold and not learned from. Dubois et al. (2024, arXiv
-    2404.04475): logit P = a + b tanh(difference of characters / its standard deviation) + c difficulty, fitted with an
-    L1 penalty that 5-fold cross-validation chooses, then read without b. Numbers of alpaca_eval: `difficulty` (N,) is
-    its instruction_difficulty (without one all instructions are alike), `gamed` its annotations of a baseline told to
-    be brief or long (df_gamed.csv), which hold b and c to it. Nothing says how sure the fit is: resample whole seeds.
+    `preference` (N,) is in [0, 1]; where NaN it is predicted, not fitted. Dubois et al. (2024, arXiv 2404.04475):
+    logit P = a + b tanh(difference of characters / its standard deviation) + c difficulty, with an L1 penalty chosen
+    by 5-fold cross-validation, then evaluated with b = 0. From alpaca_eval: `difficulty` (N,) is its
+    instruction_difficulty (without it all instructions count alike); `gamed` its annotations of a baseline told to be
+    brief or long (df_gamed.csv), which regularise b and c. The fit has no standard error: resample whole seeds.
 
     Raises `InputError` for lengths that disagree, numbers outside [0, 1], and fewer than five judged pairs.
     """
@@ -54,7 +54,7 @@ def length_controlled(
         known = _features(gamed["std_delta_len"], None if difficulty is None else gamed["instruction_difficulty"], 0.0)
         X, y = np.concatenate([known, X]), np.concatenate([gamed["preference"], y])
         weight = np.concatenate([np.full(len(known), GAMED_WEIGHT), weight])
-    with warnings.catch_warnings():  # of a fold that a weak penalty tells apart without error
+    with warnings.catch_warnings():  # a weak penalty can separate a fold perfectly
         warnings.filterwarnings("ignore", "Liblinear failed to converge")
         inverse_penalty = _best_penalty(X, y, weight)
     equal = features * (np.arange(features.shape[1]) > 0)  # the length term is the first
@@ -68,7 +68,7 @@ def _features(gap: Sequence[float], difficulty: Sequence[float] | None, ours: fl
 
 
 def _fit(X: np.ndarray, y: np.ndarray, weight: np.ndarray, inverse_penalty: float, order: int | RandomState = ORDER):
-    """Logistic regression on shares: each row counts y times as a win and 1 - y times as a loss."""
+    """Logistic regression on shares: each row counts as y wins and 1 - y losses."""
     from sklearn.linear_model import LogisticRegression
 
     model = LogisticRegression(
@@ -84,7 +84,7 @@ def _best_penalty(X: np.ndarray, y: np.ndarray, weight: np.ndarray) -> float:
 
     losses = np.zeros(len(INVERSE_PENALTIES))
     for learn, held_out in GroupKFold(FOLDS).split(X, groups=np.arange(len(X))):
-        order = np.random.RandomState(ORDER)  # goes on from one penalty to the next, as scikit-learn's own path does
+        order = np.random.RandomState(ORDER)  # shared by all penalties, as on scikit-learn's own path
         for i, inverse_penalty in enumerate(INVERSE_PENALTIES):
             q = _fit(X[learn], y[learn], weight[learn], inverse_penalty, order).predict_proba(X[held_out])[:, 1]
             q, p = q.clip(1e-15, 1 - 1e-15), y[held_out]

@@ -1,6 +1,6 @@
 """MT-Bench (Zheng et al., 2023, arXiv 2306.05685): two-turn questions, each answer graded from 1 to 10 by a judge.
 
-A folder holds its authors' files: `question.jsonl`, `judge_prompts.jsonl`, and references in `reference_answer*.jsonl`.
+Its authors' files lie in one folder: `question.jsonl`, `judge_prompts.jsonl`, and `reference_answer*.jsonl`.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ if TYPE_CHECKING:
 HUB = ("HuggingFaceH4/mt_bench_prompts", "train")  # questions and references, without judge prompts
 FULL = 80  # questions
 REFERENCE_GUIDED = ("math", "reasoning", "coding")  # categories whose judge is shown a reference answer
-TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}  # of answers; of others 0
+TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}  # of answers; 0 for other categories
 PROMPTS = {
     (1, False): "single-v1",
     (1, True): "single-math-v1",
     (2, False): "single-v1-multi-turn",
     (2, True): "single-math-v1-multi-turn",
-}  # turn, reference
+}  # by turn, and whether there is a reference
 RATING = re.compile(r"\[\[(\d+(?:\.\d+)?)\]\]")
 
 
 @dataclass(frozen=True)
 class TwoTurns:
-    """Two turns of a user, and what a good assistant answers to each where the category has references."""
+    """Two turns of a user and, in some categories, a reference answer to each."""
 
     id: int
     category: str
@@ -44,15 +44,15 @@ class TwoTurns:
 
     @property
     def temperature(self) -> float:
-        """At which its answers are sampled."""
+        """The temperature at which its answers are sampled."""
         return TEMPERATURES.get(self.category, 0.0)
 
 
 def read_questions(folder: Path | str, revision: str | None = None) -> list[TwoTurns]:
-    """The questions with their references; from the hub at `revision` where the folder has no `question.jsonl`.
+    """The questions with their references; from the hub at `revision` if the folder has no `question.jsonl`.
 
     Raises `InputError` for a row of other fields, and for a math, reasoning or coding question without references.
-    The hub's route has not been run.
+    Reading from the hub is untested.
     """
     path = Path(folder, "question.jsonl")
     if not path.is_file():
@@ -63,10 +63,10 @@ def read_questions(folder: Path | str, revision: str | None = None) -> list[TwoT
         ]
     files = sorted(path.parent.glob("reference_answer*.jsonl"))
     references = {row.get("question_id"): _first_choice(row) for file in files for row in read_rows(file)}
-    found = [_question(row, references.get(row.get("question_id"), ()), path) for row in read_rows(path)]
-    if not found or len({question.id for question in found}) != len(found):
+    questions = [_question(row, references.get(row.get("question_id"), ()), path) for row in read_rows(path)]
+    if not questions or len({question.id for question in questions}) != len(questions):
         raise InputError(f"{path}: wanted at least one question, and no question_id twice")
-    return found
+    return questions
 
 
 def _first_choice(row: Mapping) -> Sequence[str]:
@@ -80,15 +80,13 @@ def _question(row: Mapping, references: Sequence[str], where: object) -> TwoTurn
         raise InputError(f"{where}, question_id {id!r}: wanted question_id, category and two turns of text")
     guided = category in REFERENCE_GUIDED
     if guided and not _two_texts(references):
-        raise InputError(
-            f"{where}, question_id {id}: {category} wants two reference answers; they are looked for in "
-            "reference_answer*.jsonl beside it"
-        )
+        files = "reference_answer*.jsonl in the same folder"
+        raise InputError(f"{where}, question_id {id}: {category} wants two reference answers, from {files}")
     return TwoTurns(id, category, tuple(turns), tuple(references) if guided else None)
 
 
-def _two_texts(found: object) -> bool:
-    return isinstance(found, (list, tuple)) and len(found) == 2 and all(isinstance(t, str) and t for t in found)
+def _two_texts(pair: object) -> bool:
+    return isinstance(pair, (list, tuple)) and len(pair) == 2 and all(isinstance(t, str) and t for t in pair)
 
 
 def read_prompts(folder: Path | str) -> dict[str, dict]:
@@ -96,40 +94,37 @@ def read_prompts(folder: Path | str) -> dict[str, dict]:
     path = Path(folder, "judge_prompts.jsonl")
     if not path.is_file():
         raise InputError(f"downstream.mt_bench_path: no file at {path}; wanted MT-Bench's judge prompts there")
-    found = {row.get("name"): row for row in read_rows(path)}
-    for name in PROMPTS.values():
-        texts = [found.get(name, {}).get(key) for key in ("system_prompt", "prompt_template")]
-        if not all(isinstance(text, str) for text in texts):
+    rows = {row.get("name"): row for row in read_rows(path)}
+    prompts = {name: rows.get(name, {}) for name in PROMPTS.values()}
+    for name, prompt in prompts.items():
+        if not all(isinstance(prompt.get(key), str) for key in ("system_prompt", "prompt_template")):
             raise InputError(f"{path}: no prompt {name!r} with system_prompt and prompt_template")
-    return {name: found[name] for name in PROMPTS.values()}
+    return prompts
 
 
 def first_of_each_category(questions: Sequence[TwoTurns], most: int | None) -> list[TwoTurns]:
-    """The first `most` questions of each category, or all of them."""
-    kept: dict[str, list[TwoTurns]] = {}
-    for question in questions:
-        kept.setdefault(question.category, []).append(question)
-    return [question for group in kept.values() for question in group[:most]]
+    """The first `most` questions of each category, or all of them, by category."""
+    groups = {
+        category: [q for q in questions if q.category == category] for category in (q.category for q in questions)
+    }
+    return [question for group in groups.values() for question in group[:most]]
 
 
 # ---------------------------------------------------------------------------------------------------- grading
 
 
 def grading(asked: TwoTurns, answers: Sequence[str], turn: int, prompts: Mapping[str, Mapping]) -> Question:
-    """The chat that asks a judge to rate the answer to turn 1 or 2; the second is shown with the turn before it."""
+    """The chat that asks a judge to rate the answer to turn 1, or that to turn 2, shown with the turn before it."""
     name = PROMPTS[turn, asked.references is not None]
     fields = {"question": asked.turns[0], "answer": answers[0]}
-    fields |= {f"question_{n}": text for n, text in enumerate(asked.turns, 1)}
-    fields |= {f"answer_{n}": text for n, text in enumerate(answers, 1)}
-    fields |= {f"ref_answer_{n}": text for n, text in enumerate(asked.references or (), 1)}
-    text = _filled(prompts[name]["prompt_template"], fields)
-    return Question(
-        f"MT-Bench {name}", (Message("system", prompts[name]["system_prompt"]), Message("user", text)), read_rating
-    )
+    for field, texts in (("question", asked.turns), ("answer", answers), ("ref_answer", asked.references or ())):
+        fields |= {f"{field}_{n}": text for n, text in enumerate(texts, 1)}
+    system, text = prompts[name]["system_prompt"], _filled(prompts[name]["prompt_template"], fields)
+    return Question(f"MT-Bench {name}", (Message("system", system), Message("user", text)), read_rating)
 
 
 def _filled(template: str, fields: Mapping[str, str]) -> str:
-    """The template with each {name} replaced, once: braces in an answer are text."""
+    """The template with each {name} replaced once, so that braces in an answer stay text."""
 
     def field(match: re.Match) -> str:
         if match[1] not in fields:
@@ -140,16 +135,16 @@ def _filled(template: str, fields: Mapping[str, str]) -> str:
 
 
 def read_rating(reply: str) -> float:
-    """The number in double brackets, as [[7]], wherever the judge wrote it.
+    """The number in double brackets, as [[7]], anywhere in the reply.
 
-    Raises `NoVerdict` without one, with two that differ, and outside of 1 to 10.
+    Raises `NoVerdict` for none, for two that differ, and for a number outside 1 to 10.
     """
-    found = {float(number) for number in RATING.findall(reply)}
-    if len(found) != 1:
-        raise NoVerdict("the reply holds several ratings" if found else "the reply holds no [[rating]]")
-    if not 1 <= min(found) <= 10:
+    ratings = {float(number) for number in RATING.findall(reply)}
+    if len(ratings) != 1:
+        raise NoVerdict("the reply holds several ratings" if ratings else "the reply holds no [[rating]]")
+    if not 1 <= min(ratings) <= 10:
         raise NoVerdict("the rating is no number from 1 to 10")
-    return min(found)
+    return min(ratings)
 
 
 def grade(
@@ -162,12 +157,5 @@ def grade(
         raise InputError(f"{len(answers)} answers to {len(questions)} questions, wanted two to each")
     rows = [(asked, pair, turn) for asked, pair in zip(questions, answers) for turn in (1, 2)]
     ratings = judge.ask([grading(*row, prompts) for row in rows])
-    return pd.DataFrame(
-        {
-            "question": [asked.id for asked, _, _ in rows],
-            "category": [asked.category for asked, _, _ in rows],
-            "turn": [turn for *_, turn in rows],
-            "answer": [pair[turn - 1] for _, pair, turn in rows],
-            "rating": ratings,
-        }
-    )
+    table = [(asked.id, asked.category, turn, pair[turn - 1]) for asked, pair, turn in rows]
+    return pd.DataFrame(table, columns=["question", "category", "turn", "answer"]).assign(rating=ratings)

@@ -1,4 +1,4 @@
-"""What an endpoint has judged, by content: a JSON line for each request that any number of processes share."""
+"""An endpoint's judgements by key: a file of JSON lines, one a request, that any number of processes share."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dense_rlhf.types import InputError
 
 
 class Record:
-    """The lines of `path`: `values` by key, and how many `calls` and `tokens` all of them cost.
+    """The lines of `path`: `values` by key, and the `calls` and `tokens` that all lines cost.
 
-    A line holds the key and what it is of (judge, model, template), the reply, tokens, seconds, time, and either the
-    `value` or the `reason` why there is none. Never a key of the endpoint nor its address.
+    A line holds the key, judge, model, template, reply, tokens, seconds, time, and either the `value` or the `reason`
+    for having none; never the endpoint's secret key or address. Unlike a `Journal` it keeps failed attempts too.
     """
 
     def __init__(self, path: Path):
@@ -22,7 +22,7 @@ class Record:
         self.refresh()
 
     def refresh(self) -> None:
-        """Read what was added since, by others too. Raises `InputError` for a file of something else."""
+        """Read lines that were added since, by any process. Raises `InputError` if the file is something else."""
         if not self.path.exists():
             return
         with open(self.path, "rb") as file:

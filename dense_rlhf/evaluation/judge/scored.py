@@ -29,12 +29,12 @@ class Scored:
 
 
 def gold_judge(gold: AdditiveJudge) -> Scored:
-    """What the words of the response add up to; the instruction is not read."""
+    """The sum of the words' scores in a response; the instruction is ignored."""
     return Scored(gold.name, lambda instructions, responses: np.array([gold.score(text) for text in responses]))
 
 
 def reward_judge(model: RewardModel) -> Scored:
-    """A reward model's outputs, of the texts as it was trained on pairs of them."""
+    """A reward model's outputs for instruction and response, encoded as in its training on pairs."""
     from dense_rlhf.models.train_reward_model import pair_ids
 
     def score(instructions: Sequence[Prompt], responses: Sequence[str]) -> np.ndarray:

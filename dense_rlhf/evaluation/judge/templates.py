@@ -1,7 +1,7 @@
-"""What an endpoint is asked, and how its reply is read.
+"""Questions to an endpoint, and how its replies are read.
 
 Instructions and responses are data that others wrote: they stand between marks made from their own hash, which no text
-can hold of itself. A reply counts only where it ends with one verdict and names no other.
+can contain of itself. A reply counts only if it ends with one judgement in brackets and holds no other.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ not be better) alone, in this form: [[5]]"""
 
 
 class NoVerdict(ValueError):
-    """A reply that is no judgement; the message says why."""
+    """A reply without a judgement; the message says why."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """Messages to an endpoint, and `read`, which makes a number of its reply or raises `NoVerdict`.
+    """Messages to an endpoint, and `read`, which turns its reply into a number or raises `NoVerdict`.
 
-    `template` names both; a new name forgets what was judged under the old one.
+    `template` names both; a new name makes earlier judgements invalid.
     """
 
     template: str
@@ -49,20 +49,20 @@ class Question:
 
 
 def comparison(instruction: Prompt, first: str, second: str) -> Question:
-    """Which response is better: 1 where the first is, 0 where the second is, 0.5 for a tie."""
+    """Which response is better: 1 for the first, 0 for the second, 0.5 for a tie."""
     parts = {"INSTRUCTION": as_text(instruction), "RESPONSE A": first, "RESPONSE B": second}
     return Question("comparison 1", (_asked(COMPARE, parts, COMPARE_END),), read_verdict)
 
 
 def grading(instruction: Prompt, response: str, reference: str | None = None) -> Question:
-    """How good a response is, from 1 to 10, beside a correct answer where there is one."""
+    """How good a response is, from 1 to 10, compared with a correct answer if one is given."""
     known = {} if reference is None else {"A CORRECT ANSWER": reference}
     parts = {"INSTRUCTION": as_text(instruction)} | known | {"RESPONSE": response}
     return Question("grading 1", (_asked(GRADE, parts, GRADE_END),), read_rating)
 
 
 def as_text(prompt: Prompt) -> str:
-    """A prompt as one text, each turn of a dialogue behind its role."""
+    """A prompt as one text, each turn of a dialogue after its role."""
     if isinstance(prompt, str):
         return prompt
     return "\n\n".join(f"{message.role.upper()}: {message.content}" for message in prompt)
@@ -75,7 +75,7 @@ def _asked(task: str, parts: dict[str, str], end: str) -> Message:
 
 
 def read_verdict(reply: str) -> float:
-    """1, 0 or 0.5 of [[A]], [[B]] or [[tie]]. Raises `NoVerdict` for anything else."""
+    """1, 0 or 0.5 for [[A]], [[B]] or [[tie]]. Raises `NoVerdict` for anything else."""
     mark = _last_mark(reply)
     if mark not in VERDICTS:
         raise NoVerdict("the verdict is none of A, B and tie")
@@ -83,7 +83,7 @@ def read_verdict(reply: str) -> float:
 
 
 def read_rating(reply: str) -> float:
-    """The number of [[number]]. Raises `NoVerdict` for anything else, and for a number outside 1 to 10."""
+    """The number in [[number]]. Raises `NoVerdict` for anything else, or a number outside 1 to 10."""
     mark = _last_mark(reply)
     if not re.fullmatch(r"[0-9]{1,2}(\.[0-9]+)?", mark) or not 1 <= float(mark) <= 10:
         raise NoVerdict("the rating is no number from 1 to 10")
