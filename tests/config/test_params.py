@@ -80,13 +80,19 @@ def test_notebook_globals_may_hold_other_things_but_no_misspelt_parameter():
         (["settings={a/b: {ppo: {lr: 0.1}}}"], "settings: 'a/b' is not a name"),
         (["settings.a.data.name=reviews"], "settings.a.data is nothing that a setting changes; wanted one of policy, "),
         (["settings.a.ppo.lrr=1"], "settings.a.ppo.lrr is not a parameter"),
-        (["settings.a.ppo.rollouts=33"], "settings.a.ppo.rollouts is 33, wanted a multiple of settings.a.ppo.minibatch"),
+        (
+            ["settings.a.ppo.rollouts=33"],
+            "settings.a.ppo.rollouts is 33, wanted a multiple of settings.a.ppo.minibatch",
+        ),
         (["settings.a.reward.steps=-1"], "settings.a.reward.steps is -1, wanted a whole number of at least 0"),
         (["settings.a.evaluation.sst_path=nowhere"], "evaluation.sst_path: no file at nowhere"),
         (["settings.a.bo.features=[nope]"], "bo.features: 'nope' is not known"),
         (["reward.labels=0"], "reward.labels is 0, wanted a number above 0 and of at most 1"),
         (["reward.labels=1.5"], "reward.labels is 1.5, wanted a number above 0 and of at most 1"),
-        (["reward.labels=0.1", "reward.name=some/model"], "reward.labels is 0.1 for 'some/model', which is already trained"),
+        (
+            ["reward.labels=0.1", "reward.name=some/model"],
+            "reward.labels is 0.1 for 'some/model', which is already trained",
+        ),
         (["nonsense"], "wanted key=value"),
         (["ppo.lr={"], "the value is not YAML"),
         (["workers=0"], "workers is 0, wanted a whole number of at least 1"),
@@ -174,9 +180,7 @@ def test_a_setting_changes_what_it_names_and_a_size_can_leave_it_out(study_file)
 
 
 STUDIES = [
-    path
-    for path in sorted((workspace() / "params").rglob("*.yaml"))
-    if "study" in yaml.safe_load(path.read_text())
+    path for path in sorted((workspace() / "params").rglob("*.yaml")) if "study" in yaml.safe_load(path.read_text())
 ]
 
 
