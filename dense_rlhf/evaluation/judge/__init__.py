@@ -10,18 +10,5 @@ from dense_rlhf.evaluation.judge.length_control import length_controlled
 from dense_rlhf.evaluation.judge.scored import Scored, gold_judge, reward_judge, win_rate
 from dense_rlhf.evaluation.judge.templates import NoVerdict, Question
 
-__all__ = [
-    "Endpoint",
-    "Failure",
-    "Grader",
-    "Judge",
-    "NoVerdict",
-    "Pairwise",
-    "Question",
-    "Scored",
-    "gold_judge",
-    "length_controlled",
-    "pairwise",
-    "reward_judge",
-    "win_rate",
-]
+__all__ = ["Endpoint", "Failure", "Grader", "Judge", "NoVerdict", "Pairwise", "Question", "Scored"]
+__all__ += ["gold_judge", "length_controlled", "pairwise", "reward_judge", "win_rate"]

@@ -1,4 +1,4 @@
-"""Many questions, a few at a time: attempts, waits, and what ends the round."""
+"""Many questions, a few at a time: attempts, waits, what ends the round, and the record of every answer."""
 
 from __future__ import annotations
 
@@ -8,15 +8,58 @@ import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import as_completed
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from anyio.from_thread import start_blocking_portal
 
 from dense_rlhf.config.params import JudgeParams
 from dense_rlhf.evaluation.judge.client import Outcome
-from dense_rlhf.evaluation.judge.record import Record
 from dense_rlhf.evaluation.judge.templates import Question
+from dense_rlhf.files import append_line, parse_line
+from dense_rlhf.types import InputError
 
 SILENT = 3  # questions in a row without any answer: the server is gone
+
+
+class Record:
+    """An endpoint's answers, a JSON line each, in a file at `path` that any number of processes share.
+
+    `values` are the judgements by key; `calls` and `tokens` count all lines.
+
+    A line holds the key, judge, model, template, reply, tokens, seconds, time, and either the `value` or the `reason`
+    for having none; never the endpoint's secret key or address. Unlike a `Journal` it keeps failed attempts too.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.values: dict[str, float] = {}
+        self.calls = self.tokens = self._read = 0
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read lines that were added since, by any process. Raises `InputError` if the file is something else."""
+        if not self.path.exists():
+            return
+        with open(self.path, "rb") as file:
+            file.seek(self._read)
+            new = file.read()
+        whole = new[: new.rfind(b"\n") + 1]  # a last line that a crash cut short is overwritten by the next
+        for line in whole.splitlines():
+            self._count(parse_line(line, f"a line of {self.path}"))
+        self._read += len(whole)
+
+    def _count(self, line: dict) -> None:
+        key, value, tokens = (line.get(name) for name in ("key", "value", "tokens"))
+        if not isinstance(key, str) or not isinstance(tokens, int) or not isinstance(value, float | int | None):
+            raise InputError(f"{self.path} is no record of judgements; move it away, or name another file")
+        self.calls, self.tokens = self.calls + 1, self.tokens + tokens
+        if value is not None:
+            self.values.setdefault(key, float(value))  # the first judgement stays
+
+    def add(self, line: dict) -> None:
+        """Append a line, on disk when this returns."""
+        append_line(self.path, line)
+        self.refresh()
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING
@@ -95,14 +96,11 @@ def _refusal(error: APIStatusError, params: JudgeParams) -> Outcome:
 
 def _seconds(header: str | None) -> float:
     """Seconds of a Retry-After, which is a number or a date; zero if it is neither."""
-    try:
-        return max(0.0, float(header))  # in this order: of 0 and NaN it is 0
-    except (TypeError, ValueError):
-        pass
-    try:
+    with suppress(TypeError, ValueError):
+        return max(0.0, float(header))  # in this order, so that NaN becomes 0
+    with suppress(TypeError, ValueError):
         return max(0.0, parsedate_to_datetime(header).timestamp() - time.time())
-    except (TypeError, ValueError):
-        return 0.0
+    return 0.0
 
 
 def _judgement(completion: ChatCompletion, question: Question) -> Outcome:

@@ -10,10 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from dense_rlhf.config.params import JudgeParams
-from dense_rlhf.evaluation.judge.asking import Round, settle_all
+from dense_rlhf.evaluation.judge.asking import Record, Round, settle_all
 from dense_rlhf.evaluation.judge.client import MODEL, connect, send, setting
 from dense_rlhf.evaluation.judge.interface import check_lengths
-from dense_rlhf.evaluation.judge.record import Record
 from dense_rlhf.evaluation.judge.templates import Question, comparison, grading
 from dense_rlhf.files import content_key
 from dense_rlhf.types import InputError, Prompt
