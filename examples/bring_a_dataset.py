@@ -1,9 +1,10 @@
-"""Bring a dataset: one function from parameters to a `Dataset`, and one line in the registry.
+"""Bring a dataset: a function from parameters to a `Dataset`.
 
     python examples/bring_a_dataset.py
 
-In a checkout both go to the end of `dense_rlhf/data.py`, and `data.name=replies` works in every study and notebook; the
-contract tests pick it up. (Preference pairs and labelled texts in a file need no code: see the README.)
+Every study and notebook takes it by its Python path, `data.name=bring_a_dataset:load_replies`, where this file lies in
+the folder from which the study runs. In a checkout, a line in `DATASETS` of `dense_rlhf/data.py` gives it a name, and
+the contract tests pick it up. (Preference pairs and labelled texts in a file need no code: see the README.)
 """
 
 import random
@@ -22,23 +23,16 @@ START = "about your order of last {} number {}: {} and then {}, "
 
 def load_replies(params: DataParams, rows: int | None = None) -> Dataset:
     """Made-up replies of a shop, labelled 1 kind and 0 rude."""
-    dice, found = random.Random(0), []
+    dice, replies = random.Random(0), []
     for number in range(rows or 1500):
         label = dice.randrange(2)
-        day, said = dice.choice(("monday", "friday", "sunday")), dice.choices(KIND if label else RUDE, k=2)
-        found.append((START.format(day, number, *said) + dice.choice(KIND if label else RUDE), str(label)))
-    splits, counts = split_reviews(found)  # by content: no text serves two purposes
+        day, phrases = dice.choice(("monday", "friday", "sunday")), dice.choices(KIND if label else RUDE, k=2)
+        replies.append((START.format(day, number, *phrases) + dice.choice(KIND if label else RUDE), str(label)))
+    splits, counts = split_reviews(replies)  # by content: no text serves two purposes
     train, validation = (review_prompts(splits[name], params.prompt_words, counts) for name in ("train", "validation"))
-    return Dataset(
-        "replies",
-        content_key(found),
-        splits["reward"],
-        splits["gold"],
-        train,
-        validation,
-        splits["test"],
-        counts=dict(counts),
-    )
+    taught = {name: splits[name] for name in ("reward", "gold", "test")}
+    prompts = dict(train_prompts=train, validation_prompts=validation)
+    return Dataset("replies", content_key(replies), **taught, **prompts, counts=dict(counts))
 
 
 DATASETS["replies"] = load_replies
@@ -49,7 +43,7 @@ def main(reward_steps: int = 100) -> None:
     task = load_task(RunParams(data=DataParams(name="replies"), reward=reward, ppo=ppo))
     print(task.data.counts)
     agreed = proxy_correct(task.reward_model, task.data.test, reward.window).mean()
-    print(f"the reward model agrees with {agreed:.0%} of {len(task.data.test)} labels; what it saw in one reply:")
+    print(f"the reward model agrees with {agreed:.0%} of {len(task.data.test)} labels; its score of one reply:")
     print(explain(task.reward_model.model, task.tokenizer, "about your order: ", task.data.test[0].text[40:]))
 
 

@@ -16,11 +16,11 @@ from dense_rlhf.attribution.explain import Explanation, explain
 def main(name: str, prompt: str, response: str) -> Explanation:
     model = AutoModelForSequenceClassification.from_pretrained(name, use_safetensors=True).eval()
     tokenizer = AutoTokenizer.from_pretrained(name)
-    found = explain(model, tokenizer, prompt, response)  # in a notebook: a heat-map and a table
-    print(found)
+    explanation = explain(model, tokenizer, prompt, response)  # a notebook shows a heat-map and a table
+    print(explanation)
     words = explain(model, tokenizer, prompt, response, source="leave_one_out", players="words")
     print("\nWhat the score loses without each word:", words, sep="\n")
-    return found
+    return explanation
 
 
 if __name__ == "__main__":

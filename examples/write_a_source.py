@@ -1,10 +1,11 @@
-"""Write a source of credit: a function from a rollout to an `Attribution`, and one line in the registry.
+"""Write a source of credit: a function from a rollout to an `Attribution`.
 
     python examples/write_a_source.py
 
-In a checkout both go to the end of `dense_rlhf/attribution/sources.py`, and an arm `{sources: [surprisal]}` trains on
-it; the contract tests pick it up. This one pays the tokens that the reference policy found unlikely: a guess that asks
-the reward model nothing, to be held against sources that do.
+A study trains on it by its Python path, `{sources: [write_a_source:surprisal]}`, where this file lies in the folder
+from which the study runs. In a checkout, a line in `SOURCES` of `dense_rlhf/attribution/sources.py` gives it a name,
+and the contract tests pick it up. This source pays the tokens that the reference policy found unlikely: a guess without
+the reward model, to be compared with sources that use it.
 """
 
 from dense_rlhf.attribution import SOURCES, attribute
@@ -29,13 +30,13 @@ def main(data: str | None = None, reward_steps: int = 500, responses: int = 64) 
     ppo = PPOParams(rollouts=responses, minibatch=responses)
     task = load_task(RunParams(data=DataParams(path=data), reward=RewardParams(steps=reward_steps), ppo=ppo))
     rollout = task.rollout(task.reference, task.data.train_prompts[:responses], ppo, seed=0)
-    found = attribute(task.reward_model, rollout, ["surprisal", "shap", "random"], AttributionParams())
-    known = known_credit(task.gold, rollout, task.tokenizer)  # of an additive judge, so it is exact
+    attributions = attribute(task.reward_model, rollout, ["surprisal", "shap", "random"], AttributionParams())
+    known = known_credit(task.gold, rollout, task.tokenizer)  # exact, as the gold judge is additive
     agreement = {}
-    for name, one in found.items():
-        rho = rank_agreement(one.credit, known, rollout.players)
-        agreement[name] = float(rho[rho == rho].mean())  # NaN where a response ranks nothing
-        print(f"{name:10s} {one.evaluations:6.1f} evaluations a response, agreement {agreement[name]:+.2f}")
+    for name, attribution in attributions.items():
+        rho = rank_agreement(attribution.credit, known, rollout.players)
+        agreement[name] = float(rho[rho == rho].mean())  # NaN where all tokens of a response have the same credit
+        print(f"{name:10s} {attribution.evaluations:6.1f} evaluations a response, agreement {agreement[name]:+.2f}")
     return agreement
 
 

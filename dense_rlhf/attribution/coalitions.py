@@ -67,16 +67,16 @@ def merged_design(masks: np.ndarray, operator: np.ndarray) -> Design:
 
 
 def _orders(k: int, permutations: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Orders (p, k) in which players join and leave, and the coalitions on the way (p, 2 k + 1, k)."""
+    """Orders (p, k) in which players join and then leave, and the coalitions on the way (p, 2 k + 1, k)."""
     rng, order = np.random.RandomState(seed), np.arange(k)
     orders = np.empty((permutations, k), int)
     for p in range(permutations):
         rng.shuffle(order)  # in place: each shuffle starts from the last order
         orders[p] = order
     rank = np.argsort(orders, 1)[:, None]
-    joined = rank < np.arange(k + 1)[:, None]  # the first n of the order are present
-    left = rank >= np.arange(1, k + 1)[:, None]  # the first n have gone again
-    return orders, np.concatenate([joined, left], 1)
+    joining = rank < np.arange(k + 1)[:, None]  # the first n of the order are present
+    leaving = rank >= np.arange(1, k + 1)[:, None]  # the first n are absent again
+    return orders, np.concatenate([joining, leaving], 1)
 
 
 @lru_cache(maxsize=512)
@@ -101,21 +101,21 @@ def permutation_shap(k: int, permutations: int, seed: int) -> Design:
 # ---------------------------------------------------------------------------------------------------- trees
 
 
-def _leaves(start: int, stop: int, depth: int, beside: tuple = ()) -> Iterator[tuple[int, int, tuple]]:
-    """The spans on which the halving ends, left to right, each with the spans beside its path from the root."""
+def _leaves(start: int, stop: int, depth: int, siblings: tuple = ()) -> Iterator[tuple[int, int, tuple]]:
+    """The spans on which the halving ends, left to right, each with the siblings of its path from the root."""
     if stop - start == 1 or depth == 0:
-        yield start, stop, beside
+        yield start, stop, siblings
         return
     middle = (start + stop) // 2
-    yield from _leaves(start, middle, depth - 1, (*beside, (middle, stop)))
-    yield from _leaves(middle, stop, depth - 1, (*beside, (start, middle)))
+    yield from _leaves(start, middle, depth - 1, (*siblings, (middle, stop)))
+    yield from _leaves(middle, stop, depth - 1, (*siblings, (start, middle)))
 
 
 @lru_cache(maxsize=64)
 def owen(k: int, depth: int | None = None) -> Design:
     """Owen values on a balanced tree of adjacent tokens: a span of n splits into its first n // 2 and the rest.
 
-    A leaf's credit is the mean of y(C + leaf) - y(C) over the 2^d unions C of the d spans beside its path (Owen,
+    A leaf's credit is the mean of y(C + leaf) - y(C) over the 2^d unions C of the d siblings on its path (Owen,
     1977), as in `shap.PartitionExplainer` with that tree and enough evaluations. Complete. 2 + 2 sum over inner nodes
     of 2^depth coalitions: 2 + 2 (k^2 - 1) / 3 for k a power of two, so 2732 at k = 64 and 43 692 (88 MB) at 256.
     For long responses prefer a fixed `depth`: the halving stops there and the credit of a span is spread evenly over
@@ -125,16 +125,16 @@ def owen(k: int, depth: int | None = None) -> Design:
     if depth is not None:
         _demand("depth", depth, 1, "take None to go down to single tokens")
     leaves, masks = list(_leaves(0, k, k if depth is None else depth)), []
-    for start, stop, beside in leaves:
-        context = np.zeros((2 ** len(beside), k), bool)
-        for bit, (a, b) in enumerate(beside):
+    for start, stop, siblings in leaves:
+        context = np.zeros((2 ** len(siblings), k), bool)
+        for bit, (a, b) in enumerate(siblings):
             context[:, a:b] = (np.arange(len(context)) >> bit & 1)[:, None]
         masks += [context, context.copy()]
         masks[-1][:, start:stop] = True
     unique, index = _merge(np.concatenate(masks))
     operator, row = np.zeros((k, len(unique))), 0
-    for start, stop, beside in leaves:
-        without, joined = index[row : row + 2 * 2 ** len(beside)].reshape(2, -1)
+    for start, stop, siblings in leaves:
+        without, joined = index[row : row + 2 * 2 ** len(siblings)].reshape(2, -1)
         operator[start:stop, joined] += 1 / (len(joined) * (stop - start))
         operator[start:stop, without] -= 1 / (len(joined) * (stop - start))
         row += 2 * len(joined)
@@ -145,8 +145,8 @@ def owen(k: int, depth: int | None = None) -> Design:
 def leave_one_out(k: int) -> Design:
     """What the score loses without each player: phi_i = y_full - y_(all but i).
 
-    k + 2 coalitions (fewer where k < 3). Not complete: players that replace or need each other are under- or
-    overcounted, and y_empty is not read.
+    k + 2 coalitions (fewer where k < 3). Not complete: players that replace each other get too little, those that need
+    each other too much, and y_empty is not used.
     """
     _demand_players(k)
     masks = np.concatenate([np.ones((1, k), bool), ~np.eye(k, dtype=bool)])
@@ -159,8 +159,8 @@ def leave_one_out(k: int) -> Design:
 def _least_squares(masks: np.ndarray, weight: np.ndarray) -> Design:
     """min over phi of sum_S w_S (y_S - y_empty - sum_{i in S} phi_i)^2, subject to sum phi = y_full - y_empty.
 
-    phi is (y_full - y_empty) / k plus a part that sums to 0, which sees only a mask's deviation from its mean. Where
-    the draw leaves a direction of that part open (below some 4 k samples), it is the shortest of the solutions.
+    phi is (y_full - y_empty) / k plus a part that sums to 0, which depends only on a mask's deviation from its mean.
+    Where the sample does not determine that part (below some 4 k samples), it is the shortest of the solutions.
     """
     n, k = masks.shape
     share = masks.mean(1, keepdims=True)
@@ -186,8 +186,8 @@ def _subsets(k: int, size: int) -> np.ndarray:
 
 
 def _kernel_sample(k: int, samples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sizes are enumerated from the ends while the budget holds their mass; the rest is drawn in pairs."""
-    sizes, paired = np.arange(1, k // 2 + 1), (k - 1) // 2  # half the players are their own complement's size
+    """Sizes are enumerated from the ends while the budget exceeds their mass; the rest is drawn in pairs."""
+    sizes, paired = np.arange(1, k // 2 + 1), (k - 1) // 2  # half of the players is its complement's size too
     mass = (k - 1) / (sizes * (k - sizes)) * np.where(sizes <= paired, 2, 1)
     mass, left = mass / mass.sum(), min(samples, 2**k - 2)
     masks, weights, done = [np.zeros((0, k), bool)], [], 0
@@ -215,7 +215,7 @@ def _draw_pairs(rng: np.random.RandomState, k: int, left: int, mass: np.ndarray,
         mask = np.zeros(k, bool)
         mask[rng.permutation(k)[:size]] = True
         for key in [mask.tobytes(), (~mask).tobytes()] if size <= paired else [mask.tobytes()]:
-            if key in drawn or left > 0:  # the last complement may find no room
+            if key in drawn or left > 0:  # the budget may end before the last complement
                 left -= key not in drawn
                 drawn[key] = drawn.get(key, 0) + 1
     return drawn
@@ -234,21 +234,21 @@ def kernel_shap(k: int, samples: int, seed: int) -> Design:
 
 
 def _distinct(rng: np.random.Generator, k: int, size: int, count: int) -> np.ndarray:
-    """Different subsets of one size; of half the players, only such as hold player 0, so none is a complement."""
+    """Different subsets of one size; of half the players, only those with player 0, so none is a complement."""
     half = 2 * size == k
     total = comb(k, size) // (1 + half)
     if total <= 2 * count:
         return _subsets(k, size)[rng.permutation(total)[:count]]
-    found = np.zeros((0, k), bool)
-    while len(found) < count:
+    subsets = np.zeros((0, k), bool)
+    while len(subsets) < count:
         rows = rng.random((2 * count, k)).argsort(1) < size
-        found = np.concatenate([found, np.where(half & ~rows[:, :1], ~rows, rows)])
-        found = found[np.sort(np.unique(np.packbits(found, axis=1), axis=0, return_index=True)[1])]
-    return found[:count]
+        subsets = np.concatenate([subsets, np.where(half & ~rows[:, :1], ~rows, rows)])
+        subsets = subsets[np.sort(np.unique(np.packbits(subsets, axis=1), axis=0, return_index=True)[1])]
+    return subsets[:count]
 
 
 def _leverage_sample(k: int, samples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Every size gets the same number of draws, or all its subsets where these are fewer."""
+    """Every size gets the same number of draws, or all its subsets if there are fewer."""
     rng, sizes = np.random.default_rng(seed), range(1, k // 2 + 1)
     share = [1 if 2 * s == k else 2 for s in sizes]  # of the sizes 1 .. k - 1, by pair {s, k - s}
     left, wanted = min(samples // 2, 2 ** (k - 1) - 1), []  # pairs of a subset and its complement
@@ -289,8 +289,8 @@ def _ridge(masks: np.ndarray, width: float) -> Design:
 def ridge_lime(k: int, samples: int, seed: int, width: float = 25.0) -> Design:
     """Weighted ridge regression on random removals, as lime 0.2's text explainer draws, weights and fits them.
 
-    At most `samples` + 1 coalitions, row 0 of its sample is the full text; how many go is uniform on 1 .. k. Ridge 1
-    with a free intercept, no feature selection. Not complete: credit need not sum to y_full - y_empty.
+    At most `samples` + 1 coalitions: the full text, and others that lack 1 .. k players, uniformly. Ridge 1 with a free
+    intercept, no feature selection. Not complete: credit need not sum to y_full - y_empty.
     """
     _demand_players(k)
     _demand("samples", samples, 2, "the full text is the first; take some 10 k")
@@ -305,9 +305,9 @@ def ridge_lime(k: int, samples: int, seed: int, width: float = 25.0) -> Design:
 def shared_lime(k: int, permutations: int, seed: int, width: float = 25.0) -> Design:
     """lime's ridge on the coalitions of `permutation_shap(k, permutations, seed)`: one set of forwards for both.
 
-    Along a random permutation the size is uniform and the subset uniform given it, as in lime's sample: 2 permutations
-    draws of each size 0 .. k - 1, counted as often as they come, and the full text once. Not lime's own numbers, for
-    draws along one permutation hang together. Not complete.
+    Along a random permutation the size is uniform, and the subset uniform given its size, as in lime's sample: each
+    size 0 .. k - 1 is drawn 2 `permutations` times, repeats included, and the full text is added once. Not lime's own
+    numbers, as draws along one permutation are dependent. Not complete.
     """
     _demand_players(k)
     _demand("permutations", permutations, 1, "take those of permutation_shap")

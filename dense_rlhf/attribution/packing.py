@@ -1,7 +1,7 @@
-"""Coalitions of one response as few tokens: what coalitions share from the left is computed once.
+"""Coalitions of one response as one short sequence: a prefix that several coalitions share is computed once.
 
-A causal model's state at a token depends only on what stands before it. Sorted by their bits, coalitions form a
-trie; its nodes are laid in one sequence, and each sees those on its coalition's path up to it.
+A causal model's state at a token depends only on the tokens before it. Sorted by their bits, coalitions form a trie,
+whose nodes are laid out in one sequence; each node attends to those on its coalition's path up to it.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Pack:
-    """A stretch of the trie: N nodes, r coalitions that end in it."""
+    """A part of the trie: N nodes, r coalitions that end in it."""
 
-    column: np.ndarray  # (N,) which token of response + suffix
-    absent: np.ndarray  # (N,) bool, the node stands for the removed token's replacement
-    position: np.ndarray  # (N,) behind the prompt
-    owner: np.ndarray  # (N,) the coalition, of those of the pack, that made the node
+    column: np.ndarray  # (N,) the token of response + suffix
+    absent: np.ndarray  # (N,) bool, the node holds a removed token's replacement
+    position: np.ndarray  # (N,) counted from the prompt's end
+    owner: np.ndarray  # (N,) the first of the pack's coalitions that has the node
     path: np.ndarray  # (r, width) the nodes of each coalition, -1 for a token that it lacks
-    read: np.ndarray  # (r,) node where each coalition's score is read
+    read: np.ndarray  # (r,) node at which each coalition's score is read
     coalition: np.ndarray  # (r,) row of the masks
 
     def __len__(self) -> int:
@@ -32,7 +32,7 @@ class Pack:
 def pack(masks: np.ndarray, suffix: int, removal: str, nodes: int) -> tuple[Pack, ...]:
     """Packs of at most `nodes` nodes (one coalition may need more) that cover the coalitions `masks` (m, k) once.
 
-    `suffix` tokens stand behind every coalition; the last of them is read. `drop` closes the gaps, `attention_mask`
+    `suffix` tokens follow every coalition, and the last of them is read. `drop` closes the gaps, `attention_mask`
     leaves them empty, `replace` fills them.
     """
     return _pack(np.packbits(masks, axis=1).tobytes(), masks.shape, suffix, removal, nodes)
@@ -55,11 +55,11 @@ def _pack(packed: bytes, shape: tuple[int, int], suffix: int, removal: str, node
 
 
 def _ends(ahead: np.ndarray, differs: np.ndarray, nodes: int) -> list[int]:
-    """Where to cut sorted coalitions, so that each stretch needs at most `nodes` nodes or is a single coalition."""
+    """Where to cut sorted coalitions, so that each part needs at most `nodes` nodes or is a single coalition."""
     fresh = ahead[np.arange(len(ahead)), differs].cumsum()
     ends, start = [], 0
     while start < len(ahead):
-        again = fresh[start] - ahead[start, 0]  # a stretch makes its first coalition's nodes again
+        again = fresh[start] - ahead[start, 0]  # each part repeats its first coalition's shared nodes
         ends.append(max(start + 1, int(np.searchsorted(fresh, nodes + again, "right"))))
         start = ends[-1]
     return ends

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from dense_rlhf.attribution.kinds import Designed, Internal, share
 from dense_rlhf.config.params import AttributionParams
 from dense_rlhf.config.parse import named
 from dense_rlhf.types import Attribution, InputError, Rollout
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dense_rlhf.models.reward_model import RewardModel
-from dense_rlhf.attribution.kinds import Designed, Internal, share
 
 
 def terminal(reward_model: RewardModel, rollout: Rollout, params: AttributionParams) -> Attribution:
@@ -43,12 +43,12 @@ def shuffled(reward_model: RewardModel, rollout: Rollout, params: AttributionPar
     """A control: the Shapley values of each response in a random order, reproducible from its tokens."""
     import torch
 
-    found = attribute(reward_model, rollout, ["shap"], params)["shap"]
+    shap = attribute(reward_model, rollout, ["shap"], params)["shap"]
     draws = _exponential(rollout, params.seed)
-    credit = torch.zeros_like(found.credit)
+    credit = torch.zeros_like(shap.credit)
     for row, players in enumerate(rollout.players):
-        credit[row, players] = found.credit[row, players][draws[row, players].argsort()]
-    return replace(found, source="shuffled", credit=credit)
+        credit[row, players] = shap.credit[row, players][draws[row, players].argsort()]
+    return replace(shap, source="shuffled", credit=credit)
 
 
 def _exponential(rollout: Rollout, seed: int) -> Tensor:
@@ -80,20 +80,17 @@ def attribute(
     for source in sources:
         if source not in designed:
             start = time.perf_counter()
-            found = kinds[source](reward_model, rollout, params)
-            done[source] = replace(found, seconds=time.perf_counter() - start)
-    for source, found in done.items():
-        if not bool(found.credit.isfinite().all()):
-            raise InputError(
-                f"{source}: credit is not finite, so a score or gradient of the reward model is not; look "
-                "at its weights and dtype"
-            )
+            made = kinds[source](reward_model, rollout, params)
+            done[source] = replace(made, seconds=time.perf_counter() - start)
+    for source, attribution in done.items():
+        if not bool(attribution.credit.isfinite().all()):
+            cause = "so a score or gradient of the reward model is not"
+            raise InputError(f"{source}: credit is not finite, {cause}; look at its weights and dtype")
     return {source: done[source] for source in sources}
 
 
 def available(reward_model: RewardModel, params: AttributionParams | None = None) -> list[str]:
-    """The sources that can explain this reward model: all, but `log_ratio` only where DPO has taught a policy, and
-    `rationale` only where `params` name a file."""
+    """The sources that can explain this reward model: `log_ratio` needs a DPO policy, `rationale` a file."""
     missing = {"log_ratio": reward_model.implicit is None, "rationale": not (params and params.rationale_path)}
     return [source for source in SOURCES if not missing.get(source)]
 

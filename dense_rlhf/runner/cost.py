@@ -359,17 +359,17 @@ def _explain(models: Models, params: RunParams, P: float, sources: Sequence[str]
     """
     sizes, B, T = Sizes.of(models.reward), params.ppo.rollouts, params.ppo.max_new_tokens
     packed = models.reward.config.model_type in PACKED
-    named = {("shap" if name == "shuffled" else name) for name in sources}
+    asked = {("shap" if name == "shuffled" else name) for name in sources}
     players = np.unique(np.arange(T) // PLAYER[params.attribution.players], return_inverse=True)[1]
     width = sizes.hidden if packed else None
-    tokens, context, reads = coalition_tokens(players, sorted(named), params.attribution, P, width)
+    tokens, context, reads = coalition_tokens(players, sorted(asked), params.attribution, P, width)
     flops = forward(sizes, B * tokens, P + context)
     if tokens and packed:
         below = forward(sizes, B * tokens, P + context, sizes.layers - 1) + forward(sizes, B * P, P, sizes.layers - 1)
         keys = 4 * B * (P + tokens) * sizes.hidden * sizes.key
         flops = below + keys + forward(sizes, B * reads, P + context, 1)
-    passes = sum(WHOLE.get(name, 0) for name in named)
-    passes += 3 * params.attribution.ig_steps if "integrated_gradients" in named else 0
+    passes = sum(WHOLE.get(name, 0) for name in asked)
+    passes += 3 * params.attribution.ig_steps if "integrated_gradients" in asked else 0
     return flops + passes * forward(sizes, B * (P + T), P + T)
 
 

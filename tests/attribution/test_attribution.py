@@ -3,6 +3,7 @@
 import copy
 import math
 from dataclasses import replace
+from importlib import import_module
 from itertools import combinations
 
 import numpy as np
@@ -13,6 +14,7 @@ from conftest import RATIONALES
 from dense_rlhf.attribution import SOURCES, attribute
 from dense_rlhf.attribution.agreement import known_credit, rank_agreement
 from dense_rlhf.attribution.coalitions import permutation_shap, ridge_lime
+from dense_rlhf.attribution.kinds import Designed, Internal
 from dense_rlhf.attribution.parity import plain_scores
 from dense_rlhf.config.params import AttributionParams
 from dense_rlhf.models.word_judge import AdditiveJudge
@@ -108,8 +110,27 @@ def test_scores_that_are_not_finite_are_refused(source, bad, reward_model, rollo
 
 
 def test_an_unknown_source_raises(reward_model, rollout):
-    with pytest.raises(InputError, match="'shapley' not known, wanted some of terminal"):
+    with pytest.raises(InputError, match="sources: 'shapley' is not known, wanted terminal"):
         attribute(reward_model, rollout, ["terminal", "shapley"], PARAMS)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_every_line_of_the_registry_names_a_function(source):
+    kind = SOURCES[source]
+    if isinstance(kind, Designed):
+        design = kind.design(3, PARAMS)
+        assert design.masks.shape[1] == len(design.operator) == 3
+    elif isinstance(kind, Internal):
+        module, _, function = kind.place.partition(":")
+        assert function == source and callable(getattr(import_module(module), function))
+        assert kind.place.startswith("dense_rlhf.attribution.")  # a string that decides a training's key
+    else:
+        assert kind.__name__ == source
+
+
+def test_a_source_of_ones_own_is_named_by_its_python_path(reward_model, rollout):
+    own = "dense_rlhf.attribution.sources:uniform"
+    assert torch.equal(explain(own, reward_model, rollout).credit, explain("uniform", reward_model, rollout).credit)
 
 
 def test_terminal_and_uniform_are_what_they_say(reward_model, rollout):
