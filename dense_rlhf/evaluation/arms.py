@@ -25,11 +25,11 @@ JUDGED = ["gold", "proxy", "kl", "win", "reference_gold", "reference_proxy"]
 
 @dataclass(frozen=True)
 class Arms:
-    """What each arm reached on held-out prompts, and how it came there."""
+    """What each arm reached on held-out prompts, and its training metrics."""
 
     judged: dict[str, list[pd.DataFrame]]  # arm, the reference first: a table a seed, columns gold, proxy, kl, win
     history: pd.DataFrame  # `KEPT`, a row an update, with columns arm and seed
-    warnings: dict[str, list[str]]  # arm: names of the signs of ill health
+    warnings: dict[str, list[str]]  # arm: names of the signs of a training that goes wrong
 
 
 def recipes(

@@ -1,4 +1,4 @@
-"""The policy that learns: a causal language model with its critic, and which of its weights move."""
+"""The policy: a causal language model with its critic, and which of their weights are trained."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from dense_rlhf.config.params import PolicyParams
 from dense_rlhf.models.reward_model import RewardModel
 from dense_rlhf.types import InputError, Responses
 
-RIDGE = 0.3  # penalty of the value probe, in mean squares of a state; of 0.001 to 10 the best on fresh responses
+RIDGE = 0.3  # penalty of the value probe, in mean squares of a state; the best from 0.001 to 10 on fresh responses
 LOGITS = 2**28  # numbers in one pass through the LM head; more are computed in parts, twice
 
 
 def position_ids(mask: Tensor) -> Tensor:
-    """Positions that count kept tokens only, (B, L), so that padding on the left changes nothing."""
+    """Positions (B, L) that count kept tokens only, so that padding on the left changes nothing."""
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
@@ -38,8 +38,8 @@ class PolicyWithValue(nn.Module):
     """A causal language model and a float32 value head, zero at the start.
 
     The head reads the policy's own hidden states (critic `shared`; `detached`: without gradient into them), or those
-    of `value_trunk`, a decoder of the same tokens. Of `trainable_layers` only the last n blocks learn; what lies below
-    is `trunk`. `bf16` computes under autocast; softmax and values stay float32.
+    of `value_trunk`, a decoder of the same tokens. With `trainable_layers` only the last n blocks are trained; those
+    below are the `trunk`. `bf16` computes under autocast; softmax and values stay float32.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class PolicyWithValue(nn.Module):
     ):
         super().__init__()
         if (critic == "separate") != (value_trunk is not None):
-            raise InputError(f"the critic is {critic!r}: a separate one needs a value_trunk, and no other has one")
+            raise InputError(f"the critic is {critic!r}: a separate one needs a value_trunk, any other has none")
         if lm.config.pad_token_id is None:
             raise InputError("the model's config has no pad_token_id; give it a token that is not EOS")
         for model in filter(None, (lm, value_trunk)):
@@ -80,8 +80,8 @@ class PolicyWithValue(nn.Module):
     def forward(self, texts: Responses, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities (nats), values and entropies (B, T) of the responses, zero where there is no token.
 
-        The one forward used for old, new and reference log-probabilities; only tokens of responses reach the LM head.
-        Where `texts.trunk` is given it is this policy's, and not computed again.
+        The one forward for old, new and reference log-probabilities; only tokens of responses reach the LM head.
+        `texts.trunk`, if given, is this policy's and is not computed again.
         """
         (ids, at), acts = texts.rows(), texts.mask
         with self._autocast(ids.device):
@@ -104,7 +104,7 @@ class PolicyWithValue(nn.Module):
         return all(p is q for p, q in zip(_below(self.lm, self.cut), _below(other.lm, other.cut)))
 
     def trunk(self, ids: Tensor) -> Tensor | None:
-        """States (B, L, hidden) of rows of `ids` under the layers that learn; None where there is no frozen trunk."""
+        """States (B, L, hidden) of rows of `ids` below the trained layers; None without a frozen trunk."""
         if not self.cut:
             return None
         with torch.no_grad(), self._autocast(ids.device):
@@ -146,7 +146,7 @@ class PolicyWithValue(nn.Module):
     # ------------------------------------------------------------------------------------------------ sampling
 
     def sample_from_a_copy(self) -> None:
-        """Where training weights are cast, adapted or in parts, a whole plain copy is kept to sample from."""
+        """Keep a whole plain copy to sample from, for weights that are cast, adapted or sharded in training."""
         if not self._sampler:
             self._sampler.append(copy.deepcopy(self.lm).requires_grad_(False))
 
@@ -179,7 +179,7 @@ def _run(base: nn.Module, **tokens: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _splits(lm: PreTrainedModel, cut: int) -> bool:
-    """Whether the layers below and above `cut` make the model: not where it scales embeddings or has another norm."""
+    """Whether the layers below and above `cut` compose to the model: not if it scales embeddings or has more norms."""
     if lm.device.type == "meta":  # nothing to compare; the model is only counted
         return True
     ids = torch.arange(6, device=lm.device)[None] % lm.config.vocab_size
@@ -192,14 +192,14 @@ def _splits(lm: PreTrainedModel, cut: int) -> bool:
 
 
 def _logits(lm: PreTrainedModel, states: Tensor) -> Tensor:
-    """Logits (N, V) of states (N, hidden) as the model makes them: some scale or cap what their head says."""
+    """Logits (N, V) of states (N, hidden) by the model's own forward: some scale or cap the output of their head."""
     part = copy.copy(lm)
-    part._modules = dict(lm._modules, **{lm.base_model_prefix: _Given()})
+    part._modules = dict(lm._modules, **{lm.base_model_prefix: _Precomputed()})
     return type(lm).forward(part, inputs_embeds=states[None], use_cache=False).logits[0]
 
 
-class _Given(nn.Module):
-    """In place of a trunk whose states are there already."""
+class _Precomputed(nn.Module):
+    """Stand-in trunk that returns precomputed states."""
 
     @property
     def decoder(self) -> nn.Module:
@@ -210,7 +210,7 @@ class _Given(nn.Module):
 
 
 class _States(tuple):
-    """A trunk's output that holds states and None of all else."""
+    """A trunk's output; every field but `last_hidden_state` is None."""
 
     last_hidden_state = property(itemgetter(0))
 
@@ -224,7 +224,7 @@ def _at(states: Tensor, at: Tensor) -> Tensor:
 
 
 def _blocks(base: PreTrainedModel, start: int, stop: int | None) -> PreTrainedModel:
-    """The model made of some of its own blocks, from states to states; the final norm only behind the last."""
+    """The model with only some of its blocks, from states to states; the final norm only after the last."""
     part = copy.copy(base)
     part._modules = dict(base._modules, layers=base.layers[start:stop])
     part.config = copy.copy(base.config)
@@ -237,7 +237,7 @@ def _blocks(base: PreTrainedModel, start: int, stop: int | None) -> PreTrainedMo
 
 
 def _merged(lm: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Names and values of the weights that have learned, adapters added to what they adapt."""
+    """Names and values of the trained weights, adapters added to the weights that they adapt."""
     from peft.tuners.lora import LoraLayer
 
     adapted = {name: module for name, module in lm.named_modules() if isinstance(module, LoraLayer)}
@@ -253,10 +253,10 @@ def _merged(lm: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 def trainable_copy(
     reference: PolicyWithValue, params: PolicyParams, reward_model: RewardModel | None = None
 ) -> PolicyWithValue:
-    """A policy equal to `reference` that learns what `params` says; weights that stay are the reference's own.
+    """A policy equal to `reference` whose trained weights are those that `params` names; frozen ones are shared.
 
-    Weights that learn are float32, adapters start at zero effect (Hu et al., 2021). A separate critic starts as
-    `reward_model`, so its first value is the score of the response so far. Raises `InputError` where it cannot.
+    Trained weights are float32, adapters start at zero effect (Hu et al., 2021). A separate critic starts as
+    `reward_model`, so its first value is the score of the response so far. Raises `InputError` if it cannot.
     """
     bf16, source = params.dtype == "bfloat16", reference.lm
     cut = _cut(source, params.trainable_layers) if params.trainable_layers else 0
@@ -275,19 +275,18 @@ def trainable_copy(
 
 
 def _copy(lm: PreTrainedModel, own: list[nn.Parameter], dtype: torch.dtype) -> PreTrainedModel:
-    """A copy that has `own` weights to itself, as `dtype`, and shares all others."""
-    mine = set(map(id, own))
-    made = copy.deepcopy(lm, {id(p): p for p in lm.parameters() if id(p) not in mine})
-    shared = {id(p) for p in lm.parameters()}
+    """A copy with its `own` weights, as `dtype`, that shares all others."""
+    copied, originals = set(map(id, own)), {id(p): p for p in lm.parameters()}
+    made = copy.deepcopy(lm, {key: p for key, p in originals.items() if key not in copied})
     for p in made.parameters():
-        if id(p) not in shared:
+        if id(p) not in originals:
             p.data = p.data.to(dtype)
             p.requires_grad_(True)
     return made
 
 
 def _add_adapters(lm: PreTrainedModel, params: PolicyParams, cut: int) -> None:
-    """LoRA on every linear map of the blocks that learn, in place; float32, no dropout."""
+    """LoRA on every linear map of the trained blocks, in place; float32, no dropout."""
     from peft import LoraConfig, inject_adapter_in_model
 
     where: str | list[str] = "all-linear"
@@ -302,18 +301,18 @@ def _add_adapters(lm: PreTrainedModel, params: PolicyParams, cut: int) -> None:
             p.data = p.data.float()
 
 
-def value_probe(reference: PolicyWithValue, reward_model: RewardModel, some: list[Responses]) -> dict[str, Tensor]:
-    """Weights of a value head that says of the reference's states what a separate critic starts by saying.
+def value_probe(reference: PolicyWithValue, reward_model: RewardModel, batches: list[Responses]) -> dict[str, Tensor]:
+    """Weights of a value head, fitted on the reference's states to a separate critic's initial values.
 
-    Ridge regression, over all tokens of `some` responses, of the score of the tokens so far. Raises `InputError` where
-    the reward model cannot be read token by token.
+    Ridge regression of the score of the tokens so far, over all tokens of the responses. Raises `InputError` if the
+    reward model cannot be read token by token.
     """
     trunk, head = _critic_of(reward_model)
     critic = PolicyWithValue(reference.lm, critic="separate", value_trunk=trunk).to(reference.lm.device)
     critic.value_head.load_state_dict(head)
     with torch.no_grad():
-        scores = torch.cat([critic(texts, 1.0)[1][texts.mask] for texts in some]).double()
-    states = torch.cat([reference.states(texts) for texts in some]).double()
+        scores = torch.cat([critic(texts, 1.0)[1][texts.mask] for texts in batches]).double()
+    states = torch.cat([reference.states(texts) for texts in batches]).double()
     level, centre = scores.mean(), states.mean(0)
     gram = (states - centre).T @ (states - centre)
     penalty = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
@@ -342,6 +341,6 @@ Texts = TypeVar("Texts", bound=Responses)
 
 
 def micro_batches(texts: Texts, rows: Tensor, size: int) -> Iterator[tuple[Tensor, Texts]]:
-    """Split `rows` by length, `size` at a time: which rows, and these without the padding that they do not need."""
+    """Split `rows` by length, `size` at a time: their numbers, and the rows without needless padding."""
     for part in rows[texts.lengths[rows].argsort(stable=True)].split(size):
         yield part, texts.take(part)

@@ -1,4 +1,4 @@
-"""PPO with per-token rewards: `sample_responses`, `appraise`, `token_rewards`, `update` of what `make_learner` made."""
+"""PPO with token rewards: `make_learner`; then in turn `sample_responses`, `appraise`, `token_rewards`, `update`."""
 
 from dense_rlhf.ppo.learner import Batch, Diverged, Learner, make_learner, update
 from dense_rlhf.ppo.losses import (
@@ -13,19 +13,5 @@ from dense_rlhf.ppo.losses import (
 from dense_rlhf.ppo.rollout import appraise
 from dense_rlhf.ppo.sampling import sample_responses
 
-__all__ = [
-    "Batch",
-    "Diverged",
-    "Learner",
-    "appraise",
-    "explained_variance",
-    "gae",
-    "kl_estimate",
-    "make_learner",
-    "policy_loss",
-    "sample_responses",
-    "sequence_kl",
-    "token_rewards",
-    "update",
-    "value_loss",
-]
+__all__ = ["Batch", "Diverged", "Learner", "appraise", "explained_variance", "gae", "kl_estimate", "make_learner"]
+__all__ += ["policy_loss", "sample_responses", "sequence_kl", "token_rewards", "update", "value_loss"]

@@ -1,4 +1,4 @@
-"""Checkpoints: everything that decides the rest of a training, in safetensors and JSON, whole or not there."""
+"""Checkpoints: all that decides the rest of a training, in safetensors and JSON, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ OWN_STATE = ("kl_coef", "moments")  # of the learner, plain numbers
 
 
 def learner_state(learner: Learner) -> tuple[dict[str, Tensor], dict]:
-    """All that a learner knows, as tensors and as JSON, without weights that rest.
+    """The state of a learner as tensors and as JSON, without frozen weights.
 
-    Every process must call it; the first one gets it whole.
+    All processes must call it; the first one gets the whole.
     """
     weights, optimizer = get_state_dict(learner.policy, learner.optimizer, options=WHOLE)
     tensors = {f"policy/{name}": weight for name, weight in weights.items()}
@@ -71,12 +71,12 @@ def restore(learner: Learner, tensors: dict[str, Tensor], plain: dict) -> None:
 
 
 def resume(folder: Path | None, key: str, learner: Learner) -> tuple[list[dict], list[dict]]:
-    """Put `learner` where the checkpoint of this training left it; metrics and seconds of the updates so far."""
-    found = load_checkpoint(folder) if folder else None
-    if found is None or found[1]["key"] != key:
+    """Restore `learner` from the checkpoint of this training; returns metrics and seconds of the updates so far."""
+    checkpoint = load_checkpoint(folder) if folder else None
+    if checkpoint is None or checkpoint[1]["key"] != key:
         return [], []
-    restore(learner, *found)
-    return found[1]["history"], found[1]["seconds"]
+    restore(learner, *checkpoint)
+    return checkpoint[1]["history"], checkpoint[1]["seconds"]
 
 
 def keep(folder: Path | None, key: str, learner: Learner, history: list[dict], seconds: list[dict]) -> None:
@@ -96,7 +96,7 @@ def keep(folder: Path | None, key: str, learner: Learner, history: list[dict], s
 
 
 def save_failure(folder: Path | None, step: int, error: Diverged, processes: Alone) -> Diverged:
-    """Keep the rollout and the metrics of a step that met a number that is not finite; says where."""
+    """Save the rollout and the metrics of a step with a number that is not finite; returns an error that says where."""
     where = ""
     if folder is not None and processes.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -109,7 +109,7 @@ def save_failure(folder: Path | None, step: int, error: Diverged, processes: Alo
 
 
 def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], plain: dict) -> None:
-    """Write `folder/checkpoint-STEP`, whole or not at all, then remove what is older."""
+    """Write `folder/checkpoint-STEP`, whole or not at all, then remove older ones."""
     target = folder / f"checkpoint-{step:06d}"
 
     def fill(draft: Path) -> None:
@@ -129,10 +129,12 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict] | None:
         plain = json.loads((newest / "state.json").read_text(encoding="utf-8"))
         return load_file(newest / "tensors.safetensors"), plain
     except Exception as error:  # safetensors raises its own kinds
-        raise InputError(f"{newest} cannot be read ({type(error).__name__}); remove it to train anew") from error
+        raise InputError(
+            f"{newest} cannot be read ({type(error).__name__}); remove it to train from the start"
+        ) from error
 
 
 def save_policy(policy: PolicyWithValue, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """The trained policy with its tokenizer, adapters merged: what `from_pretrained` and `policy.name` can read."""
+    """Save the policy, adapters merged, with its tokenizer, for `from_pretrained` and `policy.name` to read."""
     policy.sampling_model().save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""One process, or several that train one policy through accelerate: the only module that knows which."""
+"""One process, or several that train one policy through accelerate; no other module knows which."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ if TYPE_CHECKING:
 
 
 class Alone:
-    """One process: it has all rows, and nothing is exchanged."""
+    """A single process: it has all rows and exchanges nothing."""
 
     rank, world = 0, 1
     keeps = True  # checkpoints can be written
 
     def prepare(self, policy: PolicyWithValue, optimizer: torch.optim.Optimizer):
-        """The policy and the optimiser as training calls them."""
+        """The policy and the optimiser, wrapped for training."""
         return policy, optimizer
 
     @contextmanager
     def one_after_another(self) -> Iterator[None]:
-        """The first process runs the block, then all others."""
+        """The first process runs the block, then the others do."""
         yield
 
     def unwrap(self, policy) -> PolicyWithValue:
-        """The policy itself."""
+        """The policy without what `prepare` wrapped it in."""
         return policy
 
     def share(self, rows):
@@ -45,9 +45,9 @@ class Alone:
         loss.backward()
 
     def clip(self, policy: PolicyWithValue, optimizer: torch.optim.Optimizer, norm: float) -> float:
-        """Clip the gradient of everything that learns to `norm`, and return its norm before."""
-        learned = [p for group in optimizer.param_groups for p in group["params"]]
-        return torch.nn.utils.clip_grad_norm_(learned, norm).item()
+        """Clip the gradient of all trained weights to `norm`; returns its norm before."""
+        weights = [p for group in optimizer.param_groups for p in group["params"]]
+        return torch.nn.utils.clip_grad_norm_(weights, norm).item()
 
     def total(self, logs: Tensor) -> Tensor:
         """(n,) of logs (micro-batches, n): the largest of the first number, sums of the others."""
@@ -79,12 +79,12 @@ class Together(Alone):
         kind, self.keeps = self.accelerator.distributed_type, self.accelerator.distributed_type != "DEEPSPEED"
         if policy.cut and kind in ("FSDP", "DEEPSPEED"):
             raise InputError(
-                f"policy.trainable_layers is given, but {kind} has weights in parts and no trunk to keep; "
+                f"policy.trainable_layers is given, but {kind} splits the weights and can keep no frozen trunk; "
                 "take policy.lora_rank, or params/accelerate/ddp.yaml"
             )
         if kind in ("FSDP", "DEEPSPEED"):
             policy.sample_from_a_copy()
-        if kind == "DEEPSPEED":  # it wants a number, and uses none: micro-batches are ours
+        if kind == "DEEPSPEED":  # requires a number that it does not use: micro-batches are ours
             self.accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
         return self.accelerator.prepare(policy, optimizer)
 
@@ -97,8 +97,8 @@ class Together(Alone):
     def share(self, rows):
         if len(rows) % self.world:
             raise InputError(
-                f"{len(rows)} responses do not divide among {self.world} processes; ppo.rollouts and "
-                "ppo.minibatch want multiples of their number"
+                f"{len(rows)} responses do not divide among {self.world} processes; wanted multiples of their number "
+                "in ppo.rollouts and ppo.minibatch"
             )
         return rows[self.rank :: self.world]
 
@@ -108,8 +108,8 @@ class Together(Alone):
             self.accelerator.backward(loss * self.world)  # gradients are averaged over processes
 
     def clip(self, policy: PolicyWithValue, optimizer: torch.optim.Optimizer, norm: float) -> float:
-        found = self.accelerator.clip_grad_norm_(policy.parameters(), norm)
-        return float(found.full_tensor() if hasattr(found, "full_tensor") else found)
+        before = self.accelerator.clip_grad_norm_(policy.parameters(), norm)
+        return float(before.full_tensor() if hasattr(before, "full_tensor") else before)
 
     def total(self, logs: Tensor) -> Tensor:
         return super().total(self.accelerator.gather(super().total(logs)[None]))
@@ -121,7 +121,7 @@ class Together(Alone):
         return Rollout(**whole), rewards
 
     def _widened(self, name: str, x: Tensor) -> Tensor:
-        """A field of a rollout with padding up to the widest of all processes; prompts have theirs on the left."""
+        """A field of a rollout padded to the widest of all processes; prompts are padded on the left."""
         if x.dim() == 1:
             return x
         widths = self.accelerator.gather(torch.tensor([x.shape[1]], device=self.accelerator.device))
@@ -134,5 +134,5 @@ class Together(Alone):
 
 
 def these() -> Alone:
-    """The processes that this one belongs to: several under `accelerate launch` or torchrun, else it alone."""
+    """This process's group under `accelerate launch` or torchrun, else a single process."""
     return Together() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else Alone()

@@ -1,8 +1,8 @@
 """PPO with per-token rewards (Schulman et al., 2017; the RLHF details of Huang et al., 2024).
 
-Pure functions on (B, T) tensors, then `Learner` and `update`. Index t is the act of emitting response token t.
-The per-token reward enters in `token_rewards`: one shaped reward a token, less the KL penalty.
-Departures from TRL's PPO: the score lands on the last token and not behind it; losses are means over the tokens of
+Index t of (B, T) tensors is the act of emitting response token t. The pure functions are in `ppo.losses`.
+`Learner.pay` turns shaped rewards into what the policy is paid; `update` learns from it.
+Departures from TRL's PPO: the score lands on the last token and not after it; losses are means over the tokens of
 the mini-batch, not of micro-batches; every mini-batch is an optimiser step; gradients are clipped; EOS is trained.
 """
 
@@ -34,7 +34,7 @@ class Diverged(InputError):
 
 @dataclass
 class Learner:
-    """A policy in training, with all that decides what its next update does."""
+    """A policy in training, with the state that decides its next update."""
 
     policy: PolicyWithValue
     optimizer: torch.optim.Optimizer
@@ -47,15 +47,16 @@ class Learner:
     def pay(
         self, rollout: Rollout, shaped: Tensor, params: PPOParams, kl_in_loss: bool = False
     ) -> tuple[Tensor, dict[str, float]]:
-        """`token_rewards` (B, T) in the unit and at the KL coefficient of now, without the penalty if the loss has it.
+        """`token_rewards` (B, T) of shaped ones at the current unit and KL coefficient; no penalty if the loss has it.
 
-        Also what is logged of them: the coefficient, the largest |sum of shaped rewards - score|, the share clipped.
+        Also what is logged: the coefficient, the largest |sum of shaped rewards - score|, the share clipped.
         """
         unit = self.unit(rollout.scores, params)
         rewards = token_rewards(rollout, shaped, params, 0.0 if kl_in_loss else self.kl_coef, unit)
         residual = (shaped.sum(-1) - rollout.scores).abs().max().item()
-        whole, cut = shaped / unit, clipped(shaped / unit, params.clip_rewards)
-        share = ((cut != whole).sum() / (whole != 0).sum().clamp(min=1)).item()
+        whole = shaped / unit
+        cut = clipped(whole, params.clip_rewards) != whole
+        share = (cut.sum() / (whole != 0).sum().clamp(min=1)).item()
         return rewards, {"kl_coef": self.kl_coef, "residual": residual, "rewards_clipped": share}
 
     def unit(self, scores: Tensor, params: PPOParams) -> float:
@@ -93,7 +94,7 @@ def make_learner(policy: PolicyWithValue, params: PPOParams, seed: int, processe
 
 @dataclass(frozen=True)
 class Batch(Rollout):
-    """A rollout with what the losses want."""
+    """A rollout with the targets of the losses."""
 
     advantages: Tensor  # (B, T), whitened
     returns: Tensor  # (B, T) score units
@@ -101,7 +102,7 @@ class Batch(Rollout):
 
 @within_memory("the policy learns", "ppo.micro_batch")
 def update(learner: Learner, rollout: Rollout, rewards: Tensor, params: PPOParams) -> dict[str, float]:
-    """Improve the policy in place on one rollout with per-token rewards (B, T), and say how it went.
+    """Improve the policy in place on one rollout with per-token rewards (B, T); returns the metrics of the update.
 
     Advantages are whitened over the batch. A reward, loss or gradient that is not finite raises `Diverged` before it
     reaches a weight. Every process holds the whole rollout and computes its share of each mini-batch.
@@ -115,10 +116,9 @@ def update(learner: Learner, rollout: Rollout, rewards: Tensor, params: PPOParam
         for rows in torch.randperm(len(rewards), generator=learner.generator).split(params.minibatch):
             logs.append(_step(learner, batch, rows.to(rewards.device), params))
     learner.schedule.step()
-    found = {name: sum(log[name] for log in logs) / len(logs) for name in logs[0]}
-    found["first_ratio_error"] = logs[0]["ratio_error"]
-    found["explained_variance"] = explained_variance(rollout.values, returns, rollout.mask)
-    return found
+    means = {name: sum(log[name] for log in logs) / len(logs) for name in logs[0]}
+    explained = explained_variance(rollout.values, returns, rollout.mask)
+    return means | {"first_ratio_error": logs[0]["ratio_error"], "explained_variance": explained}
 
 
 SUMMED = ("policy_loss", "value_loss", "clipped", "entropy", "step_kl")
@@ -127,11 +127,11 @@ SUMMED = ("policy_loss", "value_loss", "clipped", "entropy", "step_kl")
 def _step(learner: Learner, batch: Batch, rows: Tensor, params: PPOParams) -> dict[str, float]:
     """One optimiser step on the responses `rows`: each loss is a mean over all their tokens, in all processes."""
     mine, tokens, logs = learner.processes.share(rows), batch.mask[rows].sum(), []
-    left = len(mine)
+    waiting = len(mine)
     for part, micro in micro_batches(batch, mine, params.micro_batch):
         loss, log = _losses(learner.policy, micro, params)
-        left -= len(part)
-        learner.processes.backward(learner.policy, loss / tokens, last=left == 0)
+        waiting -= len(part)
+        learner.processes.backward(learner.policy, loss / tokens, last=not waiting)
         logs.append(log)
     norm = learner.processes.clip(learner.policy, learner.optimizer, params.max_grad_norm)
     largest, *sums = learner.processes.total(torch.stack(logs)).tolist()
@@ -146,7 +146,7 @@ def _step(learner: Learner, batch: Batch, rows: Tensor, params: PPOParams) -> di
 
 
 def _losses(policy: PolicyWithValue, batch: Batch, params: PPOParams) -> tuple[Tensor, Tensor]:
-    """The summed loss of a micro-batch, and what is logged of it: the largest |ratio - 1|, then sums of `SUMMED`."""
+    """The loss of a micro-batch, summed over tokens, and its log: the largest |ratio - 1|, then sums of `SUMMED`."""
     mask, old = batch.mask, batch.logprobs
     logprobs, values, entropy = policy(batch, params.temperature)
     pg, bound = policy_loss(logprobs, old, batch.advantages, mask, params.clip)

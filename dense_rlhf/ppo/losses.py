@@ -13,10 +13,10 @@ from dense_rlhf.types import InputError, Rollout
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k1") -> Tensor:
-    """KL(policy || reference) of each sampled token, nats, same shape (Schulman, 2020).
+    """KL(policy || reference) of each sampled token, nats, in the shape of `logprobs` (Schulman, 2020).
 
-    With d = log pi - log pi_ref: k1 = d is unbiased, k2 = d^2 / 2 is biased and varies little, k3 = exp(-d) - 1 + d
-    is unbiased and never negative. As a penalty in the reward only k1 has the gradient of the KL.
+    With d = log pi(y_t) - log pi_ref(y_t): k1 = d is unbiased, k2 = d^2 / 2 is biased and of low variance,
+    k3 = exp(-d) - 1 + d is unbiased and never negative. As a penalty in the reward only k1 has the KL's gradient.
     """
     d = logprobs - ref_logprobs
     return {"k1": lambda: d, "k2": lambda: d.square() / 2, "k3": lambda: torch.expm1(-d) + d}[estimator]()
@@ -25,14 +25,14 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k1") -
 def token_rewards(
     rollout: Rollout, shaped: Tensor, params: PPOParams, kl_coef: float | None = None, unit: float = 1.0
 ) -> Tensor:
-    """What the policy is paid for each token, (B, T): all that is done to shaped rewards (B, T), in this order.
+    """What the policy is paid for each token, (B, T) in score units: all that is done to shaped rewards (B, T).
 
-    1. divided by `unit`, the running sd of the scores, and clipped to +-`clip_rewards` (Engstrom et al., 2020);
-    2. minus `kl_coef`, by default `params.kl_coef`, times `kl_estimate` (Ziegler et al., 2019, eq. 2);
-    3. minus `missing_eos_penalty` on the last token of a response without EOS (Huang et al., 2024);
-    4. with `whiten_rewards` centred and divided by their sd over the batch, then their mean is added again.
+    r_t = clip(shaped_t / unit) - kl_coef * (log pi - log pi_ref)(y_t) - missing_eos_penalty [t is last, no EOS]
 
-    Raises `InputError` for rewards of another shape than the responses.
+    in this order: `unit` is the sd of the scores so far, `clip_rewards` the bound (Engstrom et al., 2020); the penalty
+    (Ziegler et al., 2019, eq. 2) is `params.kl_estimator`, by default at `params.kl_coef`; then the fine for a response
+    without EOS (Huang et al., 2024). Last, `whiten_rewards` divides the deviations from the batch's mean by their sd.
+    Zero outside the mask. Raises `InputError` for rewards of another shape than the responses.
     """
     if shaped.shape != rollout.mask.shape:
         raise InputError(f"rewards are {tuple(shaped.shape)}, responses {tuple(rollout.mask.shape)}")
@@ -61,9 +61,10 @@ def sequence_kl(rollout: Rollout) -> Tensor:
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:
-    """Generalised advantage estimates (B, T) (Schulman et al., 2016), zero outside the mask.
+    """Generalised advantage estimates (B, T), zero outside the mask (Schulman et al., 2016, eq. 16).
 
-    A_t = sum_l (gamma lam)^l (r_{t+l} + gamma V_{t+l+1} - V_{t+l}), with V = 0 after the last token.
+    A_t = sum_{l >= 0} (gamma lam)^l delta_{t+l},  delta_t = r_t + gamma V_{t+1} - V_t,  V = 0 after the last token.
+    Raises `InputError` for shapes that differ.
     """
     if not rewards.shape == values.shape == mask.shape:
         shapes = ", ".join(str(tuple(x.shape)) for x in (rewards, values, mask))
@@ -79,14 +80,22 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 
 
 def policy_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, clip: float) -> tuple[Tensor, Tensor]:
-    """Clipped surrogate, summed over tokens, and the number of tokens where the clip binds."""
+    """The negative clipped surrogate, summed over tokens, and the number of tokens where the clip binds.
+
+    -sum_t min(rho_t A_t, clip(rho_t, 1 - clip, 1 + clip) A_t),  rho_t = pi(y_t) / pi_old(y_t): Schulman et al. (2017),
+    eq. 7. All arguments are (B, T); `logprobs` and `old` are nats.
+    """
     ratio = torch.exp(logprobs - old)
     plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
     return masked_sum(torch.maximum(plain, clipped), mask), ((clipped > plain) & mask).sum()
 
 
 def value_loss(values: Tensor, old: Tensor, returns: Tensor, mask: Tensor, clip: float) -> Tensor:
-    """Half the squared error, summed over tokens, the worse of plain and clipped to `old` +- clip."""
+    """Half the squared error of the critic, summed over tokens, where a step beyond `old` +- clip gains nothing.
+
+    1/2 sum_t max((V_t - R_t)^2, (V_old,t + clip(V_t - V_old,t, -clip, clip) - R_t)^2), R = `returns`, all (B, T) in
+    score units (Engstrom et al., 2020, section 3).
+    """
     clipped = old + (values - old).clamp(-clip, clip)
     return 0.5 * masked_sum(torch.maximum((values - returns).square(), (clipped - returns).square()), mask)
 

@@ -23,9 +23,10 @@ def scored(responses: Responses, reward_model: RewardModel) -> Responses:
 def appraise(
     policy: PolicyWithValue, reference: PolicyWithValue, responses: Responses, temperature: float, micro_batch: int = 64
 ) -> Rollout:
-    """Log-probabilities of policy and reference and the policy's values, by the training forward.
+    """The responses with the policy's and the reference's log-probabilities and the policy's values.
 
-    A trunk that both share is computed once, and kept for the update.
+    All by the training forward, so that the first ratio of an update is 1. A trunk that both share is computed once,
+    and kept for the update.
     """
     fields = {f.name: getattr(responses, f.name) for f in dataclasses.fields(Responses)}
     texts = Responses(**fields | {"trunk": _trunk(policy, responses, micro_batch)})
@@ -39,9 +40,9 @@ def _read(policy: PolicyWithValue, texts: Responses, temperature: float, micro_b
     """Log-probabilities and values (B, T), in micro-batches of similar length."""
     logprobs = torch.zeros_like(texts.mask, dtype=torch.float32)
     values = torch.zeros_like(logprobs)
-    for rows, some in micro_batches(texts, torch.arange(len(logprobs), device=logprobs.device), micro_batch):
-        made, T = policy(some, temperature), some.mask.shape[1]
-        logprobs[rows, :T], values[rows, :T] = made[0], made[1]
+    for rows, part in micro_batches(texts, torch.arange(len(logprobs), device=logprobs.device), micro_batch):
+        T = part.mask.shape[1]
+        logprobs[rows, :T], values[rows, :T], _ = policy(part, temperature)
     return logprobs, values
 
 
@@ -50,6 +51,6 @@ def _trunk(policy: PolicyWithValue, texts: Responses, micro_batch: int) -> Tenso
     return None if parts[0] is None else torch.cat(parts)
 
 
-def response_texts(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def response_texts(responses: Responses, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Each response as text, without EOS and padding."""
-    return [tokenizer.decode(ids[keep].tolist()) for ids, keep in zip(rollout.responses, rollout.players)]
+    return [tokenizer.decode(ids[keep].tolist()) for ids, keep in zip(responses.responses, responses.players)]

@@ -1,4 +1,4 @@
-"""Sample responses, recompute their log-probabilities with the training forward, score them."""
+"""Prompts in batches, and responses sampled to them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dense_rlhf.models.policy import PolicyWithValue, allowed, position_ids
 from dense_rlhf.types import InputError, Prompt, Responses
 
 PREFILL = 16  # prompts of similar length read together
-COMPACT = 0.75  # rows that still go on, at which those that have ended leave the batch
+COMPACT = 0.75  # share of rows still being sampled at which those that have ended leave the batch
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,8 @@ class Sampling:
 
 def encode_prompts(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
     """Left-padded token ids (B, P) and their mask; nothing is cut. Raises `InputError` for a prompt of no tokens."""
-    batch = tokenizer(
-        [render(p, tokenizer) for p in prompts],
-        add_special_tokens=False,
-        padding=True,
-        padding_side="left",
-        return_tensors="pt",
-    )
+    options = dict(add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt")
+    batch = tokenizer([render(p, tokenizer) for p in prompts], **options)
     mask = batch["attention_mask"].bool()
     if mask.shape[1] == 0 or not bool(mask[:, -1].all()):
         empty = mask.any(-1).tolist().index(False)
@@ -48,7 +43,7 @@ def encode_prompts(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase
 
 
 def prompt_batches(prompts: Sequence[Prompt], size: int, seed: int) -> Iterator[list[Prompt]]:
-    """Endless batches of `size` prompts, each epoch in a fresh order; the few that fill no batch wait for the next."""
+    """Endless batches of `size` prompts, each epoch in a fresh order, without those that do not fill a batch."""
     if len(prompts) < size:
         raise InputError(f"ppo.rollouts is {size}, but there are only {len(prompts)} training prompts; lower it")
     shuffler = random.Random(seed)
@@ -90,22 +85,17 @@ def sample(
 
 
 def _read(lm: PreTrainedModel, ids: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
-    """Logits (B, V) behind `ids`, which are added to the cache; `mask` covers both."""
-    positions = position_ids(mask)[:, -ids.shape[1] :]
-    return lm(
-        input_ids=ids,
-        attention_mask=mask.long(),
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    ).logits[:, -1]
+    """Logits (B, V) after `ids`, which are added to the cache; `mask` covers both."""
+    tokens = dict(attention_mask=mask.long(), position_ids=position_ids(mask)[:, -ids.shape[1] :])
+    return lm(input_ids=ids, **tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
 
 
 def _prefill(lm: PreTrainedModel, queries: Tensor, query_mask: Tensor) -> tuple[DynamicCache, Tensor]:
-    """Key-value cache of left-padded prompts, and logits (B, V) behind them; read in groups of similar length."""
+    """Key-value cache of left-padded prompts, and logits (B, V) after them; read in groups of similar length."""
     lengths, whole = query_mask.sum(-1), DynamicCache(config=lm.config)
-    if any(type(layer) is not DynamicLayer for layer in whole.layers):  # sliding windows keep a part: not to be padded
+    if any(
+        type(layer) is not DynamicLayer for layer in whole.layers
+    ):  # sliding windows keep a part, which cannot be padded
         return whole, _read(lm, queries, query_mask, whole)
     order, caches, logits = lengths.argsort(), [], []
     for rows in order.split(PREFILL):
@@ -113,24 +103,21 @@ def _prefill(lm: PreTrainedModel, queries: Tensor, query_mask: Tensor) -> tuple[
         caches.append(DynamicCache(config=lm.config))
         logits.append(_read(lm, queries[rows, -P:], query_mask[rows, -P:], caches[-1]))
     for i, parts in enumerate(zip(*(cache.layers for cache in caches))):
-        keys, values = (
-            torch.cat([_left_padded(x, queries.shape[1]) for x in some])[order.argsort()]
-            for some in ([part.keys for part in parts], [part.values for part in parts])
-        )
-        whole.update(keys, values, i)
+        sides = [part.keys for part in parts], [part.values for part in parts]
+        padded = (torch.cat([_left_padded(x, queries.shape[1]) for x in side]) for side in sides)
+        whole.update(*(states[order.argsort()] for states in padded), i)
     return whole, torch.cat(logits)[order.argsort()]
 
 
 def _left_padded(states: Tensor, width: int) -> Tensor:
-    """Keys or values (B, heads, P, size) with zeros before them, up to `width`."""
+    """Keys or values (B, heads, P, size) with zeros before them, (B, heads, width, size)."""
     return F.pad(states, (0, 0, width - states.shape[2], 0))
 
 
 def _draw(probabilities: Tensor, at: Tensor) -> Tensor:
-    """One index a row of (N, V) where the distribution function reaches `at` (N, 1); a third of multinomial's time."""
+    """One index a row of (N, V), where the distribution function exceeds `at` (N, 1); a third of multinomial's time."""
     cdf = probabilities.double().cumsum(-1)
-    # right: an entry of probability zero is never hit
-    return torch.searchsorted(cdf, at * cdf[:, -1:], right=True).squeeze(-1)
+    return torch.searchsorted(cdf, at * cdf[:, -1:], right=True).squeeze(-1)  # right: never one of probability zero
 
 
 def until_eos(responses: Tensor, eos_id: int) -> Tensor:
@@ -145,27 +132,21 @@ def generate(
     """As `sample`, by transformers' own loop over a static cache, which it compiles on CUDA."""
     seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
     devices = [queries.device] if queries.is_cuda else []
-    own, lm.generation_config = lm.generation_config, GenerationConfig()  # its own may penalise or cut tokens
+    T, pad_id = sampling.max_new_tokens, sampling.pad_id
+    ends = dict(eos_token_id=sampling.eos_id, pad_token_id=pad_id, suppress_tokens=[pad_id])
+    softmax = dict(do_sample=True, temperature=sampling.temperature, top_k=0, top_p=1.0)
+    own, lm.generation_config = lm.generation_config, GenerationConfig()  # its own may penalise or exclude tokens
     try:
         with torch.random.fork_rng(devices):
             torch.manual_seed(seed)
+            mask, cache = query_mask.long(), "static"
             whole = lm.generate(
-                queries,
-                attention_mask=query_mask.long(),
-                max_new_tokens=sampling.max_new_tokens,
-                do_sample=True,
-                temperature=sampling.temperature,
-                top_k=0,
-                top_p=1.0,
-                suppress_tokens=[sampling.pad_id],
-                eos_token_id=sampling.eos_id,
-                pad_token_id=sampling.pad_id,
-                cache_implementation="static",
+                queries, attention_mask=mask, max_new_tokens=T, cache_implementation=cache, **ends, **softmax
             )
     finally:
         lm.generation_config = own
     drawn = whole[:, queries.shape[1] :]
-    responses = F.pad(drawn, (0, sampling.max_new_tokens - drawn.shape[1]), value=sampling.pad_id)
+    responses = F.pad(drawn, (0, T - drawn.shape[1]), value=pad_id)
     return responses, until_eos(responses, sampling.eos_id)
 
 
@@ -176,7 +157,7 @@ def sample_responses(
     params: PPOParams,
     generator: torch.Generator,
 ) -> Responses:
-    """A response of `policy` to each prompt, by `params.sampler`; scores are 0 until a reward model gives others."""
+    """A response of `policy` to each prompt, by `params.sampler`; its score is 0 until `scored`."""
     device = next(policy.parameters()).device
     queries, query_mask = (x.to(device) for x in encode_prompts(prompts, tokenizer))
     sampling = Sampling(params.max_new_tokens, params.temperature, tokenizer.eos_token_id, tokenizer.pad_token_id)

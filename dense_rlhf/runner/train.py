@@ -1,4 +1,4 @@
-"""Train one policy of a study, or search for an arm's weights, outside a notebook: in one process or in several."""
+"""Train one policy of a study, or search for an arm's weights, without a notebook, in one process or several."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def one_run(study: StudyParams, arm: str, seed: int) -> RunParams:
-    """The parameters of one policy of a study. Raises `InputError` for an arm that it lacks or must first learn."""
+    """The parameters of one policy of a study. Raises `InputError` for an unknown or a learned arm."""
     if _known(study, arm).is_learned:
         raise InputError(
             f"arms.{arm}.weights are learned by the outer loop; run the study, or give them: "
@@ -57,7 +57,7 @@ def train(study: StudyParams, arm: str, seed: int, tensorboard: bool = False) ->
     """Train, judge and keep one policy: `runs/train/STUDY-ARM-seedN`.
 
     Holds history.csv, seconds.csv, evaluation.csv, metrics.json, run.json, and `policy/`, a Hugging Face folder with
-    adapters merged. Started again after a kill it goes on from its checkpoint and ends with the same metrics.
+    adapters merged. Started again after a kill it resumes from its checkpoint and ends with the same metrics.
     """
     import torch
 
@@ -85,42 +85,33 @@ def train(study: StudyParams, arm: str, seed: int, tensorboard: bool = False) ->
 def _write(
     run: RunFolder, task: Task, trained: TrainedPolicy, judged: pd.DataFrame, params: RunParams, world: int
 ) -> None:
-    """Write all that is left of a training; the checkpoint goes last."""
+    """Write the results of a training, then delete its checkpoint."""
     from dense_rlhf.ppo.checkpoint import save_policy
 
-    for name, table in {"history": trained.history, "seconds": trained.seconds, "evaluation": judged}.items():
+    for name, table in dict(history=trained.history, seconds=trained.seconds, evaluation=judged).items():
         run.save_table(name, table)
     means = judged[["proxy", "gold", "kl", "win", "reference_gold"]].mean().to_dict()
     warnings = [sign._asdict() for sign in trained.warnings]
     run.save_metrics(means | {"warnings": warnings, "revisions": task.revisions})
     save_policy(trained.policy, task.tokenizer, run.path / "policy")
-    write_json(
-        run.file("run.json"),
-        {
-            "job": run.path.name,
-            "notebook": "train",
-            "arm": params.arm,
-            "seed": params.seed,
-            "status": "ok",
-            "dataset": params.where,
-            "processes": world,
-            "params": finite(params.flat()),
-            **provenance(),
-        },
-    )
+    record = dict(job=run.path.name, notebook="train", arm=params.arm, seed=params.seed, status="ok")
+    record |= dict(dataset=params.where, processes=world, params=finite(params.flat()))
+    write_json(run.file("run.json"), record | provenance())
     remove_checkpoints(run.path)
 
 
 def search(study: StudyParams, arm: str, progress: Callable = iter) -> tuple[RunFolder, RewardShape | None]:
-    """Learn an arm's weights where the study's notebook 05 looks for them; the shape is None where that has ended.
+    """Learn an arm's weights in the folder of the study's notebook 05; the shape is None if that run has ended.
 
-    The ledger is `trials.jsonl` of the folder, the incumbent's policy `policy/`. Any number of these may be started, on
-    machines that share the checkout, also while the study runs: each takes the next trial until none is left. All take
-    the threads that the first began with. Raises `InputError` for an arm that learns nothing.
+    The ledger is `trials.jsonl` of the folder, the incumbent's policy `policy/`. Any number of these may run, on
+    machines that share the checkout, also while the study runs: each takes the next trial until none is left. All use
+    as many threads as the first. Raises `InputError` for an arm whose weights are given.
     """
     if not _known(study, arm).is_learned:
         learned = ", ".join(name for name, shape in study.arms.items() if shape.is_learned)
-        raise InputError(f"arms.{arm}.weights are given, nothing is to be learned; these are: {learned or 'none'}")
+        raise InputError(
+            f"arms.{arm}.weights are given, so there is nothing to learn; learned arms: {learned or 'none'}"
+        )
     jobs = expand(study)
     job = next(job for job in jobs if (job.notebook, job.params.arm) == ("05_bayesian_optimisation", arm))
     run = RunFolder(runs_folder(study) / job.name)
@@ -150,7 +141,7 @@ def launch(
     settings: Iterable[str] = (),
     config: str | Path | None = None,
 ) -> RunFolder:
-    """Call `train` in `processes` new processes, from a notebook: what this one holds of a GPU is not in their way.
+    """Call `train` in `processes` new processes, from a notebook.
 
     `config` is an accelerate file, such as `params/accelerate/fsdp.yaml`; without one each process has a copy of the
     policy. Raises `InputError` with the reason of a training that failed.

@@ -1,1 +1,1 @@
-"""Credit becomes rewards."""
+"""Reward shaping: from the credit of tokens to their rewards."""

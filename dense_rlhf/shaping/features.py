@@ -1,6 +1,6 @@
-"""What is known of a token before any credit: the features that the weights of a shape may depend on.
+"""Features of a token, known before any credit, that the weights of a shape may depend on.
 
-Each is `rollout -> (B, T)` in [-1, 1] and reads no other row; what it says of padding is not used. A new one is a
+Each is `rollout -> (B, T)` in [-1, 1] and reads no other row; its values on padding are not used. A new one is a
 function and a line in `FEATURES`; the contract tests pick it up. The registry is read before a study starts, so torch
 is imported where it is used.
 """
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PARTS = 3  # of a response: opening, middle, ending
-MIDDLE = 3.0  # nats; a token of this surprisal, one in twenty, is neither expected nor surprising
+MIDDLE = 3.0  # nats, a token of probability 1/20, is neither expected nor surprising
 
 
 def _places(rollout: Rollout) -> tuple[Tensor, Tensor]:
@@ -43,7 +43,7 @@ def ending(rollout: Rollout) -> Tensor:
 
 
 def surprisal(rollout: Rollout) -> Tensor:
-    """(s - 3) / (s + 3) of s = -log pi_ref nats: -1 where the reference was sure, towards 1 as it was surprised."""
+    """(s - 3) / (s + 3) of s = -log pi_ref nats: -1 where the reference was certain, near 1 where it was surprised."""
     s = (-rollout.ref_logprobs.float()).clamp(min=0)
     return (s - MIDDLE) / (s + MIDDLE)
 
@@ -55,25 +55,21 @@ def length(rollout: Rollout) -> Tensor:
 
 
 def features(rollout: Rollout, names: Sequence[str]) -> Tensor:
-    """The features `names` of each token, (B, T, F). Raises `InputError` for one that there is not."""
+    """The features `names` of each token, (B, T, F). Raises `InputError` for an unknown one."""
     import torch
 
     check_features("shape.features", names)
-    found = [FEATURES[name](rollout).masked_fill(~rollout.mask, 0) for name in names]
-    return torch.stack(found, -1) if found else torch.zeros(*rollout.mask.shape, 0, device=rollout.mask.device)
+    columns = [FEATURES[name](rollout).masked_fill(~rollout.mask, 0) for name in names]
+    return torch.stack(columns, -1) if columns else torch.zeros(*rollout.mask.shape, 0, device=rollout.mask.device)
 
 
 def check_features(where: str, names: Sequence[str]) -> None:
-    """Raise `InputError` for a feature that `FEATURES` has not."""
+    """Raise `InputError` for an unknown feature; `where` names the setting."""
     unknown = [name for name in names if name not in FEATURES]
     if unknown:
         raise InputError(f"{where}: {unknown[0]!r} is not known, wanted some of {', '.join(FEATURES)}")
 
 
 FEATURES: dict[str, Callable[[Rollout], Tensor]] = {
-    "position": position,
-    "opening": opening,
-    "ending": ending,
-    "surprisal": surprisal,
-    "length": length,
+    feature.__name__: feature for feature in (position, opening, ending, surprisal, length)
 }

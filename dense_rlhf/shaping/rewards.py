@@ -1,4 +1,4 @@
-"""Credit becomes reward: normalise each source, mix with weights on the simplex, keep the sum.
+"""From credit to reward: normalise each source, mix them with weights on the simplex, keep the sum.
 
 r_t = score * sum_i w_i E_i,t with E_i = softmax(credit_i / temperature_i) over the response (Koo et al., 2025).
 """
@@ -22,8 +22,8 @@ def dense_reward(rollout: Rollout, attribution: Attribution, shape: RewardShape)
     - a share (terminal, uniform, random, attention) stays as it is;
     - `softmax`: score * softmax(credit / temperature), the paper's. A negative score punishes the best token most;
     - `sum`: score * credit / sum of credit, for credit of one sign; raises `InputError` on mixed signs;
-    - `magnitude`: the same of |credit|, so which way a token moved the score is lost; even where all credit is zero;
-    - `signed`: credit itself; what it leaves of the score (baseline and gap) is spread evenly.
+    - `magnitude`: the same of |credit|, which loses the direction of each token's effect; even if all credit is zero;
+    - `signed`: the credit, and the rest of the score (baseline and gap) spread evenly.
     """
     credit, mask = attribution.credit, rollout.mask
     if credit.shape != mask.shape:
@@ -48,16 +48,16 @@ def dense_reward(rollout: Rollout, attribution: Attribution, shape: RewardShape)
 
 
 def _spread(rollout: Rollout, credit: Tensor) -> Tensor:
-    """`credit` (B, T), and what it leaves of the score evenly on the response's tokens."""
-    left = rollout.scores - masked_sum(credit, rollout.mask, -1)
-    return (credit + (left / rollout.mask.sum(-1))[:, None]).masked_fill(~rollout.mask, 0)
+    """`credit` (B, T) plus the rest of the score, spread evenly over the response's tokens."""
+    rest = rollout.scores - masked_sum(credit, rollout.mask, -1)
+    return (credit + (rest / rollout.mask.sum(-1))[:, None]).masked_fill(~rollout.mask, 0)
 
 
 def token_weights(rollout: Rollout, shape: RewardShape) -> Tensor:
     """The weight of each source at each token, (B, T, K), on the simplex over K.
 
-    w_k(t) = w_k exp(slopes_k . phi(t)) / sum_j w_j exp(slopes_j . phi(t)), phi the `FEATURES` of the shape. A source of
-    weight zero keeps it everywhere; unless the shape is contextual, so does every other.
+    w_k(t) = w_k exp(slopes_k . phi(t)) / sum_j w_j exp(slopes_j . phi(t)), phi the `FEATURES` of the shape. Weights are
+    the same at every token unless the shape is contextual; a weight of zero always is.
     """
     phi = features(rollout, shape.features)
     base = phi.new_tensor(shape.weights)
@@ -74,14 +74,13 @@ class Shaped(NamedTuple):
 
 
 def shaped(rollout: Rollout, attributions: Mapping[str, Attribution], shape: RewardShape) -> Shaped:
-    """Rewards (B, T), the weighted mean of the sources' dense rewards, with their diagnostics; the KL penalty is apart.
+    """The weighted mean m_t = sum_k w_k(t) r_k,t of the sources' dense rewards, with diagnostics; no KL penalty yet.
 
-    Weights that depend on the token do not keep the sum: m_t = sum_k w_k(t) r_k,t. What is missing of the score is
-    spread evenly in a `signed` shape; in another, where no m_t has the other sign, r_t = score * m_t / sum of m.
-    Diagnostics: `ess/SOURCE`, the effective share of tokens (ESS/T) that a weighted source rewards; `flipped`, the
-    share of tokens whose reward has the other sign than the weighted credit.
-    Raises `InputError` where an attribution that the shape weights is missing, and where the weights leave nothing of
-    a score to rescale.
+    Weights that depend on the token change the sum. A `signed` shape then spreads the rest of the score evenly; any
+    other rescales, r_t = score * m_t / sum of m, as its m_t have one sign.
+    Diagnostics: `ess/SOURCE`, the effective share of tokens (ESS/T) that a source of weight rewards, averaged over
+    responses; `flipped`, the share of tokens whose reward and weighted credit have opposite signs.
+    Raises `InputError` for a weighted source without attribution, and where nothing is left to rescale to a score.
     """
     missing = [s for s in shape.weighted if s not in attributions]
     if missing:

@@ -50,7 +50,7 @@ class TokenMDP:
         means = np.stack([self.prefix_mean(self.scores, t) for t in range(T + 1)], 1)
         prefix = np.diff(means, axis=1)
         shapley = np.stack([self._shapley(t) for t in range(T)], 1)
-        base = self.scores.mean() / T  # no token's doing: spread evenly, as the shape `signed` does
+        base = self.scores.mean() / T  # caused by no token: spread evenly, as the shape `signed` does
         return {
             "sparse": sparse,
             "uniform": np.repeat(self.scores[:, None] / T, T, 1),
@@ -79,11 +79,11 @@ class TokenMDP:
         for t in reversed(range(T)):
             to_go[:, t] = rewards[:, t] + gamma * to_go[:, t + 1]
         values = np.stack([self.prefix_mean(to_go[:, t], t) for t in range(T + 1)], 1)
-        advantage, found = np.zeros(len(rewards)), []
+        advantage, means = np.zeros(len(rewards)), []
         for t in reversed(range(T)):
             advantage = rewards[:, t] + gamma * values[:, t + 1] - values[:, t] + gamma * lam * advantage
-            found.append(self.prefix_mean(advantage, t + 1))
-        return np.stack(found[::-1], 1)
+            means.append(self.prefix_mean(advantage, t + 1))
+        return np.stack(means[::-1], 1)
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> float:

@@ -1,1 +1,1 @@
-"""The two loops: train a policy, learn the shape."""
+"""The two loops: the inner one trains a policy, the outer one learns the shape of its rewards."""

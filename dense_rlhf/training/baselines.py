@@ -1,7 +1,7 @@
 """Baselines by trl on the models and rewards of our PPO: RLOO, GRPO, their dense variants, DPO; and best of n.
 
-What differs is the estimator. Prompts, sampler, log-probabilities, shaped rewards, optimiser, its schedule, numbers of
-rollouts and of steps, and the history are our PPO's; advantages, loss and loop are trl's.
+They differ in the estimator: advantages, loss and loop are trl's. Prompts, sampler, log-probabilities, rewards,
+optimiser and its schedule, numbers of rollouts and of steps, and the history are our PPO's.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from dense_rlhf.models.language_models import default_device
 from dense_rlhf.models.policy import PolicyWithValue
 from dense_rlhf.ppo.sampling import prompt_batches
 from dense_rlhf.ppo.warnings import diagnose
-from dense_rlhf.training.dpo import BATCH, Pairs, train_dpo
+from dense_rlhf.training.dpo import BATCH, Pairs, train_dpo, unpadded
 from dense_rlhf.training.evaluate import HELD_OUT, judged
 from dense_rlhf.training.inner_loop import Recipe, TrainedPolicy, collect, measure
 from dense_rlhf.training.task import Task, step_seed
@@ -51,8 +51,8 @@ def leave_one_out_to_go(rewards: Tensor, mask: Tensor, group: int, gamma: float)
     """Advantages (B, T): the return to go minus its mean over the other responses to the prompt, at the same token.
 
     A_i,t = G_i,t - 1/(K-1) sum_{j != i} G_j,t: the leave-one-out baseline (Kool et al., 2019) as one that depends on
-    time (Peters and Schaal, 2008), with G = 0 behind a response's end. Unbiased, for the others know nothing of i.
-    PRIME (Cui et al., 2025) takes the others' mean reward off every token instead: a price on length.
+    time (Peters and Schaal, 2008), with G = 0 after a response's end. Unbiased, as the others are independent of i.
+    PRIME (Cui et al., 2025) subtracts the others' mean reward from every token instead, which makes length costly.
     """
     returns = returns_to_go(rewards, mask, gamma).unflatten(0, (-1, group))
     others = (returns.sum(1, keepdim=True) - returns) / (group - 1)
@@ -63,7 +63,7 @@ def normalised_to_go(rewards: Tensor, mask: Tensor, group: int, gamma: float) ->
     """Advantages (B, T): the sum from t on of rewards whitened over all tokens of the responses to a prompt.
 
     A_t = sum_{s >= t} gamma^(s - t) (r_s - mean) / sd: process supervision of GRPO (Shao et al., 2024, section 4.1.3),
-    where gamma is 1. Each further token costs the mean, so a group that earns more than 0 learns to be brief.
+    where gamma is 1. Each further token costs the mean, so that a group of positive mean learns to be brief.
     """
     white = [masked_whiten(*rows) for rows in zip(rewards.split(group), mask.split(group))]
     return returns_to_go(torch.cat(white), mask, gamma)
@@ -74,34 +74,34 @@ def normalised_to_go(rewards: Tensor, mask: Tensor, group: int, gamma: float) ->
 
 @dataclass
 class Run:
-    """One training as trl's trainers see it: where rollouts and rewards come from. Keeps the history of our PPO."""
+    """A training by one of trl's trainers: its source of rollouts and rewards, and a history like our PPO's."""
 
     task: Task
     recipe: Recipe
     group: int  # responses to a prompt in one update
     progress: Callable = iter
-    kl_in_loss: bool = False  # else in the rewards
+    kl_in_loss: bool = False  # the penalty; else in the rewards
     history: list[dict[str, float]] = field(default_factory=list)
     clocks: list[list[float]] = field(default_factory=list)
 
     @cached_property
     def learner(self) -> ppo.Learner:
-        """What our PPO would improve, in its optimiser."""
+        """Policy, optimiser and schedule as our PPO has them."""
         return ppo.make_learner(self.task.fresh_policy(), self.recipe.ppo, self.recipe.seed)
 
     @cached_property
     def steps(self) -> Iterator[int]:
-        """The updates that are to come."""
+        """The updates still to come."""
         return iter(self.progress(range(self.recipe.ppo.updates)))
 
     def prompts(self) -> list[str]:
-        """Of all updates in order, rendered, `rollouts / group` an update."""
+        """The prompts of all updates in order, rendered, `rollouts / group` an update."""
         params, tokenizer = self.recipe.ppo, self.task.tokenizer
         batches = prompt_batches(self.task.data.train_prompts, params.rollouts // self.group, self.recipe.seed)
         return [render(p, tokenizer) for p in chain(*islice(batches, params.updates))]
 
     def collect(self, prompts: Sequence[str]) -> None:
-        """End the update before, then sample, explain and pay; `group` neighbours answer one prompt."""
+        """End the last update, then `inner_loop.collect`; `group` neighbouring responses have one prompt."""
         if self.history:
             self.learner.schedule.step()
             self.learner.follow_kl(self.history[-1]["kl"], self.recipe.ppo)
@@ -112,26 +112,26 @@ class Run:
         self.history.append(measure(self.task, batch.rollout, step) | batch.metrics)
 
     def finished(self, metrics: dict[str, list[float]]) -> TrainedPolicy:
-        """The policy with its history; `metrics` has a number for each micro-batch."""
+        """The policy with its history; trl's `metrics` are a number for each micro-batch."""
         next(self.steps, None)  # lets a progress bar close
-        for name, theirs in (("entropy", "entropy"), ("clipped", "clip_ratio/region_mean")):
+        for ours, theirs in (("entropy", "entropy"), ("clipped", "clip_ratio/region_mean")):
             for row, values in zip(self.history, np.reshape(metrics[theirs], (len(self.history), -1))):
-                row[name] = values.mean().item()
+                row[ours] = values.mean().item()
         stops = [clock[0] for clock in self.clocks[1:]] + [time.perf_counter()]
         seconds = _seconds([[*clock, stop] for clock, stop in zip(self.clocks, stops)])
         return TrainedPolicy(self.learner.policy.eval(), pd.DataFrame(self.history), seconds, diagnose(self.history))
 
 
 def _seconds(clocks: list[list[float]]) -> pd.DataFrame:
-    """A row for each row of four times."""
+    """Spans in seconds, a row for each row of four times."""
     spans = pd.DataFrame(np.diff(clocks), columns=["sample", "explain", "learn"])
     return spans.rename_axis("update").reset_index()
 
 
 class OnRollouts:
-    """A trainer of trl on the rollouts and log-probabilities of `run`.
+    """Mixed into a trainer of trl: rollouts and log-probabilities are those of `run`.
 
-    trl's own would add special tokens to the prompts, sample padding, and leave positions to be counted over padding.
+    trl's own code would add special tokens to the prompts, sample padding, and count positions over padding.
     """
 
     run: Run
@@ -140,10 +140,10 @@ class OnRollouts:
     def _tokenize_prompts(self, prompts):
         self.run.collect(prompts)
         self.beta = self.run.learner.kl_coef if self.run.kl_in_loss else 0.0
-        return _unpadded(self.run.rollout.queries, self.run.rollout.query_mask), None, {}
+        return unpadded(self.run.rollout.queries, self.run.rollout.query_mask), None, {}
 
     def _generate_single_turn(self, prompt_ids, images, fields, group=None):
-        ids = _unpadded(self.run.rollout.responses, self.run.rollout.mask)
+        ids = unpadded(self.run.rollout.responses, self.run.rollout.mask)
         return ids if group is None else (ids, None)  # RLOO's own, and GRPO's
 
     def _get_per_token_logps_and_entropies(self, model, ids, mask, T, *_, **__):
@@ -162,17 +162,13 @@ class OnRollouts:
         return batch
 
     def log(self, *_):
-        """Nothing is printed, and the metrics stay where `Run.finished` finds them."""
-
-
-def _unpadded(ids: Tensor, mask: Tensor) -> list[list[int]]:
-    return [row[keep].tolist() for row, keep in zip(ids, mask)]
+        """Prints nothing and leaves the metrics for `Run.finished`."""
 
 
 @contextmanager
 def _isolated() -> Iterator[Path]:
-    """A folder for trl to write in; what it does to random generators and accelerate is undone, what it logs lost."""
-    drawn, drawn_by_numpy, silenced = random.getstate(), np.random.get_state(), logging.root.manager.disable
+    """A folder for trl to write in. Its changes to random generators and accelerate are undone, its logs suppressed."""
+    python, numpy, disabled = random.getstate(), np.random.get_state(), logging.root.manager.disable
     with torch.random.fork_rng(), tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         from accelerate.state import AcceleratorState, GradientState, PartialState
 
@@ -183,16 +179,16 @@ def _isolated() -> Iterator[Path]:
         try:
             yield Path(folder)
         finally:
-            logging.disable(silenced)
-            random.setstate(drawn)
-            np.random.set_state(drawn_by_numpy)
+            logging.disable(disabled)
+            random.setstate(python)
+            np.random.set_state(numpy)
             for state, old in zip(states, before):
                 state.clear()
                 state.update(old)
 
 
 def _settings(params: PPOParams, group: int, seed: int) -> dict:
-    """`params` in trl's words. Its KL coefficient comes later: above 0, trl reloads the reference from a hub."""
+    """`params` by trl's names. The KL coefficient is set later: above 0, trl would reload the reference from a hub."""
     micro, cpu = math.gcd(params.minibatch, params.micro_batch), not torch.cuda.is_available()
     steps = params.updates * params.epochs * params.rollouts // params.minibatch
     sample = dict(num_generations=group, max_completion_length=params.max_new_tokens, temperature=params.temperature)
@@ -206,7 +202,7 @@ def _settings(params: PPOParams, group: int, seed: int) -> dict:
 
 
 def _train(run: Run, kind: str, estimate: Callable[[Run], Tensor] | None = None, **settings) -> TrainedPolicy:
-    """The policy and history of `run` after training by trl's `kind`; `estimate` gives advantages (B, T) of ours."""
+    """Train by trl's `kind`; `estimate` gives our advantages (B, T) in place of trl's."""
     with _isolated() as folder:
         import datasets
         import trl
@@ -235,7 +231,7 @@ def _train(run: Run, kind: str, estimate: Callable[[Run], Tensor] | None = None,
 def rloo(run: Run) -> TrainedPolicy:
     """RLOO by trl (Ahmadian et al., 2024): one clipped ratio a response, leave-one-out advantage of its summed reward.
 
-    The KL penalty is in the reward as in our PPO. A shape that keeps sums trains as the sparse one does.
+    The KL penalty is in the reward as in our PPO. Shapes that keep sums all train as the sparse one does.
     """
     return _train(run, "RLOO")
 
@@ -243,8 +239,8 @@ def rloo(run: Run) -> TrainedPolicy:
 def grpo(run: Run) -> TrainedPolicy:
     """GRPO by trl (Shao et al., 2024): a clipped ratio a token, summed rewards whitened over a prompt's responses.
 
-    The loss is a mean over tokens (trl's default, DAPO) and holds the KL penalty, of k3. A shape that keeps sums trains
-    as the sparse one does.
+    The loss is a mean over tokens (trl's default, DAPO) and has the KL penalty, k3. Shapes that keep sums all train as
+    the sparse one does.
     """
     return _train(replace(run, kl_in_loss=True), "GRPO")
 
@@ -252,8 +248,8 @@ def grpo(run: Run) -> TrainedPolicy:
 def rloo_to_go(run: Run) -> TrainedPolicy:
     """`leave_one_out_to_go` in trl's GRPO loss, summed over a response's tokens; the KL penalty is in the rewards.
 
-    trl's RLOO loss has one ratio a response: it refuses (B, T), or broadcasts it wrongly where B = T. Where new and old
-    policy agree, the gradient here is RLOO's.
+    trl's RLOO loss has one ratio a response: it refuses (B, T), or broadcasts it wrongly if B = T. At the policy that
+    sampled, the gradient here is RLOO's.
     """
 
     def estimate(run: Run) -> Tensor:
@@ -274,8 +270,8 @@ def grpo_to_go(run: Run) -> TrainedPolicy:
 def dpo(run: Run) -> TrainedPolicy:
     """DPO by trl (Rafailov et al., 2023) on pairs of the reference's responses, as many as our PPO samples in all.
 
-    The proxy's score chooses, so shape and group have no part; beta is the KL coefficient; every layer learns, at the
-    rate of `implicit`, in `epochs` passes. The history has a row before and one after. Sampling rounds up to 64 pairs.
+    The proxy's score chooses, so shape and group are not used; beta is the KL coefficient; every layer learns, at the
+    rate of `dpo.LR`, in `epochs` passes. The history has a row before and one after. Sampling rounds up to 64 pairs.
     """
     task, params, seed = run.task, run.recipe.ppo, run.recipe.seed
     if not params.kl_coef > 0:
@@ -331,9 +327,5 @@ def train_baseline(task: Task, name: str, recipe: Recipe, group: int = 4, progre
 
 
 BASELINES: dict[str, Callable[[Run], TrainedPolicy]] = {
-    "rloo": rloo,
-    "grpo": grpo,
-    "rloo_to_go": rloo_to_go,
-    "grpo_to_go": grpo_to_go,
-    "dpo": dpo,
+    baseline.__name__: baseline for baseline in (rloo, grpo, rloo_to_go, grpo_to_go, dpo)
 }

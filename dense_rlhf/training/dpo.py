@@ -1,4 +1,4 @@
-"""A policy taught by DPO to prefer what the reward model prefers: its log-ratio is a reward of every token."""
+"""A policy trained by DPO on the reward model's preferences: its log-ratio is a reward of every token."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ BATCH, LR, SAMPLED = 16, 3e-4, 64  # pairs a step; learning rate, falling to 0; 
 class ImplicitReward:
     """beta (log pi - log pi_ref)(y_t | x, y_<t): the reward for which `policy` is optimal (Rafailov et al., 2023).
 
-    Equal to a score up to a constant of the prompt, as far as `policy` learned it.
+    Its sum is the score up to a constant of the prompt, as far as `policy` has learned it.
     """
 
     policy: PolicyWithValue
@@ -40,13 +40,13 @@ class ImplicitReward:
 
     def __call__(self, rollout: Rollout) -> Tensor:
         """(B, T), beta times nats, of both policies at temperature 1; zero on EOS and padding."""
-        read = appraise(self.policy, self.reference, rollout, 1.0)
-        return self.beta * (read.logprobs - read.ref_logprobs).masked_fill(~rollout.players, 0)
+        both = appraise(self.policy, self.reference, rollout, 1.0)
+        return self.beta * (both.logprobs - both.ref_logprobs).masked_fill(~rollout.players, 0)
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Where preferences come from: `reference` answers twice, in at most `max_new_tokens`, `reward_model` chooses."""
+    """Where preferences come from: `reference` responds twice to a prompt, and `reward_model` chooses."""
 
     reference: PolicyWithValue
     reward_model: RewardModel
@@ -64,16 +64,16 @@ class Pairs:
         generator = torch.Generator().manual_seed(self.seed)
         size, rows = min(SAMPLED, number, len(prompts)), []
         for batch in progress(list(islice(prompt_batches(prompts, size, self.seed), -(-number // size)))):
-            sides = [self._answers(batch, generator) for _ in range(2)]
-            better = (sides[0].scores > sides[1].scores).tolist()
-            texts = [_unpadded(side.responses, side.mask) for side in sides]
-            queries = _unpadded(sides[0].queries, sides[0].query_mask)
-            for i in (sides[0].scores != sides[1].scores).nonzero().squeeze(-1).tolist():
-                chosen, rejected = (texts[0][i], texts[1][i]) if better[i] else (texts[1][i], texts[0][i])
-                rows.append({"prompt_ids": queries[i], "chosen_ids": chosen, "rejected_ids": rejected})
+            sides = [self._respond(batch, generator) for _ in range(2)]
+            asked = unpadded(sides[0].queries, sides[0].query_mask)
+            scored_ids = [zip(side.scores.tolist(), unpadded(side.responses, side.mask)) for side in sides]
+            for prompt_ids, one, other in zip(asked, *scored_ids):
+                if one[0] != other[0]:
+                    (_, chosen), (_, rejected) = (one, other) if one[0] > other[0] else (other, one)
+                    rows.append({"prompt_ids": prompt_ids, "chosen_ids": chosen, "rejected_ids": rejected})
         return rows
 
-    def _answers(self, prompts: Sequence[Prompt], generator: torch.Generator) -> Responses:
+    def _respond(self, prompts: Sequence[Prompt], generator: torch.Generator) -> Responses:
         params = PPOParams(max_new_tokens=self.max_new_tokens)  # temperature 1
         return scored(sample_responses(self.reference, prompts, self.tokenizer, params, generator), self.reward_model)
 
@@ -88,7 +88,7 @@ def train_dpo(
 ) -> PreTrainedModel:
     """A copy of `reference` trained on preferences by trl's DPOTrainer.
 
-    Raises `InputError` where there is no preference.
+    Raises `InputError` if `rows` is empty.
     """
     import datasets
     from trl import DPOConfig, DPOTrainer
@@ -147,7 +147,8 @@ def load_implicit(
     return ImplicitReward(policy.requires_grad_(False).eval(), reference, params.dpo_beta)
 
 
-def _unpadded(ids: Tensor, mask: Tensor) -> list[list[int]]:
+def unpadded(ids: Tensor, mask: Tensor) -> list[list[int]]:
+    """Each row's kept tokens."""
     return [row[keep].tolist() for row, keep in zip(ids, mask)]
 
 

@@ -1,4 +1,4 @@
-"""What stays fixed while policies are trained: data, reference policy, reward model, judges."""
+"""A task: data, reference policy, reward model and judges, which stay fixed while policies are trained."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from dense_rlhf.ppo.rollout import scored
 from dense_rlhf.training.dpo import Pairs, load_implicit
 from dense_rlhf.types import Prompt, Responses, Rollout
 
-CALIBRATION_BATCHES = 4  # of rollouts by the reference; they set the zero and the unit of the score
+CALIBRATION_BATCHES = 4  # of responses by the reference, which set the zero and the unit of the score
 
 
 def step_seed(seed: int, step: int) -> int:
-    """The seed of what is sampled at one step of the training of one `seed`."""
+    """The seed of the sampler at one step of the training with this `seed`."""
     return seed * 100_003 + step
 
 
@@ -38,7 +38,7 @@ class Task:
     gold: AdditiveJudge
     lexicon: AdditiveJudge
     policy: PolicyParams
-    value_head: dict[str, torch.Tensor] | None = None  # where a shared critic starts, if not at zero
+    value_head: dict[str, torch.Tensor] | None = None  # initial weights of a shared critic, if not zero
 
     @property
     def tokenizer(self):
@@ -46,15 +46,12 @@ class Task:
 
     @property
     def revisions(self) -> dict[str, str]:
-        """What was read: hashes or commits of data, policy and reward model."""
-        return {
-            "data": self.data.revision,
-            "policy": self.language_model.revision,
-            "reward": self.reward_model.revision,
-        }
+        """Hashes or commits of data, policy and reward model."""
+        read = {"data": self.data, "policy": self.language_model, "reward": self.reward_model}
+        return {name: part.revision for name, part in read.items()}
 
     def fresh_policy(self) -> PolicyWithValue:
-        """A copy of the reference that learns what `policy` says."""
+        """A copy of the reference whose trainable weights are those that `self.policy` names."""
         policy = trainable_copy(self.reference, self.policy, self.reward_model)
         if self.value_head is not None:
             policy.value_head.load_state_dict(self.value_head)
@@ -94,7 +91,7 @@ def load_task(params: RunParams, progress: Callable = iter) -> Task:
 
 
 def _calibrated(task: Task, params: RunParams, progress: Callable) -> Task:
-    """The task with zero and unit of the score, start of the critic and implicit reward from the reference's texts."""
+    """The task with what the reference's responses decide: unit of the score, start of the critic, implicit reward."""
     size, prompts, reference = params.ppo.rollouts, task.data.train_prompts, task.reference
     starts = range(0, CALIBRATION_BATCHES * size, size)
     batches = [task.scored_responses(reference, prompts[i : i + size], params.ppo, seed=i) for i in starts]

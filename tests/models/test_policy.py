@@ -17,6 +17,7 @@ from dense_rlhf import ppo
 from dense_rlhf.config.params import PolicyParams, PPOParams
 from dense_rlhf.models import policy as policy_module
 from dense_rlhf.models.policy import PolicyWithValue, micro_batches, trainable_copy, value_probe
+from dense_rlhf.ppo.learner import _losses
 from dense_rlhf.ppo.rollout import appraise
 from dense_rlhf.types import InputError, Responses, Rollout
 
@@ -75,7 +76,7 @@ def improve(policy, reference, found, params=PARAMS, learner=None, temperature=1
 def loss_of(policy, rollout, value_coef=1.0):
     """The sum of both losses on noise for advantages, returns far from the values."""
     batch = ppo.Batch(**rollout.tensors(), advantages=noise_like(rollout.mask), returns=noise_like(rollout.mask, 1) * 9)
-    return ppo._losses(policy, batch, replace(PARAMS, value_coef=value_coef))[0]
+    return _losses(policy, batch, replace(PARAMS, value_coef=value_coef))[0]
 
 
 def gradients(policy, loss):
