@@ -1,15 +1,15 @@
-"""Explaining a batch of responses: ours beside shap, lime and captum in one run. One JSON object a line.
+"""Explaining a batch of responses: ours, shap, lime and captum in one run. One JSON object a line.
 
     python benchmarks/attribution.py [--quick] [--model reviews|smollm2|both] > benchmarks/attribution.jsonl
-    python benchmarks/attribution.py --memory      most memory of 512 prompts of 96 tokens with responses of 256
+    python benchmarks/attribution.py --memory      peak memory of 512 prompts of 96 tokens with responses of 256
 
 Real reviews, cut into a prompt and a response. Every peer gets the same value function: a coalition is a text of its
-own, tokens dropped, sorted by length and batched within the same token budget; what the peer decides is which
-coalitions to ask for, and how many at once. Measured, with ratio = peer / ours (above 1 is in our favour):
+own, tokens dropped, sorted by length and batched within the same token budget; the peer decides which coalitions to
+score, and how many at once. Measured, with ratio = peer / ours (above 1 is in our favour):
 
     equal    seconds a response for the same coalitions, whose values agree
     default  seconds a response to a mean rank correlation of 0.9 with large-budget Shapley values, ours at its cheapest
-             design that reaches it, the peer as it comes (`rho` is what it reaches)
+             design that reaches it, the peer at its defaults, whose correlation is `rho`
     best     the same, the peer at its cheapest budget that reaches it; ratio null where none does
     peak     our floating-point operations a second as a share of the machine's matrix product (`ratio`)
 """
@@ -137,23 +137,17 @@ def seconds(work: Callable, *arguments) -> float:
 
 
 def timed(repeats: int, work: Callable, *arguments) -> tuple[float, np.ndarray]:
-    """Median seconds, and what the work returned."""
-    found = []
-    taken = [seconds(lambda: found.append(work(*arguments))) for _ in range(repeats)]
-    return statistics.median(taken), found[-1]
+    """Median seconds, and the last result."""
+    results = []
+    taken = [seconds(lambda: results.append(work(*arguments))) for _ in range(repeats)]
+    return statistics.median(taken), results[-1]
 
 
-def line(
-    measure: str, case: str, peer: str, ratio: float | None, repeats: int, ours: float, theirs: float | None, **more
-) -> None:
-    found = {
-        "ratio": ratio and round(ratio, 2),
-        "unit": "s",
-        "repeats": repeats,
-        "ours": round(ours, 6),
-        "theirs": theirs and round(theirs, 6),
-    }
-    print(json.dumps({"benchmark": f"attribution/{measure}", "case": case, "peer": peer} | found | more), flush=True)
+def line(measure: str, case: str, peer: str, ours: float, theirs: float | None, **more) -> None:
+    head = dict(benchmark=f"attribution/{measure}", case=case, peer=peer)
+    ratio = more.pop("ratio", theirs and theirs / ours)
+    body = dict(ratio=ratio and round(ratio, 2), unit="s", repeats=more.pop("repeats"))
+    print(json.dumps(head | body | dict(ours=round(ours, 6), theirs=theirs and round(theirs, 6)) | more), flush=True)
 
 
 def explain(reward_model: RewardModel, readings: list[Reading], design: Design) -> np.ndarray:
@@ -179,17 +173,8 @@ def equal(reward_model: RewardModel, readings: list[Reading], case: str, few: in
             raise SystemExit(f"{case}, {name}: values differ by {apart:.1e} of the largest")
         pairs = [(seconds(*ours) / len(readings), seconds(*theirs) / few) for _ in range(repeats)]
         own, other = (statistics.median(column) for column in zip(*pairs))
-        line(
-            "equal",
-            case,
-            name,
-            statistics.median(b / a for a, b in pairs),
-            repeats,
-            own,
-            other,
-            coalitions=len(ours[-1].masks),
-            apart=apart,
-        )
+        ratio, coalitions = statistics.median(b / a for a, b in pairs), len(ours[-1].masks)
+        line("equal", case, name, own, other, ratio=ratio, repeats=repeats, coalitions=coalitions, apart=apart)
 
 
 def agreement(values: np.ndarray, reference: np.ndarray) -> float:
@@ -199,12 +184,12 @@ def agreement(values: np.ndarray, reference: np.ndarray) -> float:
 
 def cheapest_of_ours(reward_model, readings, reference, repeats: int) -> tuple[str, float, float]:
     """Our fastest design that agrees: its name, seconds a response, rank correlation."""
-    k, found = len(readings[0].response), []
+    k, enough = len(readings[0].response), []
     for name, design in OURS.items():
         taken, values = timed(repeats, explain, reward_model, readings, design(k))
         if (rho := agreement(values, reference)) >= WANTED_RHO:
-            found.append((taken / len(readings), name, rho))
-    taken, name, rho = min(found)
+            enough.append((taken / len(readings), name, rho))
+    taken, name, rho = min(enough)
     return name, taken, rho
 
 
@@ -213,17 +198,17 @@ def to_agree(reward_model: RewardModel, readings: list[Reading], case: str, few:
     k = len(readings[0].response)
     reference = explain(reward_model, readings, coalitions.permutation_shap(k, REFERENCE_PERMUTATIONS, SEED + 1))
     ours, own, own_rho = cheapest_of_ours(reward_model, readings, reference, repeats)
-    more = {"our_design": ours, "our_rho": round(own_rho, 3)}
+    more = dict(repeats=repeats, our_design=ours, our_rho=round(own_rho, 3))
     for name, (peer, _, default, budgets) in PEERS.items():
         tried = {}  # budget -> seconds a response, rank correlation
         for budget in (*budgets, default):
             taken, values = timed(repeats, explain_by, peer, reward_model, readings[:few], k, budget)
             tried[budget] = taken / few, agreement(values, reference[:few])
         taken, rho = tried[default]
-        line("default", case, name, taken / own, repeats, own, taken, rho=round(rho, 3), budget=default, **more)
+        line("default", case, name, own, taken, rho=round(rho, 3), budget=default, **more)
         enough = [(taken, budget, rho) for budget, (taken, rho) in tried.items() if rho >= WANTED_RHO]
         taken, budget, rho = min(enough, default=(None, None, max(rho for _, rho in tried.values())))
-        line("best", case, name, taken and taken / own, repeats, own, taken, rho=round(rho, 3), budget=budget, **more)
+        line("best", case, name, own, taken, rho=round(rho, 3), budget=budget, **more)
 
 
 def peak(reward_model: RewardModel, readings: list[Reading], case: str, repeats: int) -> None:
@@ -235,17 +220,8 @@ def peak(reward_model: RewardModel, readings: list[Reading], case: str, repeats:
     own, _ = timed(repeats, explain, reward_model, readings, design)
     product, _ = timed(9, torch.matmul, square, square)
     ours, most = counter.get_total_flops() / own, 2 * n**3 / product
-    line(
-        "peak",
-        case,
-        "matrix product",
-        ours / most,
-        repeats,
-        own / len(readings),
-        product,
-        gflops=round(ours / 1e9, 1),
-        peak_gflops=round(most / 1e9, 1),
-    )
+    speeds = dict(gflops=round(ours / 1e9, 1), peak_gflops=round(most / 1e9, 1))
+    line("peak", case, "matrix product", own / len(readings), product, ratio=ours / most, repeats=repeats, **speeds)
 
 
 # ---------------------------------------------------------------------------------------------------- cases
@@ -285,46 +261,22 @@ def cases(model: str, quick: bool) -> Iterator[tuple[int, int, int, int, int, di
             yield P, 24, 4, 1, 3, {"shap permutation": 1}
     else:
         for T, batch, few in ((24, 64, 8), (64, 64, 4), (256, 16, 1)):
+            peers = EQUAL if T == 24 else EQUAL | {"shap kernel": 8 * T, "lime": 500}
+            peers = {name: budget for name, budget in peers.items() if T < 256 or name != "shap partition"}
             for P in (6, 24, 96):
-                yield (
-                    P,
-                    T,
-                    batch,
-                    few,
-                    5 if T == 24 else 3,
-                    EQUAL
-                    if T == 24
-                    else {name: budget for name, budget in EQUAL.items() if T == 64 or name != "shap partition"}
-                    | {"shap kernel": 8 * T, "lime": 500},
-                )
+                yield P, T, batch, few, 5 if T == 24 else 3, peers
 
 
 def memory(reward_model: RewardModel) -> None:
     """Explain 512 responses of 256 tokens at the default budget: seconds, and the most memory this process has held."""
     rng, B, P, T = np.random.default_rng(SEED), 512, 96, 256
     queries, responses = (torch.from_numpy(rng.integers(2, len(reward_model.tokenizer), (B, n))) for n in (P, T))
-    rollout = Rollout(
-        queries,
-        torch.ones(B, P, dtype=torch.bool),
-        responses,
-        torch.ones(B, T, dtype=torch.bool),
-        torch.zeros(B),
-        torch.zeros(B, dtype=torch.bool),
-        *torch.zeros(3, B, T),
-    )
+    real, mask = (torch.ones(B, n, dtype=torch.bool) for n in (P, T))
+    rollout = Rollout(queries, real, responses, mask, torch.zeros(B), ~mask[:, 0], *torch.zeros(3, B, T))
     taken = seconds(attribute, reward_model, rollout, ["shap"], AttributionParams())
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(
-        json.dumps(
-            {
-                "benchmark": "attribution/memory",
-                "case": "reviews, prompt 96, response 256, batch 512",
-                "unit": "GiB",
-                "ours": round(most, 2),
-                "seconds": round(taken, 1),
-            }
-        )
-    )
+    head = dict(benchmark="attribution/memory", case="reviews, prompt 96, response 256, batch 512", unit="GiB")
+    print(json.dumps(head | dict(ours=round(most, 2), seconds=round(taken, 1))))
 
 
 def main() -> None:
