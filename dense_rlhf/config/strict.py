@@ -32,9 +32,10 @@ Many = Annotated[tuple[T, ...], Strict(), BeforeValidator(lambda given: tuple(gi
 _SHORT = reprlib.Repr()  # shortens values of any size, such as aliases of aliases
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
 KINDS = {str: "text", bool: "yes/no", int: "a whole number", float: "a number", list: "a list", dict: "a mapping"}
-WORDS = dict(string="text", boolean="yes/no", integer="a whole number", number="a number", object="a mapping")
+WORDS = dict(string="text", boolean="true or false", integer="a whole number", number="a number", object="a mapping")
 BOUNDS = {"minimum": "of at least", "exclusiveMinimum": "above", "maximum": "of at most"}
-SAID = {"finite_number": "a finite number", "less_than": "a number below {lt}"}  # by pydantic's name of the error
+UNKNOWN = ("unexpected_keyword_argument", "unexpected_positional_argument", "invalid_key")
+WANTED = {"finite_number": "a finite number", "less_than": "a number below {lt}"}  # by pydantic's name of the error
 
 
 def shown(value: object) -> str:
@@ -80,7 +81,7 @@ def parse(cls: type[T], given: object, where: str = "") -> T:
 
 
 @functools.cache
-def json_schema(cls: type) -> dict:
+def _schema(cls: type) -> dict:
     return TypeAdapter(cls).json_schema()
 
 
@@ -88,24 +89,25 @@ def _line(error: ValidationError, cls: type, where: str) -> str:
     """One sentence about the innermost of the errors: what arrived, and what was wanted."""
     first = max(error.errors(include_url=False), key=lambda one: len(one["loc"]))
     value, cause = first["input"], first.get("ctx", {}).get("error")
-    unknown = first["type"] in ("unexpected_keyword_argument", "invalid_key")
-    name, node = _place(cls, first["loc"][:-1] if unknown else first["loc"], where)
-    if unknown:
+    is_unknown = first["type"] in UNKNOWN
+    name, node = _place(cls, first["loc"][:-1] if is_unknown else first["loc"], where)
+    if is_unknown:
         key = f"{name}.{first['loc'][-1]}".lstrip(".")
         return f"{key} is not a parameter; wanted one of {', '.join(node['properties'])}"
     if cause:  # of fields together: the group's own check names them
         return re.sub(rf"\b{node['title']}\.", f"{name}.", str(cause)) if node.get("title") else str(cause)
     if first["type"] == "dataclass_type":
         return f"{name or 'the file'} is {kind(value)}, wanted a mapping"
-    wanted = SAID[first["type"]].format(**first.get("ctx", {})) if first["type"] in SAID else _words(node)
+    wanted = WANTED.get(first["type"], _words(node)).format(**first.get("ctx", {}))
     is_kind = first["type"].endswith("_type")
-    hint = "; YAML reads 1e-4 as text, write 1.0e-4" if isinstance(value, str) and "a number" in wanted else ""
+    is_power = isinstance(value, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", value, re.IGNORECASE)
+    hint = "; YAML reads 1e-4 as text, write 1.0e-4" if is_power else ""
     return f"{name} is {shown(value)}{f' ({kind(value)})' if is_kind else ''}, wanted {wanted}{hint}"
 
 
 def _place(cls: type, path: tuple[str | int, ...], where: str) -> tuple[str, dict]:
     """The name of the field that pydantic calls `path`, and its JSON schema."""
-    node = json_schema(cls)
+    node = _schema(cls)
     groups = node.get("$defs", {})
     for part in path:
         fields = node.get("properties", {})
