@@ -1,6 +1,5 @@
 """The grid: what is expanded, what is run again, what survives a failure."""
 
-import json
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from dense_rlhf.config.study import load_study
 from dense_rlhf.files import append_line, lock
 from dense_rlhf.runner import grid, jobs, plan
 from dense_rlhf.runs import RunFolder, finished_runs, workspace
+from dense_rlhf.statistics import t_interval
 from dense_rlhf.types import InputError
 
 REVIEWS = workspace() / "params" / "reviews.yaml"
@@ -265,5 +265,6 @@ def test_files_stay_in_the_run_folder(tmp_path):
 
 
 def test_metrics_hold_no_nan(tmp_path):
-    RunFolder(tmp_path).save_metrics({"a": float("nan"), "b": [1.0, float("inf")]})
-    assert json.loads((tmp_path / "metrics.json").read_text()) == {"a": None, "b": [1.0, None]}
+    RunFolder(tmp_path).save_metrics({"a": float("nan"), "b": [1.0, float("inf")]}, c={"arm": t_interval([2.0])})
+    interval = {"mean": 2.0, "low": None, "high": None}
+    assert RunFolder(tmp_path).load_json("metrics.json") == {"a": None, "b": [1.0, None], "c": {"arm": interval}}
