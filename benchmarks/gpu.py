@@ -5,8 +5,8 @@
     parity   what float32 on the CPU computes of the same responses with the same weights: `apart` is the largest
              difference over the largest number (of weights: the norm of the difference over that of the change)
     explain  seconds a response for the same coalitions; ratio = peer / ours, as in benchmarks/attribution.py
-    update   seconds and most GiB of each step of an update, beside what dense_rlhf/budget.py computes of them
-    sampler  seconds of transformers' own loop, compiled where there is a GPU, beside ours
+    update   seconds and most GiB of each step of an update, next to what dense_rlhf/runner/cost.py computes
+    sampler  seconds of transformers' own loop, compiled on a GPU, next to ours
 
 All but parity has models of random weights: speed and memory do not depend on them. Where there is no GPU all runs on
 the CPU; parity then says nothing.
@@ -186,7 +186,7 @@ def update_parity(name: str, policy: dict, rollout: Rollout, rewards: Tensor) ->
 
 
 def checkpoints(cpu: Side, gpu: Side, rollout: Rollout, rewards: Tensor) -> None:
-    """A training kept on the GPU goes on there bit for bit, and on the CPU nearly so; its policy loads on the CPU."""
+    """A checkpoint of the GPU resumes there bit for bit, and on the CPU nearly so; its policy loads on the CPU."""
     original = gpu.learner()
     improve(original, gpu, rollout, rewards)
     with tempfile.TemporaryDirectory() as folder:

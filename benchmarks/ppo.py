@@ -1,4 +1,4 @@
-"""PPO: ours beside the PPOTrainer of TRL 1.12.0, the last one, in one run. One JSON object a line.
+"""PPO: ours against the PPOTrainer of TRL 1.12.0, the last one, in one run. One JSON object a line.
 
     python benchmarks/ppo.py [--quick] [--only updates|rewards] > benchmarks/ppo.jsonl
 
@@ -7,8 +7,8 @@ passes over each batch as one mini-batch of four micro-batches, the same AdamW a
 threads and the cores of this one; they take turns, an update at a time. TRL comes from pip into the user's cache,
 transformers and the rest are this environment's.
 
-Ours: a value head on the policy's trunk, which TRL has not (`shared`, started as a probe of the reward model); the
-separate critic that TRL has (`separate`); credit by SHAP on every token, which TRL has not either (`shap`, shared).
+Ours: a value head on the policy's trunk, which TRL lacks (`shared`, started as a probe of the reward model); the
+separate critic that TRL has (`separate`); credit by SHAP on every token, which TRL lacks too (`shap`, shared).
 TRL's critic starts as the reward model, a quarter as wide as the policy and the proxy's whole knowledge; or (`large`)
 it is a model of 4.2M parameters like all others, a copy of the policy.
 

@@ -65,7 +65,7 @@ class Alone:
 class Together(Alone):
     """One of several processes, as accelerate started them.
 
-    Each samples and explains its own prompts; then all hold the whole rollout, which is small beside a model, and
+    Each samples and explains its own prompts; then all hold the whole rollout, which is small next to a model, and
     compute equal shares of every mini-batch: whitening, metrics and the update are those of one process.
     """
 

@@ -33,7 +33,7 @@ from dense_rlhf.models.language_models import default_device
 from dense_rlhf.models.policy import PolicyWithValue
 from dense_rlhf.ppo.sampling import prompt_batches
 from dense_rlhf.ppo.warnings import diagnose
-from dense_rlhf.training.dpo import BATCH, Pairs, train_dpo, unpadded
+from dense_rlhf.training.dpo import BATCH, QUIET, Pairs, train_dpo, unpadded
 from dense_rlhf.training.evaluate import HELD_OUT, judged
 from dense_rlhf.training.inner_loop import Recipe, TrainedPolicy, collect, measure
 from dense_rlhf.training.task import Task, step_seed
@@ -196,9 +196,8 @@ def _settings(params: PPOParams, group: int, seed: int) -> dict:
     batch |= dict(steps_per_generation=params.rollouts // micro, num_iterations=params.epochs, max_steps=steps)
     loss = dict(epsilon=params.clip, max_grad_norm=params.max_grad_norm, beta=0.0)
     order = dict(seed=seed, shuffle_dataset=False, disable_dropout=True)
-    device = dict(use_cpu=cpu, bf16=False, gradient_checkpointing=False, dataloader_pin_memory=not cpu)
-    quiet = dict(report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True)
-    return sample | batch | loss | order | device | quiet
+    device = dict(use_cpu=cpu, bf16=False, dataloader_pin_memory=not cpu)
+    return sample | batch | loss | order | device | QUIET
 
 
 def _train(run: Run, kind: str, estimate: Callable[[Run], Tensor] | None = None, **settings) -> TrainedPolicy:

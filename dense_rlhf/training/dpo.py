@@ -25,6 +25,9 @@ from dense_rlhf.ppo.sampling import prompt_batches, sample_responses
 from dense_rlhf.types import InputError, Prompt, Responses, Rollout
 
 BATCH, LR, SAMPLED = 16, 3e-4, 64  # pairs a step; learning rate, falling to 0; prompts sampled together
+QUIET = dict(
+    gradient_checkpointing=False, save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True
+)
 
 
 @dataclass(frozen=True)
@@ -86,10 +89,7 @@ def train_dpo(
     beta: float,
     seed: int,
 ) -> PreTrainedModel:
-    """A copy of `reference` trained on preferences by trl's DPOTrainer.
-
-    Raises `InputError` if `rows` is empty.
-    """
+    """A copy of `reference` trained on preferences by trl's DPOTrainer. Raises `InputError` if there are none."""
     import datasets
     from trl import DPOConfig, DPOTrainer
 
@@ -105,12 +105,11 @@ def train_dpo(
             "there is no preference to learn; set it to 0 or train the reward model"
         )
     cpu = not torch.cuda.is_available()
-    never = dict(gradient_checkpointing=False, save_strategy="no", logging_strategy="no", report_to="none")
     settings = dict(per_device_train_batch_size=BATCH, max_steps=steps, learning_rate=LR, beta=beta, seed=seed)
     policy, frozen = (copy.deepcopy(reference).float().requires_grad_(learns) for learns in (True, False))
     data = datasets.Dataset.from_list(rows)
     with tempfile.TemporaryDirectory() as folder:
-        config = DPOConfig(folder, max_length=None, use_cpu=cpu, bf16=not cpu, disable_tqdm=True, **settings, **never)
+        config = DPOConfig(folder, max_length=None, use_cpu=cpu, bf16=not cpu, **settings, **QUIET)
         OnTokens(policy, frozen, config, train_dataset=data, processing_class=tokenizer).train()
     return policy
 

@@ -1,4 +1,4 @@
-"""Arms trained side by side, and what a killed comparison goes on with."""
+"""Arms compared, and how a killed comparison resumes."""
 
 from dataclasses import replace
 

@@ -93,7 +93,7 @@ def close(a, b, atol=1e-6):
 
 @pytest.mark.parametrize("name", [*ALL, "GPT2"])
 def test_log_probabilities_are_those_of_the_models_own_logits(name, rollout, tokenizer):
-    """Caps and scales behind the LM head included: the sampler draws from what `lm(...)` returns."""
+    """Caps and scales after the LM head included: the sampler draws from what `lm(...)` returns."""
     lm = gpt2(len(tokenizer)) if name == "GPT2" else built(name, len(tokenizer))
     with torch.no_grad():
         found = frozen(lm)(rollout, 0.7)[0]
@@ -148,7 +148,7 @@ SEPARATE = PolicyParams(critic="separate")
 
 
 def test_a_separate_critic_starts_as_the_score_of_the_response_so_far(reference, reward_model, rollout):
-    """Before token t: the reward model's score, read behind the prompt and t tokens, without the EOS that ends them."""
+    """Before token t: the reward model's score, read after the prompt and t tokens, without the EOS that ends them."""
     calibrated = replace(reward_model, offset=0.7, scale=0.3)
     values = trainable_copy(reference, SEPARATE, calibrated)(rollout, 1.0)[1]
     for row, keep in enumerate(rollout.mask):

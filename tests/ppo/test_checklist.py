@@ -131,7 +131,7 @@ def test_04_a_response_stops_at_eos_and_eos_is_trained(policy, fresh):
 def test_05_the_reward_model_reads_an_eos_and_its_score_has_the_references_mean_and_spread(
     reward_model, reference, tokenizer, rollout
 ):
-    """EOS is put behind responses that have none too, so that all are read alike.
+    """EOS is appended to responses that lack it too, so that all are read alike.
 
     Zero and unit are those of the reference's own responses, not of SFT texts: these are what PPO begins with.
     """

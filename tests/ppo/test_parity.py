@@ -1,4 +1,4 @@
-"""Our PPO beside TRL's: the PPOTrainer of TRL 1.12.0 as recorded in parity/golden.npz, and today's GRPO loss."""
+"""Our PPO against TRL's: the PPOTrainer of TRL 1.12.0 as recorded in parity/golden.npz, and today's GRPO loss."""
 
 import copy
 import json
@@ -104,7 +104,7 @@ def test_advantages_and_returns_are_those_of_trl(name, golden):
 def test_losses_of_each_pass_are_those_of_trl(name, golden):
     """Where responses stop at EOS, TRL's value loss has one more position a response."""
     case = golden[name]
-    settings, mask, behind = case["settings"], case["mask"], case["value_mask"]
+    settings, mask, longer = case["settings"], case["mask"], case["value_mask"]
     assert case["pg_clipfrac"][:, 1].min() > 0 and case["vf_clipfrac"].max() > 0  # both clips bind in the second pass
     for u in range(len(mask)):
         for p in range(2):
@@ -112,8 +112,8 @@ def test_losses_of_each_pass_are_those_of_trl(name, golden):
             loss, cut = ppo.policy_loss(new, case["logprobs"][u], case["white"][u], mask[u], settings["cliprange"])
             close(loss / mask[u].sum(), case["pg_loss"][u, p], **CLOSE)
             close(cut / mask[u].sum(), case["pg_clipfrac"][u, p], **CLOSE)
-            loss = ppo.value_loss(values, case["values"][u], case["returns"][u], behind[u], settings["cliprange_value"])
-            close(loss / behind[u].sum(), case["vf_loss"][u, p], **CLOSE)
+            loss = ppo.value_loss(values, case["values"][u], case["returns"][u], longer[u], settings["cliprange_value"])
+            close(loss / longer[u].sum(), case["vf_loss"][u, p], **CLOSE)
 
 
 # ---------------------------------------------------------------------------------------------------- early EOS
@@ -122,29 +122,29 @@ def test_losses_of_each_pass_are_those_of_trl(name, golden):
 @pytest.mark.parametrize("name", EARLY)
 def test_with_values_one_step_longer_rewards_and_advantages_are_those_of_trl(name, golden):
     case = golden[name]
-    settings, params, behind = case["settings"], params_of(case["settings"]), case["value_mask"][0]
+    settings, params, longer = case["settings"], params_of(case["settings"]), case["value_mask"][0]
     (rollout,) = rollouts_of(case)
-    assert (behind.sum(-1) - rollout.mask.sum(-1)).unique().tolist() == [0, 1]
-    rewards = ppo.token_rewards(rollout, torch.zeros(rollout.mask.shape), params) + at_the_end(rollout.scores, behind)
+    assert (longer.sum(-1) - rollout.mask.sum(-1)).unique().tolist() == [0, 1]
+    rewards = ppo.token_rewards(rollout, torch.zeros(rollout.mask.shape), params) + at_the_end(rollout.scores, longer)
     close(rewards, case["rewards"][0], **CLOSE)
-    advantages = ppo.gae(rewards, case["values"][0], behind, settings["gamma"], settings["lam"])
+    advantages = ppo.gae(rewards, case["values"][0], longer, settings["gamma"], settings["lam"])
     close(advantages, case["advantages"][0], **CLOSE)
     close(masked_whiten(advantages, rollout.mask), case["white"][0].masked_fill(~rollout.mask, 0), **CLOSE)
 
 
-def test_trl_puts_the_score_one_token_behind_eos_and_we_put_it_on_eos(golden):
+def test_trl_puts_the_score_one_token_after_eos_and_we_put_it_on_eos(golden):
     case = golden["early_eos"]
     (rollout,) = rollouts_of(case)
     ours = ppo.token_rewards(rollout, at_the_end(rollout.scores, rollout.mask), params_of(case["settings"]))
     early = rollout.mask.sum(-1) < rollout.mask.shape[1]
     difference = case["rewards"][0] - ours
-    behind = F.pad(at_the_end(rollout.scores, rollout.mask), (1, 0))[:, :-1] - at_the_end(rollout.scores, rollout.mask)
-    close(difference, behind * early[:, None], **CLOSE)
+    moved = F.pad(at_the_end(rollout.scores, rollout.mask), (1, 0))[:, :-1] - at_the_end(rollout.scores, rollout.mask)
+    close(difference, moved * early[:, None], **CLOSE)
 
 
 @pytest.mark.parametrize("lam", [0.9, 0.5, 1.0])
-def test_the_score_behind_eos_biases_advantages_by_the_value_behind_eos(lam, golden):
-    """At gamma 1 by lam^k (1 - lam) (V behind EOS - score), k tokens before EOS; by nothing at lam 1."""
+def test_the_score_after_eos_biases_advantages_by_the_value_after_eos(lam, golden):
+    """At gamma 1 by lam^k (1 - lam) (V after EOS - score), k tokens before EOS; by nothing at lam 1."""
     case = golden["early_eos"]
     (rollout,), rewards, values = rollouts_of(case), case["rewards"][0], case["values"][0]
     ours = ppo.token_rewards(rollout, at_the_end(rollout.scores, rollout.mask), params_of(case["settings"]))
@@ -153,7 +153,7 @@ def test_the_score_behind_eos_biases_advantages_by_the_value_behind_eos(lam, gol
     if lam == case["settings"]["lam"]:
         close(trl, case["advantages"][0], **CLOSE)
     lengths, T = rollout.mask.sum(-1), rollout.mask.shape[1]
-    after = F.pad(values, (0, 1)).gather(-1, lengths[:, None])  # V behind EOS
+    after = F.pad(values, (0, 1)).gather(-1, lengths[:, None])  # V after EOS
     before = (lengths[:, None] - 1 - torch.arange(T)).clamp(min=0)
     bias = lam**before * (1 - lam) * (after - rollout.scores[:, None]) * (lengths < T)[:, None]
     close((trl - ours).masked_fill(~rollout.mask, 0), bias.masked_fill(~rollout.mask, 0), **CLOSE)

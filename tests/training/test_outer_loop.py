@@ -390,7 +390,7 @@ def staged(monkeypatch, rung, end):
     return lengths
 
 
-def test_a_stopped_trial_is_worth_what_halfway_foretells(task, tmp_path, monkeypatch):
+def test_a_stopped_trial_is_worth_what_halfway_predicts(task, tmp_path, monkeypatch):
     def end(w):
         return 2 * w + 0.3 * math.sin(9 * w)
 
@@ -429,7 +429,7 @@ def test_a_stopped_incumbent_is_trained_to_its_end(task, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("case", ["halfway tells nothing", "not asked for"])
-def test_nothing_stops_where_nothing_is_foretold(task, tmp_path, monkeypatch, case):
+def test_nothing_stops_where_nothing_is_predicted(task, tmp_path, monkeypatch, case):
     blind = case == "halfway tells nothing"
     staged(monkeypatch, lambda w: math.cos(40 * w) if blind else w, lambda w: w)
     search(task, tmp_path / "trials.jsonl", EARLY if blind else replace(EARLY, stop_early=False), PAIR)
