@@ -222,7 +222,7 @@ def visible(path: Tensor, owner: Tensor, column: Tensor) -> Tensor:
     later = torch.arange(path.shape[-1], device=path.device) > column[..., None]
     past.masked_fill_(later | (past < 0), N)  # all that it does not see goes to one extra column
     sees = torch.zeros(b, N, N + 1, dtype=torch.bool, device=path.device).scatter_(-1, past, True)[..., :N]
-    sees.diagonal(dim1=1, dim2=2).fill_(True)  # padding sees itself, lest its softmax be empty
+    sees.diagonal(dim1=1, dim2=2).fill_(True)  # padding sees itself, so that its softmax is not empty
     return sees
 
 

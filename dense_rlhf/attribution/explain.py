@@ -214,14 +214,14 @@ def _read(
     """The model with its suffix, the tokens that it reads, and the characters of each response token."""
     if not isinstance(response, str) or not response:
         raise InputError(f"response is {response!r}, wanted text that is not empty")
-    before, behind, special = _around(tokenizer, prompt, response)
+    before, after, special = _around(tokenizer, prompt, response)
     try:
-        sides = tokenise(tokenizer, before, response, behind, special)
+        sides = tokenise(tokenizer, before, response, after, special)
     except (TypeError, UnicodeError) as error:
         raise InputError("prompt or response is not valid Unicode (a lone surrogate?); decode it anew") from error
     if not sides.middle:
         raise InputError(f"the tokenizer reads nothing in the response {response[:80]!r}; wanted text that it knows")
-    wrapped = RewardModel(model, tokenizer, suffix=tuple(sides.behind))
+    wrapped = RewardModel(model, tokenizer, suffix=tuple(sides.after))
     reading = Reading(tuple(sides.before), tuple(sides.middle))
     length, most = _length(wrapped, reading), _most_tokens(model)
     if length > most:

@@ -33,9 +33,9 @@ def shap_values(scores: Callable, k: int, permutations: int, seed: int) -> np.nd
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         explainer = shap.PermutationExplainer(scores, shap.maskers.Independent(np.zeros((1, k))), seed=seed)
-        found = explainer(np.ones((1, k)), max_evals=permutations * (2 * k + 1), silent=True)
+        explanation = explainer(np.ones((1, k)), max_evals=permutations * (2 * k + 1), silent=True)
     np.random.set_state(state)
-    return found.values[0]
+    return explanation.values[0]
 
 
 def lime_values(scores: Callable, k: int, samples: int, seed: int) -> np.ndarray:
@@ -49,10 +49,10 @@ def lime_values(scores: Callable, k: int, samples: int, seed: int) -> np.ndarray
         return scores(np.array([[word in kept for word in words] for kept in present]))[:, None]
 
     explainer = LimeTextExplainer(feature_selection="none", random_state=seed, split_expression=r"\s+")
-    found = explainer.explain_instance(" ".join(words), predict, (0,), num_features=k, num_samples=samples)
-    names = found.domain_mapper.indexed_string.inverse_vocab  # lime's features in its own order
+    explanation = explainer.explain_instance(" ".join(words), predict, (0,), num_features=k, num_samples=samples)
+    names = explanation.domain_mapper.indexed_string.inverse_vocab  # lime's features in its own order
     values = np.zeros(k)
-    for feature, weight in found.local_exp[0]:
+    for feature, weight in explanation.local_exp[0]:
         values[int(names[feature][1:])] = weight
     return values
 
@@ -70,6 +70,6 @@ def library_lime(reward_model: RewardModel, rollout: Rollout, row: int, params: 
 def _of_row(values: Callable, reward_model: RewardModel, rollout: Rollout, row: int, budget: int, seed: int) -> Tensor:
     reading = reward_model.readings(rollout)[row]
     credit = torch.zeros(rollout.mask.shape[1])
-    found = values(plain_scores(reward_model, reading), len(reading.response), budget, seed)
-    credit[: len(found)] = torch.from_numpy(np.asarray(found, np.float32))
+    own = values(plain_scores(reward_model, reading), len(reading.response), budget, seed)
+    credit[: len(own)] = torch.from_numpy(np.asarray(own, np.float32))
     return credit

@@ -109,7 +109,7 @@ def _spare_token(tokenizer: PreTrainedTokenizerBase) -> str:
     spare = [token for token in tokenizer.all_special_tokens if token != tokenizer.eos_token]
     if not spare:
         raise InputError(
-            "policy.name: its tokenizer has no special token besides EOS to pad with; add one to its files"
+            "policy.name: its tokenizer has no special token other than EOS to pad with; add one to its files"
         )
     return spare[0]
 

@@ -59,12 +59,12 @@ class Sides(NamedTuple):
 
     before: list[int]
     middle: list[int]
-    behind: list[int]
+    after: list[int]
     spans: Spans  # of the middle's tokens in the middle's text, as the tokenizer reports them
 
 
 def tokenise(
-    tokenizer: PreTrainedTokenizerBase, before: str, middle: str, behind: str = "", special: bool = False
+    tokenizer: PreTrainedTokenizerBase, before: str, middle: str, after: str = "", special: bool = False
 ) -> Sides:
     """Tokenise a text of three parts as the tokenizer does the whole, with its `special` tokens or without.
 
@@ -75,7 +75,7 @@ def tokenise(
         name = type(tokenizer).__name__
         raise InputError(f"{name} reports no character offsets, which finding tokens needs; take a fast tokenizer")
     start, stop = len(before), len(before) + len(middle)
-    text = before + middle + behind
+    text = before + middle + after
     whole = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, return_special_tokens_mask=True)
     ids, offsets, added = whole["input_ids"], whole["offset_mapping"], whole["special_tokens_mask"]
     head = next((t for t, flag in enumerate(added) if not flag), len(ids))
@@ -86,7 +86,7 @@ def tokenise(
     over = last > first and offsets[last - 1][1] > stop
     if over or (first < tail and text[offsets[first][0] : start].strip()):
         alone = {"add_special_tokens": False, "return_offsets_mapping": True}
-        parts = [tokenizer(part, **alone) for part in (before, middle, behind)]
+        parts = [tokenizer(part, **alone) for part in (before, middle, after)]
         own = [part["input_ids"] for part in parts]
         return Sides(ids[:head] + own[0], own[1], own[2] + ids[tail:], parts[1]["offset_mapping"])
     spans = [(max(a, start) - start, b - start) for a, b in offsets[first:last]]

@@ -360,7 +360,7 @@ def test_a_text_longer_than_the_model_is_refused(kind, name, tokenizer):
         explain(build(kind, tokenizer, **{name: fits - 1}), tokenizer, PROMPT, text)
 
 
-def test_robertas_positions_begin_behind_its_padding(bert_tokenizer):
+def test_robertas_positions_begin_after_its_padding(bert_tokenizer):
     fits = len(bert_tokenizer(PROMPT + RESPONSE)["input_ids"])
     explain(build("Roberta", bert_tokenizer, max_position_embeddings=fits + 1), bert_tokenizer, PROMPT, RESPONSE)
     with pytest.raises(InputError, match=f"at most {fits - 1}"):

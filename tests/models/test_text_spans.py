@@ -138,10 +138,10 @@ def test_token_spans_decode_little(name, monkeypatch):
 @given(st.sampled_from(sorted(TOKENIZERS)), texts, texts, texts)
 @example("unigram", "the film ", "was", "")
 @example("byte fallback", "the film", " was 🙂", " good")
-def test_tokenise_covers_the_middle_and_keeps_the_whole_where_no_token_straddles(name, before, middle, behind):
+def test_tokenise_covers_the_middle_and_keeps_the_whole_where_no_token_straddles(name, before, middle, after):
     tokenizer = TOKENIZERS[name]
     try:
-        sides = tokenise(tokenizer, before, middle, behind)
+        sides = tokenise(tokenizer, before, middle, after)
     except InputError:
         assert middle and not tokenizer(middle, add_special_tokens=False)["input_ids"] or not middle.strip()
         return
@@ -149,8 +149,8 @@ def test_tokenise_covers_the_middle_and_keeps_the_whole_where_no_token_straddles
     if middle:
         assert all(0 <= a <= b <= len(middle) for a, b in sides.spans)
         check_partition(tile(sides.spans, len(middle)), len(middle))
-    parts, whole = [*sides.before, *sides.middle, *sides.behind], tokenizer(before + middle + behind)["input_ids"]
-    apart = [t for part in (before, middle, behind) for t in tokenizer(part)["input_ids"]]
+    parts, whole = [*sides.before, *sides.middle, *sides.after], tokenizer(before + middle + after)["input_ids"]
+    apart = [t for part in (before, middle, after) for t in tokenizer(part)["input_ids"]]
     assert parts in (whole, apart)
 
 
@@ -324,7 +324,7 @@ def test_partition_refuses_and_names_a_span(spans):
         partition(spans, 5)
 
 
-def test_tile_gives_gaps_to_the_span_behind():
+def test_tile_gives_gaps_to_the_span_after():
     assert tile([(1, 3), (4, 6), (5, 6), (7, 8)], 10) == [(0, 3), (3, 6), (6, 6), (6, 10)]
     assert tile([], 4) == [] and tile([(0, 3), (1, 2), (3, 4)], 4) == [(0, 3), (3, 3), (3, 4)]
 

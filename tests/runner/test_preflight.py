@@ -160,7 +160,7 @@ def few_embeddings(folders):
         (drop_weights, "policy.name", "has no .safetensors among"),
         (break_config, "reward.name", "its config.json:"),
         (drop_tokenizer, "policy.name", "its tokenizer:"),
-        (only_eos, "policy.name", "no special token besides EOS to pad with"),
+        (only_eos, "policy.name", "no special token other than EOS to pad with"),
         (no_eos, "reward.name", "has no EOS at which to read the score"),
         (few_embeddings, "policy.name", "the model 100"),
     ],
