@@ -1,18 +1,20 @@
 # make study: the whole study on film reviews, about a quarter of an hour on two cores. make help lists the rest.
 .DEFAULT_GOAL := help
 PYTHON ?= python3.11
+LOCK ?= locks/cpu.txt
 BIN := .venv/bin
-READY := .venv/ready-$(shell cat locks/cpu.txt pyproject.toml | cksum | cut -d' ' -f1)
+CODE := dense_rlhf tests benchmarks examples setup.py
+READY := .venv/ready-$(shell cat locks/cpu.txt $(LOCK) pyproject.toml setup.py | cksum | cut -d' ' -f1)
 
 .PHONY: help env test lint smoke study report lock clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/'
 
-env: $(READY) ## make .venv from the lock
-$(READY): locks/cpu.txt pyproject.toml
+env: $(READY) ## make .venv from locks/cpu.txt; LOCK=locks/cuda.txt for a GPU
+$(READY): $(LOCK) pyproject.toml setup.py
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -r locks/cpu.txt
+	$(BIN)/python -m pip install --quiet -r $(LOCK)
 	$(BIN)/python -m pip install --quiet --no-deps -e .
 	rm -f .venv/ready-*; touch $(READY)
 
@@ -29,7 +31,8 @@ test: env ## all tests, one process a core
 	$(BIN)/python -m pytest -n $$(nproc) --dist loadfile --no-loadscope-reorder
 
 lint: env ## style of package, notebooks and tests; notebooks without outputs
-	$(BIN)/ruff check dense_rlhf notebooks tests benchmarks examples
+	$(BIN)/ruff check $(CODE) notebooks
+	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/nbstripout --verify --keep-id notebooks/*.ipynb notebooks/*/*.ipynb
 
 report: env ## render the reports of the finished runs again

@@ -1,44 +1,73 @@
-"""One environment, said three times: pyproject.toml, the lock and environment.yml must agree."""
+"""What pyproject.toml, the locks and environment.yml say of the environment, and what a wheel carries without a checkout."""
 
+import ast
+import os
 import re
+import subprocess
+import sys
 import tomllib
+import zipfile
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 
 import pytest
 import yaml
+from conftest import ROOT
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
-from dense_rlhf.runs import workspace
+from dense_rlhf import __version__
+from dense_rlhf.runs import environment_key, lay_out, shipped, workspace
+from dense_rlhf.types import InputError
 
-ROOT = workspace()
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = [Requirement(text) for texts in PROJECT["optional-dependencies"].values() for text in texts]
+DEV = [Requirement(text) for text in PROJECT["optional-dependencies"]["dev"]]
+REQUIRED = [Requirement(text) for text in PROJECT["dependencies"]]
 
 
-def pins(lines):
-    matches = (re.fullmatch(r"([A-Za-z0-9._-]+)==([^ ;]+)", line.strip()) for line in lines)
-    return {re.sub(r"[-_.]+", "-", m[1]).lower(): m[2] for m in matches if m}
+def pins(name):
+    """The versions of a lock by package; every line but comments and other locks is an exact one."""
+    lines = [line.strip() for line in (ROOT / "locks" / name).read_text().splitlines()]
+    given = [line.split("==") for line in lines if line and not line.startswith(("#", "-r "))]
+    assert all(len(pair) == 2 for pair in given)
+    return {canonicalize_name(package): exact for package, exact in given}
 
 
-def test_pyproject_is_in_the_lock():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    lines = (ROOT / "locks" / "cpu.txt").read_text().splitlines()
-    locked = pins(lines)
-    assert len(locked) == sum(1 for line in lines if line and not line.startswith("#")), "every line is a pin"
-    wanted = pins(project["dependencies"] + project["optional-dependencies"]["dev"])
-    assert {name: locked.get(name) for name in wanted} == wanted
+@pytest.mark.parametrize("requirement", [*REQUIRED, *DEV], ids=str)
+def test_the_lock_is_within_the_declared_range(requirement):
+    if requirement.name != "pip":
+        assert requirement.specifier.contains(pins("cpu.txt")[canonicalize_name(requirement.name)])
+    assert all(part.operator in (">=", "<") for part in requirement.specifier), "exact versions are the locks' business"
+
+
+def test_the_lock_for_cuda_adds_to_that_for_cpu():
+    assert "-r cpu.txt\n" in (ROOT / "locks" / "cuda.txt").read_text()
+    assert not pins("cuda.txt").keys() & pins("cpu.txt").keys()
+
+
+def test_every_import_is_declared():
+    """Of the package at any depth; what needs an extra is declared there."""
+    names = set()
+    for path in (ROOT / "dense_rlhf").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names |= {alias.name for alias in node.names} if isinstance(node, ast.Import) else set()
+            names |= {node.module} if isinstance(node, ast.ImportFrom) and node.module else set()
+    modules = {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"dense_rlhf"}
+    sold_as, declared = packages_distributions(), {canonicalize_name(r.name) for r in (*REQUIRED, *EXTRAS)}
+    missing = {m for m in modules if not {canonicalize_name(name) for name in sold_as.get(m, [m])} & declared}
+    assert not missing
 
 
 def test_environment_yml_installs_the_lock():
-    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
-    python, pip, inner = environment["dependencies"]
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert project["requires-python"] == f"=={python.split('=')[1]}.*" and pip == "pip"
+    python, pip, inner = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    low, high = PROJECT["requires-python"].split(",")
+    assert low == f">={python.split('=')[1]}" and high == "<3.14" and pip == "pip"
     assert inner["pip"] == ["-r locks/cpu.txt", "-e ."]
 
 
 def test_what_is_installed_is_what_is_locked():
-    from importlib.metadata import PackageNotFoundError, version
-
-    locked = pins((ROOT / "locks" / "cpu.txt").read_text().splitlines())
-    for name, wanted in locked.items():
+    for name, wanted in pins("cpu.txt").items():
         try:
             assert version(name).split("+")[0] == wanted, name
         except PackageNotFoundError:
@@ -46,8 +75,6 @@ def test_what_is_installed_is_what_is_locked():
 
 
 def test_no_machine_path_or_registry_host_in_the_tree():
-    import subprocess
-
     listed = subprocess.run(["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True)
     if listed.returncode:
         pytest.skip("not a git checkout")
@@ -57,3 +84,77 @@ def test_no_machine_path_or_registry_host_in_the_tree():
         is_text = path.suffix in (".py", ".md", ".yaml", ".yml", ".toml", ".txt", ".ipynb")
         if is_text and path.name != Path(__file__).name:
             assert not pattern.search(path.read_text()), name
+
+
+# ---------------------------------------------------------------------------------------------------- a workspace
+
+
+def test_a_workspace_is_the_nearest_study_folder_else_the_checkout(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert workspace() == shipped("notebooks").parent == ROOT
+    lay_out(tmp_path / "study")
+    monkeypatch.chdir(tmp_path / "study" / "notebooks" / "ablations")
+    assert workspace() == tmp_path / "study"
+    key = environment_key()
+    (tmp_path / "study" / "locks").mkdir()
+    (tmp_path / "study" / "locks" / "own.txt").write_text("torch==0.0")
+    assert environment_key() != key
+    with pytest.raises(InputError, match="study exists and is not empty; name a new folder"):
+        lay_out(tmp_path / "study")
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """The wheel, unpacked where no checkout is near; all of it read-only."""
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), "."]
+    source = folder / "source"
+    listed = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-z"], capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    for name in filter(None, listed.stdout.split("\0")):
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    built = subprocess.run(command, cwd=source, capture_output=True, text=True)
+    if "No matching distribution" in built.stderr:
+        pytest.skip("the build needs setuptools from an index")
+    assert built.returncode == 0, built.stderr
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+        wheel.extractall(folder / "site")
+    return folder / "site"
+
+
+def run_installed(site, folder, *arguments):
+    environment = os.environ | {"PYTHONPATH": str(site), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "dense_rlhf", *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_without_a_checkout_a_study_runs_in_a_folder_of_its_own(installed, tmp_path):
+    """Nothing is written into the package; the notebook here is a made-up one."""
+    before = {path: path.stat().st_mtime_ns for path in installed.rglob("*")}
+    assert run_installed(installed, tmp_path, "--version").stdout == f"dense-rlhf {__version__}\n"
+    nowhere = run_installed(installed, tmp_path, "list")
+    assert nowhere.returncode == 2 and "run `dense-rlhf new FOLDER`, then work in it" in nowhere.stderr
+    assert run_installed(installed, tmp_path, "new", "x").returncode == 0
+    again = run_installed(installed, tmp_path, "new", "x")
+    assert again.returncode == 2 and again.stderr.count("\n") == 1
+    study = tmp_path / "x"
+    for name in ("notebooks", "params"):
+        wanted = [
+            path for path in (ROOT / name).rglob("*") if path.is_file() and ".ipynb_checkpoints" not in path.parts
+        ]
+        assert {path.relative_to(ROOT) for path in wanted} == {
+            path.relative_to(study) for path in (study / name).rglob("*") if path.is_file()
+        }
+    from checkout import write_notebook
+
+    write_notebook(study / "notebooks" / "01_reward_model.ipynb", "from dense_rlhf import runs", "print(runs.__file__)")
+    done = run_installed(
+        installed, study, "run", "params/reviews.yaml", "--only", "01_reward_model", "--set", "study=s"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert str(installed) in (study / "runs" / "s" / "01_reward_model" / "notebook.ipynb").read_text()
+    assert (study / "reports" / "s" / "index.html").exists()
+    assert before == {path: path.stat().st_mtime_ns for path in installed.rglob("*")}

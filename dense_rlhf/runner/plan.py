@@ -15,12 +15,12 @@ from pathlib import Path
 from dense_rlhf.attribution import SOURCES
 from dense_rlhf.bayesopt.ledger import trial_seed
 from dense_rlhf.config.params import ABLATIONS, BENCHMARKS, RunParams, ShapeParams
-from dense_rlhf.config.parse import named
+from dense_rlhf.config.parse import module_file, named
 from dense_rlhf.config.study import StudyParams
 from dense_rlhf.data import DATASETS
-from dense_rlhf.files import content_key, file_sha256, settled_sha256
+from dense_rlhf.files import content_key, settled_sha256
 from dense_rlhf.fingerprint import cell_imports, dependencies, source_key
-from dense_rlhf.runs import RunFolder, altered, workspace
+from dense_rlhf.runs import RunFolder, altered, environment_key, workspace
 from dense_rlhf.shaping.features import check_features
 from dense_rlhf.types import InputError
 
@@ -151,7 +151,7 @@ def inputs(job: Job, flat: dict, runs: Path) -> dict:
         "notebook": cells,
         "source": source_key(*modules),
         "training": source_key(*(module for module in modules if module.split(".")[1] not in SHOWN_BY)),
-        "locks": _locks_sha256(),
+        "locks": environment_key(),
         "parameters": flat,
         "files": _files(flat),
         "upstream": {name: record.get("training_key") for name, record in finished.items()},
@@ -175,18 +175,15 @@ def _cells(notebook: Path, changed: int) -> tuple[str, tuple[str, ...]]:
     return content_key(sources), tuple(sorted(dependencies(cell_imports(sources))))
 
 
-def _locks_sha256() -> str:
-    return content_key([file_sha256(path) for path in sorted((workspace() / "locks").glob("*.txt"))])
-
-
 def _files(flat: dict) -> dict[str, str]:
-    """Hashes of the local files and models that parameters name. What a hub's branch is at now is not asked."""
+    """Hashes of the local files, models and modules that parameters name. What a hub's branch is at now is not asked."""
     named = {
         name: Path(value)
         for name, value in flat.items()
         if value and (name.endswith("_path") or name in ("policy_name", "reward_name"))
     }
     named |= {path: Path(path) for path in flat["downstream_checkpoints"]}
+    named |= {name: path for name in (flat["data_name"], *flat["shape_sources"]) if (path := module_file(name))}
     paths = {name: sorted(path.iterdir()) if path.is_dir() else [path] for name, path in named.items() if path.exists()}
     return {
         name: content_key([[path.name, settled_sha256(path)] for path in found if path.is_file()])
