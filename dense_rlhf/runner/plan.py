@@ -176,7 +176,7 @@ def _cells(notebook: Path, changed: int) -> tuple[str, tuple[str, ...]]:
 
 
 def _files(flat: dict) -> dict[str, str]:
-    """Hashes of the local files, models and modules that parameters name. What a hub's branch is at now is not asked."""
+    """Hashes of local files, models and modules that parameters name; the hub is not asked where a branch is now."""
     named = {
         name: Path(value)
         for name, value in flat.items()
