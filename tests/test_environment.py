@@ -1,4 +1,4 @@
-"""What pyproject.toml, the locks and environment.yml say of the environment, and what a wheel carries without a checkout."""
+"""pyproject.toml, locks and environment.yml agree; without a checkout a wheel is enough to run a study."""
 
 import ast
 import os
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from checkout import write_notebook
 from conftest import ROOT
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -105,7 +106,7 @@ def test_a_workspace_is_the_nearest_study_folder_else_the_checkout(tmp_path, mon
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """The wheel, unpacked where no checkout is near; all of it read-only."""
+    """The wheel of the tracked files, unpacked where no checkout is near."""
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), "."]
     source = folder / "source"
@@ -142,14 +143,10 @@ def test_without_a_checkout_a_study_runs_in_a_folder_of_its_own(installed, tmp_p
     assert again.returncode == 2 and again.stderr.count("\n") == 1
     study = tmp_path / "x"
     for name in ("notebooks", "params"):
-        wanted = [
-            path for path in (ROOT / name).rglob("*") if path.is_file() and ".ipynb_checkpoints" not in path.parts
-        ]
-        assert {path.relative_to(ROOT) for path in wanted} == {
-            path.relative_to(study) for path in (study / name).rglob("*") if path.is_file()
+        source, copy = installed.parent / "source" / name, study / name
+        assert {path.relative_to(source) for path in source.rglob("*")} == {
+            path.relative_to(copy) for path in copy.rglob("*")
         }
-    from checkout import write_notebook
-
     write_notebook(study / "notebooks" / "01_reward_model.ipynb", "from dense_rlhf import runs", "print(runs.__file__)")
     done = run_installed(
         installed, study, "run", "params/reviews.yaml", "--only", "01_reward_model", "--set", "study=s"
