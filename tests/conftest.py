@@ -54,6 +54,7 @@ DEVICE = os.environ.get("DENSE_RLHF_TEST_DEVICE", "cpu")  # cuda: models and ten
 if DEVICE != "cpu":
     OnDevice(DEVICE).__enter__()
 
+TINY = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)  # of a transformer
 SENTENCES = [
     "the film was good and the cast was great",
     "a bad plot and a worse ending, it was awful",
@@ -80,10 +81,7 @@ def make_policy(tokenizer, seed: int = 0, eos_share: float = 0.2) -> LlamaForCau
     """A random two-layer policy whose output bias makes about `eos_share` of its tokens EOS."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
+        **TINY,
         tie_word_embeddings=False,
         bos_token_id=tokenizer.eos_token_id,
         eos_token_id=tokenizer.eos_token_id,

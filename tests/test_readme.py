@@ -12,7 +12,6 @@ from conftest import ROOT
 from dense_rlhf import __main__
 from dense_rlhf.config.study import load_study
 
-
 PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 TEXT = "\n".join(PAGES.values())
 

@@ -7,7 +7,7 @@ from functools import cache
 import pytest
 import torch
 import transformers
-from conftest import jitter, make_policy, make_rollout
+from conftest import TINY, jitter, make_policy, make_rollout
 from hypothesis import given
 from hypothesis import strategies as st
 from peft.tuners.lora import LoraLayer
@@ -38,10 +38,7 @@ def built(name, vocabulary, layers=4):
     """A random causal language model of another family, heads of which layers differ where the family lets them."""
     config = getattr(transformers, f"{name}Config")(
         vocab_size=vocabulary,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
+        **TINY | {"num_hidden_layers": layers},
         num_key_value_heads=1,
         head_dim=8,
         max_position_embeddings=64,

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import PROMPTS, SENTENCES, jitter, make_rollout
+from conftest import PROMPTS, SENTENCES, TINY, jitter, make_rollout
 from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -334,15 +334,7 @@ def test_tile_gives_gaps_to_the_span_after():
 
 def reader(tokenizer, policy_tokenizer):
     """A random reward model with a vocabulary of its own."""
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_labels=1,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    config = LlamaConfig(vocab_size=len(tokenizer), **TINY, num_labels=1, pad_token_id=tokenizer.pad_token_id)
     model = jitter(LlamaForSequenceClassification(config), seed=1)
     return RewardModel(model, tokenizer, policy_tokenizer=policy_tokenizer)
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import DEVICE, PROMPTS, jitter, make_rollout
+from conftest import DEVICE, PROMPTS, TINY, jitter, make_rollout
 from torch.nn import functional as F
 from transformers import MistralConfig, MistralForCausalLM
 
@@ -179,10 +179,7 @@ def test_a_sliding_window_is_sampled_from_as_it_reads(tokenizer):
     """Greedy by a very low temperature, against a plain forward of what was drawn."""
     config = MistralConfig(
         vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
+        **TINY,
         num_key_value_heads=1,
         sliding_window=3,
         pad_token_id=tokenizer.pad_token_id,

@@ -69,7 +69,7 @@ def executed(root):
     (root / "texts.json").write_text(json.dumps(HOSTILE))
     sources = [
         "import json, pandas, sys\nfrom IPython.display import HTML, Latex, Markdown, SVG, display\n"
-        f"texts = json.load(open({str(root / 'texts.json')!r}))\nfrom dense_rlhf import display as ours",
+        f"texts = json.load(open({str(root / 'texts.json')!r}))\nfrom dense_rlhf.view import display as ours",
         "display(ours.heatmaps(texts, {'x': [1.0] * len(texts)}, 'tokens'), pandas.DataFrame({'text': texts}))",
         "pandas.set_option('display.max_colwidth', None)\npandas.DataFrame({t: [t] for t in texts})",
         "[display(kind(text)) for text in texts for kind in (HTML, Markdown, Latex)]",
@@ -159,7 +159,7 @@ def test_the_policy_of_a_page_holds_alone(browser, tmp_path):
     watched, path = Watched(browser), tmp_path / "raw.html"
     for text in TAGS:
         if "http-equiv=refresh" not in text:  # which no policy forbids
-            path.write_text(page("t", f"<p>{text}</p>", "f"), encoding="utf-8")
+            path.write_text(page("t", (f"<p>{text}</p>", ""), "f"), encoding="utf-8")
             assert not [one for one in watched.open(path) if "payload ran" in one or "dialog" in one], text
 
 

@@ -68,8 +68,7 @@ def test_executed_notebook_page(tmp_path):
         ]
     )
     nbformat.write(notebook, tmp_path / "n.ipynb")
-    body, listed = notebook_body(tmp_path / "n.ipynb")
-    made = whole_page("t", body, "f", contents=listed)
+    made = whole_page("t", notebook_body(tmp_path / "n.ipynb"), "f")
     assert "<script" not in made and "<img src=x" not in made and "alert(2)" not in made
     assert "kept" in made and "<math" in made and "Content-Security-Policy" in made
     assert [image["alt"] for image in BeautifulSoup(made, "html.parser").find_all("img")] == ['a "quoted" <alt>']

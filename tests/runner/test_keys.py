@@ -88,7 +88,9 @@ def test_a_finished_study_is_cached(checkout):
     assert set(planned(checkout).values()) == {"cached"}
 
 
-@pytest.mark.parametrize("name", ["training/inner_loop.py", "ppo/losses.py", "attribution/engine.py", "view/figures.py"])
+@pytest.mark.parametrize(
+    "name", ["training/inner_loop.py", "ppo/losses.py", "attribution/engine.py", "view/figures.py"]
+)
 def test_words_repeat_nothing(edited, name):
     assert set(edited(f"dense_rlhf/{name}", with_words).values()) == {"cached"}
 

@@ -418,9 +418,7 @@ def test_papermill_gets_lines_and_no_widget(tmp_path):
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(SCRIPT)])
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
     nbformat.write(notebook, tmp_path / "in.ipynb")
-    papermill.execute_notebook(
-        tmp_path / "in.ipynb", tmp_path / "out.ipynb", progress_bar=False, cwd=str(workspace())
-    )
+    papermill.execute_notebook(tmp_path / "in.ipynb", tmp_path / "out.ipynb", progress_bar=False, cwd=str(workspace()))
     outputs = nbformat.read(tmp_path / "out.ipynb", 4).cells[0].outputs
     assert {(out.output_type, out.get("name")) for out in outputs} == {("stream", "stderr")}
     text = "".join(out.text for out in outputs)
