@@ -4,8 +4,8 @@
     python examples/run_on_a_cluster.py ray                # the cluster at RAY_ADDRESS, or one that starts here
     python examples/run_on_a_cluster.py slurm              # without SLURM: submitit's own processes on this machine
 
-The command line does the same: `python -m dense_rlhf run params/ablations/kl.yaml --executor ray`. What machines must
-share, and what becomes of lost nodes, is in `docs/cluster_ray.md` and `docs/cluster_slurm.md`.
+The command line does the same: `dense-rlhf run params/ablations/kl.yaml --executor ray`. What machines must
+share, and what happens when a node is lost, is in `docs/cluster_ray.md` and `docs/cluster_slurm.md`.
 """
 
 import argparse
@@ -22,7 +22,7 @@ STUDY = workspace() / "params" / "ablations" / "kl.yaml"
 
 
 def main(where: str, dry_run: bool = False, study: Path = STUDY, settings: tuple[str, ...] = ("size=smoke",)) -> list:
-    """The records of all runs, or none of a dry run."""
+    """The records of all runs; none after a dry run."""
     grid = load_study(study, settings)
     jobs, folder = expand(grid), runs_folder(grid)
     why = reasons(jobs, folder, grid.workers)
@@ -31,7 +31,7 @@ def main(where: str, dry_run: bool = False, study: Path = STUDY, settings: tuple
         return []
     logs, minutes = str(folder / ".slurm"), grid.timeout_minutes
     machines = executor(where, grid.workers, cpus=grid.run.threads or 1, gpus=None, minutes=minutes, logs=logs)
-    records = run_grid(grid, print, executor=machines)  # runs that are finished are not repeated
+    records = run_grid(grid, executor=machines)  # runs that are finished are not repeated
     print(f"open {write_reports(grid, records)}")
     return records
 
