@@ -29,8 +29,8 @@ def _study(arguments: argparse.Namespace):
 def _run(arguments: argparse.Namespace) -> int:
     from dense_rlhf.runner.console import failures, planned, selected, summary
     from dense_rlhf.runner.grid import check_data
-    from dense_rlhf.runner.jobs import GOOD
     from dense_rlhf.runner.plan import expand, reasons, runs_folder
+    from dense_rlhf.runs import GOOD
 
     study = _study(arguments)
     jobs, folder = expand(study), runs_folder(study)
@@ -72,14 +72,16 @@ def _records(arguments: argparse.Namespace, study, names: list[str]) -> list[dic
 
 
 def _reports(study, jobs: list, records: list[dict]) -> Path:
-    """The study's index; pages are rendered again if a run is newer than they are."""
+    """The study's index; pages are rendered again if a run is newer than they are, or other code drew them."""
+    from dense_rlhf.report import pages_key
     from dense_rlhf.runner.plan import runs_folder
     from dense_rlhf.runs import RunFolder, workspace
 
     index = workspace() / "reports" / study.study / "index.html"
     written = index.stat().st_mtime if index.exists() else 0
     newest = max((path.stat().st_mtime for path in runs_folder(study).glob("*/run.json")), default=0)
-    if {record["status"] for record in records} <= {"cached"} and newest <= written:
+    drawn = RunFolder(index.parent).load_json("summary.json").get("pages") if written else None
+    if {record["status"] for record in records} <= {"cached"} and newest <= written and drawn == pages_key():
         return index
     from dense_rlhf.report.write import write_reports
 

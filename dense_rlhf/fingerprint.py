@@ -116,10 +116,3 @@ def cell_imports(cells: Iterable[str]) -> frozenset[str]:
         with suppress(SyntaxError):  # magics
             names |= _named(ast.parse(cell))
     return _resolved(names)
-
-
-@cache
-def package_sha256() -> str:
-    """Hash of all of this package, its code and the weights it ships."""
-    files = sorted(path for path in PACKAGE.rglob("*") if path.suffix in (".py", ".safetensors"))
-    return content_key([(path.name, file_sha256(path)) for path in files])

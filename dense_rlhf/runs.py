@@ -34,6 +34,7 @@ STUDY_FOLDERS = ("notebooks", "params")  # what makes a folder a workspace
 README = f"""A study with dense-rlhf {__version__}: each of notebooks/ asks one question, each of params/ is a study.
 `dense-rlhf run params/reviews.yaml` runs one; its runs are kept in runs/, its pages open at reports/index.html.
 """
+GOOD = ("ok", "cached")  # states of a run that left what it should
 PACKAGES = ("torch", "transformers", "trl", "shap", "lime", "botorch", "papermill", "numpy", "pandas")
 
 

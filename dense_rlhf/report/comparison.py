@@ -65,7 +65,7 @@ def _line(found: Finding, claim: Claim) -> str:
         return f"Dense rewards did not help: {named} ended below {base} at equal updates and at equal KL."
     if base == "reference":
         return "It cannot be told whether dense rewards helped: no sparse arm has finished."
-    if not any(case.told for case in claim.cases):
+    if not any(case.has_interval for case in claim.cases):
         return "It cannot be told whether dense rewards helped: one seed says nothing of others."
     if decided := [f"{case.arm} {case.verdict}" for case in claim.cases if case.verdict != UNDECIDED]:
         return f"It cannot be told whether dense rewards helped: the arms disagree ({', '.join(decided)})."
@@ -90,14 +90,14 @@ def _grounds(found: Finding, claim: Claim) -> dict[str, str]:
 
 def _spokesman(found: Finding, claim: Claim) -> Arm:
     """The arm whose answer is surest; where none has an interval, the one with the highest gold."""
-    told = [case for case in claim.cases if case.told]
+    told = [case for case in claim.cases if case.has_interval]
     if not told:
         return found.of_kind(DENSE)[0]
-    return found.arms[min(told, key=lambda c: (c.nearest, -found.arms[c.arm].gold.mean)).arm]
+    return found.arms[min(told, key=lambda c: (c.raw_p, -found.arms[c.arm].gold.mean)).arm]
 
 
 def _sure(found: Finding, claim: Claim, best: Arm) -> str:
-    case = next((case for case in claim.cases if case.arm == best.name and case.told), None)
+    case = next((case for case in claim.cases if case.arm == best.name and case.has_interval), None)
     if case is None:
         return f"{basis(found)} No interval: that takes two seeds."
     return (
@@ -199,46 +199,23 @@ def _laws(found: Finding) -> str:
     return table(f"{what}; 95 % t intervals over seeds", list(fitted.columns), cells) if cells else ""
 
 
+COLUMNS = {"gold, mean": "gold", "gold, IQM": "iqm", "KL (nats)": "kl", "win rate": "win"}
+COLUMNS |= {"win rate, equal length": "win_lc", "gain": "gain", "gain at equal KL": "gain_at_kl"}
+COLUMNS |= {"P(improvement)": "improves"}  # heading: field of an arm
+
+
 def _arm_table(arms: Sequence[Arm]) -> str:
-    head = (
-        "arm",
-        "kind",
-        "seeds",
-        "gold, mean",
-        "gold, IQM",
-        "KL (nats)",
-        "win rate",
-        "win rate, equal length",
-        "gain",
-        "gain at equal KL",
-        "P(improvement)",
-        "training",
-        "explaining",
-    )
-    cells = [
+    rows = [
         [
-            esc(a.name),
-            a.kind,
-            str(len(a.seeds)),
-            cell(a.gold),
-            cell(a.iqm),
-            cell(a.kl),
-            cell(a.win),
-            cell(a.win_lc),
-            cell(a.gain),
-            cell(a.gain_at_kl),
-            cell(a.improves),
+            *(esc(a.name), a.kind, str(len(a.seeds))),
+            *(cell(getattr(a, field)) for field in COLUMNS.values()),
             duration(a.seconds) if a.seconds else "–",
-            f"{a.explain:.0%}" if a.explain is not None else "–",
+            "–" if a.explain is None else f"{a.explain:.0%}",
         ]
         for a in arms
     ]
-    return table(
-        "Every arm, with 95 % intervals over seeds (IQM: from five seeds on); gold in log-odds, wins over the "
-        "untrained reference",
-        head,
-        cells,
-    )
+    what = "95 % intervals over seeds (IQM: from five seeds on); gold in log-odds, wins over the untrained reference"
+    return table(f"Every arm, with {what}", ("arm", "kind", "seeds", *COLUMNS, "training", "explaining"), rows)
 
 
 def cell(interval: Interval | None) -> str:

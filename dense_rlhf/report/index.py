@@ -8,29 +8,23 @@ from dense_rlhf.config.params import ABLATIONS, BENCHMARKS
 from dense_rlhf.evaluation.findings import Finding
 from dense_rlhf.report.charts import spark
 from dense_rlhf.report.comparison import Verdict, verdict, verdict_html
-from dense_rlhf.report.page import GOOD, chip, link, sections, table
+from dense_rlhf.report.page import chip, link, sections, table
+from dense_rlhf.runs import GOOD
 from dense_rlhf.view.escape import esc
 from dense_rlhf.view.live import duration
 
 QUESTION = "Which tokens earned the reward?"
 
 
+RUN = ("job", "notebook", "dataset", "arm", "seed", "status", "error", "seconds", "page", "files")
+
+
 def summary(
-    study: str,
-    seeds: Sequence[int],
-    records: Sequence[Mapping],
-    found: Sequence[Finding],
-    pages: Mapping[str, str],
-    left: Mapping[str, Sequence[str]],
-    lost: Sequence[str],
+    study: str, seeds: Sequence[int], records: Sequence[Mapping], findings: Sequence[Finding], lost: Sequence[str]
 ) -> dict:
-    """What an index tells of a study: its runs with their `pages` and the files they `left`, its arms with their
-    numbers, and what was `lost` in rendering."""
-    runs = [
-        {key: r.get(key) for key in ("job", "notebook", "dataset", "arm", "seed", "status", "error", "seconds")}
-        | {"page": pages.get(str(r.get("job"))), "files": list(left.get(str(r.get("job")), ()))}
-        for r in records
-    ]
+    """What an index says of a study: its runs, each with its page and files; its arms with their numbers; and what was
+    `lost` in rendering."""
+    runs = [{key: r.get(key) for key in RUN} for r in records]
     newest = max(records, key=lambda r: r.get("started") or 0)
     return {
         "study": study,
@@ -40,7 +34,7 @@ def summary(
         "seconds": sum(r.get("seconds") or 0 for r in records),
         "commit": newest.get("commit", "unknown"),
         "started": newest.get("started") or 0,
-        "datasets": {f.dataset: _numbers(f) for f in found},
+        "datasets": {f.dataset: _numbers(f) for f in findings},
     }
 
 

@@ -8,12 +8,11 @@ from functools import cache
 from pathlib import Path
 from urllib.parse import quote
 
-from dense_rlhf.fingerprint import PACKAGE
+from dense_rlhf.report import TEMPLATE
+from dense_rlhf.runs import GOOD
 from dense_rlhf.view.escape import esc, scrub
 from dense_rlhf.view.live import duration
 
-TEMPLATE = PACKAGE / "report" / "template"
-GOOD = ("ok", "cached")
 LIMIT = 2_000_000  # characters of a page
 
 
@@ -26,23 +25,23 @@ def _template():
 
 def page(
     title: str,
-    body: str,
+    content: tuple[str, str],
     footer: str,
     trail: Sequence[tuple[str, str]] = (),
-    contents: str = "",
     made_from: str = "",
     root: Path | None = None,
 ) -> str:
-    """A whole HTML page around `body`; `trail` is the way here as (text, target), `made_from` what it was made of."""
+    """A whole HTML page; `content` is its body and table of contents, `trail` the way here as (text, target),
+    `made_from` the key of what it was made of; paths below `root` become relative."""
     template, style = _template()
     links = "".join(f"<li>{link(target, esc(text))}</li>" for text, target in trail)
     parts = {
         "title": title,
-        "body": body,
+        "body": content[0],
         "footer": footer,
         "style": style,
         "trail": links,
-        "contents": contents,
+        "contents": content[1],
         "made_from": made_from,
     }
     return scrub(template.render(parts), root)

@@ -13,148 +13,36 @@ from dense_rlhf.view.escape import visible
 if TYPE_CHECKING:
     from bs4 import BeautifulSoup, Tag
 
-TEXT = {
-    "a",
-    "abbr",
-    "b",
-    "blockquote",
-    "br",
-    "caption",
-    "code",
-    "col",
-    "colgroup",
-    "dd",
-    "del",
-    "details",
-    "div",
-    "dl",
-    "dt",
-    "em",
-    "figcaption",
-    "figure",
-    "h1",
-    "h2",
-    "h3",
-    "h4",
-    "h5",
-    "h6",
-    "hr",
-    "i",
-    "img",
-    "ins",
-    "kbd",
-    "li",
-    "mark",
-    "ol",
-    "p",
-    "pre",
-    "progress",
-    "q",
-    "s",
-    "samp",
-    "section",
-    "small",
-    "span",
-    "strong",
-    "sub",
-    "summary",
-    "sup",
-    "table",
-    "tbody",
-    "td",
-    "tfoot",
-    "th",
-    "thead",
-    "tr",
-    "u",
-    "ul",
-    "var",
-    "wbr",
-}
-MATH = {
-    "math",
-    "mfenced",
-    "mfrac",
-    "mi",
-    "mlabeledtr",
-    "mmultiscripts",
-    "mn",
-    "mo",
-    "mover",
-    "mpadded",
-    "mphantom",
-    "mroot",
-    "mrow",
-    "mspace",
-    "msqrt",
-    "mstyle",
-    "msub",
-    "msubsup",
-    "msup",
-    "mtable",
-    "mtd",
-    "mtext",
-    "mtr",
-    "munder",
-    "munderover",
-}
-DROPPED = {
-    "script",
-    "style",
-    "template",
-    "iframe",
-    "object",
-    "embed",
-    "noscript",
-    "svg",
-    "title",
-    "textarea",
-    "select",
-    "video",
-    "audio",
-    "canvas",
-    "head",
-    "link",
-    "meta",
-    "base",
-    "annotation",
-    "annotation-xml",
-}
-ATTRIBUTES = {
-    "class",
-    "title",
-    "lang",
-    "dir",
-    "role",
-    "scope",
-    "colspan",
-    "rowspan",
-    "alt",
-    "value",
-    "max",
-    "open",
-    "start",
-    "aria-label",
-    "aria-hidden",
-    "headers",
-}
-MATH_ATTRIBUTES = {
-    "display",
-    "mathvariant",
-    "stretchy",
-    "fence",
-    "form",
-    "lspace",
-    "rspace",
-    "linethickness",
-    "columnalign",
-    "accent",
-    "separator",
-    "movablelimits",
-    "minsize",
-    "maxsize",
-    "width",
-}
+TEXT = set(
+    """
+    a abbr b blockquote br caption code col colgroup dd del details div dl dt em figcaption figure h1 h2 h3 h4
+    h5 h6 hr i img ins kbd li mark ol p pre progress q s samp section small span strong sub summary sup table
+    tbody td tfoot th thead tr u ul var wbr
+    """.split()
+)
+MATH = set(
+    """
+    math mfenced mfrac mi mlabeledtr mmultiscripts mn mo mover mpadded mphantom mroot mrow mspace msqrt mstyle
+    msub msubsup msup mtable mtd mtext mtr munder munderover
+    """.split()
+)
+DROPPED = set(
+    """
+    script style template iframe object embed noscript svg title textarea select video audio canvas head link
+    meta base annotation annotation-xml
+    """.split()
+)
+ATTRIBUTES = set(
+    """
+    class title lang dir role scope colspan rowspan alt value max open start aria-label aria-hidden headers
+    """.split()
+)
+MATH_ATTRIBUTES = set(
+    """
+    display mathvariant stretchy fence form lspace rspace linethickness columnalign accent separator
+    movablelimits minsize maxsize width
+    """.split()
+)
 STYLE = re.compile(
     r"\s*(color|background|background-color|font-(?:weight|size|style|variant-numeric)|text-align"
     r"|opacity|white-space|max-width|width|display|flex-wrap|justify-content|gap|margin|padding(?:-left)?"

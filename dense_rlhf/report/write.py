@@ -14,14 +14,14 @@ from dense_rlhf.config.params import ABLATIONS, BENCHMARKS
 from dense_rlhf.config.study import StudyParams
 from dense_rlhf.evaluation.findings import Finding, findings
 from dense_rlhf.files import content_key, file_sha256, write_json, write_text
-from dense_rlhf.fingerprint import package_sha256
 from dense_rlhf.report import index as drawn
+from dense_rlhf.report import pages_key
 from dense_rlhf.report.charts import thumbnail
 from dense_rlhf.report.comparison import ablation_page, across_html, dataset_page
 from dense_rlhf.report.notebook_page import notebook_body
-from dense_rlhf.report.page import GOOD, chip, footer, made_from, page
+from dense_rlhf.report.page import chip, footer, made_from, page
 from dense_rlhf.report.settings import in_order, settings_html
-from dense_rlhf.runs import RunFolder, workspace
+from dense_rlhf.runs import GOOD, RunFolder, workspace
 from dense_rlhf.types import InputError
 from dense_rlhf.view.escape import esc
 
@@ -47,31 +47,24 @@ def write_run_page(record: dict, run: RunFolder, target: Path) -> bool:
     if not notebook.exists():
         return False
     known = {key: value for key, value in record.items() if key not in ("status", "artefacts")}
-    key = content_key([file_sha256(notebook), str(known), record["status"] in GOOD, package_sha256(), _template()])
+    key = content_key([file_sha256(notebook), str(known), record["status"] in GOOD, pages_key()])
     if made_from(target) == key:
         return True
-    study, (body, listed) = run.path.parent.name, notebook_body(notebook)
+    study, (body, contents) = run.path.parent.name, notebook_body(notebook)
     failed = f"<p class='failed'>{chip(record['status'])} {esc(record['error'])}</p>" if record.get("error") else ""
     links = f"<p class='small'>Executed {drawn.files(study, run.path.name, left_by(run))}</p>"
     write_text(
         target,
         page(
             record["job"],
-            failed + warned(run, in_full=True) + body + links,
+            (failed + warned(run, in_full=True) + body + links, contents),
             footer(record, run.parameters()),
             [ALL, (study, "index.html")],
-            listed,
             key,
             workspace(),
         ),
     )
     return True
-
-
-def _template() -> str:
-    from dense_rlhf.report.page import TEMPLATE
-
-    return content_key([file_sha256(path) for path in sorted(TEMPLATE.iterdir()) if path.is_file()])
 
 
 def left_by(run: RunFolder) -> list[str]:
@@ -91,15 +84,15 @@ def write_reports(study: StudyParams, records: list[dict]) -> Path:
     pages, lost = _run_pages(records, runs, folder)
     done = [runs[r["job"]] for r in records if r["status"] in GOOD]
     found = in_order(_comparisons(study, records, runs, folder, done, lost), study.comparisons)
-    left = {job: left_by(run) for job, run in runs.items()}
-    told = drawn.summary(study.study, study.seeds, records, found, pages, left, lost)
-    write_json(folder / "summary.json", told)
+    listed = [r | {"page": pages.get(r["job"]), "files": left_by(runs[r["job"]])} for r in records]
+    told = drawn.summary(study.study, study.seeds, listed, found, lost) | {"pages": pages_key()}
     notes = {job: warned(run, in_full=False) for job, run in runs.items()}
     thumbnails = {job: thumbnail(runs[job].file("notebook.ipynb")) for job in _pictured(records, pages)}
     beside = settings_html(found, study.comparisons) or across_html(found)
-    body, listed = drawn.study_index(told, thumbnails, notes, beside)
+    content = drawn.study_index(told, thumbnails, notes, beside)
     index = folder / "index.html"
-    write_text(index, page(study.study, body, _footer(records, study.seeds), [ALL], listed, root=root))
+    write_text(index, page(study.study, content, _footer(records, study.seeds), [ALL], root=root))
+    write_json(folder / "summary.json", told)
     write_overview(root)
     return index
 
@@ -136,10 +129,10 @@ def _comparisons(
     for record in records:
         if record["notebook"] in ABLATIONS + BENCHMARKS and record["status"] in GOOD:
             made.append((record["job"], ablation_page(study.study, runs[record["job"]])))
-    for name, (body, listed) in made:
+    for name, content in made:
         write_text(
             folder / f"comparison-{name}.html",
-            page(f"comparison: {name}", body, _footer(records, study.seeds), trail, listed, root=workspace()),
+            page(f"comparison: {name}", content, _footer(records, study.seeds), trail, root=workspace()),
         )
     return found
 
@@ -166,15 +159,14 @@ def write_overview(root: Path) -> Path:
         jobs = [r["job"] for r in found["runs"] if r["page"] and r["notebook"] != "04_ppo"]
         notebooks = (root / "runs" / found["study"] / job / "notebook.ipynb" for job in reversed(jobs))
         pictures[found["study"]] = next(filter(None, map(thumbnail, notebooks)), "")
-    body, listed = drawn.overview(studies, pictures)
+    content = drawn.overview(studies, pictures)
     commits = sorted({str(found["commit"]) for found in studies})
     write_text(
         folder / "index.html",
         page(
             drawn.QUESTION,
-            body,
+            content,
             f"<p>{len(studies)} studies, made from commits {esc(', '.join(commits))}</p>",
-            contents=listed,
             root=root,
         ),
     )

@@ -10,8 +10,9 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from dense_rlhf.runner.jobs import BAD, GOOD, STATES, state
+from dense_rlhf.runner.jobs import BAD, STATES, state
 from dense_rlhf.runner.plan import Job, act, describe
+from dense_rlhf.runs import GOOD
 from dense_rlhf.types import InputError
 
 

@@ -17,9 +17,9 @@ from dense_rlhf.fingerprint import source_key
 from dense_rlhf.runner.console import Screen, tally
 from dense_rlhf.runner.execution import Limits
 from dense_rlhf.runner.executors import Local
-from dense_rlhf.runner.jobs import BAD, GOOD, blank, cancel, finish, finished, held_by, run_job
+from dense_rlhf.runner.jobs import BAD, blank, cancel, finish, finished, held_by, run_job
 from dense_rlhf.runner.plan import Job, awaits, expand, runs_folder, threads_of
-from dense_rlhf.runs import RunFolder, finished_runs, workspace
+from dense_rlhf.runs import GOOD, RunFolder, finished_runs, workspace
 from dense_rlhf.types import InputError
 
 PATIENCE = 1.0  # seconds until a job that another process runs is looked at again

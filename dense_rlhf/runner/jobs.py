@@ -22,7 +22,6 @@ from dense_rlhf.runs import RunFolder, artefacts, provenance
 from dense_rlhf.types import InputError
 
 STATES = ("ok", "cached", "running", "failed", "timeout", "killed", "cancelled", "stale", "pending")
-GOOD = ("ok", "cached")
 BAD = ("failed", "timeout", "killed")  # also cancelled, which is no fault of its own
 RUNNING = ".running"
 

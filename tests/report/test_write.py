@@ -1,7 +1,9 @@
 """Pages are safe and whole: hostile text is escaped, nothing is fetched, figures carry alt text."""
 
 import re
+from types import SimpleNamespace
 
+import made_study
 import nbformat
 import pandas as pd
 import pytest
@@ -9,9 +11,12 @@ from bs4 import BeautifulSoup
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dense_rlhf.__main__ import _reports
+from dense_rlhf.files import write_json
 from dense_rlhf.report import write as report
 from dense_rlhf.report.notebook_page import notebook_body
 from dense_rlhf.report.page import page as whole_page
+from dense_rlhf.runs import RunFolder
 from dense_rlhf.shaping import token_mdp
 from dense_rlhf.view import display
 from dense_rlhf.view.escape import esc
@@ -160,3 +165,18 @@ def test_hostile_warnings_stay_text(study, text):
 @pytest.mark.parametrize("warnings", [[], None])
 def test_a_healthy_run_has_no_column(study, warnings):
     assert all("class='warned'" not in page for page in study(warnings))
+
+
+def test_pages_of_finished_runs_are_drawn_again_by_other_code_only(tmp_path, monkeypatch):
+    for name in ("notebooks", "params"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    cached = [record | {"status": "cached"} for record in made_study.ablation(tmp_path, "ablated")]
+    given = made_study.Study("ablated", {}, (0,)), [SimpleNamespace(name="ppo")], cached
+    index = _reports(*given)
+    index.write_text("kept")
+    assert _reports(*given).read_text() == "kept"
+    summary = RunFolder(index.parent).load_json("summary.json")
+    write_json(index.parent / "summary.json", summary | {"pages": "of older code"})
+    assert _reports(*given).read_text() != "kept"
+    assert RunFolder(index.parent).load_json("summary.json") == summary
