@@ -1,8 +1,8 @@
-"""How sure a comparison of few trainings is. Seeds are the unit: a run's value is its mean over prompts, and an
-interval says where the mean over seeds that were not run may lie.
+"""Intervals, tests and power for comparisons of few trainings. Seeds are the unit: a run's value is its mean over
+prompts, and an interval is for the mean over all seeds that could have been run.
 
-Held-out prompts are the same for every run and count as fixed: no interval over seeds speaks of other prompts. What a
-single run says of its own prompts or responses is what `bootstrap` is for.
+Held-out prompts are the same for every run and count as fixed: intervals over seeds do not generalise to other
+prompts. `bootstrap` is for the prompts or responses of a single run.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     import pandas as pd
 
 ALPHA = 0.05  # intervals are at 1 - ALPHA, tests at ALPHA
-FEWEST = 5  # seeds a task, below which resampling them gives no interval
-Tasks = Sequence[Sequence[float]]  # of tasks (datasets), of one value a seed
+FEWEST = 5  # seeds per task that resampling needs for an interval
+Tasks = Sequence[Sequence[float]]  # for each task (dataset), one value per seed
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean (or another statistic) with its 95 % interval; without finite bounds where nothing is known of it."""
+    """A mean (or another statistic) with its 95 % interval; the bounds are infinite if it is unknown."""
 
     mean: float
     low: float
@@ -38,47 +38,47 @@ class Interval:
 
     @property
     def known(self) -> bool:
-        """Whether it is an interval at all: one seed has none."""
+        """Whether the interval is known: that takes two seeds."""
         return not (self.low == -math.inf and self.high == math.inf)
 
     def apart(self, other: Interval) -> bool:
-        """True where the two intervals do not overlap."""
+        """Whether the two intervals do not overlap."""
         return self.low > other.high or other.low > self.high
 
 
 @dataclass(frozen=True)
 class Difference(Interval):
-    """Mean of ours less theirs over seeds, with its interval and a two-sided test that it is zero."""
+    """Mean of ours less theirs over seeds, with its interval and a two-sided test of zero difference."""
 
-    p: float  # 1 where nothing is known
+    p: float  # 1 if unknown
     error: float  # standard error of the mean
-    df: float  # its degrees of freedom; 0 where nothing is known
-    g: float  # Hedges' g: in standard deviations of a single run, free of the bias of few
-    seeds: int  # of the side that has fewer
+    df: float  # degrees of freedom of `error`; 0 if unknown
+    g: float  # Hedges' g: the mean in standard deviations of a single run, corrected for few seeds
+    seeds: int  # of the side with fewer
     paired: bool
 
 
 def _numbers(values: Sequence[float] | np.ndarray) -> np.ndarray:
-    found = np.asarray(values, float)
-    if found.ndim != 1 or not len(found) or not np.isfinite(found).all():
-        raise InputError(f"an interval of nothing: {str(values)[:80]}; wanted finite numbers, one or more, in a row")
-    return found
+    array = np.asarray(values, float)
+    if array.ndim != 1 or not len(array) or not np.isfinite(array).all():
+        raise InputError(f"no interval of {str(values)[:80]}; wanted a flat list of one or more finite numbers")
+    return array
 
 
 # ---------------------------------------------------------------------------------------------------- means
 
 
 def t_interval(values: Sequence[float] | np.ndarray) -> Interval:
-    """Mean of one value a seed, (S,), with Student's t interval; a single one has no interval.
+    """Mean of one value per seed, (S,), with Student's t interval; unknown for a single seed.
 
-    Exact where seeds vary normally. Raises `InputError` for none, or for a number that is not finite.
+    Exact if seeds vary normally. Raises `InputError` for no values, or a value that is not finite.
     """
-    found = _numbers(values)
-    return Interval(*_around(found.mean(), _error(found), len(found) - 1))
+    array = _numbers(values)
+    return Interval(*_around(array.mean(), _error(array), len(array) - 1))
 
 
 def _error(values: np.ndarray) -> float:
-    """Standard error of a mean, 0 for a single value: the degrees of freedom say that it is unknown."""
+    """Standard error of a mean; 0 for a single value, whose 0 degrees of freedom mark it as unknown."""
     return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
 
 
@@ -92,18 +92,18 @@ def _around(mean: float, error: float, df: float) -> tuple[float, float, float]:
 def bootstrap(
     values: Sequence[float] | np.ndarray, repeats: int = 2000, seed: int = 0, statistic: Callable = np.mean
 ) -> Interval:
-    """Mean (or median) of one run's prompts or responses, (N,), with a percentile interval that resamples them.
+    """Mean (or median) over one run's prompts or responses, (N,), with a percentile interval that resamples them.
 
-    It speaks of this run on other prompts, not of other seeds.
+    The interval is for this run on other prompts, not for other seeds.
     """
-    found = _numbers(values)
-    draws = statistic(np.random.default_rng(seed).choice(found, (repeats, len(found))), axis=1)
+    array = _numbers(values)
+    draws = statistic(np.random.default_rng(seed).choice(array, (repeats, len(array))), axis=1)
     low, high = np.quantile(draws, [ALPHA / 2, 1 - ALPHA / 2])
-    return Interval(float(statistic(found)), float(low), float(high))
+    return Interval(float(statistic(array)), float(low), float(high))
 
 
 def over_seeds(by_seed: Sequence[Sequence[float] | np.ndarray]) -> Interval:
-    """`t_interval` of each seed's mean over its prompts; `by_seed` holds one array of per-prompt values a seed."""
+    """`t_interval` of each seed's mean over its prompts; `by_seed` holds an array of values by prompt for each seed."""
     return t_interval([_numbers(values).mean() for values in by_seed])
 
 
@@ -111,9 +111,9 @@ def over_seeds(by_seed: Sequence[Sequence[float] | np.ndarray]) -> Interval:
 
 
 def paired(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
-    """Mean of ours less theirs, (S,) both, by the paired t test: entry s of both is the same seed.
+    """Mean of ours less theirs, both (S,) in the same order of seeds, by Student's paired t test.
 
-    Right only where a seed gives both the same prompts in the same order and the same start; else see `welch`.
+    For seeds that give both sides the same prompts in the same order and the same start; otherwise use `welch`.
     """
     a, b = _numbers(ours), _numbers(theirs)
     if len(a) != len(b):
@@ -122,7 +122,7 @@ def paired(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
 
 
 def welch(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
-    """Mean of ours less that of theirs, of independent seeds, with degrees of freedom by Welch and Satterthwaite."""
+    """Mean of ours less mean of theirs, over independent seeds, by Welch's t test (Satterthwaite's df)."""
     a, b = _numbers(ours), _numbers(theirs)
     df = 0.0
     if min(len(a), len(b)) > 1:
@@ -141,9 +141,9 @@ def _difference(a: np.ndarray, b: np.ndarray, error: float, df: float, is_paired
 
 
 def hedges_g(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """Difference in pooled standard deviations of one run, times Hedges' exact correction (1981); NaN where unknown.
+    """Difference in pooled standard deviations of one run, times Hedges' exact correction (1981); NaN if unknown.
 
-    For pairs too, so that effects compare: the correction then takes the seeds as independent.
+    Treats paired seeds as independent too, so that effect sizes are comparable.
     """
     from scipy.special import gammaln
 
@@ -157,7 +157,7 @@ def hedges_g(ours: Sequence[float], theirs: Sequence[float]) -> float:
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """p-values corrected so that all tests together err at most as often as one would (Holm, 1979), in their order."""
+    """p-values, in their order, corrected to bound the chance of any false positive among all tests (Holm, 1979)."""
     values = np.asarray(p, float)
     order, m = values.argsort(kind="stable"), len(values)
     stepped = np.maximum.accumulate(values[order] * (m - np.arange(m))) if m else values
@@ -167,9 +167,10 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def power(difference: float, error: float, df: float, alpha: float = ALPHA) -> float:
-    """Chance that a two-sided t test with this standard error sees a true `difference`: P(|t| > c), t noncentral.
+    """Chance that a two-sided t test with this standard error detects a true `difference`: P(|t| > c), t noncentral.
 
-    Averaged over the spreads that may be met: scipy's noncentral t fails for effects as large as two seeds ask.
+    Averages over the distribution of the estimated standard error; scipy's noncentral t fails for the large effects
+    that two seeds need.
     """
     from scipy.special import ndtr, stdtrit
 
@@ -179,37 +180,36 @@ def power(difference: float, error: float, df: float, alpha: float = ALPHA) -> f
 
 @lru_cache(maxsize=16)
 def _spreads(df: float, n: int = 2000) -> np.ndarray:
-    """Standard errors that may be met, over the true one: n equally likely ones."""
+    """Estimated over true standard error: n equally likely ratios."""
     from scipy.special import gammaincinv
 
     return np.sqrt(gammaincinv(df / 2, (np.arange(n) + 0.5) / n) * 2 / df)
 
 
-def detectable(found: Difference, chance: float = 0.8, tests: int = 1) -> float:
-    """The difference that these seeds would have shown with this chance: "with S seeds, x would have been seen".
+def detectable(measured: Difference, chance: float = 0.8, tests: int = 1) -> float:
+    """The smallest true difference that this many seeds detect with this chance; infinite for one seed.
 
-    Takes the spread that was met as the true one, and Holm's first step where it is one of several `tests`. Infinite
-    for one seed.
+    Takes the measured standard error as the true one. With several `tests` the level is that of Holm's first step.
     """
     from scipy.optimize import brentq
 
-    if found.df <= 0:
+    if measured.df <= 0:
         return math.inf
     alpha = ALPHA / tests
     high = 1.0
-    while power(high, 1.0, found.df, alpha) < chance:
+    while power(high, 1.0, measured.df, alpha) < chance:
         high *= 2
-    return found.error * float(brentq(lambda x: power(x, 1.0, found.df, alpha) - chance, 0, high))
+    return measured.error * float(brentq(lambda x: power(x, 1.0, measured.df, alpha) - chance, 0, high))
 
 
 # ---------------------------------------------------------------------------------------------------- over tasks
 
 
 def interquartile_mean(tasks: Tasks, repeats: int = 20_000, seed: int = 0) -> Interval:
-    """Mean of the middle half of all runs' values (rliable: Agarwal et al., 2021); of three or fewer, of all.
+    """Mean of the middle half of all runs' values (rliable: Agarwal et al., 2021); of all values, if three or fewer.
 
-    The interval resamples seeds within each task. Percentiles are expanded for few seeds (Hesterberg, 2015), and below
-    `FEWEST` in any task there is none: so few distinct resamples say nothing.
+    The interval resamples seeds within each task, with percentiles expanded for few seeds (Hesterberg, 2015). It is
+    unknown if a task has fewer than `FEWEST` seeds, which have too few distinct resamples.
     """
     from scipy.stats import norm, t, trim_mean
 
@@ -225,10 +225,10 @@ def interquartile_mean(tasks: Tasks, repeats: int = 20_000, seed: int = 0) -> In
 
 
 def improvement(ours: Tasks, theirs: Tasks) -> Interval:
-    """Probability that a run of ours has a higher value than one of theirs on the same task, ties counting half.
+    """Probability that a run of ours has a higher value than one of theirs on the same task; ties count half.
 
-    The mean over tasks, with the score interval of Newcombe (2006, method 5), which takes the variance at its own ends
-    and so stays honest for few seeds and for 0 and 1. Raises `InputError` where the tasks are not as many.
+    The mean over tasks, with the score interval of Newcombe (2006, method 5), which evaluates the variance at the
+    bounds and so covers for few seeds and near 0 and 1. Raises `InputError` if the numbers of tasks differ.
     """
     from scipy.optimize import brentq
     from scipy.stats import norm
@@ -236,15 +236,15 @@ def improvement(ours: Tasks, theirs: Tasks) -> Interval:
     if len(ours) != len(theirs) or not len(ours):
         raise InputError(f"{len(ours)} and {len(theirs)} tasks; compare on the same datasets, one or more")
     pairs = [(_numbers(a), _numbers(b)) for a, b in zip(ours, theirs)]
-    found = float(np.mean([_wins(a, b) for a, b in pairs]))
+    share = float(np.mean([_wins(a, b) for a, b in pairs]))
     z2 = norm.ppf(1 - ALPHA / 2) ** 2
 
     def beyond(x: float) -> float:
         variance = np.mean([_wins_variance(x, len(a), len(b)) for a, b in pairs]) / len(pairs)
-        return (x - found) ** 2 - z2 * variance
+        return (x - share) ** 2 - z2 * variance
 
-    low = brentq(beyond, 0, found - 1e-9) if found > 0 else 0.0  # off the point itself, which at 0 and 1 is a root
-    return Interval(found, float(low), float(brentq(beyond, found + 1e-9, 1)) if found < 1 else 1.0)
+    low = brentq(beyond, 0, share - 1e-9) if share > 0 else 0.0  # not at the share itself, a root if it is 0 or 1
+    return Interval(share, float(low), float(brentq(beyond, share + 1e-9, 1)) if share < 1 else 1.0)
 
 
 def _wins(a: np.ndarray, b: np.ndarray) -> float:
@@ -253,7 +253,7 @@ def _wins(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _wins_variance(x: float, m: int, n: int) -> float:
-    """Variance of the share of won pairs whose probability is x, of m and n runs (Hanley and McNeil, 1982)."""
+    """Variance of the share of won pairs, if its mean is x, for m and n runs (Hanley and McNeil, 1982)."""
     half = (m + n) / 2 - 1
     return x * (1 - x) * (1 + half * ((1 - x) / (2 - x) + x / (1 + x))) / (m * n)
 
@@ -262,35 +262,32 @@ def _wins_variance(x: float, m: int, n: int) -> float:
 
 
 def summarise(evaluations: Mapping[str, Sequence[pd.DataFrame]], column: str) -> dict[str, Interval]:
-    """`over_seeds` of one column for each arm; `evaluations` holds one table of per-prompt judgements a seed."""
+    """`over_seeds` of one column for each arm; `evaluations` holds a table of judgements by prompt for each seed."""
     return {arm: over_seeds([table[column].to_numpy() for table in tables]) for arm, tables in evaluations.items()}
 
 
 def arm_table(evaluations: Mapping[str, Sequence[pd.DataFrame]]) -> pd.DataFrame:
-    """One row an arm: seeds, and gold score, proxy score, KL and win rate with 95 % intervals over seeds, as text."""
+    """One row of text per arm: seeds, gold score, proxy score, KL and win rate, with 95 % intervals over seeds."""
     import pandas as pd
 
     labels = {"gold": "gold (log-odds)", "proxy": "proxy (sd)", "kl": "KL (nats a response)", "win": "win rate"}
     columns = {label: summarise(evaluations, name) for name, label in labels.items()}
-    rows = [
-        {"arm": arm, "seeds": len(tables)} | {label: str(found[arm]) for label, found in columns.items()}
-        for arm, tables in evaluations.items()
-    ]
-    return pd.DataFrame(rows)
+    seeds = {"arm": list(evaluations), "seeds": [len(tables) for tables in evaluations.values()]}
+    return pd.DataFrame(seeds | {label: [str(i) for i in by_arm.values()] for label, by_arm in columns.items()})
 
 
 def difference(ours: Sequence[pd.DataFrame], theirs: Sequence[pd.DataFrame], column: str = "gold") -> Difference:
-    """`paired` means of `column` of two arms on the same prompts, both one table of judgements a seed, seeds alike."""
+    """`paired` means of `column` on the same prompts; a table of judgements per seed, in the same order."""
     if [len(table) for table in ours] != [len(table) for table in theirs]:
-        raise InputError(f"{len(ours)} and {len(theirs)} seeds, or other numbers of prompts; judge both arms alike")
+        raise InputError(f"{len(ours)} and {len(theirs)} seeds, or different numbers of prompts; judge both arms alike")
     return paired(*([table[column].mean() for table in tables] for tables in (ours, theirs)))
 
 
 def at_kl(history: pd.DataFrame, level: float, smooth: int = 5) -> pd.DataFrame:
-    """Update and metrics where each run's KL first reaches `level`: running means of `smooth` updates, on a straight
-    line between two of them, so that a run in large steps is not judged at a larger KL.
+    """Update and metrics where each run's KL first reaches `level`: running means of `smooth` updates, interpolated
+    linearly, so that runs with large steps are not measured at a larger KL.
 
-    A row a run, with columns arm and seed; runs that never get there are left out.
+    One row per run, with columns arm and seed; runs that never reach the level are left out.
     """
     import pandas as pd
 
@@ -311,22 +308,22 @@ def at_kl(history: pd.DataFrame, level: float, smooth: int = 5) -> pd.DataFrame:
 def values_at_kl(
     history: pd.DataFrame, ours: str, theirs: str, column: str = "gold", smooth: int = 3
 ) -> tuple[list[float], list[float]]:
-    """`column` of both arms, a value a seed, where both paths first reach the largest KL that both know."""
+    """`column` of both arms, a value per seed, where each path first reaches the largest KL that both reach."""
     needed = list(dict.fromkeys(("arm", "seed", "update", "kl", column)))
     both = history.loc[history["arm"].isin((ours, theirs)), needed]
     values: tuple[list[float], list[float]] = ([], [])
     for _, runs in both.groupby("seed"):
         ends = runs.groupby("arm")["kl"].apply(lambda kl: kl.rolling(smooth, min_periods=1).mean().max())
         if len(ends) == 2:
-            there = at_kl(runs, ends.min(), smooth).set_index("arm")[column]
-            values[0].append(float(there[ours]))
-            values[1].append(float(there[theirs]))
+            by_arm = at_kl(runs, ends.min(), smooth).set_index("arm")[column]
+            values[0].append(float(by_arm[ours]))
+            values[1].append(float(by_arm[theirs]))
     return values
 
 
 def difference_at_kl(
     history: pd.DataFrame, ours: str, theirs: str, smooth: int = 3, column: str = "gold", test: Callable = paired
 ) -> Difference:
-    """Difference of `column` where both arms of a seed first reach the largest KL that both know; `test` is `paired`,
-    or `welch` where seeds are no pairs. Raises `InputError` where no seed has both."""
+    """Difference of `column` where both arms of a seed first reach the largest KL that both reach, by `test`: `paired`
+    or `welch`. Raises `InputError` if no seed has both arms."""
     return test(*values_at_kl(history, ours, theirs, column, smooth))

@@ -1,6 +1,6 @@
-"""The paper's claims, judged by a rule from the runs alone: supported, contradicted, or undecided here.
+"""A verdict on each of the paper's claims, by a fixed rule from the runs: supported, contradicted or undecided.
 
-`RULE` is shown wherever a verdict is; what it says is what `judge` does.
+`RULE` describes what `judge` does, and is shown with every verdict.
 """
 
 from __future__ import annotations
@@ -18,16 +18,20 @@ UPDATES, EQUAL_KL = "equal updates", "equal KL"
 MANY, BUDGET = 4, 25  # sources and trials of the third claim
 
 RULE = (
-    "Each claim asks whether an arm differs from its rivals in one direction. An arm supports it where it does so from "
-    "every rival and every control of the study (uniform, random, shuffled: they know nothing of tokens), at equal "
-    "updates and at equal KL. It contradicts it where it differs in the other direction from a rival, at equal updates "
-    "and at equal KL. Seeds are the unit: a difference is Student's paired one where the same seed gave both arms the "
-    "same prompts in the same order and the same start, else Welch's; intervals are at 95 %, tests two-sided. An arm's "
-    "p is the largest of the tests that its answer rests on, corrected over all arms and claims of the dataset (Holm); "
-    f"it must be below {ALPHA:g}. A claim is supported where an arm supports it and none contradicts it, contradicted "
-    "the other way round, and otherwise undecided here; one seed decides nothing. An identity is checked by "
-    "enumeration. Learned weights come from one search an arm: what another search would find is not in the intervals."
+    "Each claim says that an arm differs from its rivals in one direction. An arm supports the claim if it differs in "
+    "that direction from every rival and every control of the study (uniform, random, shuffled: they ignore what the "
+    "tokens are), both at equal updates and at equal KL. It contradicts the claim if it differs in the opposite "
+    "direction from some rival, both at equal updates and at equal KL. Seeds are the unit: the test is Student's "
+    "paired t where a seed gave both arms the same prompts in the same order and the same start, otherwise Welch's; "
+    "intervals are at 95 %, tests two-sided. An arm's p is the largest of the tests that its answer needs, corrected "
+    f"over all arms and claims of the dataset (Holm); it must be below {ALPHA:g}. A claim is supported if at least one "
+    "arm supports it and none contradicts it, contradicted if at least one arm contradicts it and none supports it, "
+    "and undecided otherwise; one seed decides nothing. An identity is checked by enumeration. Learned weights come "
+    "from one search per arm, so the intervals do not cover variation between searches."
 )
+
+
+Matchup = tuple[Arm, Sequence[str], Sequence[str]]  # an arm, its rivals, the controls that it has to beat
 
 
 @dataclass(frozen=True)
@@ -39,66 +43,73 @@ class Question:
     measure: str
     unit: str
     wanted: int
-    asks: Callable[[Finding], list[tuple[Arm, list[str], list[str]]]]  # an arm, its rivals, the controls to beat
-    late: str = ""  # the metric of training that is asked about; gold on held-out prompts where none is given
+    asks: Callable[[Finding], list[Matchup]]
+    late: str = ""  # a metric of training, over its second half; if empty, gold on held-out prompts
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One arm less another, at equal updates and at equal KL; None where the runs do not tell."""
+    """Differences of one arm from another, at equal updates and at equal KL; None where the runs lack the data."""
 
     rival: str
     is_control: bool
     updates: Difference | None
     at_kl: Difference | None
 
+    @property
+    def differences(self) -> dict[str, Difference | None]:
+        return {UPDATES: self.updates, EQUAL_KL: self.at_kl}
+
     def p(self, sign: int) -> float:
-        """The larger p of both, 1 unless both have this sign."""
-        both = self.updates, self.at_kl
-        return max(one.p if one and one.mean * sign > 0 else 1.0 for one in both)
+        """The larger of the two p-values; 1 unless both differences have this sign."""
+        return max(d.p if d and d.mean * sign > 0 else 1.0 for d in self.differences.values())
 
 
 @dataclass(frozen=True)
 class Case:
-    """What one arm says of one claim; `p` is corrected over all cases of the dataset."""
+    """The evidence of one arm on one claim; `p` is corrected over all cases of the dataset."""
 
     arm: str
     comparisons: tuple[Comparison, ...]
     wanted: int
     p: float = 1.0
-    tests: int = 1  # how many answers p was corrected for
+    tests: int = 1  # how many cases p was corrected for
     verdict: str = UNDECIDED
 
     @property
     def supports(self) -> float:
-        """p that it differs as wanted from all: rivals and controls."""
-        return max(one.p(self.wanted) for one in self.comparisons)
+        """p that the arm differs in the wanted direction from all rivals and controls."""
+        return max(comparison.p(self.wanted) for comparison in self.comparisons)
 
     @property
     def opposes(self) -> float:
-        """p that it differs the other way from one of its rivals, of which any will do."""
-        rivals = [one.p(-self.wanted) for one in self.comparisons if not one.is_control]
+        """p that the arm differs in the opposite direction from at least one rival (Bonferroni)."""
+        rivals = [comparison.p(-self.wanted) for comparison in self.comparisons if not comparison.is_control]
         return min(1.0, len(rivals) * min(rivals))
 
     @property
-    def nearest(self) -> float:
-        """p of the answer that it is nearest to, not corrected; both cannot be below 1."""
+    def raw_p(self) -> float:
+        """Uncorrected p of the likelier answer; the other's is then 1."""
         return min(self.supports, self.opposes)
 
     @property
     def seeds(self) -> int:
-        """Of the comparison that has fewest."""
-        return min((d.seeds for one in self.comparisons for d in (one.updates, one.at_kl) if d), default=0)
+        """Seeds of the comparison with the fewest."""
+        return min((d.seeds for d in self._known), default=0)
 
     @property
-    def told(self) -> bool:
-        """Whether any of its comparisons has an interval."""
-        return any(d.known for one in self.comparisons for d in (one.updates, one.at_kl) if d)
+    def has_interval(self) -> bool:
+        """Whether any of the differences has an interval."""
+        return any(d.known for d in self._known)
+
+    @property
+    def _known(self) -> list[Difference]:
+        return [d for comparison in self.comparisons for d in comparison.differences.values() if d]
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim of the paper with its verdict, the reason in words, and what each arm says."""
+    """A claim of the paper with its verdict, the reason in words, and the evidence of each arm."""
 
     key: str
     text: str
@@ -111,35 +122,35 @@ class Claim:
 # ---------------------------------------------------------------------------------------------------- the questions
 
 
-def _controls(found: Finding) -> list[str]:
-    return [arm.name for arm in found.of_kind(CONTROL)]
+def _controls(finding: Finding) -> list[str]:
+    return [arm.name for arm in finding.of_kind(CONTROL)]
 
 
-def _dense(found: Finding) -> list[tuple[Arm, list[str], list[str]]]:
-    """Every dense arm against sparse; nothing where there is no sparse arm."""
-    rivals = [found.baseline] if found.baseline != "reference" else []
-    return [(arm, rivals, _controls(found)) for arm in found.of_kind(DENSE) if rivals]
+def _dense(finding: Finding) -> list[Matchup]:
+    """Every dense arm against the sparse one, if there is one."""
+    rivals = [finding.baseline] if finding.baseline != "reference" else []
+    return [(arm, rivals, _controls(finding)) for arm in finding.of_kind(DENSE) if rivals]
 
 
-def _learned(found: Finding) -> list[tuple[Arm, list[str], list[str]]]:
+def _learned(finding: Finding) -> list[Matchup]:
     """Every arm with learned weights against the fixed weights that its search could have had."""
     asked = []
-    for arm in (a for a in found.arms.values() if a.trials):
+    for arm in (a for a in finding.arms.values() if a.trials):
         fixed = [
             other.name
-            for other in found.arms.values()
+            for other in finding.arms.values()
             if other.sources
             and not other.trials
             and set(other.sources) <= set(arm.sources)
             and (other.kind == SPARSE or other.normalise == arm.normalise)
         ]
-        asked += [(arm, fixed, _controls(found))] if fixed else []
+        asked += [(arm, fixed, _controls(finding))] if fixed else []
     return asked
 
 
-def _wide(found: Finding) -> list[tuple[Arm, list[str], list[str]]]:
+def _wide(finding: Finding) -> list[Matchup]:
     """Every arm with four or more learned weights against the learned ones with fewer, at as many trials."""
-    learned = [a for a in found.arms.values() if a.trials >= BUDGET]
+    learned = [a for a in finding.arms.values() if a.trials >= BUDGET]
     asked = []
     for arm in (a for a in learned if len(a.sources) >= MANY):
         fewer = [o.name for o in learned if len(o.sources) < len(arm.sources) and o.trials == arm.trials]
@@ -147,26 +158,20 @@ def _wide(found: Finding) -> list[tuple[Arm, list[str], list[str]]]:
     return asked
 
 
+GOLD = "gold after training", "log-odds"
+LOSS = "value loss, second half of training", "squared score"
 QUESTIONS = (
-    Question(
-        "1a",
-        "Dense rewards cut the value loss",
-        "value loss, second half of training",
-        "squared score",
-        -1,
-        _dense,
-        "value_loss",
-    ),
-    Question("1b", "Dense rewards speed learning", "gold after training", "log-odds", 1, _dense),
-    Question("2", "Learned weights beat fixed ones downstream", "gold after training", "log-odds", 1, _learned),
-    Question("3", f"{MANY} sources degrade at {BUDGET} trials", "gold after training", "log-odds", -1, _wide),
+    Question("1a", "Dense rewards cut the value loss", *LOSS, -1, _dense, "value_loss"),
+    Question("1b", "Dense rewards speed learning", *GOLD, 1, _dense),
+    Question("2", "Learned weights beat fixed ones downstream", *GOLD, 1, _learned),
+    Question("3", f"{MANY} sources degrade at {BUDGET} trials", *GOLD, -1, _wide),
 )
 IDENTITY = "Additive attributions keep the optimal policy"
 NOT_ASKED = {
-    "1a": "no dense arm beside a sparse one",
-    "1b": "no dense arm beside a sparse one",
-    "2": "no arm with learned weights beside fixed ones of its sources",
-    "3": f"no search of {MANY} or more sources beside one of fewer, both of {BUDGET} or more trials",
+    "1a": "no dense arm to compare with a sparse one",
+    "1b": "no dense arm to compare with a sparse one",
+    "2": "no arm with learned weights to compare with fixed weights of its sources",
+    "3": f"no search over {MANY} or more sources to compare with one over fewer, both of {BUDGET} or more trials",
 }
 
 
@@ -174,34 +179,33 @@ NOT_ASKED = {
 
 
 @lru_cache(maxsize=8)
-def judge(found: Finding) -> tuple[Claim, ...]:
+def judge(finding: Finding) -> tuple[Claim, ...]:
     """All claims on one dataset, by `RULE`."""
-    asked = [(q, [_case(found, q, *one) for one in q.asks(found)]) for q in QUESTIONS]
-    told = [case for _, cases in asked for case in cases if case.told]
-    corrected = dict(zip(map(id, told), holm([case.nearest for case in told])))
+    asked = [(q, [_case(finding, q, *matchup) for matchup in q.asks(finding)]) for q in QUESTIONS]
+    tested = [case for _, cases in asked for case in cases if case.has_interval]
+    corrected = dict(zip(map(id, tested), holm([case.raw_p for case in tested])))
     claims = []
     for question, cases in asked:
-        decided = tuple(_decide(case, corrected.get(id(case), 1.0), len(told)) for case in cases)
+        decided = tuple(_decide(case, corrected.get(id(case), 1.0), len(tested)) for case in cases)
         verdict = _overall([case.verdict for case in decided])
         why = _why(question, decided, verdict)
         claims.append(Claim(question.key, question.text, verdict, why, question.unit, decided))
-    return *claims, _identity(found.shaping)
+    return *claims, _identity(finding.shaping)
 
 
-def _case(found: Finding, question: Question, arm: Arm, rivals: Sequence[str], controls: Sequence[str]) -> Case:
+def _case(finding: Finding, question: Question, arm: Arm, rivals: Sequence[str], controls: Sequence[str]) -> Case:
     comparisons = []
-    for rival in (*sorted(rivals, key=lambda name: -found.arms[name].gold.mean), *controls):
-        updates = (
-            found.compare_late(arm.name, rival, question.late) if question.late else found.compare(arm.name, rival)
-        )
-        at_kl = found.compare_at_kl(arm.name, rival, question.late or "gold")
+    for rival in (*sorted(rivals, key=lambda name: -finding.arms[name].gold.mean), *controls):
+        pair = arm.name, rival
+        updates = finding.compare_late(*pair, question.late) if question.late else finding.compare(*pair)
+        at_kl = finding.compare_at_kl(*pair, question.late or "gold")
         comparisons.append(Comparison(rival, rival in controls, updates, at_kl))
     return Case(arm.name, tuple(comparisons), question.wanted)
 
 
 def _decide(case: Case, p: float, tests: int) -> Case:
     verdict = UNDECIDED
-    if case.told and p < ALPHA:
+    if case.has_interval and p < ALPHA:
         verdict = SUPPORTED if case.supports < case.opposes else CONTRADICTED
     return replace(case, p=p, tests=tests, verdict=verdict)
 
@@ -212,24 +216,24 @@ def _overall(verdicts: Sequence[str]) -> str:
 
 
 def _why(question: Question, cases: Sequence[Case], verdict: str) -> str:
-    """What the verdict rests on, in words and numbers of the runs."""
+    """The reason for the verdict, with the numbers of the runs."""
     if not cases:
         return f"Not asked in this study: {NOT_ASKED[question.key]}."
     if verdict != UNDECIDED:
-        named = "; ".join(_said(case, question) for case in cases if case.verdict == verdict)
+        named = "; ".join(_words(case, question) for case in cases if case.verdict == verdict)
         return f"{sum(case.verdict == verdict for case in cases)} of {len(cases)} arms: {named}."
     if {SUPPORTED, CONTRADICTED} <= {case.verdict for case in cases}:
         return "The arms disagree: " + "; ".join(f"{c.arm} {c.verdict}" for c in cases if c.verdict != UNDECIDED) + "."
-    if not any(case.told for case in cases):
+    if not any(case.has_interval for case in cases):
         return "One seed has no interval."
-    closest = min((case for case in cases if case.told), key=lambda case: case.nearest)
-    return f"Nearest is {_said(closest, question)}. {_open(closest)}{seen(closest, question.unit)}"
+    closest = min((case for case in cases if case.has_interval), key=lambda case: case.raw_p)
+    return f"Closest to a verdict: {_words(closest, question)}. {_open(closest)}{seen(closest, question.unit)}"
 
 
-def _said(case: Case, question: Question) -> str:
-    """An arm with its difference from its first rival."""
+def _words(case: Case, question: Question) -> str:
+    """An arm and its difference from its first rival."""
     first = case.comparisons[0]
-    parts = [f"{signed(d)} at {where}" for d, where in ((first.updates, UPDATES), (first.at_kl, EQUAL_KL)) if d]
+    parts = [f"{signed(d)} at {where}" for where, d in first.differences.items() if d]
     return (
         f"{case.arm} less {first.rival} in {question.measure}: {', '.join(parts) or 'unknown'} ({question.unit}; "
         f"{case.seeds} seed{'s' * (case.seeds != 1)}, p {number(case.p)} after Holm)"
@@ -237,104 +241,84 @@ def _said(case: Case, question: Question) -> str:
 
 
 def _open(case: Case) -> str:
-    """The comparisons that keep an arm from supporting its claim."""
+    """The comparisons that keep an arm from supporting the claim."""
     missing = [
-        f"{one.rival} at {where}"
-        for one in case.comparisons
-        for d, where in ((one.updates, UPDATES), (one.at_kl, EQUAL_KL))
+        f"{comparison.rival} at {where}"
+        for comparison in case.comparisons
+        for where, d in comparison.differences.items()
         if d is None or d.mean * case.wanted <= 0 or d.p >= ALPHA
     ]
-    return f"Not told apart, each test alone, from: {', '.join(missing)}. " if missing else ""
+    return f"No significant difference, without correction, from: {', '.join(missing)}. " if missing else ""
 
 
 def seen(case: Case, unit: str) -> str:
-    """The difference from its first rival that so many seeds would have shown, at Holm's first step."""
+    """The difference from the first rival that this many seeds would have shown, at Holm's first step."""
     rival, first = case.comparisons[0].rival, case.comparisons[0].updates
     if first and first.df > 0 and first.error == first.mean == 0:
         return f"{case.arm} and {rival} are the same in every seed."
     least = detectable(first, tests=case.tests) if first else math.inf
     if not math.isfinite(least):
         return ""
-    return (
-        f"With {case.seeds} seeds a difference of {number(least)} ({unit}) at equal updates would have been seen "
-        "with power 0.8."
-    )
+    return f"{case.seeds} seeds detect a difference of {number(least)} ({unit}) at equal updates with power 0.8."
 
 
 def _identity(shaping: Mapping) -> Claim:
-    """The fourth claim: by enumeration of every response, no seed and no interval."""
-    regret = {
-        name: value
-        for name, value in (shaping.get("regret") or {}).items()
-        if isinstance(value, (int, float)) and name != "sparse"
-    }
+    """The fourth claim, checked by enumerating every response: no seeds and no interval."""
+    regret = {name: r for name, r in (shaping.get("regret") or {}).items() if isinstance(r, (int, float))}
+    regret.pop("sparse", None)
     if not regret:
         return Claim("4", IDENTITY, UNDECIDED, "Not asked in this study: notebook 03 has not run.")
-    worst = max(regret, key=lambda name: regret[name])
+    worst = max(regret, key=regret.get)
     verdict = SUPPORTED if regret[worst] < 1e-9 else CONTRADICTED
     lost = shaping.get("discounted_regret") or {}
     cosine = shaping.get("cosine") or {}
-    more = [
-        f"{name} loses {lost[name]:.2f} at γ = 0.8, its expected advantages have cosine {cosine[name]:.2f} with "
-        "the true ones"
-        for name in regret
-        if name in lost and name in cosine
-    ]
-    return Claim(
-        "4",
-        IDENTITY,
-        verdict,
-        f"Score lost by the best response at γ = 1, mean over "
-        f"{shaping.get('games', 'the')} token MDPs that were enumerated: at most {regret[worst]:.1g} "
-        f"({worst}). It says nothing of γ < 1 or of the way there{': ' * bool(more)}{'; '.join(more)}.",
+    measured = [name for name in regret if name in lost and name in cosine]
+    words = "{} loses {:.2f} at γ = 0.8, and its expected advantages have cosine {:.2f} with the true ones"
+    more = [words.format(name, lost[name], cosine[name]) for name in measured]
+    why = (
+        f"Score lost by the best response at γ = 1, mean over {shaping.get('games', 'the')} enumerated token MDPs: at "
+        f"most {regret[worst]:.1g} ({worst}). This does not cover γ < 1, or learning"
     )
+    return Claim("4", IDENTITY, verdict, f"{why}{': ' * bool(more)}{'; '.join(more)}.")
 
 
 # ---------------------------------------------------------------------------------------------------- words
 
 
 def number(value: float) -> str:
-    """A number of a size that is not known beforehand, readably: a p or a difference."""
+    """A p or a difference of any size, with two significant digits if small, else two decimals."""
     return f"{value:.2g}" if abs(value) < 0.1 else f"{value:.2f}"
 
 
-def signed(found: Difference | None) -> str:
-    """A difference with its sign and interval; a dash where there is none."""
-    if found is None:
+def signed(difference: Difference | None) -> str:
+    """A difference with its sign and interval; a dash if it is None."""
+    if difference is None:
         return "–"
-    digits = 2 if max(abs(found.mean), found.high - found.mean if found.known else 0) >= 0.1 else 3
-    bounds = f"[{found.low:+.{digits}f}, {found.high:+.{digits}f}]" if found.known else "[no interval]"
-    return f"{found.mean:+.{digits}f} {bounds}"
+    digits = 2 if max(abs(difference.mean), difference.high - difference.mean if difference.known else 0) >= 0.1 else 3
+    bounds = f"[{difference.low:+.{digits}f}, {difference.high:+.{digits}f}]" if difference.known else "[no interval]"
+    return f"{difference.mean:+.{digits}f} {bounds}"
 
 
 HEAD = ("claim", "arm", "less", UPDATES, EQUAL_KL, "Hedges' g", "pairs", "seeds", "p (Holm)", "verdict")
 
 
 def rows(claims: Sequence[Claim]) -> list[dict[str, str]]:
-    """A row an arm and rival, under `HEAD`, as text; the controls stand beside the rivals."""
-    found = []
-    for claim in claims:
-        for case in claim.cases:
-            for i, one in enumerate(case.comparisons):
-                first = one.updates or one.at_kl
-                g = "–" if one.updates is None or math.isnan(one.updates.g) else f"{one.updates.g:+.1f}"
-                cells = (
-                    claim.key,
-                    case.arm,
-                    one.rival + " (control)" * one.is_control,
-                    signed(one.updates),
-                    signed(one.at_kl),
-                    g,
-                    "–" if first is None else "paired" if first.paired else "Welch",
-                    str(case.seeds),
-                    number(case.p) if i == 0 else "",
-                    case.verdict if i == 0 else "",
-                )
-                found.append(dict(zip(HEAD, cells)))
-    return found
+    """One row of text for each pair of arm and rival (or control), with the columns `HEAD`."""
+    cells = []
+    for key, case in [(claim.key, case) for claim in claims for case in claim.cases]:
+        for i, comparison in enumerate(case.comparisons):
+            updates, at_kl = comparison.updates, comparison.at_kl
+            either = updates or at_kl
+            rival = comparison.rival + " (control)" * comparison.is_control
+            g = "–" if updates is None or math.isnan(updates.g) else f"{updates.g:+.1f}"
+            pairs = "–" if either is None else "paired" if either.paired else "Welch"
+            answer = (number(case.p), case.verdict) if i == 0 else ("", "")
+            sides = key, case.arm, rival, signed(updates), signed(at_kl)
+            cells.append((*sides, g, pairs, str(case.seeds), *answer))
+    return [dict(zip(HEAD, row)) for row in cells]
 
 
-def basis(found: Finding) -> str:
-    """What all verdicts of a dataset rest on."""
-    seeds = min(len(arm.seeds) for arm in found.arms.values())
-    return f"{seeds} seed{'s' * (seeds > 1)}, {found.prompts} held-out prompts each: {TABLES[found.table]}."
+def basis(finding: Finding) -> str:
+    """Seeds and prompts that all verdicts of a dataset rest on, in words."""
+    seeds = min(len(arm.seeds) for arm in finding.arms.values())
+    return f"{seeds} seed{'s' * (seeds > 1)}, {finding.prompts} held-out prompts each: {TABLES[finding.table]}."

@@ -75,10 +75,10 @@ def _line(found: Finding, claim: Claim) -> str:
 
 
 def _grounds(found: Finding, claim: Claim) -> dict[str, str]:
-    """By how much, how sure, at which cost: of the arm that is nearest to an answer."""
+    """By how much, how sure, at which cost: of the arm with the smallest p."""
     best, n = _spokesman(found, claim), len(found.of_kind(DENSE))
     base, said = found.arms[found.baseline], {}
-    chosen = f", nearest to an answer of {n} dense arms," if n > 1 else ""
+    chosen = f", the dense arm (of {n}) with the smallest p," if n > 1 else ""
     said["By how much"] = f"{best.name}{chosen} has {signed(best.gain)} gold (log-odds) over {base.name} at {UPDATES}."
     if best.gain_at_kl:
         said["At equal KL"] = f"{signed(best.gain_at_kl)} gold over {base.name} at {EQUAL_KL}."

@@ -15,7 +15,7 @@ from dense_rlhf.runs import RunFolder, finished_runs
 from dense_rlhf.statistics import Interval, paired, welch
 
 
-def found_of(tmp_path, seeds, **golds):
+def finding_of(tmp_path, seeds, **golds):
     """A study whose arms end at given gold scores, all at the same KL."""
     arms = {name: (ARMS[name][0], gold, 2.0, ARMS[name][3]) for name, gold in golds.items()}
     policies(tmp_path, "s", seeds=seeds, arms={name.replace("_", "-"): arm for name, arm in arms.items()})
@@ -39,15 +39,15 @@ SEEDS = tuple(range(6))
     ],
 )
 def test_the_verdict_says_no_more_than_the_runs(tmp_path, seeds, golds, answer, part):
-    said = verdict(found_of(tmp_path, seeds, **golds))
-    assert said.answer == answer and part in said.line
-    if said.grounds:
-        assert f"{len(seeds)} seed" in said.grounds["How sure"]
+    decided = verdict(finding_of(tmp_path, seeds, **golds))
+    assert decided.answer == answer and part in decided.line
+    if decided.grounds:
+        assert f"{len(seeds)} seed" in decided.grounds["How sure"]
 
 
 def test_differences_are_paired_where_seeds_pair(tmp_path):
     """Same seed and same parameters but the shape: pairs. Other rollouts, or none that is known: not."""
-    found = found_of(tmp_path, SEEDS, sparse=0, shap=1)
+    found = finding_of(tmp_path, SEEDS, sparse=0, shap=1)
     ours, theirs = ([t["gold"].mean() for t in found.judged[arm].values()] for arm in ("shap", "sparse"))
     assert found.compare("shap", "sparse") == paired(ours, theirs) == found.arms["shap"].gain
     for change in ("ppo_rollouts: 9", None):
@@ -60,14 +60,14 @@ def test_differences_are_paired_where_seeds_pair(tmp_path):
 
 
 def test_test_prompts_are_judged_on_where_all_runs_have_them(tmp_path):
-    assert found_of(tmp_path, SEEDS, sparse=0, shap=1).table == "test"
+    assert finding_of(tmp_path, SEEDS, sparse=0, shap=1).table == "test"
     next(tmp_path.glob("runs/s/*/test.csv")).unlink()
     (found,) = findings(finished_runs(tmp_path / "runs" / "s"))
     assert found.table == "evaluation" and "validation prompts" in verdict(found).grounds["How sure"]
 
 
-def test_wins_at_equal_length_stand_beside_wins_where_every_run_has_them(tmp_path):
-    found = found_of(tmp_path, SEEDS, sparse=0, shap=1)
+def test_wins_at_equal_length_are_shown_if_every_run_has_them(tmp_path):
+    found = finding_of(tmp_path, SEEDS, sparse=0, shap=1)
     shap = found.arms["shap"]
     assert shap.win_lc.mean == pytest.approx(shap.win.mean) and shap.win_lc.known
     assert "win rate, equal length" in dataset_page("s", found)[0]
@@ -87,11 +87,8 @@ def test_searches_tell_which_arms_learned_their_weights(tmp_path):
 
 def test_cost_names_explaining_and_the_search(tmp_path):
     policies(tmp_path, "s", arms={name: ARMS[name] for name in ("sparse", "bo-shap")})
-    run(
-        tmp_path,
-        "s",
-        record("05_bayesian_optimisation-bo-shap", "05_bayesian_optimisation", arm="bo-shap") | {"seconds": 600.0},
-    )
+    search = record("05_bayesian_optimisation-bo-shap", "05_bayesian_optimisation", arm="bo-shap")
+    run(tmp_path, "s", search | {"seconds": 600.0})
     cost = verdict(findings(finished_runs(tmp_path / "runs" / "s"))[0]).grounds["At which cost"]
     assert "46 s" in cost and "1.4 times that of sparse" in cost and "10 min more, once" in cost
 
@@ -122,7 +119,7 @@ def test_a_path_with_holes_costs_no_page(tmp_path):
         holes.to_csv(path, index=False)
     (found,) = findings(finished_runs(tmp_path / "runs" / "s"))
     body, _ = dataset_page("s", found)
-    assert "sqrt(KL) reached" in body and not any(case.told for case in judge(found)[0].cases)
+    assert "sqrt(KL) reached" in body and not any(case.has_interval for case in judge(found)[0].cases)
 
 
 def test_an_ablation_page_holds_its_intervals_numbers_and_tables(tmp_path):
@@ -153,6 +150,6 @@ def test_one_seed_is_a_point_without_a_bar():
 
 def test_an_ablation_of_one_seed_shows_its_points(tmp_path):
     (tmp_path / "a").mkdir()
-    left = RunFolder(tmp_path / "a")
-    left.save_metrics({"gain": {"x": vars(paired([1.0], [0.5]))}})
-    assert "x 0.50 [no interval]" in ablation_page("s", left)[0]
+    folder = RunFolder(tmp_path / "a")
+    folder.save_metrics({"gain": {"x": vars(paired([1.0], [0.5]))}})
+    assert "x 0.50 [no interval]" in ablation_page("s", folder)[0]

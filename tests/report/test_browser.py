@@ -187,7 +187,7 @@ def test_the_first_page_answers(site):
     )
     places = [text.index(what) for what in wanted]
     assert places == sorted(places)
-    assert re.search(r", nearest to an answer of 3 dense arms, has [+-]0\.\d\d \[", text)
-    assert "2 seeds, 60 held-out" in text and "would have been seen with power 0.8" in text
+    assert re.search(r", the dense arm \(of 3\) with the smallest p, has [+-]0\.\d\d \[", text)
+    assert "2 seeds, 60 held-out" in text and "with power 0.8" in text
     assert text.count("undecided here") >= 5 and "1b. Dense rewards speed learning" in text
     assert re.search(r"\d% of it to explain; 1\.4 times that of sparse", text)
