@@ -1,4 +1,4 @@
-"""What the commands `run` and `status` print: lines, a progress line on a terminal, and the command to go on with."""
+"""The output of `run` and `status`: lines, a progress line on a terminal, and commands to run failed jobs again."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ class Screen:
         print(line, flush=True)
 
     def bar(self, text: str) -> None:
-        """Write over the progress line."""
+        """Overwrite the progress line."""
         if not self.terminal:
             return
         print("\r\x1b[K" + text[: shutil.get_terminal_size().columns - 1], end="", flush=True)
         self.shown = True
 
     def clear(self) -> None:
-        """Take the progress line away."""
+        """Erase the progress line."""
         if self.shown:
             print("\r\x1b[K", end="", flush=True)
         self.shown = False
 
 
 def selected(jobs: list[Job], folder: Path, only: str | None) -> list[str]:
-    """The names of the jobs that `--only` chooses: all, those that `failed`, or those that fit a name with *.
+    """The names of the jobs that `--only` selects: all, those that `failed`, or those that match a pattern with *.
 
-    Raises `InputError` where no job fits.
+    Raises `InputError` if no job matches.
     """
     names = [job.name for job in jobs]
     if only == "failed":
@@ -56,7 +56,7 @@ def selected(jobs: list[Job], folder: Path, only: str | None) -> list[str]:
 
 
 def planned(jobs: list[Job], why: dict[str, str], workers: int) -> list[str]:
-    """What a dry run prints: a line for each job, with the reason why it would run, and one that counts them."""
+    """The output of a dry run: a line for each job, with the reason why it would run, and a count."""
     reasons = [(job, why[job.name]) for job in jobs]
     lines = [f"{act(reason):8s}{describe(job)}" + (f": {reason}" if reason else "") for job, reason in reasons]
     would = sum(bool(reason) for _, reason in reasons)
@@ -64,7 +64,7 @@ def planned(jobs: list[Job], why: dict[str, str], workers: int) -> list[str]:
 
 
 def failures(records: Iterable[dict], study: str, command: str) -> list[str]:
-    """For each run that is not ok: what went wrong, and commands to paste. `command` runs the study."""
+    """For each run that is not ok: the error, and commands to paste. `command` runs the study."""
     lines = []
     for record in records:
         if record["status"] in GOOD:
@@ -81,7 +81,7 @@ def failures(records: Iterable[dict], study: str, command: str) -> list[str]:
 
 
 def tally(statuses: Iterable[str]) -> list[str]:
-    """How many runs have each status, such as `3 ok`, in the order of `STATES`."""
+    """The number of runs with each status, such as `3 ok`, in the order of `STATES`."""
     counts = Counter(statuses)
     return [f"{counts[status]} {status}" for status in sorted(counts, key=STATES.index)]
 
@@ -91,7 +91,7 @@ def summary(statuses: list[str]) -> str:
 
 
 def states(jobs: list[Job], folder: Path, why: dict[str, str]) -> tuple[list[str], bool]:
-    """A line for each job, failures first, then one that counts them; and whether all are ok."""
+    """A line for each job, failures first, then a count; and whether all are ok."""
     now = {job.name: state(folder / job.name, why[job.name]) for job in jobs}
     order = sorted(now, key=lambda name: now[name][0] not in BAD)
     lines = [f"{now[name][0]:10s}{name}" + (f": {now[name][1]}" if now[name][1] else "") for name in order]

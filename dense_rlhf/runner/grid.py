@@ -27,10 +27,10 @@ PATIENCE = 1.0  # seconds until a job that another process runs is looked at aga
 
 @dataclass
 class _Grid:
-    """What has ended, what runs, and what waits."""
+    """The jobs that have ended, are running, or wait."""
 
     jobs: list[Job]
-    chosen: set[str]  # names of those to run; the others count as they are
+    chosen: set[str]  # names of the jobs to run; the others keep their status
     folder: Path
     study: StudyParams
     executor: object  # one of `executors`
@@ -43,7 +43,7 @@ class _Grid:
     start: float = field(default_factory=time.time)
 
     def run(self) -> None:
-        """Return when all jobs have ended. An interrupt ends the running ones, records that, and is raised again."""
+        """Return when all jobs have ended. An interrupt stops the running ones, records that, and is raised again."""
         try:
             while len(self.ended) < len(self.jobs):
                 self._start_ready()
@@ -82,7 +82,7 @@ class _Grid:
             self._show()
 
     def _hopeless(self, job: Job) -> str:
-        """Why a job whose upstream has ended cannot run; a comparison is content with the policies that finished."""
+        """Why a job whose upstream has ended cannot run; a comparison needs only one finished policy."""
         status = {name: self.ended[name]["status"] for name in job.upstream}
         search = job.weights_from
         if search and status[search] not in GOOD:
@@ -111,7 +111,7 @@ class _Grid:
                 self._end(job, record)
 
     def _result(self, job: Job, future: Future) -> dict:
-        """The run's record; `killed` if the executor lost it, `busy` if it still runs somewhere."""
+        """The run's record; `killed` if the executor lost it, `busy` if it is still running."""
         try:
             return future.result()
         except Exception as error:  # of Ray or submitit
@@ -146,11 +146,11 @@ class _Grid:
         self.screen.bar(" · ".join([running, *tally(statuses)]) + self._remaining())
 
     def _statuses(self) -> list[str]:
-        """Of the chosen jobs that have ended."""
+        """The statuses of the chosen jobs that have ended."""
         return [record["status"] for name, record in self.ended.items() if name in self.chosen]
 
     def _remaining(self) -> str:
-        """The time that is left, estimated from the pace of the runs that were not cached."""
+        """The remaining time, estimated from the pace of the runs that were not cached."""
         statuses = self._statuses()
         ran, waiting = sum(status != "cached" for status in statuses), len(self.chosen) - len(statuses)
         minutes = (time.time() - self.start) / ran * waiting / 60 if ran else 0
