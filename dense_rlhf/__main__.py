@@ -16,7 +16,7 @@ from dense_rlhf.types import InputError
 
 
 def _study(arguments: argparse.Namespace):
-    """The study with the changes of the command line."""
+    """The study, with the overrides of the command line."""
     from dense_rlhf.config.study import load_study
 
     study, workers = load_study(Path(arguments.study), arguments.set or ()), getattr(arguments, "workers", None)
@@ -46,14 +46,14 @@ def _run(arguments: argparse.Namespace) -> int:
     print("\n".join([*failures(records, study.study, _again(arguments)), summary(statuses)]), flush=True)
     try:
         print(f"open {_reports(study, jobs, records)}")
-    except Exception as error:  # of pandas, nbconvert or jinja: the runs are kept all the same
+    except Exception as error:  # from pandas, nbconvert or jinja; the runs are kept
         print(f"the reports could not be written: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
     return 0 if set(statuses) <= set(GOOD) else 1
 
 
 def _records(arguments: argparse.Namespace, study, names: list[str]) -> list[dict]:
-    """Run the chosen jobs; their records. SIGTERM ends them as Ctrl-C does."""
+    """Run the chosen jobs and return their records. SIGTERM ends them as Ctrl-C does."""
     from dense_rlhf.runner.console import Screen
     from dense_rlhf.runner.executors import executor
     from dense_rlhf.runner.grid import run_grid
@@ -133,7 +133,7 @@ def _search(arguments: argparse.Namespace) -> int:
 
     def counted(trials: range) -> Iterator[int]:
         for trial in trials:
-            print(f"{trial - trials.start} trials run here, of {len(trials)} that were open", flush=True)
+            print(f"{trial - trials.start} trials run here, of {len(trials)} open at the start", flush=True)
             yield trial
 
     run, learned = search(_study(arguments), arguments.arm, counted)
@@ -194,13 +194,13 @@ def _add_options(command: argparse.ArgumentParser, name: str) -> None:
     if name == "run":
         from dense_rlhf.runner.executors import EXECUTORS
 
-        command.add_argument("--dry-run", action="store_true", help="say what would run, and why; start nothing")
-        command.add_argument("--workers", type=int, metavar="N", help="runs at a time, instead of the study's number")
+        command.add_argument("--dry-run", action="store_true", help="list what would run, and why; start nothing")
+        command.add_argument("--workers", type=int, metavar="N", help="number of runs at a time; overrides the study")
         command.add_argument("--executor", choices=EXECUTORS, default="local", help="where they run")
-        command.add_argument("--gpus", type=float, metavar="G", help="GPUs of a run on ray or slurm; on ray also 0.5")
-        command.add_argument("--only", metavar="failed|NAME", help="these runs; * in a name stands for any letters")
-        command.add_argument("--force", action="store_true", help="run finished ones again too, from the start")
-        command.add_argument("--max-failures", type=int, metavar="N", help="start nothing more after N failures")
+        command.add_argument("--gpus", type=float, metavar="G", help="GPUs per run on ray or slurm; ray takes parts")
+        command.add_argument("--only", metavar="failed|NAME", help="only these runs; * in a name matches any letters")
+        command.add_argument("--force", action="store_true", help="also run finished ones again, from the start")
+        command.add_argument("--max-failures", type=int, metavar="N", help="start no more runs after N failures")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -209,17 +209,17 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, act, text in (
         ("run", _run, "run a study's grid of notebooks and render its reports"),
-        ("status", _status, "the state of each run of a study; exit code 0 if all are ok"),
-        ("check", _check, "find all that a study needs, except weights; estimate its memory and time"),
+        ("status", _status, "show the state of each run of a study; exit code 0 if all are ok"),
+        ("check", _check, "check that all a study needs is there, except weights; estimate its memory and time"),
         ("train", _train, "train one policy of a study; also under accelerate launch"),
-        ("search", _search, "learn an arm's weights; several of these share the trials"),
+        ("search", _search, "learn an arm's weights; processes started in parallel share the trials"),
         ("report", _report, "render the reports of a study's finished runs again"),
     ):
         command = commands.add_parser(name, help=text)
         command.set_defaults(act=act)
         _add_options(command, name)
     for name, act, places, text in (
-        ("list", _list, (), "what can be named: studies, datasets, sources"),
+        ("list", _list, (), "list studies, datasets and sources"),
         ("new", _new, ("folder",), "lay out notebooks and studies in a folder of your own, to work there"),
         ("execute", _execute, ("notebook", "folder"), "run one notebook in its prepared folder, as the runner does"),
     ):

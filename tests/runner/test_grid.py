@@ -233,7 +233,7 @@ def test_the_search_command_fills_the_ledger_that_the_notebook_looks_for(fake_re
     options = [part for setting in settings for part in ("--set", setting)]
     assert main(["search", study, "--arm", "bo", *options]) == 0
     out = capsys.readouterr().out
-    assert "1 trials run here, of 2 that were open" in out and "incumbent: shap 0.250, terminal 0.750" in out
+    assert "1 trials run here, of 2 open at the start" in out and "incumbent: shap 0.250, terminal 0.750" in out
     assert f"dense-rlhf run {study} --set 'arms={{bo:" in out
     run = RunFolder(fake_repository / "runs" / "s" / "05_bayesian_optimisation-bo")
     wanted = load_study(Path(study), settings)
