@@ -1,4 +1,4 @@
-"""Figures: `ax` in, `ax` out; titles state the finding; one colour-blind-safe colour a method, everywhere."""
+"""Figures: `ax` in, `ax` out; titles state the finding; each method has one colour-blind-safe colour throughout."""
 
 from __future__ import annotations
 
@@ -17,55 +17,25 @@ if TYPE_CHECKING:
 
     from dense_rlhf.statistics import Interval
 
-# Wong (2011) and Tol's muted set: told apart with every common colour blindness
-COLOURS = {
-    "reference": "#777777",
-    "sparse": "#000000",
-    "terminal": "#000000",
-    "uniform": "#56B4E9",
-    "random": "#999933",
-    "attention": "#CC79A7",
-    "shap": "#E69F00",
-    "shap-signed": "#D55E00",
-    "lime": "#009E73",
-    "lime-signed": "#117733",
-    "bo": "#882255",
-    "bo-shap": "#0072B2",
-    "owen": "#B8860B",
-    "kernel": "#F0E442",
-    "leverage": "#CC6677",
-    "shared_lime": "#44AA99",
-    "leave_one_out": "#332288",
-    "prefix": "#6699CC",
-    "integrated_gradients": "#AA4499",
-    "gradient_input": "#661100",
-    "lexicon": "#BBBBBB",
-    "log_ratio": "#004488",
-    "shuffled": "#DDCC77",
-    "ppo": "#222255",
-    "rloo": "#66CCEE",
-    "rloo_to_go": "#4477AA",
-    "grpo": "#EE6677",
-    "grpo_to_go": "#AA3377",
-    "dpo": "#228833",
-    "best_of_n": "#CCBB44",
-    "rationale": "#38A6A5",
-    "shap + lexicon": "#5F4690",
-    "shap + rationale": "#0F8554",
-    "static": "#1D6996",
-    "contextual": "#CC503E",
-    "gp": "#882255",
-    "gp on sobol": "#EE6677",
-    "saas": "#009E73",
-    "additive": "#E69F00",
-    "sobol": "#0072B2",
-    "nei": "#CC79A7",
-}
+# Wong (2011) and Tol's muted set: distinct under all common forms of colour blindness
+COLOURS = dict(
+    pair.split(":")
+    for pair in (
+        "reference:#777777, sparse:#000000, terminal:#000000, uniform:#56B4E9, random:#999933, attention:#CC79A7, "
+        "shap:#E69F00, shap-signed:#D55E00, lime:#009E73, lime-signed:#117733, bo:#882255, bo-shap:#0072B2, "
+        "owen:#B8860B, kernel:#F0E442, leverage:#CC6677, shared_lime:#44AA99, leave_one_out:#332288, prefix:#6699CC, "
+        "integrated_gradients:#AA4499, gradient_input:#661100, lexicon:#BBBBBB, log_ratio:#004488, shuffled:#DDCC77, "
+        "ppo:#222255, rloo:#66CCEE, rloo_to_go:#4477AA, grpo:#EE6677, grpo_to_go:#AA3377, dpo:#228833, "
+        "best_of_n:#CCBB44, rationale:#38A6A5, shap + lexicon:#5F4690, shap + rationale:#0F8554, static:#1D6996, "
+        "contextual:#CC503E, gp:#882255, gp on sobol:#EE6677, saas:#009E73, additive:#E69F00, sobol:#0072B2, "
+        "nei:#CC79A7"
+    ).split(", ")
+)
 SPARE = ("#88CCEE", "#225522", "#663333", "#EE3377", "#0077BB")
 
 
 def colour(method: str) -> str:
-    """The method's colour; a name that we do not know gets a fixed one of its own letters' choice."""
+    """The method's colour; an unknown name gets a fixed one that depends on its letters."""
     return COLOURS.get(method) or SPARE[sum(method.encode()) % len(SPARE)]
 
 
@@ -79,25 +49,25 @@ def axes(width: float = 6.5, height: float = 3.6) -> Axes:
 
 
 def panels(names: Sequence[str], width: float = 9.5, height: float = 3.8, share: bool = True) -> list[Axes]:
-    """Empty axes side by side, one a name; they `share` one scale of y."""
+    """Empty axes side by side, one per name, with a common y scale if `share`."""
     import matplotlib.pyplot as plt
     import seaborn as sns
 
     sns.set_theme(style="whitegrid", context="notebook", font_scale=0.85)
-    found = plt.subplots(1, len(names), figsize=(width, height), layout="constrained", sharey=share)[1]
-    for ax, name in zip(found, names):
+    row = plt.subplots(1, len(names), figsize=(width, height), layout="constrained", sharey=share)[1]
+    for ax, name in zip(row, names):
         ax.set_title(name, loc="right", fontsize="small")
-    return list(found)
+    return list(row)
 
 
 def radar(spokes: Sequence[str], intervals: Mapping[str, Sequence[Interval]], top: float, height: float = 4.6) -> Axes:
-    """A closed line for each method with its 95 % band, where it is known; an interval a spoke, from 0 to `top`."""
+    """A closed line for each method with its 95 % band, if known; one interval per spoke, from 0 to `top`."""
     import matplotlib.pyplot as plt
 
     ax = plt.subplots(figsize=(6.5, height), layout="constrained", subplot_kw={"projection": "polar"})[1]
     angles = [2 * math.pi * i / len(spokes) for i in range(len(spokes))]
-    for name, found in intervals.items():
-        closed = [i if i.known else replace(i, low=i.mean, high=i.mean) for i in (*found, found[0])]
+    for name, row in intervals.items():
+        closed = [i if i.known else replace(i, low=i.mean, high=i.mean) for i in (*row, row[0])]
         mean, low, high = ([getattr(i, part) for i in closed] for part in ("mean", "low", "high"))
         ax.plot([*angles, 0.0], mean, "o-", ms=4, color=colour(name), label=name)
         ax.fill_between([*angles, 0.0], low, high, color=colour(name), alpha=0.15)
@@ -109,7 +79,7 @@ def radar(spokes: Sequence[str], intervals: Mapping[str, Sequence[Interval]], to
 
 
 def show(ax: Axes, alt: str) -> None:
-    """Display the figure of `ax` as a PNG with its alt text, and close it; the title of one panel is that of all."""
+    """Display the figure of `ax` as a PNG with its alt text, and close it; the title of `ax` becomes the figure's."""
     import matplotlib.pyplot as plt
 
     title = ax.get_title()
@@ -125,33 +95,25 @@ def show(ax: Axes, alt: str) -> None:
 
 
 def listed(values: Mapping[str, object]) -> str:
-    """`name: value; name: value`, the words of a figure that shows them."""
+    """`name: value; name: value`, for the alt text of a figure."""
     return "; ".join(f"{name}: {value}" for name, value in values.items())
 
 
 def curves(ax: Axes, history: pd.DataFrame, y: str, ylabel: str, smooth: int = 5) -> Axes:
-    """`y` against PPO updates: a line an arm (mean over seeds, running mean of `smooth`), a band from seed to seed."""
+    """`y` by PPO update: a line per arm (mean over seeds, running mean of `smooth`) and a band over all seeds."""
     import seaborn as sns
 
     rolled = history.sort_values("update").copy()
     rolled[y] = rolled.groupby(["arm", "seed"])[y].transform(lambda v: v.rolling(smooth, min_periods=1).mean())
     seeds, arms = rolled["seed"].nunique(), list(dict.fromkeys(history["arm"]))
-    sns.lineplot(
-        rolled,
-        x="update",
-        y=y,
-        hue="arm",
-        hue_order=arms,
-        palette={a: colour(a) for a in arms},
-        ax=ax,
-        errorbar=("pi", 100),
-    )
+    hues = {arm: colour(arm) for arm in arms}
+    sns.lineplot(rolled, x="update", y=y, hue="arm", hue_order=arms, palette=hues, ax=ax, errorbar=("pi", 100))
     ax.set(xlabel=f"PPO update (band: range of {seeds} seed{'s' * (seeds > 1)})", ylabel=ylabel)
     return ax
 
 
 def point_ranges(ax: Axes, intervals: Mapping[str, Interval], xlabel: str, tint: str | None = None) -> Axes:
-    """A point with its 95 % interval for each method, one a line, hollow where it has none; `tint` colours all."""
+    """A row per method: a point with its 95 % interval, hollow if that is unknown; `tint` colours all."""
     for row, (name, interval) in enumerate(intervals.items()):
         hue = tint or colour(name)
         if interval.known:
@@ -163,14 +125,13 @@ def point_ranges(ax: Axes, intervals: Mapping[str, Interval], xlabel: str, tint:
 
 
 def bands(ax: Axes, x: Sequence[float], intervals: Mapping[str, Sequence[Interval]], xlabel: str, ylabel: str) -> Axes:
-    """A line with its 95 % band for each method, one interval at every `x`, where it has one; x evenly apart."""
+    """A line with its 95 % band, where known, for each method: an interval for every `x`, drawn evenly spaced."""
     places = range(len(x))
-    for name, found in intervals.items():
-        ax.plot(places, [i.mean for i in found], "o-", ms=4, color=colour(name), label=name)
-        known = [n for n in places if found[n].known]
-        ax.fill_between(
-            known, [found[n].low for n in known], [found[n].high for n in known], color=colour(name), alpha=0.15
-        )
+    for name, row in intervals.items():
+        ax.plot(places, [i.mean for i in row], "o-", ms=4, color=colour(name), label=name)
+        known = [n for n in places if row[n].known]
+        low, high = [row[n].low for n in known], [row[n].high for n in known]
+        ax.fill_between(known, low, high, color=colour(name), alpha=0.15)
     ax.axhline(0, color="0.5", ls=":")
     ax.set_xticks(places, [f"{value:g}" for value in x])
     ax.set(xlabel=xlabel, ylabel=ylabel)
@@ -179,7 +140,7 @@ def bands(ax: Axes, x: Sequence[float], intervals: Mapping[str, Sequence[Interva
 
 
 def over_tokens(ax: Axes, tokens: Sequence[str], series: Mapping[str, Sequence[float]], ylabel: str) -> Axes:
-    """A line a method over the tokens of one response, which are written below."""
+    """A line per method over the tokens of one response, which label the x axis."""
     places = range(len(tokens))
     for name, values in series.items():
         ax.plot(places, values, "o-", ms=4, color=colour(name), label=name)
@@ -192,7 +153,7 @@ def over_tokens(ax: Axes, tokens: Sequence[str], series: Mapping[str, Sequence[f
 
 
 def frontier(ax: Axes, history: pd.DataFrame, x: str = "kl", y: str = "gold", smooth: int = 5) -> Axes:
-    """Gold score against KL as training goes on: a thin line a seed, a dot at its end."""
+    """Gold score against KL during training: a thin line per seed, with a dot at its end."""
     for (arm, _), run in history.groupby(["arm", "seed"], sort=False):
         path = run.sort_values("update")[[x, y]].rolling(smooth, min_periods=1).mean()
         ax.plot(path[x], path[y], color=colour(arm), lw=1.2, alpha=0.8)

@@ -1,4 +1,4 @@
-"""What a training shows while it runs: a live curve in a notebook, log lines elsewhere, TensorBoard where asked."""
+"""Progress of a running training: live curves in a notebook, log lines elsewhere, TensorBoard on request."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from pathlib import Path
 from IPython.display import display
 
 from dense_rlhf.types import InputError
-from dense_rlhf.view.display import esc, is_live
+from dense_rlhf.view.display import is_live
+from dense_rlhf.view.escape import esc
 from dense_rlhf.view.figures import colour
 
-SHOWN = {  # column of the history: on a line, on the panel, form of the number
+SHOWN = {  # column of the history: name in a line, name on the panel, format
     "proxy": ("proxy", "proxy (sd)", "+z.2f"),
     "gold": ("gold", "gold (log-odds)", "+z.2f"),
     "kl": ("KL", "KL (nats)", "z.2f"),
@@ -28,15 +29,15 @@ SHOWN = {  # column of the history: on a line, on the panel, form of the number
 }
 LOG_SECONDS = 10.0
 DRAW_SECONDS = 1.0
-DRAW_SHARE = 0.05  # of the time, at most, goes into drawing
-SMOOTH = 5  # updates, as in `plots.curves`
+DRAW_SHARE = 0.05  # of the time, at most, is spent drawing
+SMOOTH = 5  # updates, as in `figures.curves`
 BLUE, ORANGE, PURPLE, RED = (colour(name) for name in ("bo-shap", "shap", "attention", "shap-signed"))
 
 
 def watcher(updates: int, label: str, tensorboard: str | Path | None = None) -> Watcher:
-    """Show `updates` of a training as suits the place; use it in a `with` block, and as `watch` of `train_policy`.
+    """Show a training of `updates` updates; use it in a `with` block, and as `watch` of `train_policy`.
 
-    `tensorboard` is a folder for event files. Raises `InputError` where it cannot be one or the package is missing.
+    `tensorboard` is a folder for event files. Raises `InputError` if it cannot be written or the package is missing.
     """
     track = Track(updates, label)
     boards = [Board(track, Path(tensorboard))] if tensorboard else []
@@ -44,7 +45,7 @@ def watcher(updates: int, label: str, tensorboard: str | Path | None = None) -> 
 
 
 class Watcher:
-    """Hands each row to its views. A view that fails is told of and left out: training goes on."""
+    """Passes each row to its views. A view that fails is reported and dropped, and training continues."""
 
     def __init__(self, track: Track, views: list) -> None:
         self.track, self.views = track, views
@@ -65,22 +66,22 @@ class Watcher:
         for view in list(self.views):
             try:
                 getattr(view, act)()
-            except Exception as problem:  # a full disk or a closed stream must not cost hours of training
+            except Exception as problem:  # a full disk or a closed stream must not end the training
                 self.views.remove(view)
                 say(f"{self.track.label}: {type(view).__name__} no longer watches, {problem!r}")
 
 
 def say(line: str) -> None:
-    """A line to standard error, where there still is one."""
+    """Print a line to standard error, unless that is closed."""
     with suppress(OSError, ValueError):
         print(line, file=sys.stderr, flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------- what is known
+# ---------------------------------------------------------------------------------------------------- the state
 
 
 def number(value: object) -> float:
-    """The value as a float, NaN where it is none."""
+    """The value as a float; NaN if it is not a number."""
     try:
         return float(value)
     except (TypeError, ValueError):
@@ -96,15 +97,15 @@ def duration(seconds: float) -> str:
 
 
 class Track:
-    """How far a training has come: the shown series, the time, and the warnings."""
+    """The state of a training: the series shown, the time, and the warnings."""
 
     def __init__(self, updates: int, label: str, clock: Callable[[], float] = time.monotonic) -> None:
         self.updates, self.label, self.clock = updates, " ".join(str(label).split()), clock
         self.start, self.row, self.series = clock(), {}, {name: [] for name in ("update", *SHOWN)}
-        self.active, self.urgent, self.first, self._told = [], [], {}, {}
+        self.active, self.urgent, self.first, self._shown_at = [], [], {}, {}
 
     def add(self, row: Mapping[str, float]) -> None:
-        """Take in one update. `urgent` are its warnings, each at most once in `LOG_SECONDS`."""
+        """Record one update. `urgent` are its warnings, each at most once in `LOG_SECONDS`."""
         self.row = row
         for name, values in self.series.items():
             value = number(row.get(name, len(values) if name == "update" else None))
@@ -112,45 +113,45 @@ class Track:
         names, now = row.get("warnings"), self.clock()
         names = [" ".join(name.split()) for name in names.split(",")] if isinstance(names, str) else []
         self.active = [name for name in names if name]
-        self.urgent = [name for name in self.active if now - self._told.get(name, -math.inf) >= LOG_SECONDS]
-        self._told |= dict.fromkeys(self.urgent, now)
+        self.urgent = [name for name in self.active if now - self._shown_at.get(name, -math.inf) >= LOG_SECONDS]
+        self._shown_at |= dict.fromkeys(self.urgent, now)
         for name in self.urgent:
             self.first.setdefault(name, self.done - 1)
 
     @property
     def done(self) -> int:
-        """Updates so far, those before a checkpoint included."""
-        seen = self.series["update"]
-        return 0 if not seen else int(seen[-1]) + 1 if seen[-1] == seen[-1] else len(seen)
+        """Updates so far, including those before a checkpoint."""
+        updates = self.series["update"]
+        return 0 if not updates else int(updates[-1]) + 1 if updates[-1] == updates[-1] else len(updates)
 
     def due(self, last: float, pause: float) -> bool:
-        """Whether the newest update has to be shown: the last, a warning, or `pause` after `last` (-inf: the first)."""
+        """Whether to show the newest update: the final one, a warning, or `pause` seconds after `last`."""
         return self.done == self.updates or bool(self.urgent) or self.clock() - last >= pause
 
-    def left(self) -> str:
-        """`3 min left` while it runs, `took 5 min` at the end."""
+    def remaining(self) -> str:
+        """`3 min left` during training, `took 5 min` at the end."""
         seen, spent = len(self.series["update"]), self.clock() - self.start
         if self.done >= self.updates or not seen:
             return f"took {duration(spent)}" if seen else "waiting for the first update"
         return f"{duration(spent / seen * (self.updates - self.done))} left"
 
     def values(self) -> dict[str, str]:
-        """The newest numbers in words, a dash for what is missing."""
+        """The newest numbers as text; a dash if missing."""
         newest = {name: number(self.row.get(name)) for name in SHOWN}
         return {name: "–" if value != value else format(value, SHOWN[name][2]) for name, value in newest.items()}
 
     def line(self) -> str:
-        """All of it on one line."""
+        """Label, updates, numbers, time and warnings on one line."""
         numbers = [f"{SHOWN[name][0]} {value}" for name, value in self.values().items()]
         warned = [f"WARNING {', '.join(self.active)}"] if self.active else []
-        return "  ".join([self.label, f"{self.done}/{self.updates}", *numbers, self.left(), *warned])
+        return "  ".join([self.label, f"{self.done}/{self.updates}", *numbers, self.remaining(), *warned])
 
 
 # ---------------------------------------------------------------------------------------------------- views
 
 
 class Log:
-    """Lines on standard error: one at most every `LOG_SECONDS`, and the first, the last and every new warning."""
+    """Lines on standard error: the first, the last, every new warning, and otherwise one per `LOG_SECONDS`."""
 
     def __init__(self, track: Track) -> None:
         self.track, self.last, self.shown = track, -math.inf, 0
@@ -166,11 +167,11 @@ class Log:
 
 
 class Live:
-    """One output of a notebook cell, updated in place: bar, numbers and curves; a plain figure when closed."""
+    """One output of a notebook cell, updated in place: bar, numbers and curves; a static figure when closed."""
 
     def __init__(self, track: Track) -> None:
         self.track, self.last, self.pause = track, -math.inf, DRAW_SECONDS
-        self.handle = display(self._bundle(), raw=True, display_id=True)  # and everything slow is imported
+        self.handle = display(self._bundle(), raw=True, display_id=True)  # imports the slow packages now
 
     def show(self) -> None:
         start = time.perf_counter()
@@ -190,7 +191,7 @@ class Live:
 
 
 class Board:
-    """TensorBoard scalars under `folder`; what is not finite is left out and counted."""
+    """TensorBoard scalars under `folder`; values that are not finite are skipped and counted."""
 
     def __init__(self, track: Track, folder: Path) -> None:
         try:
@@ -206,7 +207,7 @@ class Board:
 
     def show(self) -> None:
         step = self.track.done - 1
-        # what an earlier attempt wrote from this step on is hidden
+        # hides what an earlier attempt wrote from this step on
         self.writer = self.writer or self.open(purge_step=step)
         for name, value in self.track.row.items():
             if name == "update" or isinstance(value, str):
@@ -220,17 +221,17 @@ class Board:
         if self.writer:
             self.writer.close()
         if self.skipped:
-            say(f"{self.track.label}: {self.skipped} values that are not finite were left out of {self.folder}")
+            say(f"{self.track.label}: {self.skipped} values that are not finite were not written to {self.folder}")
 
 
-# ---------------------------------------------------------------------------------------------------- looks
+# ---------------------------------------------------------------------------------------------------- drawing
 
 
 ROW = "display:flex;flex-wrap:wrap;justify-content:space-between;gap:0 1em"
 
 
 def panel(track: Track) -> str:
-    """Bar, numbers, warnings and figure as HTML without scripts, in the colours of the page around it."""
+    """Bar, numbers, warnings and figure as HTML without scripts, in the colours of the surrounding page."""
     numbers = "".join(
         f"<span><span style='opacity:.7;font-size:85%'>{SHOWN[name][1]}</span><br>"
         f"<strong style='font-variant-numeric:tabular-nums'>{value}</strong></span>"
@@ -238,7 +239,7 @@ def panel(track: Track) -> str:
     )
     return (
         f"<div class='mathjax_ignore' style='max-width:660px'><div style='{ROW}'><strong>{esc(track.label)}</strong>"
-        f"<span>{track.done}/{track.updates} updates, {track.left()}</span></div>"
+        f"<span>{track.done}/{track.updates} updates, {track.remaining()}</span></div>"
         f"<progress style='width:100%;accent-color:{BLUE}' aria-label='PPO updates' max='{max(1, track.updates)}' "
         f"value='{track.done}'></progress><div style='{ROW};margin:.4em 0'>{numbers}</div>"
         f"{_warned(track) if track.first else ''}{_image(track)}</div>"
@@ -256,21 +257,20 @@ def _image(track: Track) -> str:
 
 
 def warnings(track: Track) -> str:
-    """Each warning with the update that it began at, and whether it still holds."""
-    return ", ".join(
-        f"{name} {'since' if name in track.active else 'at'} update {update}" for name, update in track.first.items()
-    )
+    """Each warning with its first update; `since` if it still holds, else `at`."""
+    began = {name: "since" if name in track.active else "at" for name in track.first}
+    return ", ".join(f"{name} {began[name]} update {update}" for name, update in track.first.items())
 
 
 def _ends(track: Track, name: str) -> tuple[str, str]:
-    """Means of the first and the last few updates, in words."""
+    """Means of the first and the last `SMOOTH` known values, as text."""
     known = [value for value in track.series[name] if value == value]
     parts = (known[:SMOOTH], known[-SMOOTH:])
     return tuple(format(sum(part) / len(part), SHOWN[name][2]) if part else "–" for part in parts)
 
 
 def headline(track: Track) -> str:
-    """What the finished figure shows: a line, and one with the warnings."""
+    """The finished figure's title: the result, and a line for any warnings."""
     (first, last), stopped = _ends(track, "gold"), track.done < track.updates
     end = f"{'stopped after' if stopped else 'after'} {track.done}{f' of {track.updates}' * stopped} updates"
     text = f"{track.label}: gold goes from {first} to {last} at KL {_ends(track, 'kl')[1]}, {end}"
@@ -279,18 +279,14 @@ def headline(track: Track) -> str:
 
 
 def describe(track: Track) -> str:
-    """The figure in words."""
-    parts = (
-        f"{SHOWN[name][0]} from {first} to {last}"
-        for name in ("proxy", "gold", "kl")
-        for first, last in [_ends(track, name)]
-    )
+    """The figure's alt text."""
+    parts = ("{} from {} to {}".format(SHOWN[name][0], *_ends(track, name)) for name in ("proxy", "gold", "kl"))
     warned = f" Warnings: {warnings(track)}." if track.first else ""
     return f"{track.label}, curves over {track.done} of {track.updates} PPO updates: {', '.join(parts)}.{warned}"
 
 
 def picture(track: Track, title: str = "") -> bytes:
-    """Proxy and gold above, KL below, as a PNG: each update thin, the running mean thick. Leaves no global state."""
+    """A PNG of proxy and gold above KL: updates thin, running means thick. Changes no global state."""
     import pandas as pd
     import seaborn as sns
     from matplotlib.figure import Figure
@@ -303,10 +299,9 @@ def picture(track: Track, title: str = "") -> bytes:
         _curve(top, frame, "proxy", BLUE, "--", SHOWN["proxy"][1])
         _curve(top, frame, "gold", ORANGE, "-", SHOWN["gold"][1])
         _curve(bottom, frame, "kl", PURPLE, "-", "")
-        for update in set(track.first.values()):
-            lines = [ax.axvline(update, color=RED, ls=":") for ax in (top, bottom)]
-            lines[0].set_label("warning begins")
-        for ax, names in ((top, ["proxy", "gold"]), (bottom, ["kl"])):
+        for ax, names, label in ((top, ["proxy", "gold"], "warning begins"), (bottom, ["kl"], None)):
+            for update in set(track.first.values()):
+                ax.axvline(update, color=RED, ls=":", label=label)
             if frame[names].isna().all(axis=None):
                 ax.set_yticks([])
         _dress(top, bottom, max(track.updates, track.done))
@@ -323,11 +318,9 @@ def _curve(ax, frame, name: str, hue: str, style: str, label: str) -> None:
 
 def _dress(top, bottom, updates: int) -> None:
     top.set(ylabel="score of the rollouts")
-    bottom.set(
-        ylabel="KL from reference\n(nats a response)",
-        xlabel=f"PPO update (thick: running mean of {SMOOTH})",
-        xlim=(-0.02 * updates - 0.5, 1.02 * updates - 0.5),
-    )
+    xlabel = f"PPO update (thick: running mean of {SMOOTH})"
+    bottom.set(ylabel="KL from reference\n(nats a response)", xlabel=xlabel)
+    bottom.set(xlim=(-0.02 * updates - 0.5, 1.02 * updates - 0.5))
     bottom.xaxis.get_major_locator().set_params(integer=True)
     handles, labels = top.get_legend_handles_labels()
     once = dict(zip(labels, handles))

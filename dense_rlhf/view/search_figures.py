@@ -1,4 +1,4 @@
-"""Figures of a search over weights: `ax` in, `ax` out; titles state the finding, as in `plots`."""
+"""Figures of a search over weights: `ax` in, `ax` out; titles state the finding, as in `figures`."""
 
 from __future__ import annotations
 
@@ -22,32 +22,24 @@ CORNERS = np.array([[0.0, 0.0], [1.0, 0.0], [0.5, np.sqrt(0.75)]])  # of the ter
 
 
 def trials(ax: Axes, search: Search, phases: Sequence[str], unit: str) -> Axes:
-    """The observed value of each trial with its standard error, where there is one; a mark for who chose it."""
+    """The observed value of each trial with its standard error, if known; the mark shows how it was chosen."""
     for phase in dict.fromkeys(phases):
         places = [i for i, other in enumerate(phases) if other == phase]
         mark, hue = PHASES[phase]
-        errors = [search.errors[i] or 0.0 for i in places]
-        ax.errorbar(
-            [i + 1 for i in places],
-            [search.values[i] for i in places],
-            yerr=errors,
-            fmt=mark,
-            ms=5,
-            color=hue,
-            label=f"{phase} ± SE",
-        )
+        x, y, errors = zip(*[(i + 1, search.values[i], search.errors[i] or 0.0) for i in places])
+        ax.errorbar(x, y, yerr=errors, fmt=mark, ms=5, color=hue, label=f"{phase} ± SE")
     ax.set(xlabel="trial (1 training each, its own seed)", ylabel=f"value ({unit})")
     return _key(ax)
 
 
 def _key(ax: Axes) -> Axes:
-    """The legend, beside the axes: trials are everywhere."""
+    """Put the legend to the right of the axes, where it hides no trial."""
     ax.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     return ax
 
 
 def trace(ax: Axes, path: pd.DataFrame) -> Axes:
-    """What the search would have answered after each trial: the incumbent's posterior mean and 95 % interval."""
+    """The incumbent after each trial: its posterior mean and 95 % interval."""
     hue = colour("shap")
     ax.fill_between(path["n"], path["low"], path["high"], color=hue, alpha=0.2, step="mid", label="95 % (posterior)")
     ax.step(path["n"], path["mean"], where="mid", color=hue, label="incumbent")
@@ -55,7 +47,7 @@ def trace(ax: Axes, path: pd.DataFrame) -> Axes:
 
 
 def band(ax: Axes, interval: Interval) -> Axes:
-    """Where one trial in 20 at quasi-random points would fall outside."""
+    """Band that holds 95 % of single trials at quasi-random points."""
     ax.axhspan(interval.low, interval.high, color="0.5", alpha=0.15, label="95 % of Sobol trials\n(predicted)")
     ax.axhline(interval.mean, color="0.5", ls=":")
     return _key(ax)
@@ -92,7 +84,7 @@ def _slice(ax: Axes, search: Search, weights: Sequence[Sequence[float]], varied:
 
 
 def _points(search: Search, weights: Sequence[Sequence[float]]) -> list[Point]:
-    """Weights (N, d) as points: what is searched beyond them stays at the incumbent's."""
+    """Weights (N, d) as points, with the incumbent's values of all other searched parameters."""
     beyond = search.incumbent()[0][search.space.d :]
     return [search.space.settled((*map(float, row), *beyond)) for row in weights]
 
@@ -100,7 +92,7 @@ def _points(search: Search, weights: Sequence[Sequence[float]]) -> list[Point]:
 def ternary(axes: Sequence[Axes], search: Search, names: Sequence[str], unit: str, steps: int = 30) -> Sequence[Axes]:
     """Three sources: posterior mean and half its 95 % interval over the triangle of weights, trials, incumbent (star).
 
-    Each corner is a source alone. Wants two panels.
+    Each corner is a single source. `axes` are two panels.
     """
     grid = np.array([(i, j, steps - i - j) for i in range(steps + 1) for j in range(steps + 1 - i)]) / steps
     mean, sd = search.posterior(_points(search, grid))
@@ -119,18 +111,11 @@ def ternary(axes: Sequence[Axes], search: Search, names: Sequence[str], unit: st
 
 
 def calibration(ax: Axes, left_out: pd.DataFrame, unit: str) -> Axes:
-    """Each observation against what the others predict for it, with the 95 % interval; outside of it in red."""
+    """Each observation against its leave-one-out prediction with 95 % interval; red if the interval misses it."""
     for inside, hue in ((True, colour("bo-shap")), (False, colour("shap-signed"))):
         shown = left_out[(left_out["z"].abs() <= 1.96) == inside]
-        ax.errorbar(
-            shown["observed"],
-            shown["mean"],
-            yerr=1.96 * shown["sd"],
-            fmt="o",
-            ms=4,
-            color=hue,
-            label="interval holds it" if inside else "interval misses it",
-        )
+        label = "interval holds it" if inside else "interval misses it"
+        ax.errorbar(shown["observed"], shown["mean"], yerr=1.96 * shown["sd"], fmt="o", ms=4, color=hue, label=label)
     ends = left_out["observed"].min(), left_out["observed"].max()
     ax.plot(ends, ends, color="0.5", ls=":")
     ax.set(xlabel=f"observed value ({unit})", ylabel="predicted from the others, 95 %")
@@ -140,33 +125,27 @@ def calibration(ax: Axes, left_out: pd.DataFrame, unit: str) -> Axes:
 def until_goal(ax: Axes, needed: Mapping[str, Mapping[int, Interval]], most: int, ylabel: str) -> Axes:
     """Trials until a goal against the number of sources: a line a method, its 95 % intervals side by side.
 
-    Open marks above the dotted line are goals that `most` trials did not reach.
+    Hollow marks above the dotted line are goals that were not reached in `most` trials.
     """
     top = 1.06 * most
-    for i, (name, by_size) in enumerate(needed.items()):
-        x = np.array(list(by_size)) + 0.08 * (i - (len(needed) - 1) / 2)
-        mean, low, high = (
-            np.minimum([getattr(found, end) for found in by_size.values()], top) for end in ("mean", "low", "high")
-        )
+    for place, (name, by_size) in enumerate(needed.items()):
+        x = np.array(list(by_size)) + 0.08 * (place - (len(needed) - 1) / 2)
+        mean, low, high = np.minimum([(i.mean, i.low, i.high) for i in by_size.values()], top).T
         ax.vlines(x, low, high, color=colour(name), lw=2, alpha=0.5)
         ax.plot(x, mean, color=colour(name), lw=1, label=name)
         for reached, fill in ((mean < top, colour(name)), (mean >= top, "white")):
             ax.plot(x[reached], mean[reached], "o", ms=5, color=colour(name), mfc=fill)
     ax.axhline(most, color="0.5", ls=":")
-    ax.set(
-        xlabel="sources d",
-        ylabel=ylabel,
-        ylim=(0, 1.1 * most),
-        xticks=sorted({d for found in needed.values() for d in found}),
-    )
+    sizes = sorted({d for by_size in needed.values() for d in by_size})
+    ax.set(xlabel="sources d", ylabel=ylabel, ylim=(0, 1.1 * most), xticks=sizes)
     return _key(ax)
 
 
 def shares(ax: Axes, table: pd.DataFrame, hues: Mapping[str, str], xlabel: str) -> Axes:
-    """Stacked shares, a bar for each row of `table`, named by its index; a column and colour a kind."""
-    left = np.zeros(len(table))
+    """Stacked shares, a bar for each row of `table`, named by its index; each column has its colour in `hues`."""
+    start = np.zeros(len(table))
     for kind, hue in hues.items():
-        ax.barh([str(name) for name in table.index], table[kind], left=left, color=hue, label=kind)
-        left += table[kind].to_numpy()
+        ax.barh([str(name) for name in table.index], table[kind], left=start, color=hue, label=kind)
+        start += table[kind].to_numpy()
     ax.set(xlabel=xlabel, xlim=(0, 1), ylim=(len(table) - 0.5, -0.5))
     return ax

@@ -26,17 +26,9 @@ from dense_rlhf.view import live
 
 
 def row(update, **changes):
-    return {
-        "update": update,
-        "proxy": 0.31,
-        "gold": 0.12,
-        "kl": 1.02,
-        "value_loss": 0.2134,
-        "explained_variance": 0.41,
-        "kl_coef": 0.05,
-        "seconds/sample": 0.5,
-        "warnings": "",
-    } | changes
+    judged = dict(update=update, proxy=0.31, gold=0.12, kl=1.02, kl_coef=0.05)
+    critic = dict(value_loss=0.2134, explained_variance=0.41)
+    return judged | critic | {"seconds/sample": 0.5, "warnings": ""} | changes
 
 
 class Clock:
@@ -86,8 +78,8 @@ def test_lines_are_few_and_hold_the_first_and_the_last(log, clock, capsys):
         for update in range(100):
             clock.now += 1
             watch(row(update))
-    said = [line.split()[3] for line in lines(capsys)]
-    assert said == [f"{n}/100" for n in (1, 11, 21, 31, 41, 51, 61, 71, 81, 91, 100)]
+    counts = [line.split()[3] for line in lines(capsys)]
+    assert counts == [f"{n}/100" for n in (1, 11, 21, 31, 41, 51, 61, 71, 81, 91, 100)]
 
 
 def test_the_last_update_does_not_wait_for_the_block_to_end(log, clock, capsys):
@@ -114,15 +106,13 @@ def test_a_training_that_raises_still_leaves_its_last_line(log, clock, capsys):
     assert [line.split()[3] for line in lines(capsys)] == ["1/40", "5/40"]
 
 
-def test_a_warning_is_told_at_once_and_not_at_every_update(log, clock, capsys):
+def test_a_warning_is_shown_at_once_and_not_at_every_update(log, clock, capsys):
     with log(100) as watch:
         for update in range(8):
             clock.now += 1
             watch(row(update, warnings="KLBlowUp" if update >= 3 else ""))
-        assert [("WARNING KLBlowUp" in line, line.split()[3]) for line in lines(capsys)] == [
-            (False, "1/100"),
-            (True, "4/100"),
-        ]
+        seen = [("WARNING KLBlowUp" in line, line.split()[3]) for line in lines(capsys)]
+        assert seen == [(False, "1/100"), (True, "4/100")]
         clock.now += 1
         watch(row(8, warnings="KLBlowUp, EntropyCollapse"))
         assert lines(capsys)[0].endswith("WARNING KLBlowUp, EntropyCollapse")
@@ -149,7 +139,7 @@ def test_next_to_nothing_has_no_sign_of_its_own(log, capsys):
     assert "gold +0.00  KL 0.00" in lines(capsys)[0]
 
 
-def test_infinite_is_said(log, capsys):
+def test_infinity_is_shown(log, capsys):
     with log(40) as watch:
         watch(row(0, kl=math.inf, warnings=math.nan))
     assert "KL inf" in lines(capsys)[0]
@@ -191,7 +181,7 @@ def test_durations(seconds, text):
 # ---------------------------------------------------------------------------------------------------- never in the way
 
 
-def test_a_view_that_fails_is_left_out_and_told_of_once(log, capsys):
+def test_a_view_that_fails_is_dropped_and_reported_once(log, capsys):
     class Broken:
         def __init__(self, track):
             pass
@@ -202,8 +192,8 @@ def test_a_view_that_fails_is_left_out_and_told_of_once(log, capsys):
     with log(40, Broken) as watch:
         for update in range(40):
             watch(row(update))
-    said = lines(capsys)
-    assert len(said) == 3 and "Broken no longer watches, OSError('no space left')" in said[1]
+    printed = lines(capsys)
+    assert len(printed) == 3 and "Broken no longer watches, OSError('no space left')" in printed[1]
 
 
 def test_a_closed_stream_stops_nothing(log, monkeypatch):
@@ -218,22 +208,15 @@ def test_watching_draws_no_random_number_and_changes_no_style(frontend, tmp_path
     import matplotlib
 
     torch.manual_seed(0), np.random.seed(0), random.seed(0)
-    before = (
-        torch.get_rng_state().tolist(),
-        np.random.get_state()[1].tolist(),
-        random.getstate(),
-        dict(matplotlib.rcParams),
-    )
-    given = row(0)
+
+    def state():
+        drawn = torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()
+        return *drawn, dict(matplotlib.rcParams)
+
+    before, given = state(), row(0)
     with live.watcher(2, "a", tmp_path) as watch:
         assert watch(given) is None
-    assert before == (
-        torch.get_rng_state().tolist(),
-        np.random.get_state()[1].tolist(),
-        random.getstate(),
-        dict(matplotlib.rcParams),
-    )
-    assert given == row(0)
+    assert before == state() and given == row(0)
 
 
 @pytest.mark.parametrize("view", [live.Log, live.Live])
@@ -312,14 +295,8 @@ def test_the_panel_shows_numbers_bar_and_curve(frontend):
     panel = BeautifulSoup(watched(frontend, [row(0)])[1]["data"]["text/html"], "html.parser")
     assert panel.progress.attrs.items() >= {"max": "40", "value": "1"}.items()
     assert "1/40 updates, 39 h 00 min left" in panel.text
-    for text in (
-        "proxy (sd)+0.31",
-        "gold (log-odds)+0.12",
-        "KL (nats)1.02",
-        "value loss0.213",
-        "explained variance0.41",
-    ):
-        assert text in panel.text
+    texts = "proxy (sd)+0.31", "gold (log-odds)+0.12", "KL (nats)1.02", "value loss0.213", "explained variance0.41"
+    assert all(text in panel.text for text in texts)
     kind, data = panel.img["src"].split(",")
     assert kind == "data:image/png;base64" and base64.b64decode(data).startswith(b"\x89PNG") and panel.img["alt"]
     assert not panel.find_all("script") and not panel.find_all(role="status")
@@ -388,11 +365,8 @@ def test_the_figure_names_its_units_and_fits(monkeypatch):
         track.add(row(update, warnings="KLBlowUp" if update == 4 else "EntropyCollapse" if update == 9 else ""))
     live.picture(track, live.headline(track))
     (figure,), (top, bottom) = kept, kept[0].axes
-    assert [text.get_text() for text in top.get_legend().get_texts()] == [
-        "proxy (sd)",
-        "gold (log-odds)",
-        "warning begins",
-    ]
+    legend = [text.get_text() for text in top.get_legend().get_texts()]
+    assert legend == ["proxy (sd)", "gold (log-odds)", "warning begins"]
     assert "nats" in bottom.get_ylabel() and "PPO update" in bottom.get_xlabel() and top.get_ylabel()
     assert {line.get_xdata()[0] for line in top.lines if line.get_linestyle() == ":"} == {4, 9}
     texts = (figure._suptitle, top.get_legend(), top.yaxis.label, bottom.yaxis.label)
@@ -405,7 +379,7 @@ def test_the_figure_names_its_units_and_fits(monkeypatch):
 # ---------------------------------------------------------------------------------------------------- real kernels
 
 SCRIPT = """
-from dense_rlhf import live
+from dense_rlhf.view import live
 with live.watcher(3, "shap seed 0") as watch:
     for update in range(3):
         watch({"update": update, "proxy": 0.1, "gold": 0.2, "kl": 0.3, "value_loss": 0.4, "explained_variance": 0.5})
@@ -468,8 +442,10 @@ def test_tensorboard_holds_every_finite_number(tmp_path, capsys):
     read = scalars(folder)
     assert read["gold"] == [(0, 1.0), (2, 3.0)] and read["seconds/sample"] == [(n, 0.5) for n in range(3)]
     assert set(read) == {"proxy", "gold", "value_loss", "explained_variance", "kl_coef", "seconds/sample"}
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert said == f"shap seed 0: 7 values that are not finite were left out of {folder}"
+    assert (
+        capsys.readouterr().err.splitlines()[-1]
+        == f"shap seed 0: 7 values that are not finite were not written to {folder}"
+    )
     assert {path.parent for path in tmp_path.rglob("*") if path.is_file()} == {folder}
 
 

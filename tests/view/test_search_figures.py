@@ -84,9 +84,8 @@ def test_three_sources_are_a_triangle():
     for ax in axes:
         assert {text.get_text() for text in ax.texts} == set(NAMES[:3])
         np.testing.assert_allclose(ax.lines[0].get_xydata()[:3], search_figures.CORNERS)  # the first trials
-        np.testing.assert_allclose(
-            ax.lines[1].get_xydata()[0], np.array(search.incumbent()[0]) @ search_figures.CORNERS
-        )
+        best = np.array(search.incumbent()[0]) @ search_figures.CORNERS
+        np.testing.assert_allclose(ax.lines[1].get_xydata()[0], best)
     bars = [ax.get_ylabel() for ax in axes[0].figure.axes[2:]]
     assert bars == ["posterior mean (sd)", "half its 95 % interval (sd)"]
     corners = [tuple(float(i == k) for i in range(3)) for k in range(3)]
