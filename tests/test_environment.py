@@ -106,11 +106,13 @@ def test_a_workspace_is_the_nearest_study_folder_else_the_checkout(tmp_path, mon
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """The wheel of the tracked files, unpacked where no checkout is near."""
+    """The wheel of all files that git does not ignore, unpacked where no checkout is near."""
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), "."]
     source = folder / "source"
-    listed = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-z"], capture_output=True, text=True)
+    listed = subprocess.run(
+        ["git", "-C", str(ROOT), "ls-files", "-zco", "--exclude-standard"], capture_output=True, text=True
+    )
     if listed.returncode:
         pytest.skip("not a git checkout")
     for name in filter(None, listed.stdout.split("\0")):
