@@ -25,7 +25,8 @@ from dense_rlhf.data import prompt_text
 from dense_rlhf.models.reward_model import RewardModel
 from dense_rlhf.models.text_spans import Spans, cut, groups, homes, partition, tile, tokenise
 from dense_rlhf.types import InputError, Message, Reading
-from dense_rlhf.view.display import esc, heatmap, table
+from dense_rlhf.view.display import heat, heat_table, table
+from dense_rlhf.view.escape import esc
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -126,12 +127,12 @@ class Explanation:
         return "\n".join([self._equation, f"({self._how})", *lines])
 
     def _repr_html_(self) -> str:
-        heat, frame = heatmap(self.tokens, list(self.credit), "credit"), self.ranked()
+        line, frame = heat(self.tokens, list(self.credit)), self.ranked()
         more = len(self.players) - len(frame)
         caption = "What moves the score most" + (f"; {more} more parts move it less" if more else "")
         how = f"{esc(self._how)}. Orange adds to the score, blue takes from it; hover for the number."
         head = f"<p>{esc(self._equation)}<br><small>{how}</small></p>"
-        return f"{head}<table>{heat}</table>{table(frame, caption, 4).data}"
+        return f"{head}{heat_table({'credit': line}, '')}{table(frame, caption, 4).data}"
 
 
 def explain(

@@ -8,5 +8,5 @@ TEMPLATE = PACKAGE / "report" / "template"
 
 def pages_key() -> str:
     """Hash of the code and the templates that draw pages; `summary.json` keeps the key that its pages were drawn by."""
-    templates = [file_sha256(path) for path in sorted(TEMPLATE.iterdir()) if path.is_file()]
+    templates = [file_sha256(path) for path in sorted(PACKAGE.glob("*/template/*"))]
     return content_key([source_key(*(name for name in modules() if name.startswith(__name__))), templates])

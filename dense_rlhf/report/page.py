@@ -8,9 +8,12 @@ from functools import cache
 from pathlib import Path
 from urllib.parse import quote
 
+from markupsafe import Markup
+
 from dense_rlhf.report import TEMPLATE
 from dense_rlhf.runs import GOOD
 from dense_rlhf.view.escape import esc, scrub
+from dense_rlhf.view.html import part
 from dense_rlhf.view.live import duration
 
 LIMIT = 2_000_000  # characters of a page
@@ -80,16 +83,10 @@ def chip(status: object, note: str = "") -> str:
     return f"<span class='chip {kind}'>{esc(status)}{esc(note)}</span>"
 
 
-def table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]], name: str = "") -> str:
+def table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table of cells that are already HTML; the first of each row is its header. Wide ones scroll by themselves."""
-    top = "".join(f"<th scope='col'>{cell}</th>" for cell in head)
-    body = "".join(
-        f"<tr><th scope='row'>{row[0]}</th>" + "".join(f"<td>{cell}</td>" for cell in row[1:]) + "</tr>" for row in rows
-    )
-    return (
-        f"<div class='wide' role='region' tabindex='0' aria-label='{esc(name or caption)}'><table>"
-        f"<caption>{esc(caption)}</caption><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
+    drawn = part("table", caption, map(Markup, head), [map(Markup, row) for row in rows], named=True)
+    return f"<div class='wide' role='region' tabindex='0' aria-label='{esc(caption)}'>{drawn}</div>"
 
 
 def footer(record: Mapping, params: Mapping | None = None, seeds: Sequence[int] = ()) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from IPython import get_ipython
 from IPython.display import HTML
+from markupsafe import Markup
 
-from dense_rlhf.view.escape import esc
+from dense_rlhf.view.html import part
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,8 +32,8 @@ def is_live() -> bool:
 
 
 def progress(items: Iterable[Item], label: str = "", seconds: float = 10) -> Iterator[Item]:
-    """Yield the items: behind a bar that leaves when done where somebody watches, else printing one line to standard
-    error every `seconds`, `label 12/40, 30 s`, which no report is littered by."""
+    """Yield the items, with a bar while somebody watches; else with one line on standard error every `seconds`, such as
+    `label 12/40, 30 s`, which no report shows."""
     items = items if hasattr(items, "__len__") else list(items)
     if is_live():
         from tqdm.auto import tqdm
@@ -48,55 +49,45 @@ def progress(items: Iterable[Item], label: str = "", seconds: float = 10) -> Ite
             print(f"{label} {done}/{len(items)}, {now - start:.0f} s", file=sys.stderr, flush=True)
 
 
-def text_table(rows: dict[str, object]) -> HTML:
+def text_table(rows: Mapping[str, object]) -> HTML:
     """A two-column table of names and values, both escaped; a report takes its caption from the section."""
-    body = "".join(
-        f"<tr><th scope='row'>{esc(k)}</th><td><code class='mathjax_ignore'>{esc(v)}</code></td></tr>"
-        for k, v in rows.items()
-    )
-    return HTML(f"<table class='mathjax_ignore'>{body}</table>")
+    return HTML(part("table", "", (), [(name, part("code", value)) for name, value in rows.items()], named=True))
 
 
 def table(frame: pd.DataFrame, caption: str, digits: int = 2) -> HTML:
     """A data frame with a caption, every cell escaped, numbers rounded, missing values as a dash."""
 
-    def cell(value: object) -> str:
+    def cell(value: object) -> object:
         if isinstance(value, float):
             return "–" if value != value else f"{value:.{digits}f}"
-        return esc(value)
+        return value
 
-    head = "".join(f"<th scope='col'>{esc(name)}</th>" for name in frame.columns)
-    rows = ("<tr>" + "".join(f"<td>{cell(value)}</td>" for value in row) + "</tr>" for row in frame.values.tolist())
-    return HTML(
-        f"<table class='mathjax_ignore'><caption>{esc(caption)}</caption><thead><tr>{head}</tr></thead>"
-        f"<tbody>{''.join(rows)}</tbody></table>"
-    )
+    return HTML(part("table", caption, list(frame.columns), [map(cell, row) for row in frame.values.tolist()]))
 
 
-def heatmap(tokens: list[str], values: list[float], label: str, limit: float | None = None) -> str:
-    """One line of tokens over blue (below zero) to orange (above), the number in each token's title. HTML, escaped."""
+def heat(tokens: Sequence[str], values: Sequence[float], limit: float | None = None) -> Markup:
+    """Tokens over blue (below zero) to orange (above), the number in each token's title; full colour at `limit`, by
+    default the largest value. Raises ValueError where tokens and values differ in number."""
     limit = limit or max((abs(v) for v in values), default=0) or 1.0
-    spans = []
-    for token, value in zip(tokens, values, strict=True):
-        red, green, blue = (230, 159, 0) if value > 0 else (0, 114, 178)
-        depth = min(1.0, abs(value) / limit) * 0.8
-        spans.append(
-            f"<span style='background:rgba({red},{green},{blue},{depth:.2f})' title='{value:+.3f}'>{esc(token)}</span>"
-        )
-    paper = "white-space:pre-wrap;background:#fff;color:#1b1b1b;padding:.15em .3em"  # legible in light and dark pages
-    return (
-        f"<tr><th scope='row'>{esc(label)}</th><td><code class='mathjax_ignore' style='{paper}'>"
-        f"{''.join(spans)}</code></td></tr>"
+    hues = ("230,159,0" if v > 0 else "0,114,178" for v in values)
+    return part(
+        "heat",
+        [
+            (token, f"{hue},{min(1.0, abs(v) / limit) * 0.8:.2f}", f"{v:+.3f}")
+            for token, v, hue in zip(tokens, values, hues, strict=True)
+        ],
     )
 
 
-def heatmaps(tokens: list[str], credits: dict[str, list[float]], caption: str) -> HTML:
+def heat_table(lines: Mapping[str, Markup], caption: str) -> Markup:
+    """Heat-maps as a table, a line each."""
+    return part("table", caption, (), lines.items(), named=True)
+
+
+def heatmaps(tokens: Sequence[str], credits: Mapping[str, Sequence[float]], caption: str) -> HTML:
     """One heat-map line for each source over the same tokens; each line has its own colour scale."""
-    rows = "".join(heatmap(tokens, values, label) for label, values in credits.items())
-    return HTML(
-        f"<table class='mathjax_ignore'><caption>{esc(caption)}. Orange adds to the score, blue takes from it; "
-        f"hover for the number.</caption>{rows}</table>"
-    )
+    caption += ". Orange adds to the score, blue takes from it; hover for the number."
+    return HTML(heat_table({label: heat(tokens, values) for label, values in credits.items()}, caption))
 
 
 def response_tokens(responses: Responses, row: int, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -113,16 +104,16 @@ def response_heatmaps(
     return heatmaps(response_tokens(responses, row, tokenizer), lines, caption)
 
 
-def parameters(flat: dict[str, object]) -> HTML:
+def parameters(flat: Mapping[str, object]) -> HTML:
     """All parameters of a run, folded away."""
-    return HTML(f"<details><summary>{len(flat)} parameters</summary>{text_table(flat).data}</details>")
+    return HTML(part("folded", f"{len(flat)} parameters", Markup(text_table(flat).data)))
 
 
 def check(what: str, holds: bool) -> HTML:
     """A named check with its outcome in words."""
-    return HTML(f"<p class='mathjax_ignore'><strong>{'holds' if holds else 'DOES NOT HOLD'}</strong>: {esc(what)}</p>")
+    return HTML(part("paragraph", what, "holds" if holds else "DOES NOT HOLD"))
 
 
 def note(text: str) -> HTML:
     """A paragraph whose numbers were computed in this run."""
-    return HTML(f"<p class='mathjax_ignore'>{esc(text)}</p>")
+    return HTML(part("paragraph", text))

@@ -1,5 +1,5 @@
 """Play with a reward shape: sliders redraw the token heat-map of one response. Where nobody can move a slider, the same
-view is shown at a few settings beside each other."""
+view is shown at a few settings, one below another."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from IPython.display import HTML, display
 
 from dense_rlhf.shaping.rewards import shape_rewards, shaped
 from dense_rlhf.types import RewardShape
-from dense_rlhf.view.display import heatmap, is_live, response_tokens
-from dense_rlhf.view.escape import esc
+from dense_rlhf.view.display import heat, heat_table, is_live, response_tokens
 
 if TYPE_CHECKING:
     from ipywidgets import VBox
+    from markupsafe import Markup
     from transformers import PreTrainedTokenizerBase
 
     from dense_rlhf.types import Attribution, Rollout
@@ -29,7 +29,7 @@ class Explorer:
     """One mixture of two sources over the responses of a rollout, as text in colours."""
 
     rollout: Rollout
-    found: Mapping[str, Attribution]
+    attributions: Mapping[str, Attribution]
     tokenizer: PreTrainedTokenizerBase
     source: str = "shap"
     other: str = "terminal"
@@ -40,49 +40,44 @@ class Explorer:
 
     def rewards(self, row: int, shape: RewardShape) -> list[float]:
         """What each token is paid."""
-        return shape_rewards(self.rollout, self.found, shape)[row][self.rollout.mask[row]].tolist()
+        return shape_rewards(self.rollout, self.attributions, shape)[row][self.rollout.mask[row]].tolist()
 
-    def lines(self, row: int, shape: RewardShape, limit: float) -> str:
-        """The rewards of one shape as a line of the heat-map, all lines on one scale."""
+    def line(self, row: int, shape: RewardShape, limit: float) -> tuple[str, Markup]:
+        """The name of one shape and the heat-map of its rewards, full colour at `limit`."""
         weights = " + ".join(f"{w:.2f} {s}" for s, w in zip(shape.sources, shape.weights) if w)
         how = f", softmax at {shape.temperature:.2g}" if shape.normalise == "softmax" else f", {shape.normalise}"
-        return heatmap(self.tokens(row), self.rewards(row, shape), weights + how, limit)
+        return weights + how, heat(self.tokens(row), self.rewards(row, shape), limit)
 
     def view(self, row: int, source: str, other: str, weight: float, temperature: float, normalise: str) -> str:
         """Credit of both sources and the rewards of their mixture, as HTML."""
         shape = mixture(source, other, weight, temperature, normalise)
         kept, tokens = self.rollout.mask[row], self.tokens(row)
-        credit = {s: self.found[s].credit[row][kept].tolist() for s in dict.fromkeys((source, other))}
-        rows = "".join(heatmap(tokens, values, f"credit: {s}") for s, values in credit.items())
-        told = shaped(self.rollout, self.found, shape).diagnostics
-        even = ", ".join(f"{s} {told[f'ess/{s}']:.2f}" for s in shape.sources)
+        lines = {f"credit: {s}": heat(tokens, self.attributions[s].credit[row][kept].tolist()) for s in (source, other)}
+        facts = shaped(self.rollout, self.attributions, shape).diagnostics
+        even = ", ".join(f"{s} {facts[f'ess/{s}']:.2f}" for s in shape.sources)
         caption = (
             f"Response {row}, score {self.rollout.scores[row].item():+.2f}. Over all responses: ESS/T {even}; "
-            f"{told['flipped']:.0%} of tokens paid against their credit"
+            f"{facts['flipped']:.0%} of tokens paid against their credit"
         )
         limit = max(map(abs, self.rewards(row, shape)), default=0) or 1.0
-        return (
-            f"<table class='mathjax_ignore'><caption>{esc(caption)}</caption>{rows}"
-            f"{self.lines(row, shape, limit)}</table>"
-        )
+        return heat_table(lines | dict([self.line(row, shape, limit)]), caption)
 
     def multiples(self, row: int) -> str:
         """The mixture at several weights, temperatures and normalisations, on one scale of colours, as HTML."""
         shapes = list(dict.fromkeys(mixture(self.source, self.other, w, t, n) for n, t, w in SETTINGS))
         most = sorted(max(map(abs, self.rewards(row, shape)), default=0.0) for shape in shapes)
         limit = most[len(most) // 2] or 1.0  # of the middle line: one that pays a single token would pale the others
-        rows = "".join(self.lines(row, shape, limit) for shape in shapes)
         caption = (
             f"What each token of response {row} gets of its score {self.rollout.scores[row].item():+.2f}; one "
             "scale: orange is paid, blue is fined. In JupyterLab sliders move all of it"
         )
-        return f"<table class='mathjax_ignore'><caption>{esc(caption)}</caption>{rows}</table>"
+        return heat_table(dict(self.line(row, shape, limit) for shape in shapes), caption)
 
     def widget(self, row: int) -> VBox:
         """Sliders and menus over `view`. Raises ImportError without ipywidgets."""
         import ipywidgets as w
 
-        names, style = list(self.found), {"description_width": "7em"}
+        names, style = list(self.attributions), {"description_width": "7em"}
         controls = {
             "row": w.IntSlider(row, 0, len(self.rollout.scores) - 1, description="response", style=style),
             "source": w.Dropdown(options=names, value=self.source, description="source", style=style),
@@ -110,7 +105,7 @@ def mixture(source: str, other: str, weight: float, temperature: float, normalis
 
 def explore(
     rollout: Rollout,
-    found: Mapping[str, Attribution],
+    attributions: Mapping[str, Attribution],
     tokenizer: PreTrainedTokenizerBase,
     source: str = "shap",
     other: str = "terminal",
@@ -122,7 +117,7 @@ def explore(
     """
     if row is None:
         row = int((rollout.scores - rollout.scores.median()).abs().argmax())
-    explorer = Explorer(rollout, found, tokenizer, source, other)
+    explorer = Explorer(rollout, attributions, tokenizer, source, other)
     if is_live():
         try:
             return display(explorer.widget(row))

@@ -83,7 +83,7 @@ def test_executed_notebook_page(tmp_path):
 
 def test_heatmap_wants_a_value_for_each_token():
     with pytest.raises(ValueError):
-        display.heatmap(["a", "b"], [1.0], "x")
+        display.heat(["a", "b"], [1.0])
 
 
 def test_toy_rewards_sum_to_the_score_and_telescoping_keeps_the_gradient():

@@ -33,7 +33,7 @@ def test_the_view_shows_the_rewards(explorer, weight, normalise):
     row = int(explorer.rollout.mask.sum(-1).argmax())
     html = explorer.view(row, "shap", "lime", weight, 0.3, normalise)
     shape = RewardShape(("shap", "lime"), (weight, 1 - weight), normalise, 0.3)
-    wanted = shape_rewards(explorer.rollout, explorer.found, shape)[row][explorer.rollout.mask[row]]
+    wanted = shape_rewards(explorer.rollout, explorer.attributions, shape)[row][explorer.rollout.mask[row]]
     assert titles(html) == pytest.approx(wanted.tolist(), abs=1e-3)
     assert sum(titles(html)) == pytest.approx(explorer.rollout.scores[row].item(), abs=1e-2)
 
@@ -69,7 +69,7 @@ def test_it_falls_back_to_what_needs_no_frontend(explorer, live, installed, kind
         monkeypatch.setitem(sys.modules, "ipywidgets", None)
     shown = []
     monkeypatch.setattr("dense_rlhf.view.sliders.display", shown.append)
-    sliders.explore(explorer.rollout, explorer.found, explorer.tokenizer, "shap", "lime")
+    sliders.explore(explorer.rollout, explorer.attributions, explorer.tokenizer, "shap", "lime")
     assert [type(one).__name__ for one in shown] == [kind]
 
 
@@ -78,5 +78,5 @@ def test_hostile_tokens_stay_text(explorer):
         def decode(self, ids):
             return "<img src=x onerror=alert(1)>\u202e"
 
-    html = Explorer(explorer.rollout, explorer.found, Hostile()).view(0, "shap", "lime", 0.5, 1.0, "softmax")
+    html = Explorer(explorer.rollout, explorer.attributions, Hostile()).view(0, "shap", "lime", 0.5, 1.0, "softmax")
     assert "<img" not in html and "\u202e" not in html and torch.isfinite(torch.tensor(titles(html))).all()
