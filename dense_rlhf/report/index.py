@@ -38,8 +38,8 @@ def summary(
     }
 
 
-def _numbers(found: Finding) -> dict:
-    said, base = verdict(found), found.arms[found.baseline]
+def _numbers(finding: Finding) -> dict:
+    decided, base = verdict(finding), finding.arms[finding.baseline]
     arms = {
         a.name: {
             "kind": a.kind,
@@ -52,15 +52,15 @@ def _numbers(found: Finding) -> dict:
             "seconds": a.seconds,
             "cost": a.seconds / base.seconds if a.seconds and base.seconds else None,
         }
-        for a in found.arms.values()
+        for a in finding.arms.values()
     }
-    evidence = found.prompts * sum(len(a.seeds) for a in found.arms.values())
+    evidence = finding.prompts * sum(len(a.seeds) for a in finding.arms.values())
     return {
-        "answer": said.answer,
-        "line": said.line,
-        "grounds": said.grounds,
-        "claims": list(said.claims),
-        "baseline": found.baseline,
+        "answer": decided.answer,
+        "line": decided.line,
+        "grounds": decided.grounds,
+        "claims": list(decided.claims),
+        "baseline": finding.baseline,
         "arms": arms,
         "evidence": evidence,
     }
@@ -69,14 +69,14 @@ def _numbers(found: Finding) -> dict:
 # ---------------------------------------------------------------------------------------------------- parts
 
 
-def troubles(found: Mapping, where: str = "") -> str:
+def troubles(study: Mapping, where: str = "") -> str:
     """What failed, with its error; nothing where all is well."""
     items = [
         f"{chip(r['status'])} {_link(r, where)}: {esc(r['error'] or 'no reason was given')}"
-        for r in found["runs"]
+        for r in study["runs"]
         if r["status"] not in GOOD
     ]
-    items += [f"{chip('not rendered')} {esc(text)}" for text in found["lost"]]
+    items += [f"{chip('not rendered')} {esc(text)}" for text in study["lost"]]
     return "<ul class='failed'>" + "".join(f"<li>{item}</li>" for item in items) + "</ul>" if items else ""
 
 
@@ -95,7 +95,7 @@ ORDERS: dict[str, tuple[Callable[[Mapping], float | None], bool]] = {  # label: 
 def matrix(columns: Sequence[tuple[str, Mapping, Mapping, str]], notes: Mapping[str, str]) -> str:
     """Arms down, datasets across, in several orders. A column is its heading (HTML), a study's summary, the numbers of
     one of its datasets, and the folder of its pages; `notes` are more HTML for a run."""
-    listed = list(dict.fromkeys(arm for _, found, numbers, _ in columns for arm in _arms(found, numbers)))
+    listed = list(dict.fromkeys(arm for _, study, numbers, _ in columns for arm in _arms(study, numbers)))
     orders = {"as listed": listed} | {label: _sorted(listed, columns, *how) for label, how in ORDERS.items()}
     head = ["arm", *(heading for heading, *_ in columns)]
     cells = {arm: [_cell(arm, *column[1:], notes) for column in columns] for arm in listed}
@@ -110,8 +110,8 @@ def matrix(columns: Sequence[tuple[str, Mapping, Mapping, str]], notes: Mapping[
     return choose("Order of the arms", views)
 
 
-def _arms(found: Mapping, numbers: Mapping) -> list[str]:
-    ran = [r["arm"] for r in found["runs"] if r["notebook"] == "04_ppo"]
+def _arms(study: Mapping, numbers: Mapping) -> list[str]:
+    ran = [r["arm"] for r in study["runs"] if r["notebook"] == "04_ppo"]
     return list(dict.fromkeys([*numbers.get("arms", {}), *ran]))
 
 
@@ -125,10 +125,10 @@ def _sorted(names: Sequence[str], columns: Sequence, number: Callable, high_firs
     return sorted(names, key=key)
 
 
-def _cell(arm: str, found: Mapping, numbers: Mapping, where: str, notes: Mapping[str, str]) -> str:
+def _cell(arm: str, study: Mapping, numbers: Mapping, where: str, notes: Mapping[str, str]) -> str:
     """Headline, curve and a chip for each seed."""
     known, dataset = numbers.get("arms", {}).get(arm), numbers.get("dataset")
-    runs = [r for r in found["runs"] if r["notebook"] == "04_ppo" and (r["dataset"], r["arm"]) == (dataset, arm)]
+    runs = [r for r in study["runs"] if r["notebook"] == "04_ppo" and (r["dataset"], r["arm"]) == (dataset, arm)]
     if not known and not runs:
         return "–"
     chips = "".join(
@@ -153,62 +153,63 @@ def choose(label: str, views: Mapping[str, str], group: str = "order") -> str:
     return f"<div class='views' role='radiogroup' aria-label='{esc(label)}'>{buttons}{shown}</div>"
 
 
-def verdicts(found: Mapping, where: str = "", of: str = "") -> str:
-    """What each dataset of a study says, with a link to its comparison; `of` comes before the dataset's name."""
+def verdicts(study: Mapping, where: str = "", prefix: str = "") -> str:
+    """The verdict on each dataset of a study, and a link to its comparison; `prefix` precedes the dataset's name."""
     parts = []
-    for dataset, numbers in found["datasets"].items():
-        more = link(f"{where}comparison-{dataset}.html", esc(f"All arms on {dataset} beside each other"))
-        said = Verdict(numbers["answer"], numbers["line"], numbers["grounds"], numbers.get("claims", ()))
-        parts.append(f"<h3>{esc(of + dataset)}</h3>{verdict_html(said)}<p>{more}</p>")
+    for dataset, numbers in study["datasets"].items():
+        more = link(f"{where}comparison-{dataset}.html", esc(f"All arms on {dataset} compared"))
+        decided = Verdict(numbers["answer"], numbers["line"], numbers["grounds"], numbers.get("claims", ()))
+        parts.append(f"<h3>{esc(prefix + dataset)}</h3>{verdict_html(decided)}<p>{more}</p>")
     return "".join(parts)
 
 
 # ---------------------------------------------------------------------------------------------------- a study
 
 
-def study_index(found: Mapping, thumbnails: Mapping[str, str], notes: Mapping[str, str], more: str) -> tuple[str, str]:
-    """Body and contents of a study's index; `thumbnails` and `notes` are HTML by run, `more` what is side by side."""
+def study_index(study: Mapping, thumbnails: Mapping[str, str], notes: Mapping[str, str], more: str) -> tuple[str, str]:
+    """Body and contents of a study's index; `thumbnails` and `notes` are HTML by run, `more` HTML of a study's
+    settings or datasets."""
     columns = [
-        (link(f"comparison-{name}.html", esc(name)) if numbers else esc(name), found, numbers | {"dataset": name}, "")
-        for name, numbers in _datasets(found).items()
+        (link(f"comparison-{name}.html", esc(name)) if numbers else esc(name), study, numbers | {"dataset": name}, "")
+        for name, numbers in _datasets(study).items()
     ]
     body, listed = sections(
         [
-            ("failures", "Failures", troubles(found)),
-            ("verdict", "Did dense rewards help?", verdicts(found)),
+            ("failures", "Failures", troubles(study)),
+            ("verdict", "Did dense rewards help?", verdicts(study)),
             ("across", "Side by side", more),
             ("arms", "Arms", matrix(columns, notes) if columns else ""),
-            ("notebooks", "Notebooks", _cards(found, thumbnails)),
-            ("runs", "Every run", _run_table(found)),
+            ("notebooks", "Notebooks", _cards(study, thumbnails)),
+            ("runs", "Every run", _run_table(study)),
         ]
     )
-    return f"<h1>{esc(found['study'])}: which tokens earned the reward?</h1>{_totals(found)}{body}", listed
+    return f"<h1>{esc(study['study'])}: which tokens earned the reward?</h1>{_totals(study)}{body}", listed
 
 
-def _datasets(found: Mapping) -> dict[str, dict]:
+def _datasets(study: Mapping) -> dict[str, dict]:
     """Numbers of every dataset that policies were trained on, whether one finished or not."""
-    ran = [str(r["dataset"]) for r in found["runs"] if r["notebook"] == "04_ppo"]
-    return {name: found["datasets"].get(name, {}) for name in dict.fromkeys([*found["datasets"], *ran])}
+    ran = [str(r["dataset"]) for r in study["runs"] if r["notebook"] == "04_ppo"]
+    return {name: study["datasets"].get(name, {}) for name in dict.fromkeys([*study["datasets"], *ran])}
 
 
-def _totals(found: Mapping) -> str:
-    statuses = [r["status"] for r in found["runs"]]
+def _totals(study: Mapping) -> str:
+    statuses = [r["status"] for r in study["runs"]]
     counts = " ".join(f"{chip(status, f' {statuses.count(status)}')}" for status in sorted(set(statuses)))
-    return f"<p class='quiet'>{len(statuses)} runs, {duration(found['seconds'])} of work. {counts}</p>"
+    return f"<p class='quiet'>{len(statuses)} runs, {duration(study['seconds'])} of work. {counts}</p>"
 
 
-def _cards(found: Mapping, thumbnails: Mapping[str, str]) -> str:
-    single = [r for r in found["runs"] if r["notebook"] != "04_ppo"]
+def _cards(study: Mapping, thumbnails: Mapping[str, str]) -> str:
+    single = [r for r in study["runs"] if r["notebook"] != "04_ppo"]
     items = "".join(
         f"<li>{thumbnails.get(r['job'], '')}{_link(r)}<br>{chip(r['status'])} "
-        f"<small class='quiet'>{duration(r['seconds'] or 0)}</small>{_beside(r)}</li>"
+        f"<small class='quiet'>{duration(r['seconds'] or 0)}</small>{_comparison(r)}</li>"
         for r in single
     )
     return f"<ul class='cards'>{items}</ul>" if items else ""
 
 
-def _beside(run: Mapping) -> str:
-    """The page that compares what an ablation left."""
+def _comparison(run: Mapping) -> str:
+    """A link to the page that compares an ablation's results."""
     if run["notebook"] not in ABLATIONS + BENCHMARKS or run["status"] not in GOOD:
         return ""
     return "<br>" + link(f"comparison-{run['job']}.html", "its numbers and tables")
@@ -218,24 +219,24 @@ FILES = {"notebook.ipynb": "notebook", "params.yaml": "parameters", "metrics.jso
 
 
 def files(study: str, job: str, names: Sequence[str]) -> str:
-    """Links to what a run left, of `FILES` and tables."""
+    """Links to the files of a run."""
     return " · ".join(link(f"../../runs/{study}/{job}/{name}", esc(FILES.get(name, name))) for name in names)
 
 
-def _run_table(found: Mapping) -> str:
-    runs = sorted(found["runs"], key=lambda r: r["status"] in GOOD)
+def _run_table(study: Mapping) -> str:
+    runs = sorted(study["runs"], key=lambda r: r["status"] in GOOD)
     rows = (
-        (_link(r), chip(r["status"]), duration(r["seconds"] or 0), files(found["study"], r["job"], r["files"]))
+        (_link(r), chip(r["status"]), duration(r["seconds"] or 0), files(study["study"], r["job"], r["files"]))
         for r in runs
     )
-    return table("Failures first; links lead to what each run left", ("run", "status", "took", "files"), rows)
+    return table("Failures first; links lead to the files of each run", ("run", "status", "time", "files"), rows)
 
 
 # ---------------------------------------------------------------------------------------------------- all studies
 
 
 def overview(studies: Sequence[Mapping], thumbnails: Mapping[str, str]) -> tuple[str, str]:
-    """Body and contents of the index over all studies: those that know most first, failures before them."""
+    """Body and contents of the index over all studies: failures, then studies by the amount of evidence."""
     studies = sorted(studies, key=lambda s: (-_evidence(s), -s["started"]))
     columns = [
         (
@@ -247,25 +248,27 @@ def overview(studies: Sequence[Mapping], thumbnails: Mapping[str, str]) -> tuple
         for s in studies
         for name, numbers in _datasets(s).items()
     ]
-    failed = "".join(f"<h3>{esc(s['study'])}</h3>{found}" for s in studies if (found := troubles(s, f"{s['study']}/")))
-    said = "".join(verdicts(s, f"{s['study']}/", f"{s['study']}, ") for s in studies)
+    failed = "".join(
+        f"<h3>{esc(s['study'])}</h3>{failed_runs}" for s in studies if (failed_runs := troubles(s, f"{s['study']}/"))
+    )
+    decided = "".join(verdicts(s, f"{s['study']}/", f"{s['study']}, ") for s in studies)
     body, listed = sections(
         [
             ("failures", "Failures", failed),
-            ("verdict", "Did dense rewards help?", said),
+            ("verdict", "Did dense rewards help?", decided),
             ("arms", "Arms by study and dataset", matrix(columns, {}) if columns else ""),
             ("studies", "Studies", _study_cards(studies, thumbnails)),
         ]
     )
     lead = (
-        "<p class='lead'>RLHF scores a whole response. These studies pay single tokens for their share of it, and "
-        "ask whether the policy learns faster or better for it.</p>"
+        "<p class='lead'>RLHF scores a whole response. These studies reward each token for its share of the "
+        "score, and ask whether the policy learns faster or better.</p>"
     )
     return f"<h1>{QUESTION}</h1>{lead}{body}", listed
 
 
-def _evidence(found: Mapping) -> int:
-    return max((numbers["evidence"] for numbers in found["datasets"].values()), default=0)
+def _evidence(study: Mapping) -> int:
+    return max((numbers["evidence"] for numbers in study["datasets"].values()), default=0)
 
 
 def _study_cards(studies: Sequence[Mapping], thumbnails: Mapping[str, str]) -> str:

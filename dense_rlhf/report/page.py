@@ -51,12 +51,12 @@ def page(
 
 
 def made_from(path: Path) -> str:
-    """What the page at `path` says that it was made from; nothing where there is none."""
+    """The key of what the page at `path` was made of; empty where there is no page."""
     if not path.exists():
         return ""
     with open(path, encoding="utf-8", errors="replace") as file:
-        found = re.search(r'<meta name="made-from" content="(\w*)">', file.read(1000))
-    return found[1] if found else ""
+        match = re.search(r'<meta name="made-from" content="(\w*)">', file.read(1000))
+    return match[1] if match else ""
 
 
 def link(target: str, html: str) -> str:

@@ -1,4 +1,4 @@
-"""The settings of a study beside each other: what each arm gains over the baseline of its own setting."""
+"""The settings of a study compared: what each arm gains over the baseline of its own setting."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from dense_rlhf.report.page import table
 from dense_rlhf.view.escape import esc
 
 EQUAL_UPDATES = "after equal updates on the same prompts, 95 % interval over seeds"
-EQUAL_KL = "where both first reach the largest KL that both know, 95 % interval over seeds"
+EQUAL_KL = "at the largest KL that both reach, 95 % interval over seeds"
 HEAD = ("setting", "arm", "gold (log-odds)", "KL (nats)", "gain at equal updates", "gain at equal KL")
 
 
-def in_order(found: Sequence[Finding], comparisons: Sequence[RunParams]) -> list[Finding]:
+def in_order(findings: Sequence[Finding], comparisons: Sequence[RunParams]) -> list[Finding]:
     """Findings in the order in which a study names its datasets and settings."""
     places = [run.where for run in comparisons]
-    return sorted(found, key=lambda f: places.index(f.dataset) if f.dataset in places else len(places))
+    return sorted(findings, key=lambda f: places.index(f.dataset) if f.dataset in places else len(places))
 
 
-def settings_html(found: Sequence[Finding], comparisons: Sequence[RunParams]) -> str:
-    """Two figures an arm, a line a setting, and all numbers; nothing for a study without settings."""
+def settings_html(findings: Sequence[Finding], comparisons: Sequence[RunParams]) -> str:
+    """Two figures for each arm with a line for each setting, and all numbers; empty for a study without settings."""
     several = len({run.data.name for run in comparisons}) > 1
     names = {run.where: run.where if several else run.setting for run in comparisons if run.setting}
-    varied = {names[f.dataset]: f for f in found if f.dataset in names}
+    varied = {names[f.dataset]: f for f in findings if f.dataset in names}
     arms = dict.fromkeys(arm for f in varied.values() for arm in f.arms if arm not in (f.baseline, "reference"))
     figures = "".join(_figures(arm, {name: f for name, f in varied.items() if arm in f.arms}) for arm in arms)
     rows = [_row(name, arm) for name, f in varied.items() for arm in f.arms.values()]

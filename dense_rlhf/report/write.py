@@ -29,20 +29,20 @@ ALL = ("all studies", "../index.html")
 
 
 def warned(run: RunFolder, in_full: bool) -> str:
-    """The named warnings of a training, each name once: when it was first met, how often, `in_full` what it said."""
+    """The warnings of a training, each name once: when it first appeared, how often, and `in_full` its text."""
     met: dict[str, list[dict]] = {}
     for warning in run.load_json("metrics.json").get("warnings") or ():
         met.setdefault(str(warning.get("name")), []).append(warning)
     items = ""
     for name, times in met.items():
         more = f" and {len(times) - 1} more" if len(times) > 1 else ""
-        said = f": {times[0].get('text', '')}" if in_full else ""
-        items += f"<li>{esc(name)}, update {esc(times[0].get('update', '–'))}{more}{esc(said)}</li>"
+        text = f": {times[0].get('text', '')}" if in_full else ""
+        items += f"<li>{esc(name)}, update {esc(times[0].get('update', '–'))}{more}{esc(text)}</li>"
     return f"<ul class='warned' aria-label='warnings'>{items}</ul>" if items else ""
 
 
 def write_run_page(record: dict, run: RunFolder, target: Path) -> bool:
-    """Render one run, unless the page is there already; False where its notebook never came to be."""
+    """Render one run, unless its page is up to date; False where it has no notebook."""
     notebook = run.file("notebook.ipynb")
     if not notebook.exists():
         return False
@@ -52,7 +52,7 @@ def write_run_page(record: dict, run: RunFolder, target: Path) -> bool:
         return True
     study, (body, contents) = run.path.parent.name, notebook_body(notebook)
     failed = f"<p class='failed'>{chip(record['status'])} {esc(record['error'])}</p>" if record.get("error") else ""
-    links = f"<p class='small'>Executed {drawn.files(study, run.path.name, left_by(run))}</p>"
+    links = f"<p class='small'>Executed {drawn.files(study, run.path.name, files_of(run))}</p>"
     write_text(
         target,
         page(
@@ -67,7 +67,7 @@ def write_run_page(record: dict, run: RunFolder, target: Path) -> bool:
     return True
 
 
-def left_by(run: RunFolder) -> list[str]:
+def files_of(run: RunFolder) -> list[str]:
     """The files of a run that a reader may want: notebook, parameters, metrics, log and tables."""
     tables = sorted(path.name for path in run.path.glob("*.csv")) if run.path.exists() else []
     return [name for name in (*drawn.FILES, *tables) if run.file(name).exists()]
@@ -83,16 +83,16 @@ def write_reports(study: StudyParams, records: list[dict]) -> Path:
     runs = {record["job"]: RunFolder(runs_root / record["job"]) for record in records}
     pages, lost = _run_pages(records, runs, folder)
     done = [runs[r["job"]] for r in records if r["status"] in GOOD]
-    found = in_order(_comparisons(study, records, runs, folder, done, lost), study.comparisons)
-    listed = [r | {"page": pages.get(r["job"]), "files": left_by(runs[r["job"]])} for r in records]
-    told = drawn.summary(study.study, study.seeds, listed, found, lost) | {"pages": pages_key()}
+    results = in_order(_comparisons(study, records, runs, folder, done, lost), study.comparisons)
+    listed = [r | {"page": pages.get(r["job"]), "files": files_of(runs[r["job"]])} for r in records]
+    summary = drawn.summary(study.study, study.seeds, listed, results, lost) | {"pages": pages_key()}
     notes = {job: warned(run, in_full=False) for job, run in runs.items()}
     thumbnails = {job: thumbnail(runs[job].file("notebook.ipynb")) for job in _pictured(records, pages)}
-    beside = settings_html(found, study.comparisons) or across_html(found)
-    content = drawn.study_index(told, thumbnails, notes, beside)
+    compared = settings_html(results, study.comparisons) or across_html(results)
+    content = drawn.study_index(summary, thumbnails, notes, compared)
     index = folder / "index.html"
     write_text(index, page(study.study, content, _footer(records, study.seeds), [ALL], root=root))
-    write_json(folder / "summary.json", told)
+    write_json(folder / "summary.json", summary)
     write_overview(root)
     return index
 
@@ -121,11 +121,11 @@ def _comparisons(
     """Write the page of each dataset and each ablation; returns what the datasets say."""
     trail, made = [ALL, (study.study, "index.html")], []
     try:
-        found = findings(done, list(study.arms))
+        results = findings(done, list(study.arms))
     except Exception as error:  # tables that cannot be read: the rest of the report stands
         lost.append(f"comparison: {type(error).__name__}: {error}")
-        found = []
-    made += [(f.dataset, dataset_page(study.study, f)) for f in found]
+        results = []
+    made += [(f.dataset, dataset_page(study.study, f)) for f in results]
     for record in records:
         if record["notebook"] in ABLATIONS + BENCHMARKS and record["status"] in GOOD:
             made.append((record["job"], ablation_page(study.study, runs[record["job"]])))
@@ -134,7 +134,7 @@ def _comparisons(
             folder / f"comparison-{name}.html",
             page(f"comparison: {name}", content, _footer(records, study.seeds), trail, root=workspace()),
         )
-    return found
+    return results
 
 
 def _pictured(records: list[dict], pages: dict[str, str], most: int = 24) -> list[str]:
@@ -155,12 +155,12 @@ def write_overview(root: Path) -> Path:
         except (OSError, ValueError):  # a report from another version, or one that is being written
             continue
     pictures = {}
-    for found in studies:
-        jobs = [r["job"] for r in found["runs"] if r["page"] and r["notebook"] != "04_ppo"]
-        notebooks = (root / "runs" / found["study"] / job / "notebook.ipynb" for job in reversed(jobs))
-        pictures[found["study"]] = next(filter(None, map(thumbnail, notebooks)), "")
+    for study in studies:
+        jobs = [r["job"] for r in study["runs"] if r["page"] and r["notebook"] != "04_ppo"]
+        notebooks = (root / "runs" / study["study"] / job / "notebook.ipynb" for job in reversed(jobs))
+        pictures[study["study"]] = next(filter(None, map(thumbnail, notebooks)), "")
     content = drawn.overview(studies, pictures)
-    commits = sorted({str(found["commit"]) for found in studies})
+    commits = sorted({str(study["commit"]) for study in studies})
     write_text(
         folder / "index.html",
         page(

@@ -89,7 +89,7 @@ def test_cost_names_explaining_and_the_search(tmp_path):
     policies(tmp_path, "s", arms={name: ARMS[name] for name in ("sparse", "bo-shap")})
     search = record("05_bayesian_optimisation-bo-shap", "05_bayesian_optimisation", arm="bo-shap")
     run(tmp_path, "s", search | {"seconds": 600.0})
-    cost = verdict(findings(finished_runs(tmp_path / "runs" / "s"))[0]).grounds["At which cost"]
+    cost = verdict(findings(finished_runs(tmp_path / "runs" / "s"))[0]).grounds["At what cost"]
     assert "46 s" in cost and "1.4 times that of sparse" in cost and "10 min more, once" in cost
 
 
@@ -107,7 +107,7 @@ def test_runs_without_history_or_times_still_compare(tmp_path):
         for path in tmp_path.glob(f"runs/s/*/{name}.csv"):
             path.unlink()
     (found,) = findings(finished_runs(tmp_path / "runs" / "s"))
-    assert "unknown" in verdict(found).grounds["At which cost"] and "All numbers" in dataset_page("s", found)[0]
+    assert "unknown" in verdict(found).grounds["At what cost"] and "All numbers" in dataset_page("s", found)[0]
 
 
 def test_a_path_with_holes_costs_no_page(tmp_path):

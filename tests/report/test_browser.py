@@ -174,7 +174,7 @@ def test_views_change_without_scripts(site, browser):
 
 
 def test_the_first_page_answers(site):
-    """Whether dense rewards helped, by how much, how sure, at which cost; failures before it."""
+    """Whether dense rewards helped, by how much, how sure, at what cost; failures before it."""
     text = BeautifulSoup((site / "index.html").read_text(), "html.parser").main.get_text(" ")
     wanted = (
         "Failures",
@@ -183,7 +183,7 @@ def test_the_first_page_answers(site):
         "At equal KL",
         "Over a control",
         "How sure",
-        "At which cost",
+        "At what cost",
     )
     places = [text.index(what) for what in wanted]
     assert places == sorted(places)

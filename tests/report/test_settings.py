@@ -1,4 +1,4 @@
-"""The settings of a study beside each other in its index: each arm against the baseline of its own setting."""
+"""The settings of a study compared in its index: each arm against the baseline of its own setting."""
 
 from types import SimpleNamespace
 
