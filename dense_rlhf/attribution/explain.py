@@ -27,6 +27,7 @@ from dense_rlhf.models.text_spans import Spans, cut, groups, homes, partition, t
 from dense_rlhf.types import InputError, Message, Reading
 from dense_rlhf.view.display import heat, heat_table, table
 from dense_rlhf.view.escape import esc
+from dense_rlhf.view.html import part
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -127,12 +128,11 @@ class Explanation:
         return "\n".join([self._equation, f"({self._how})", *lines])
 
     def _repr_html_(self) -> str:
-        line, frame = heat(self.tokens, list(self.credit)), self.ranked()
+        line, frame = heat(self.tokens, self.credit), self.ranked()
         more = len(self.players) - len(frame)
         caption = "What moves the score most" + (f"; {more} more parts move it less" if more else "")
-        how = f"{esc(self._how)}. Orange adds to the score, blue takes from it; hover for the number."
-        head = f"<p>{esc(self._equation)}<br><small>{how}</small></p>"
-        return f"{head}{heat_table({'credit': line}, '')}{table(frame, caption, 4).data}"
+        parts = self._equation, self._how, heat_table({"credit": line}, ""), table(frame, caption, 4).data
+        return str(part("explanation", *parts))
 
 
 def explain(

@@ -3,8 +3,6 @@
 from dense_rlhf.files import content_key, file_sha256
 from dense_rlhf.fingerprint import PACKAGE, modules, source_key
 
-TEMPLATE = PACKAGE / "report" / "template"
-
 
 def pages_key() -> str:
     """Hash of the code and the templates that draw pages; `summary.json` keeps the key that its pages were drawn by."""

@@ -1,4 +1,4 @@
-"""Small figures of the indexes, as SVG in the page: they take its colours and say themselves in words."""
+"""Small figures of the pages, as SVG that takes the page's colours and has alt text."""
 
 from __future__ import annotations
 
@@ -6,29 +6,30 @@ import base64
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from dense_rlhf.report.page import draw
 from dense_rlhf.statistics import Interval
-from dense_rlhf.view.escape import esc
 from dense_rlhf.view.figures import colour
+from dense_rlhf.view.html import escaped
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
 
 WIDTH, LABELS, VALUES, ROW = 700, 170, 150, 26
 
 
-def forest(intervals: Mapping[str, Interval], what: str) -> str:
-    """A point with its interval for each name, one a line, hollow without one; a dotted line at zero.
+def forest(intervals: Mapping[str, Interval], what: str) -> Markup | str:
+    """A point with its interval for each name, one a line, hollow if it has none; a dotted line at zero.
 
-    What is not finite otherwise is left out.
+    Intervals with other numbers that are not finite are left out; without any there is no figure.
     """
-    known = {
-        name: i
-        for name, i in intervals.items()
-        if math.isfinite(i.mean) and (not i.known or math.isfinite(i.low) and math.isfinite(i.high))
-    }
-    if not known:
+    shown = {name: i for name, i in intervals.items() if all(map(math.isfinite, _ends(i)))}
+    if not shown:
         return ""
-    ends = [end for i in known.values() for end in ((i.low, i.high) if i.known else (i.mean,))]
+    ends = [end for i in shown.values() for end in _ends(i)]
     low, high = min(0.0, *ends), max(0.0, *ends)
     steps = ticks(low, high)
     low, high = min(low, steps[0]), max(high, steps[-1])
@@ -37,38 +38,20 @@ def forest(intervals: Mapping[str, Interval], what: str) -> str:
     def x(value: float) -> float:
         return round(LABELS + (value - low) * scale, 1)
 
-    bottom = ROW * len(known) + 6
-    lines = "".join(
-        f"<line class='{'axis' if t else 'zero'}' x1='{x(t)}' x2='{x(t)}' y1='0' y2='{bottom}'/>"
-        f"<text x='{x(t)}' y='{bottom + 16}' text-anchor='middle'>{t:g}</text>"
-        for t in steps
-    )
-    rows = "".join(_row(name, i, x, ROW * n + ROW / 2) for n, (name, i) in enumerate(known.items()))
-    words = f"{what}: " + "; ".join(f"{name} {i}" for name, i in known.items())
-    return (
-        f"<figure><svg viewBox='0 0 {WIDTH} {bottom + 24}' width='{WIDTH}' role='img' aria-label='{esc(words)}'>"
-        f"{lines}{rows}</svg><figcaption>{esc(what)}</figcaption></figure>"
-    )
+    marks = [(x(step), f"{step:g}", "axis" if step else "zero") for step in steps]
+    rows = [_row(name, i, x) | {"y": ROW * (n + 0.5)} for n, (name, i) in enumerate(shown.items())]
+    words = f"{what}: " + "; ".join(f"{name} {i}" for name, i in shown.items())
+    return draw("forest", what, words, WIDTH, ROW * len(shown) + 6, marks, rows)
 
 
-def _row(name: str, interval: Interval, x, y: float) -> str:
-    hue = colour(name)
-    ink = "currentColor" if hue == "#000000" else hue
-    shown = name if len(name) <= 24 else name[:23] + "…"
-    bar = (
-        (
-            f"<line x1='{x(interval.low)}' x2='{x(interval.high)}' y1='{y}' y2='{y}' stroke='{ink}' stroke-width='4' "
-            f"stroke-linecap='round' stroke-opacity='.55'/>"
-        )
-        if interval.known
-        else ""
-    )
-    fill = ink if interval.known else "none"
-    return (
-        f"<text x='{LABELS - 12}' y='{y + 4}' text-anchor='end'>{esc(shown)}</text>{bar}"
-        f"<circle cx='{x(interval.mean)}' cy='{y}' r='5' fill='{fill}' stroke='{ink}'/>"
-        f"<text x='{WIDTH - VALUES + 14}' y='{y + 4}'>{esc(interval)}</text>"
-    )
+def _ends(interval: Interval) -> tuple[float, ...]:
+    return (interval.mean, interval.low, interval.high) if interval.known else (interval.mean,)
+
+
+def _row(name: str, interval: Interval, x: Callable[[float], float]) -> dict[str, object]:
+    hue, ends = colour(name), (x(interval.low), x(interval.high)) if interval.known else ()
+    row = {"name": name if len(name) <= 24 else name[:23] + "…", "value": interval, "x": x(interval.mean), "ends": ends}
+    return row | {"ink": "currentColor" if hue == "#000000" else hue, "left": LABELS - 12, "right": WIDTH - VALUES + 14}
 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
@@ -80,35 +63,29 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
     return [round(n * step, 10) for n in range(first, max(last, first + 1) + 1)]
 
 
-def spark(values: Sequence[float], what: str) -> str:
+def spark(values: Sequence[float], what: str) -> Markup | str:
     """A line of numbers the size of a word; nothing for fewer than two."""
     known = [v for v in values if math.isfinite(v)]
     if len(known) < 2:
         return ""
     low, high = min(known), max(known)
-    points = " ".join(
-        f"{round(80 * i / (len(known) - 1) + 1, 1)},{round(19 - 17 * (v - low) / ((high - low) or 1), 1)}"
-        for i, v in enumerate(known)
-    )
-    words = f"{what}, from {known[0]:.2f} to {known[-1]:.2f}"
-    return (
-        f"<svg viewBox='0 0 82 20' width='82' height='20' role='img' aria-label='{esc(words)}'>"
-        f"<polyline class='path' points='{points}'/></svg>"
-    )
+    across, up = 80 / (len(known) - 1), 17 / ((high - low) or 1)
+    points = [(round(across * i + 1, 1), round(19 - up * (v - low), 1)) for i, v in enumerate(known)]
+    return draw("spark", f"{what}, from {known[0]:.2f} to {known[-1]:.2f}", points)
 
 
-def thumbnail(notebook: Path, width: int = 420) -> str:
-    """The last figure of an executed notebook, small, with its own words; nothing where there is none."""
+def thumbnail(notebook: Path, width: int = 420) -> Markup | str:
+    """The last figure of an executed notebook, small, with its alt text; nothing if there is none."""
     from PIL import Image
 
     try:
         cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
         outputs = [o for cell in cells for o in cell.get("outputs", ()) if "image/png" in o.get("data", {})]
-        drawn = Image.open(io.BytesIO(base64.b64decode("".join(outputs[-1]["data"]["image/png"])))).convert("RGB")
+        figure = Image.open(io.BytesIO(base64.b64decode("".join(outputs[-1]["data"]["image/png"])))).convert("RGB")
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return ""
-    drawn.thumbnail((width, width))
+    figure.thumbnail((width, width))
     buffer = io.BytesIO()
-    drawn.quantize(64).save(buffer, "png", optimize=True)
+    figure.quantize(64).save(buffer, "png", optimize=True)
     alt = outputs[-1].get("metadata", {}).get("image/png", {}).get("alt") or "a figure of this notebook"
-    return f"<img src='data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}' alt='{esc(alt, 200)}'>"
+    return draw("picture", base64.b64encode(buffer.getvalue()).decode(), escaped(alt, 200))

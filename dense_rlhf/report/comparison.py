@@ -6,34 +6,28 @@ They read metrics and tables of run folders only.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from dense_rlhf.evaluation import claims
-from dense_rlhf.evaluation.claims import (
-    CONTRADICTED,
-    EQUAL_KL,
-    SUPPORTED,
-    UNDECIDED,
-    UPDATES,
-    Claim,
-    basis,
-    judge,
-    signed,
-)
+from dense_rlhf.evaluation.claims import CONTRADICTED, EQUAL_KL, SUPPORTED, UNDECIDED, UPDATES, Claim, judge, signed
 from dense_rlhf.evaluation.findings import CONTROL, DENSE, Arm, Finding, across
 from dense_rlhf.evaluation.overoptimisation import fits, law_table
 from dense_rlhf.report.charts import forest
-from dense_rlhf.report.page import sections, table
+from dense_rlhf.report.page import chip, draw, sections, table
 from dense_rlhf.runs import RunFolder
 from dense_rlhf.statistics import Interval
-from dense_rlhf.view.escape import esc
+from dense_rlhf.view.html import escaped, part
 from dense_rlhf.view.live import duration
 
-ROWS = 60  # of an ablation's table; the whole is in the file
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
+ROWS = 60  # of an ablation's table that its page shows; the file has all
 HELPED = "1b"  # the claim that answers the question: gold after training, of every dense arm
 ANSWERS = {SUPPORTED: "yes", CONTRADICTED: "no", UNDECIDED: "unclear"}
-CHIPS = {SUPPORTED: "good", CONTRADICTED: "bad", UNDECIDED: "idle"}
+METHOD = "mean over seeds with its 95 % t interval; a point without a bar has none"
 
 
 @dataclass(frozen=True)
@@ -48,40 +42,44 @@ class Verdict:
 
 def verdict(finding: Finding) -> Verdict:
     """Whether dense rewards helped, by the rule of `claims`; by how much, how sure, at what cost."""
-    claimed = [{"key": c.key, "text": c.text, "verdict": c.verdict, "why": c.why} for c in judge(finding)]
+    listed = [{"key": c.key, "text": c.text, "verdict": c.verdict, "why": c.why} for c in judge(finding)]
     if not finding.of_kind(DENSE):
-        return Verdict("unclear", "No dense arm has finished.", {}, claimed)
+        return Verdict("unclear", "No dense arm has finished.", {}, listed)
     claim = next(c for c in judge(finding) if c.key == HELPED)
-    return Verdict(ANSWERS[claim.verdict], _line(finding, claim), _grounds(finding, claim), claimed)
+    return Verdict(ANSWERS[claim.verdict], _line(finding, claim), _grounds(finding, claim), listed)
 
 
 def _line(finding: Finding, claim: Claim) -> str:
     """The answer in one sentence."""
-    base, n = finding.baseline, len(claim.cases)
+    base = finding.baseline
     named = ", ".join(case.arm for case in claim.cases if case.verdict == claim.verdict)
     if claim.verdict == SUPPORTED:
         return f"Dense rewards helped: {named} ended above {base} and every control, at equal updates and at equal KL."
     if claim.verdict == CONTRADICTED:
         return f"Dense rewards did not help: {named} ended below {base} at equal updates and at equal KL."
+    return f"It is undecided whether dense rewards helped: {_open(base, claim)}."
+
+
+def _open(base: str, claim: Claim) -> str:
+    """Why there is no answer."""
     if base == "reference":
-        return "It is undecided whether dense rewards helped: no sparse arm has finished."
+        return "no sparse arm has finished"
     if not any(case.has_interval for case in claim.cases):
-        return "It is undecided whether dense rewards helped: one seed says nothing of others."
+        return "one seed says nothing about other seeds"
     if decided := [f"{case.arm} {case.verdict}" for case in claim.cases if case.verdict != UNDECIDED]:
-        return f"It is undecided whether dense rewards helped: the arms disagree ({', '.join(decided)})."
+        return f"the arms disagree ({', '.join(decided)})"
     faster = [case.arm for case in claim.cases if (d := case.comparisons[0].updates) and d.low > 0]
-    hint = f"; at equal updates, each alone, {', '.join(faster)} ended above {base}" if faster else ""
-    return f"It is undecided whether dense rewards helped: none of {n} dense arms passes every comparison{hint}."
+    hint = f"; at equal updates, each tested alone, {', '.join(faster)} ended above {base}" if faster else ""
+    return f"none of {len(claim.cases)} dense arms passes every comparison{hint}"
 
 
 def _grounds(finding: Finding, claim: Claim) -> dict[str, str]:
     """By how much, how sure, at what cost: of the arm with the smallest p."""
-    best, n = _spokesman(finding, claim), len(finding.of_kind(DENSE))
-    base, grounds = finding.arms[finding.baseline], {}
+    best, n = _clearest(finding, claim), len(finding.of_kind(DENSE))
+    base = finding.arms[finding.baseline]
     chosen = f", the dense arm (of {n}) with the smallest p," if n > 1 else ""
-    grounds["By how much"] = (
-        f"{best.name}{chosen} has {signed(best.gain)} gold (log-odds) over {base.name} at {UPDATES}."
-    )
+    gain = f"{best.name}{chosen} has {signed(best.gain)} gold (log-odds) over {base.name} at {UPDATES}."
+    grounds = {"By how much": gain}
     if best.gain_at_kl:
         grounds["At equal KL"] = f"{signed(best.gain_at_kl)} gold over {base.name} at {EQUAL_KL}."
     if controls := finding.of_kind(CONTROL):
@@ -90,22 +88,20 @@ def _grounds(finding: Finding, claim: Claim) -> dict[str, str]:
     return grounds | {"How sure": _sure(finding, claim, best), "At what cost": cost(best, base)}
 
 
-def _spokesman(finding: Finding, claim: Claim) -> Arm:
-    """The arm whose answer is surest; where none has an interval, the one with the highest gold."""
-    measured = [case for case in claim.cases if case.has_interval]
-    if not measured:
+def _clearest(finding: Finding, claim: Claim) -> Arm:
+    """The dense arm with the smallest p; if none has an interval, the one with the highest gold."""
+    known = [case for case in claim.cases if case.has_interval]
+    if not known:
         return finding.of_kind(DENSE)[0]
-    return finding.arms[min(measured, key=lambda c: (c.raw_p, -finding.arms[c.arm].gold.mean)).arm]
+    return finding.arms[min(known, key=lambda c: (c.raw_p, -finding.arms[c.arm].gold.mean)).arm]
 
 
 def _sure(finding: Finding, claim: Claim, best: Arm) -> str:
     case = next((case for case in claim.cases if case.arm == best.name and case.has_interval), None)
     if case is None:
-        return f"{basis(finding)} No interval: that takes two seeds."
-    return (
-        f"{basis(finding)} p {claims.number(case.p)} after Holm's correction of {case.tests} answers. "
-        f"{claims.seen(case, claim.unit)}"
-    )
+        return f"{claims.basis(finding)} No interval: that takes two seeds."
+    p = f"p {claims.number(case.p)} after Holm's correction of {case.tests} answers."
+    return f"{claims.basis(finding)} {p} {claims.seen(case, claim.unit)}"
 
 
 def cost(arm: Arm, base: Arm) -> str:
@@ -118,87 +114,56 @@ def cost(arm: Arm, base: Arm) -> str:
     return text + (f"; learning the weights took {duration(arm.search)} more, once." if arm.search else ".")
 
 
-def verdict_html(verdict: Verdict) -> str:
-    """The verdict as a paragraph and a list, and each claim in a line."""
-    grounds = "".join(f"<p><strong>{esc(name)}:</strong> {esc(text)}</p>" for name, text in verdict.grounds.items())
-    lead = f"<div class='verdict {esc(verdict.answer)}'><p class='lead'>{esc(verdict.line)}</p>{grounds}</div>"
-    lines = ((esc(f"{c['key']}. {c['text']}"), _chip(c["verdict"]), esc(c["why"])) for c in verdict.claims)
-    listed = table("The paper's claims on this dataset", ("claim", "verdict", "why"), lines)
-    return lead + (listed if verdict.claims else "")
+def verdict_html(answer: Verdict) -> Markup:
+    """The verdict with its grounds, and a table of the claims."""
+    rows = [(f"{c['key']}. {c['text']}", chip(c["verdict"]), c["why"]) for c in answer.claims]
+    listed = table("The paper's claims on this dataset", ("claim", "verdict", "why"), rows) if rows else ""
+    return draw("verdict", answer.answer, answer.line, answer.grounds, listed)
 
 
-def _chip(word: str) -> str:
-    return f"<span class='chip {CHIPS.get(word, 'idle')}'>{esc(word)}</span>"
-
-
-def claims_html(finding: Finding) -> str:
-    """Every comparison that a verdict rests on, and the rule."""
-    cells = [[esc(row[name]) for name in claims.HEAD] for row in claims.rows(judge(finding))]
-    listed = (
-        table(
-            "Every comparison: gold in log-odds, value loss (1a) in squared scores; 95 % intervals over seeds",
-            claims.HEAD,
-            cells,
-        )
-        if cells
-        else ""
-    )
-    return f"<p><strong>The rule.</strong> {esc(claims.RULE)}</p><p>{esc(basis(finding))}</p>{listed}"
+def claims_html(finding: Finding) -> Markup:
+    """The rule, and every comparison that a verdict rests on."""
+    rows = [row.values() for row in claims.rows(judge(finding))]
+    what = "gold in log-odds, value loss (1a) in squared scores; 95 % intervals over seeds"
+    listed = table(f"Every comparison: {what}", claims.HEAD, rows) if rows else ""
+    return draw("rule", claims.RULE, claims.basis(finding), listed)
 
 
 # ---------------------------------------------------------------------------------------------------- a dataset
 
 
-def dataset_page(study: str, finding: Finding) -> tuple[str, str]:
+def dataset_page(study: str, finding: Finding) -> tuple[Markup, Markup]:
     """Body and contents of the comparison of all arms on one dataset."""
-    arms = list(finding.arms.values())
-    ranked = sorted(arms, key=lambda arm: -arm.gold.mean)
-    gains = {arm.name: arm.gain for arm in ranked if arm.gain and arm.kind != "reference"}
+    ranked = sorted(finding.arms.values(), key=lambda arm: -arm.gold.mean)
+    trained = [arm for arm in ranked if arm.kind != "reference"]
+    gains = {arm.name: arm.gain for arm in trained if arm.gain}
     at_kl = {arm.name: arm.gain_at_kl for arm in ranked if arm.gain_at_kl}
-    improves = {arm.name: arm.improves for arm in ranked if arm.improves and arm.kind != "reference"}
-    base = finding.baseline
-    body, listed = sections(
-        [
-            ("verdict", "Did dense rewards help?", verdict_html(verdict(finding))),
-            ("claims", "What the verdicts rest on", claims_html(finding)),
-            ("gold", "Gold score", forest({a.name: a.gold for a in ranked}, f"Gold score (log-odds), {METHOD}")),
-            (
-                "gain",
-                f"Gain over {base} at equal updates",
-                forest(gains, f"Mean gold over {base} on the same prompts, 95 % interval over seeds"),
-            ),
-            ("kl", f"Gain over {base} at equal KL", _at_kl(at_kl, base)),
-            (
-                "improvement",
-                "Probability of improvement",
-                forest(improves, f"Probability that a run scores higher than one of {base}; 0.5 is a coin"),
-            ),
-            ("laws", "Over-optimisation", _laws(finding)),
-            ("numbers", "All numbers", _arm_table(arms)),
-            ("seeds", "Each seed", _seed_table(finding)),
-        ]
-    )
-    return f"<h1>{esc(study)}: all arms on {esc(finding.dataset)}</h1>{body}", listed
+    improves = {arm.name: arm.improves for arm in trained if arm.improves}
+    base, seeds = finding.baseline, "95 % interval over seeds"
+    coin = f"Probability that a run scores higher than one of {base}; 0.5 is a coin"
+    none = part("paragraph", "No seed has the KL of both arms over time.")
+    at_largest = f"Gold over {base} at the largest KL that both reach, {seeds}"
+    parts = [
+        ("verdict", "Did dense rewards help?", verdict_html(verdict(finding))),
+        ("claims", "What the verdicts rest on", claims_html(finding)),
+        ("gold", "Gold score", forest({a.name: a.gold for a in ranked}, f"Gold score (log-odds), {METHOD}")),
+        ("gain", f"Gain over {base} at equal updates", forest(gains, f"Mean gold over {base}, same prompts, {seeds}")),
+        ("kl", f"Gain over {base} at equal KL", forest(at_kl, at_largest) or none),
+        ("improvement", "Probability of improvement", forest(improves, coin)),
+        ("laws", "Over-optimisation", _laws(finding)),
+        ("numbers", "All numbers", _arm_table(finding.arms.values())),
+        ("seeds", "Each seed", _seed_table(finding)),
+    ]
+    return sections(f"{study}: all arms on {finding.dataset}", parts)
 
 
-METHOD = "mean over seeds with its 95 % t interval; a point alone has none"
-
-
-def _at_kl(gains: Mapping[str, Interval], base: str) -> str:
-    if not gains:
-        return "<p>No seed has the KL of both arms over time.</p>"
-    what = f"Gold over {base} at the largest KL that both reach, 95 % interval over seeds"
-    return forest(gains, what)
-
-
-def _laws(finding: Finding) -> str:
-    """Where gold peaks as each arm moves away from the reference; nothing where no path is long enough."""
+def _laws(finding: Finding) -> Markup | str:
+    """Where gold peaks as each arm moves away from the reference; nothing if no path is long enough."""
     if finding.history is None or not {"kl", "gold", "update"} <= set(finding.history):
         return ""
-    fitted = law_table(fits(finding.history))
+    laws = law_table(fits(finding.history))
     what = "Gold (log-odds) while training: d (alpha - beta log d) over its start, d = sqrt(KL) (Gao et al., 2022)"
-    cells = [[esc(value) for value in row] for row in fitted.values.tolist()]
-    return table(f"{what}; 95 % t intervals over seeds", list(fitted.columns), cells) if cells else ""
+    return "" if laws.empty else table(f"{what}; 95 % t intervals over seeds", list(laws.columns), laws.values.tolist())
 
 
 COLUMNS = {"gold, mean": "gold", "gold, IQM": "iqm", "KL (nats)": "kl", "win rate": "win"}
@@ -206,11 +171,11 @@ COLUMNS |= {"win rate, equal length": "win_lc", "gain": "gain", "gain at equal K
 COLUMNS |= {"P(improvement)": "improves"}  # heading: field of an arm
 
 
-def _arm_table(arms: Sequence[Arm]) -> str:
+def _arm_table(arms: Iterable[Arm]) -> Markup:
     rows = [
         [
-            *(esc(a.name), a.kind, str(len(a.seeds))),
-            *(cell(getattr(a, field)) for field in COLUMNS.values()),
+            *(a.name, a.kind, len(a.seeds)),
+            *(draw("number", getattr(a, field)) for field in COLUMNS.values()),
             duration(a.seconds) if a.seconds else "–",
             "–" if a.explain is None else f"{a.explain:.0%}",
         ]
@@ -220,59 +185,45 @@ def _arm_table(arms: Sequence[Arm]) -> str:
     return table(f"Every arm, with {what}", ("arm", "kind", "seeds", *COLUMNS, "training", "explaining"), rows)
 
 
-def cell(interval: Interval | None) -> str:
-    return f"<span class='number'>{esc(interval)}</span>" if interval else "–"
-
-
-def _seed_table(finding: Finding) -> str:
+def _seed_table(finding: Finding) -> Markup:
     rows = [
-        (
-            esc(arm),
-            esc(seed),
-            f"{t['gold'].mean():.2f}",
-            f"{t['proxy'].mean():.2f}",
-            f"{t['kl'].mean():.2f}" if "kl" in t else "–",
-        )
-        for arm, by in finding.judged.items()
-        for seed, t in by.items()
+        (arm, seed, *(f"{judged[name].mean():.2f}" if name in judged else "–" for name in ("gold", "proxy", "kl")))
+        for arm, by_seed in finding.judged.items()
+        for seed, judged in by_seed.items()
     ]
     return table("Means over the held-out prompts of each run", ("arm", "seed", "gold", "proxy", "KL"), rows)
 
 
-def across_html(findings: Sequence[Finding]) -> str:
+def across_html(findings: Sequence[Finding]) -> Markup | str:
     """Arms that several datasets have, over all of them; nothing for one dataset."""
-    both = [f for f in findings if f.baseline != "reference"]
-    if len(both) < 2:
+    compared = [f for f in findings if f.baseline != "reference"]
+    if len(compared) < 2:
         return ""
-    over = across(both)
-    names = ", ".join(f.dataset for f in both)
-    units = "in standard deviations of the reference's gold score"
+    over = across(compared)
+    names = ", ".join(f.dataset for f in compared)
     gains, odds = ({arm: o[key] for arm, o in over.items()} for key in ("iqm", "improves"))
-    return forest(gains, f"Gain over sparse {units}, interquartile mean over {names}") + forest(
-        odds, f"Probability of improvement over sparse, mean over {names}"
-    )
+    units = "in standard deviations of the reference's gold score"
+    figure = forest(gains, f"Gain over sparse {units}, interquartile mean over {names}")
+    return draw("joined", [figure, forest(odds, f"Probability of improvement over sparse, mean over {names}")])
 
 
 # ---------------------------------------------------------------------------------------------------- an ablation
 
 
-def ablation_page(study: str, run: RunFolder) -> tuple[str, str]:
+def ablation_page(study: str, run: RunFolder) -> tuple[Markup, Markup]:
     """Body and contents of an ablation's page: its intervals as figures, its numbers and tables."""
-    metrics, name = run.load_json("metrics.json"), run.path.name
+    metrics = run.load_json("metrics.json")
     groups = {key: intervals for key, value in metrics.items() if (intervals := dict(_intervals(value)))}
     plain = {key: value for key, value in metrics.items() if key not in groups and key != "revisions"}
-    parts = [
-        (f"m-{i}", key.replace("_", " "), forest(intervals, f"{key.replace('_', ' ')}: value with its 95 % interval"))
-        for i, (key, intervals) in enumerate(groups.items())
-    ]
-    rows = [(esc(key), f"<code>{esc(value)}</code>") for key, value in plain.items()]
-    listed = table("Other metrics", ("name", "value"), rows) if rows else ""
-    parts.append(("numbers", "Numbers", listed))
-    parts += [
-        (f"t-{path.stem}", f"Table: {path.stem}", csv_table(run, path.stem)) for path in sorted(run.path.glob("*.csv"))
-    ]
-    body, listed = sections(parts)
-    return f"<h1>{esc(study)}: {esc(name)}</h1>{body}", listed
+    parts = []
+    for i, (key, intervals) in enumerate(groups.items()):
+        name = key.replace("_", " ")
+        parts.append((f"m-{i}", name, forest(intervals, f"{name}: value with its 95 % interval")))
+    rows = [(key, part("code", value)) for key, value in plain.items()]
+    parts.append(("numbers", "Numbers", table("Other metrics", ("name", "value"), rows) if rows else ""))
+    tables = [path.stem for path in sorted(run.path.glob("*.csv"))]
+    parts += [(f"t-{name}", f"Table: {name}", csv_table(run, name)) for name in tables]
+    return sections(f"{study}: {run.path.name}", parts)
 
 
 def _intervals(value: object, name: str = "") -> list[tuple[str, Interval]]:
@@ -284,18 +235,18 @@ def _intervals(value: object, name: str = "") -> list[tuple[str, Interval]]:
         known = isinstance(mean, (int, float)) and math.isfinite(mean) and None not in bounds
         return [(name or "all", Interval(mean, *bounds))] if known else []
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [one for key, item in inner for one in _intervals(item, f"{name} {key}".strip())]
+    return [pair for key, item in inner for pair in _intervals(item, f"{name} {key}".strip())]
 
 
-def csv_table(run: RunFolder, name: str) -> str:
+def csv_table(run: RunFolder, name: str) -> Markup | str:
     """The first rows of a run's table, numbers rounded."""
     frame = run.load_table(name)
     more = f"; the first {ROWS} of {len(frame)} rows, all are in {name}.csv" if len(frame) > ROWS else ""
     rows = [[_value(value) for value in row] for row in frame.head(ROWS).values.tolist()]
-    return table(f"{name}.csv{more}", [esc(column) for column in frame.columns], rows) if rows else ""
+    return table(f"{name}.csv{more}", list(frame.columns), rows) if rows else ""
 
 
-def _value(value: object) -> str:
+def _value(value: object) -> object:
     if isinstance(value, float):
         return "–" if math.isnan(value) else f"{value:.4g}"
-    return esc(value, 300)
+    return escaped(value, 300)

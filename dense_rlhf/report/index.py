@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from dense_rlhf.config.params import ABLATIONS, BENCHMARKS
 from dense_rlhf.evaluation.findings import Finding
 from dense_rlhf.report.charts import spark
 from dense_rlhf.report.comparison import Verdict, verdict, verdict_html
-from dense_rlhf.report.page import chip, link, sections, table
+from dense_rlhf.report.page import chip, draw, link, sections, table
 from dense_rlhf.runs import GOOD
-from dense_rlhf.view.escape import esc
 from dense_rlhf.view.live import duration
 
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
 QUESTION = "Which tokens earned the reward?"
-
-
 RUN = ("job", "notebook", "dataset", "arm", "seed", "status", "error", "seconds", "page", "files")
+Column = tuple[str, Mapping, Mapping, str]  # heading, a study's summary, numbers of one dataset, folder of its pages
 
 
 def summary(
@@ -39,7 +41,7 @@ def summary(
 
 
 def _numbers(finding: Finding) -> dict:
-    decided, base = verdict(finding), finding.arms[finding.baseline]
+    answer, base = verdict(finding), finding.arms[finding.baseline]
     arms = {
         a.name: {
             "kind": a.kind,
@@ -55,34 +57,16 @@ def _numbers(finding: Finding) -> dict:
         for a in finding.arms.values()
     }
     evidence = finding.prompts * sum(len(a.seeds) for a in finding.arms.values())
-    return {
-        "answer": decided.answer,
-        "line": decided.line,
-        "grounds": decided.grounds,
-        "claims": list(decided.claims),
-        "baseline": finding.baseline,
-        "arms": arms,
-        "evidence": evidence,
-    }
+    about = {"baseline": finding.baseline, "arms": arms, "evidence": evidence}
+    return vars(answer) | {"claims": list(answer.claims)} | about
 
 
 # ---------------------------------------------------------------------------------------------------- parts
 
 
-def troubles(study: Mapping, where: str = "") -> str:
-    """What failed, with its error; nothing where all is well."""
-    items = [
-        f"{chip(r['status'])} {_link(r, where)}: {esc(r['error'] or 'no reason was given')}"
-        for r in study["runs"]
-        if r["status"] not in GOOD
-    ]
-    items += [f"{chip('not rendered')} {esc(text)}" for text in study["lost"]]
-    return "<ul class='failed'>" + "".join(f"<li>{item}</li>" for item in items) + "</ul>" if items else ""
-
-
-def _link(run: Mapping, where: str = "", text: str = "") -> str:
-    label = text or esc(run["job"])
-    return link(f"{where}{run['page']}", label) if run["page"] else label
+def troubles(study: Mapping, where: str = "") -> Markup:
+    """What failed, with its error; nothing if all is well."""
+    return draw("troubles", [run for run in study["runs"] if run["status"] not in GOOD], study["lost"], where)
 
 
 ORDERS: dict[str, tuple[Callable[[Mapping], float | None], bool]] = {  # label: number of an arm, whether high is first
@@ -92,30 +76,28 @@ ORDERS: dict[str, tuple[Callable[[Mapping], float | None], bool]] = {  # label: 
 }
 
 
-def matrix(columns: Sequence[tuple[str, Mapping, Mapping, str]], notes: Mapping[str, str]) -> str:
-    """Arms down, datasets across, in several orders. A column is its heading (HTML), a study's summary, the numbers of
-    one of its datasets, and the folder of its pages; `notes` are more HTML for a run."""
+def matrix(columns: Sequence[Column], notes: Mapping[str, Markup]) -> Markup | str:
+    """Arms down, datasets across, in several orders; `notes` are shown with a run. Nothing without columns."""
+    if not columns:
+        return ""
     listed = list(dict.fromkeys(arm for _, study, numbers, _ in columns for arm in _arms(study, numbers)))
     orders = {"as listed": listed} | {label: _sorted(listed, columns, *how) for label, how in ORDERS.items()}
     head = ["arm", *(heading for heading, *_ in columns)]
-    cells = {arm: [_cell(arm, *column[1:], notes) for column in columns] for arm in listed}
-    views = {
-        label: table(
-            f"Gold score after training, mean and 95 % interval; order: {label}",
-            head,
-            ([esc(arm), *cells[arm]] for arm in names),
-        )
-        for label, names in orders.items()
-    }
-    return choose("Order of the arms", views)
+    rows = {arm: [arm, *(_cell(arm, *column[1:], notes) for column in columns)] for arm in listed}
+    what = "Gold score after training, mean and 95 % interval; order"
+    views = {label: table(f"{what}: {label}", head, [rows[arm] for arm in arms]) for label, arms in orders.items()}
+    return draw("choose", "Order of the arms", views)
 
 
 def _arms(study: Mapping, numbers: Mapping) -> list[str]:
-    ran = [r["arm"] for r in study["runs"] if r["notebook"] == "04_ppo"]
-    return list(dict.fromkeys([*numbers.get("arms", {}), *ran]))
+    return list(dict.fromkeys([*numbers.get("arms", {}), *(run["arm"] for run in _policies(study))]))
 
 
-def _sorted(names: Sequence[str], columns: Sequence, number: Callable, high_first: bool) -> list[str]:
+def _policies(study: Mapping) -> list[Mapping]:
+    return [run for run in study["runs"] if run["notebook"] == "04_ppo"]
+
+
+def _sorted(names: Sequence[str], columns: Sequence[Column], number: Callable, high_first: bool) -> list[str]:
     def key(name: str) -> tuple[bool, float]:
         values = [number(arm) for _, _, numbers, _ in columns if (arm := numbers.get("arms", {}).get(name))]
         known = [value for value in values if value is not None]
@@ -125,155 +107,89 @@ def _sorted(names: Sequence[str], columns: Sequence, number: Callable, high_firs
     return sorted(names, key=key)
 
 
-def _cell(arm: str, study: Mapping, numbers: Mapping, where: str, notes: Mapping[str, str]) -> str:
-    """Headline, curve and a chip for each seed."""
-    known, dataset = numbers.get("arms", {}).get(arm), numbers.get("dataset")
-    runs = [r for r in study["runs"] if r["notebook"] == "04_ppo" and (r["dataset"], r["arm"]) == (dataset, arm)]
-    if not known and not runs:
-        return "–"
-    chips = "".join(
-        f"<span>{_link(r, where, chip(r['status'], ' · seed ' + str(r['seed'])))}{notes.get(r['job'], '')}</span>"
-        for r in runs
-    )
-    seeds = f"<div class='seeds'>{chips}</div>" if chips else ""
-    if not known:
-        return seeds
-    curve = spark(known["path"], f"gold of {arm} on {dataset} while training")
-    return f"<span class='number'>{esc(known['gold'])}</span> {curve}{seeds}"
+def _cell(arm: str, study: Mapping, numbers: Mapping, where: str, notes: Mapping[str, Markup]) -> Markup | str:
+    """Gold of one arm on one dataset, its curve, and a frame for each seed."""
+    known, dataset = numbers.get("arms", {}).get(arm, {}), numbers["dataset"]
+    runs = [run for run in _policies(study) if (run["dataset"], run["arm"]) == (dataset, arm)]
+    curve = spark(known["path"], f"gold of {arm} on {dataset} while training") if known else ""
+    return draw("cell", known.get("gold"), curve, runs, where, notes) if known or runs else "–"
 
 
-def choose(label: str, views: Mapping[str, str], group: str = "order") -> str:
-    """One of several views at a time, by buttons that need no script; `group` tells two choices of a page apart."""
-    buttons = "".join(
-        f"<input type='radio' name='{group}' id='{group}-{n}'{' checked' * (n == 0)}>"
-        f"<label for='{group}-{n}'>{esc(name)}</label>"
-        for n, name in enumerate(views)
-    )
-    shown = "".join(f"<div class='view'>{html}</div>" for html in views.values())
-    return f"<div class='views' role='radiogroup' aria-label='{esc(label)}'>{buttons}{shown}</div>"
-
-
-def verdicts(study: Mapping, where: str = "", prefix: str = "") -> str:
+def verdicts(study: Mapping, where: str = "", prefix: str = "") -> list[Markup]:
     """The verdict on each dataset of a study, and a link to its comparison; `prefix` precedes the dataset's name."""
-    parts = []
+    answers = []
     for dataset, numbers in study["datasets"].items():
-        more = link(f"{where}comparison-{dataset}.html", esc(f"All arms on {dataset} compared"))
-        decided = Verdict(numbers["answer"], numbers["line"], numbers["grounds"], numbers.get("claims", ()))
-        parts.append(f"<h3>{esc(prefix + dataset)}</h3>{verdict_html(decided)}<p>{more}</p>")
-    return "".join(parts)
+        parts = (numbers["answer"], numbers["line"], numbers["grounds"], numbers.get("claims", ()))
+        answers.append(draw("verdict_of", prefix + dataset, verdict_html(Verdict(*parts)), where, dataset))
+    return answers
 
 
 # ---------------------------------------------------------------------------------------------------- a study
 
 
-def study_index(study: Mapping, thumbnails: Mapping[str, str], notes: Mapping[str, str], more: str) -> tuple[str, str]:
-    """Body and contents of a study's index; `thumbnails` and `notes` are HTML by run, `more` HTML of a study's
-    settings or datasets."""
+def study_index(
+    study: Mapping, thumbnails: Mapping[str, Markup], notes: Mapping[str, Markup], side_by_side: Markup
+) -> tuple[Markup, Markup]:
+    """Body and contents of a study's index; `thumbnails` and `notes` are HTML by run."""
     columns = [
-        (link(f"comparison-{name}.html", esc(name)) if numbers else esc(name), study, numbers | {"dataset": name}, "")
+        (link(f"comparison-{name}.html", name) if numbers else name, study, numbers | {"dataset": name}, "")
         for name, numbers in _datasets(study).items()
     ]
-    body, listed = sections(
-        [
-            ("failures", "Failures", troubles(study)),
-            ("verdict", "Did dense rewards help?", verdicts(study)),
-            ("across", "Side by side", more),
-            ("arms", "Arms", matrix(columns, notes) if columns else ""),
-            ("notebooks", "Notebooks", _cards(study, thumbnails)),
-            ("runs", "Every run", _run_table(study)),
-        ]
-    )
-    return f"<h1>{esc(study['study'])}: which tokens earned the reward?</h1>{_totals(study)}{body}", listed
+    parts = [
+        ("failures", "Failures", troubles(study)),
+        ("verdict", "Did dense rewards help?", draw("joined", verdicts(study))),
+        ("across", "Side by side", side_by_side),
+        ("arms", "Arms", matrix(columns, notes)),
+        ("notebooks", "Notebooks", draw("cards", _run_cards(study, thumbnails))),
+        ("runs", "Every run", _run_table(study)),
+    ]
+    return sections(f"{study['study']}: which tokens earned the reward?", parts, draw("totals", study))
 
 
 def _datasets(study: Mapping) -> dict[str, dict]:
     """Numbers of every dataset that policies were trained on, whether one finished or not."""
-    ran = [str(r["dataset"]) for r in study["runs"] if r["notebook"] == "04_ppo"]
-    return {name: study["datasets"].get(name, {}) for name in dict.fromkeys([*study["datasets"], *ran])}
+    names = dict.fromkeys([*study["datasets"], *(str(run["dataset"]) for run in _policies(study))])
+    return {name: study["datasets"].get(name, {}) for name in names}
 
 
-def _totals(study: Mapping) -> str:
-    statuses = [r["status"] for r in study["runs"]]
-    counts = " ".join(f"{chip(status, f' {statuses.count(status)}')}" for status in sorted(set(statuses)))
-    return f"<p class='quiet'>{len(statuses)} runs, {duration(study['seconds'])} of work. {counts}</p>"
+def _run_cards(study: Mapping, thumbnails: Mapping[str, Markup]) -> list[tuple[Markup | str, Markup]]:
+    """Pictures and words of all runs but policies, with a link to the numbers of an ablation or benchmark."""
+    runs = [run for run in study["runs"] if run["notebook"] != "04_ppo"]
+    compared = {run["job"] for run in runs if run["notebook"] in ABLATIONS + BENCHMARKS and run["status"] in GOOD}
+    return [(thumbnails.get(run["job"], ""), draw("run_card", run, run["job"] in compared)) for run in runs]
 
 
-def _cards(study: Mapping, thumbnails: Mapping[str, str]) -> str:
-    single = [r for r in study["runs"] if r["notebook"] != "04_ppo"]
-    items = "".join(
-        f"<li>{thumbnails.get(r['job'], '')}{_link(r)}<br>{chip(r['status'])} "
-        f"<small class='quiet'>{duration(r['seconds'] or 0)}</small>{_comparison(r)}</li>"
-        for r in single
-    )
-    return f"<ul class='cards'>{items}</ul>" if items else ""
-
-
-def _comparison(run: Mapping) -> str:
-    """A link to the page that compares an ablation's results."""
-    if run["notebook"] not in ABLATIONS + BENCHMARKS or run["status"] not in GOOD:
-        return ""
-    return "<br>" + link(f"comparison-{run['job']}.html", "its numbers and tables")
-
-
-FILES = {"notebook.ipynb": "notebook", "params.yaml": "parameters", "metrics.json": "metrics", "log.txt": "log"}
-
-
-def files(study: str, job: str, names: Sequence[str]) -> str:
-    """Links to the files of a run."""
-    return " · ".join(link(f"../../runs/{study}/{job}/{name}", esc(FILES.get(name, name))) for name in names)
-
-
-def _run_table(study: Mapping) -> str:
-    runs = sorted(study["runs"], key=lambda r: r["status"] in GOOD)
-    rows = (
-        (_link(r), chip(r["status"]), duration(r["seconds"] or 0), files(study["study"], r["job"], r["files"]))
-        for r in runs
-    )
+def _run_table(study: Mapping) -> Markup:
+    rows = []
+    for run in sorted(study["runs"], key=lambda run: run["status"] in GOOD):
+        files = draw("files", study["study"], run["job"], run["files"])
+        rows.append((draw("run_link", run), chip(run["status"]), duration(run["seconds"] or 0), files))
     return table("Failures first; links lead to the files of each run", ("run", "status", "time", "files"), rows)
 
 
 # ---------------------------------------------------------------------------------------------------- all studies
 
 
-def overview(studies: Sequence[Mapping], thumbnails: Mapping[str, str]) -> tuple[str, str]:
+def overview(studies: Iterable[Mapping], thumbnails: Mapping[str, Markup]) -> tuple[Markup, Markup]:
     """Body and contents of the index over all studies: failures, then studies by the amount of evidence."""
     studies = sorted(studies, key=lambda s: (-_evidence(s), -s["started"]))
+    folders = [(s, f"{s['study']}/") for s in studies]
     columns = [
-        (
-            link(f"{s['study']}/index.html", esc(s["study"])) + f", {esc(name)}",
-            s,
-            numbers | {"dataset": name},
-            f"{s['study']}/",
-        )
-        for s in studies
+        (draw("column", s["study"], f"{where}index.html", name), s, numbers | {"dataset": name}, where)
+        for s, where in folders
         for name, numbers in _datasets(s).items()
     ]
-    failed = "".join(
-        f"<h3>{esc(s['study'])}</h3>{failed_runs}" for s in studies if (failed_runs := troubles(s, f"{s['study']}/"))
-    )
-    decided = "".join(verdicts(s, f"{s['study']}/", f"{s['study']}, ") for s in studies)
-    body, listed = sections(
-        [
-            ("failures", "Failures", failed),
-            ("verdict", "Did dense rewards help?", decided),
-            ("arms", "Arms by study and dataset", matrix(columns, {}) if columns else ""),
-            ("studies", "Studies", _study_cards(studies, thumbnails)),
-        ]
-    )
-    lead = (
-        "<p class='lead'>RLHF scores a whole response. These studies reward each token for its share of the "
-        "score, and ask whether the policy learns faster or better.</p>"
-    )
-    return f"<h1>{QUESTION}</h1>{lead}{body}", listed
+    failures = [draw("heading", s["study"], troubles(s, where)) for s, where in folders]
+    answers = [answer for s, where in folders for answer in verdicts(s, where, f"{s['study']}, ")]
+    cards = [(thumbnails.get(s["study"], ""), draw("study_card", s)) for s in studies]
+    parts = [
+        ("failures", "Failures", draw("joined", failures)),
+        ("verdict", "Did dense rewards help?", draw("joined", answers)),
+        ("arms", "Arms by study and dataset", matrix(columns, {})),
+        ("studies", "Studies", draw("cards", cards)),
+    ]
+    return sections(QUESTION, parts, draw("overview_lead"))
 
 
 def _evidence(study: Mapping) -> int:
     return max((numbers["evidence"] for numbers in study["datasets"].values()), default=0)
-
-
-def _study_cards(studies: Sequence[Mapping], thumbnails: Mapping[str, str]) -> str:
-    items = "".join(
-        f"<li>{thumbnails.get(s['study'], '')}{link(s['study'] + '/index.html', esc(s['study']))}{_totals(s)}</li>"
-        for s in studies
-    )
-    return f"<ul class='cards'>{items}</ul>"

@@ -5,14 +5,16 @@ from __future__ import annotations
 import base64
 import io
 import re
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from markupsafe import Markup
+
 from dense_rlhf.fingerprint import PACKAGE
-from dense_rlhf.report.page import LIMIT, contents
+from dense_rlhf.report.page import LIMIT, draw
 from dense_rlhf.report.sanitise import clean
-from dense_rlhf.view.escape import esc
+from dense_rlhf.view.html import escaped, part
 
 if TYPE_CHECKING:
     from bs4 import BeautifulSoup, Tag
@@ -33,13 +35,13 @@ def mathml(markdown: str) -> str:
         try:
             return convert(match["tex"].strip(), display="block" if match["mark"] == "$$" else "inline")
         except Exception:  # the converter raises whatever it meets
-            return f"<code>{esc(match['tex'])}</code>"
+            return str(part("code", match["tex"]))
 
     return MATH.sub(one, markdown)
 
 
-def notebook_body(path: Path) -> tuple[str, str]:
-    """An executed notebook as HTML that holds nothing but what `sanitise` lets through, and its table of contents."""
+def notebook_body(path: Path) -> tuple[Markup, Markup]:
+    """An executed notebook as HTML that holds only what `sanitise` lets through, and its table of contents."""
     import nbformat
     from bs4 import BeautifulSoup
 
@@ -51,8 +53,8 @@ def notebook_body(path: Path) -> tuple[str, str]:
     html, _ = _exporter().from_notebook_node(notebook)
     soup = BeautifulSoup(html, "html.parser")
     clean(soup)
-    listed = _dress(soup)
-    return str(soup), listed
+    heads = _dress(soup)
+    return Markup(soup), draw("contents", heads)
 
 
 @cache
@@ -60,8 +62,9 @@ def _exporter():
     from nbconvert import HTMLExporter
 
     exporter = HTMLExporter(extra_template_basedirs=[str(PACKAGE / "report")], template_name="template")
-    exporter.register_filter("esc", lambda text: esc(text, LONGEST))
     exporter.register_filter("text_base64", lambda text: base64.b64encode("".join(text).encode()).decode())
+    exporter.register_filter("uncut", lambda text: escaped(text, len(text)))
+    exporter.environment.autoescape, exporter.environment.finalize = True, partial(escaped, limit=LONGEST)
     return exporter
 
 
@@ -69,8 +72,8 @@ def _exporter():
 
 
 def _settle(notebook: NotebookNode) -> None:
-    """Printed bars as they ended, figures in few bytes; outputs for which the page is too short give way to a note."""
-    left = LIMIT - SPARE - sum(len(cell.source) for cell in notebook.cells)
+    """Keep bars as they ended and figures in few bytes; a note replaces outputs that would exceed the limit."""
+    room = LIMIT - SPARE - sum(len(cell.source) for cell in notebook.cells)
     for cell in notebook.cells:
         for output in cell.get("outputs", ()):
             if output.output_type == "stream":
@@ -78,21 +81,21 @@ def _settle(notebook: NotebookNode) -> None:
             elif "image/png" in (data := output.get("data", {})):
                 data["image/png"] = _fewer_colours(data["image/png"])
             size = min(LONGEST, len(output.get("text", ""))) + sum(map(_size, output.get("data", {}).items()))
-            left -= size
-            if left < 0:
+            room -= size
+            if room < 0:
                 _leave_out(output, size)
-                left += size
+                room += size
         cell["outputs"] = [o for o in cell.get("outputs", ()) if o.get("text", "x").strip()]
 
 
 def overwritten(text: str) -> str:
-    """What a terminal would show in the end: of each line only what follows the last carriage return."""
+    """What a terminal would finally show: of each line, only the text after the last carriage return."""
     lines = (line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n"))
     return "\n".join(line.replace("\x1b[A", "") for line in lines)
 
 
 def _size(item: tuple[str, object]) -> int:
-    """Of one representation in the page; those that no page shows count nothing."""
+    """Characters of one representation in the page; 0 if pages do not show it."""
     kind, data = item
     return len(data) if isinstance(data, str) and (kind.startswith("image/") or kind == "text/html") else 0
 
@@ -106,12 +109,12 @@ def _leave_out(output: NotebookNode, size: int) -> None:
 
 
 def _fewer_colours(png: str) -> str:
-    """The same figure from a palette of 256 colours, where that is smaller; what cannot be read stays as it is."""
+    """The figure in a palette of 256 colours if that is smaller; unreadable data stays as it is."""
     from PIL import Image
 
     try:
-        drawn, buffer = Image.open(io.BytesIO(base64.b64decode(png))), io.BytesIO()
-        drawn.convert("RGBA").quantize(256, Image.Quantize.FASTOCTREE).save(buffer, "png", optimize=True)
+        figure, buffer = Image.open(io.BytesIO(base64.b64decode(png))), io.BytesIO()
+        figure.convert("RGBA").quantize(256, Image.Quantize.FASTOCTREE).save(buffer, "png", optimize=True)
     except (OSError, ValueError):
         return png
     small = base64.b64encode(buffer.getvalue()).decode()
@@ -121,8 +124,8 @@ def _fewer_colours(png: str) -> str:
 # ---------------------------------------------------------------------------------------------------- after: structure
 
 
-def _dress(soup: BeautifulSoup) -> str:
-    """Anchors, captions, headers and words where they are missing; returns the table of contents."""
+def _dress(soup: BeautifulSoup) -> list[tuple[str, Markup]]:
+    """Add missing anchors, captions, header scopes and alt texts; returns anchor and words of each heading."""
     for link in soup.select("a.anchor-link"):
         link.decompose()
     seen: dict[str, int] = {}
@@ -135,7 +138,7 @@ def _dress(soup: BeautifulSoup) -> str:
     for image in soup.find_all("img"):
         if not image.get("alt", "").strip():
             image["alt"] = f"A figure without a description, in: {_section(image)}"
-    return contents((head["id"], head.decode_contents()) for head in soup.find_all("h2"))
+    return [(head["id"], Markup(head.decode_contents())) for head in soup.find_all("h2")]
 
 
 def _section(tag: Tag) -> str:

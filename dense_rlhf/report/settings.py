@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from dense_rlhf.config.params import RunParams
 from dense_rlhf.evaluation.findings import Arm, Finding
 from dense_rlhf.report.charts import forest
-from dense_rlhf.report.comparison import METHOD, cell
-from dense_rlhf.report.page import table
-from dense_rlhf.view.escape import esc
+from dense_rlhf.report.comparison import METHOD
+from dense_rlhf.report.page import draw, table
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
 
 EQUAL_UPDATES = "after equal updates on the same prompts, 95 % interval over seeds"
 EQUAL_KL = "at the largest KL that both reach, 95 % interval over seeds"
@@ -22,26 +25,25 @@ def in_order(findings: Sequence[Finding], comparisons: Sequence[RunParams]) -> l
     return sorted(findings, key=lambda f: places.index(f.dataset) if f.dataset in places else len(places))
 
 
-def settings_html(findings: Sequence[Finding], comparisons: Sequence[RunParams]) -> str:
+def settings_html(findings: Sequence[Finding], comparisons: Sequence[RunParams]) -> Markup:
     """Two figures for each arm with a line for each setting, and all numbers; empty for a study without settings."""
     several = len({run.data.name for run in comparisons}) > 1
     names = {run.where: run.where if several else run.setting for run in comparisons if run.setting}
     varied = {names[f.dataset]: f for f in findings if f.dataset in names}
     arms = dict.fromkeys(arm for f in varied.values() for arm in f.arms if arm not in (f.baseline, "reference"))
-    figures = "".join(_figures(arm, {name: f for name, f in varied.items() if arm in f.arms}) for arm in arms)
+    figures = [figure for arm in arms for figure in _figures(arm, {n: f for n, f in varied.items() if arm in f.arms})]
     rows = [_row(name, arm) for name, f in varied.items() for arm in f.arms.values()]
-    return figures + table(f"Every arm in every setting; {METHOD}", HEAD, rows) if varied else ""
+    return draw("joined", [*figures, table(f"Every arm in every setting; {METHOD}", HEAD, rows)] if varied else [])
 
 
-def _figures(arm: str, varied: dict[str, Finding]) -> str:
-    """What one arm gains over the baseline by setting, in two ways of comparing."""
+def _figures(arm: str, varied: dict[str, Finding]) -> list[Markup | str]:
+    """What one arm gains over the baseline in each setting, at equal updates and at equal KL."""
     base = next(iter(varied.values())).baseline
     gains = {name: gain for name, f in varied.items() if (gain := f.arms[arm].gain)}
     at_kl = {name: gain for name, f in varied.items() if (gain := f.arms[arm].gain_at_kl)}
-    return forest(gains, f"Gold of {arm} over {base} {EQUAL_UPDATES}") + forest(
-        at_kl, f"Gold of {arm} over {base} {EQUAL_KL}"
-    )
+    pairs = (gains, EQUAL_UPDATES), (at_kl, EQUAL_KL)
+    return [forest(values, f"Gold of {arm} over {base} {how}") for values, how in pairs]
 
 
-def _row(setting: str, arm: Arm) -> list[str]:
-    return [esc(setting), esc(arm.name), *map(cell, (arm.gold, arm.kl, arm.gain, arm.gain_at_kl))]
+def _row(setting: str, arm: Arm) -> list[object]:
+    return [setting, arm.name, *(draw("number", value) for value in (arm.gold, arm.kl, arm.gain, arm.gain_at_kl))]

@@ -1,44 +1,43 @@
 """Reports that open from disk with no network: a page a run, comparisons, an index a study and one over all studies.
 
-Everything a model or a dataset wrote is escaped where it is displayed (`escape.esc`), other HTML passes `sanitise`, and
-the page's Content-Security-Policy, without scripts, is the last wall.
+Templates escape everything that a model or a dataset wrote (`view.html`), HTML that a notebook displays passes
+`sanitise`, and the page's Content-Security-Policy, which allows no scripts, is the last wall.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dense_rlhf.config.params import ABLATIONS, BENCHMARKS
 from dense_rlhf.config.study import StudyParams
 from dense_rlhf.evaluation.findings import Finding, findings
 from dense_rlhf.files import content_key, file_sha256, write_json, write_text
-from dense_rlhf.report import index as drawn
 from dense_rlhf.report import pages_key
 from dense_rlhf.report.charts import thumbnail
 from dense_rlhf.report.comparison import ablation_page, across_html, dataset_page
+from dense_rlhf.report.index import QUESTION, overview, study_index, summary
 from dense_rlhf.report.notebook_page import notebook_body
-from dense_rlhf.report.page import chip, footer, made_from, page
+from dense_rlhf.report.page import FILES, draw, footer, made_from, page
 from dense_rlhf.report.settings import in_order, settings_html
 from dense_rlhf.runs import GOOD, RunFolder, workspace
 from dense_rlhf.types import InputError
-from dense_rlhf.view.escape import esc
+from dense_rlhf.view.html import part
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
 
 ALL = ("all studies", "../index.html")
 
 
-def warned(run: RunFolder, in_full: bool) -> str:
+def warned(run: RunFolder, in_full: bool) -> Markup:
     """The warnings of a training, each name once: when it first appeared, how often, and `in_full` its text."""
-    met: dict[str, list[dict]] = {}
+    by_name: dict[str, list[dict]] = {}
     for warning in run.load_json("metrics.json").get("warnings") or ():
-        met.setdefault(str(warning.get("name")), []).append(warning)
-    items = ""
-    for name, times in met.items():
-        more = f" and {len(times) - 1} more" if len(times) > 1 else ""
-        text = f": {times[0].get('text', '')}" if in_full else ""
-        items += f"<li>{esc(name)}, update {esc(times[0].get('update', '–'))}{more}{esc(text)}</li>"
-    return f"<ul class='warned' aria-label='warnings'>{items}</ul>" if items else ""
+        by_name.setdefault(str(warning.get("name")), []).append(warning)
+    return draw("warned", by_name, in_full)
 
 
 def write_run_page(record: dict, run: RunFolder, target: Path) -> bool:
@@ -51,26 +50,17 @@ def write_run_page(record: dict, run: RunFolder, target: Path) -> bool:
     if made_from(target) == key:
         return True
     study, (body, contents) = run.path.parent.name, notebook_body(notebook)
-    failed = f"<p class='failed'>{chip(record['status'])} {esc(record['error'])}</p>" if record.get("error") else ""
-    links = f"<p class='small'>Executed {drawn.files(study, run.path.name, files_of(run))}</p>"
-    write_text(
-        target,
-        page(
-            record["job"],
-            (failed + warned(run, in_full=True) + body + links, contents),
-            footer(record, run.parameters()),
-            [ALL, (study, "index.html")],
-            key,
-            workspace(),
-        ),
-    )
+    files = draw("files", study, run.path.name, files_of(run))
+    content = draw("run_page", record, warned(run, in_full=True), body, files), contents
+    foot, trail = footer(record, run.parameters()), [ALL, (study, "index.html")]
+    write_text(target, page(record["job"], content, foot, trail, key, workspace()))
     return True
 
 
 def files_of(run: RunFolder) -> list[str]:
     """The files of a run that a reader may want: notebook, parameters, metrics, log and tables."""
     tables = sorted(path.name for path in run.path.glob("*.csv")) if run.path.exists() else []
-    return [name for name in (*drawn.FILES, *tables) if run.file(name).exists()]
+    return [name for name in (*FILES, *tables) if run.file(name).exists()]
 
 
 def write_reports(study: StudyParams, records: list[dict]) -> Path:
@@ -82,17 +72,16 @@ def write_reports(study: StudyParams, records: list[dict]) -> Path:
     folder, runs_root = root / "reports" / study.study, root / "runs" / study.study
     runs = {record["job"]: RunFolder(runs_root / record["job"]) for record in records}
     pages, lost = _run_pages(records, runs, folder)
-    done = [runs[r["job"]] for r in records if r["status"] in GOOD]
-    results = in_order(_comparisons(study, records, runs, folder, done, lost), study.comparisons)
+    compared = _comparisons(study, records, runs, lost)
     listed = [r | {"page": pages.get(r["job"]), "files": files_of(runs[r["job"]])} for r in records]
-    summary = drawn.summary(study.study, study.seeds, listed, results, lost) | {"pages": pages_key()}
+    facts = summary(study.study, study.seeds, listed, compared, lost) | {"pages": pages_key()}
     notes = {job: warned(run, in_full=False) for job, run in runs.items()}
-    thumbnails = {job: thumbnail(runs[job].file("notebook.ipynb")) for job in _pictured(records, pages)}
-    compared = settings_html(results, study.comparisons) or across_html(results)
-    content = drawn.study_index(summary, thumbnails, notes, compared)
+    pictures = {job: thumbnail(runs[job].file("notebook.ipynb")) for job in _pictured(records, pages)}
+    side_by_side = settings_html(compared, study.comparisons) or across_html(compared)
+    content = study_index(facts, pictures, notes, side_by_side)
     index = folder / "index.html"
     write_text(index, page(study.study, content, _footer(records, study.seeds), [ALL], root=root))
-    write_json(folder / "summary.json", summary)
+    write_json(folder / "summary.json", facts)
     write_overview(root)
     return index
 
@@ -111,37 +100,29 @@ def _run_pages(records: list[dict], runs: dict[str, RunFolder], folder: Path) ->
 
 
 def _comparisons(
-    study: StudyParams,
-    records: list[dict],
-    runs: dict[str, RunFolder],
-    folder: Path,
-    done: Sequence[RunFolder],
-    lost: list[str],
+    study: StudyParams, records: list[dict], runs: Mapping[str, RunFolder], lost: list[str]
 ) -> list[Finding]:
-    """Write the page of each dataset and each ablation; returns what the datasets say."""
-    trail, made = [ALL, (study.study, "index.html")], []
+    """Write the page of each dataset and each ablation; returns what the datasets say, and adds to `lost`."""
+    done, compared = [record for record in records if record["status"] in GOOD], []
     try:
-        results = findings(done, list(study.arms))
+        compared = findings([runs[record["job"]] for record in done], list(study.arms))
     except Exception as error:  # tables that cannot be read: the rest of the report stands
         lost.append(f"comparison: {type(error).__name__}: {error}")
-        results = []
-    made += [(f.dataset, dataset_page(study.study, f)) for f in results]
-    for record in records:
-        if record["notebook"] in ABLATIONS + BENCHMARKS and record["status"] in GOOD:
-            made.append((record["job"], ablation_page(study.study, runs[record["job"]])))
-    for name, content in made:
-        write_text(
-            folder / f"comparison-{name}.html",
-            page(f"comparison: {name}", content, _footer(records, study.seeds), trail, root=workspace()),
-        )
-    return results
+    pages = [(f.dataset, dataset_page(study.study, f)) for f in compared]
+    tables = [record["job"] for record in done if record["notebook"] in ABLATIONS + BENCHMARKS]
+    pages += [(job, ablation_page(study.study, runs[job])) for job in tables]
+    root, foot, trail = workspace(), _footer(records, study.seeds), [ALL, (study.study, "index.html")]
+    for name, content in pages:
+        target = root / "reports" / study.study / f"comparison-{name}.html"
+        write_text(target, page(f"comparison: {name}", content, foot, trail, root=root))
+    return in_order(compared, study.comparisons)
 
 
 def _pictured(records: list[dict], pages: dict[str, str], most: int = 24) -> list[str]:
     return [r["job"] for r in records if r["job"] in pages and r["notebook"] != "04_ppo"][:most]
 
 
-def _footer(records: list[dict], seeds: Sequence[int]) -> str:
+def _footer(records: list[dict], seeds: Sequence[int]) -> Markup:
     newest = max(records, key=lambda record: record.get("started") or 0)
     return footer(newest | {"job": f"{len(records)} runs, last {newest['job']}"}, seeds=seeds)
 
@@ -156,18 +137,10 @@ def write_overview(root: Path) -> Path:
             continue
     pictures = {}
     for study in studies:
-        jobs = [r["job"] for r in study["runs"] if r["page"] and r["notebook"] != "04_ppo"]
+        jobs = [run["job"] for run in study["runs"] if run["page"] and run["notebook"] != "04_ppo"]
         notebooks = (root / "runs" / study["study"] / job / "notebook.ipynb" for job in reversed(jobs))
         pictures[study["study"]] = next(filter(None, map(thumbnail, notebooks)), "")
-    content = drawn.overview(studies, pictures)
-    commits = sorted({str(study["commit"]) for study in studies})
-    write_text(
-        folder / "index.html",
-        page(
-            drawn.QUESTION,
-            content,
-            f"<p>{len(studies)} studies, made from commits {esc(', '.join(commits))}</p>",
-            root=root,
-        ),
-    )
+    commits = ", ".join(sorted({str(study["commit"]) for study in studies}))
+    foot = part("paragraph", f"{len(studies)} studies, made from commits {commits}")
+    write_text(folder / "index.html", page(QUESTION, overview(studies, pictures), foot, root=root))
     return folder / "index.html"

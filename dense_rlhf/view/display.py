@@ -1,4 +1,4 @@
-"""What a notebook shows: progress, escaped text, tables and token heat-maps. Model and dataset text is hostile."""
+"""What a notebook shows: progress, text, tables and heat-maps of tokens. Text of models and datasets is escaped."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, TypeVar
 
 from IPython import get_ipython
 from IPython.display import HTML
-from markupsafe import Markup
 
 from dense_rlhf.view.html import part
 
 if TYPE_CHECKING:
     import pandas as pd
+    from markupsafe import Markup
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
@@ -24,7 +24,7 @@ Item = TypeVar("Item")
 
 
 def is_live() -> bool:
-    """Whether a notebook frontend is there that can be asked for input, as every person's can and no batch runner's."""
+    """Whether somebody watches: true in an interactive notebook, false under papermill and outside notebooks."""
     try:
         return bool(get_ipython().kernel.get_parent("shell")["content"]["allow_stdin"])
     except (AttributeError, KeyError, TypeError):  # no kernel, or none that runs a cell
@@ -69,14 +69,11 @@ def heat(tokens: Sequence[str], values: Sequence[float], limit: float | None = N
     """Tokens over blue (below zero) to orange (above), the number in each token's title; full colour at `limit`, by
     default the largest value. Raises ValueError where tokens and values differ in number."""
     limit = limit or max((abs(v) for v in values), default=0) or 1.0
-    hues = ("230,159,0" if v > 0 else "0,114,178" for v in values)
-    return part(
-        "heat",
-        [
-            (token, f"{hue},{min(1.0, abs(v) / limit) * 0.8:.2f}", f"{v:+.3f}")
-            for token, v, hue in zip(tokens, values, hues, strict=True)
-        ],
-    )
+    spans = []
+    for token, value in zip(tokens, values, strict=True):
+        hue, depth = "230,159,0" if value > 0 else "0,114,178", min(1.0, abs(value) / limit) * 0.8
+        spans.append((token, f"{hue},{depth:.2f}", f"{value:+.3f}"))
+    return part("heat", spans)
 
 
 def heat_table(lines: Mapping[str, Markup], caption: str) -> Markup:
@@ -106,7 +103,7 @@ def response_heatmaps(
 
 def parameters(flat: Mapping[str, object]) -> HTML:
     """All parameters of a run, folded away."""
-    return HTML(part("folded", f"{len(flat)} parameters", Markup(text_table(flat).data)))
+    return HTML(part("folded", f"{len(flat)} parameters", text_table(flat).data))
 
 
 def check(what: str, holds: bool) -> HTML:

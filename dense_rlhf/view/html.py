@@ -19,13 +19,18 @@ TEMPLATES = tuple(PACKAGE / box / "template" for box in ("view", "report"))
 def environment() -> Environment:
     """Where templates are found and how they escape: as `esc` does, which also shows what cannot be seen."""
     import jinja2
+
+    strict, loader = jinja2.StrictUndefined, jinja2.FileSystemLoader(TEMPLATES)
+    made = jinja2.Environment(loader=loader, autoescape=True, undefined=strict, finalize=escaped)
+    made.filters["uncut"] = lambda text: escaped(text, len(text))
+    return made
+
+
+def escaped(value: object, limit: int = 2000) -> Markup:
+    """Text as HTML, by `esc`; what is `Markup` already stays."""
     from markupsafe import Markup
 
-    def shown(value: object) -> object:
-        return value if hasattr(value, "__html__") else Markup(esc(value))
-
-    loader = jinja2.FileSystemLoader(TEMPLATES)
-    return jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, finalize=shown)
+    return value if isinstance(value, Markup) else Markup(esc(value, limit))
 
 
 def part(name: str, *given: object, template: str = "parts.html.j2", **named: object) -> Markup:

@@ -17,8 +17,8 @@ from IPython.display import display
 
 from dense_rlhf.types import InputError
 from dense_rlhf.view.display import is_live
-from dense_rlhf.view.escape import esc
 from dense_rlhf.view.figures import colour
+from dense_rlhf.view.html import part
 
 SHOWN = {  # column of the history: name in a line, name on the panel, format
     "proxy": ("proxy", "proxy (sd)", "+z.2f"),
@@ -227,33 +227,11 @@ class Board:
 # ---------------------------------------------------------------------------------------------------- drawing
 
 
-ROW = "display:flex;flex-wrap:wrap;justify-content:space-between;gap:0 1em"
-
-
 def panel(track: Track) -> str:
-    """Bar, numbers, warnings and figure as HTML without scripts, in the colours of the surrounding page."""
-    numbers = "".join(
-        f"<span><span style='opacity:.7;font-size:85%'>{SHOWN[name][1]}</span><br>"
-        f"<strong style='font-variant-numeric:tabular-nums'>{value}</strong></span>"
-        for name, value in track.values().items()
-    )
-    return (
-        f"<div class='mathjax_ignore' style='max-width:660px'><div style='{ROW}'><strong>{esc(track.label)}</strong>"
-        f"<span>{track.done}/{track.updates} updates, {track.remaining()}</span></div>"
-        f"<progress style='width:100%;accent-color:{BLUE}' aria-label='PPO updates' max='{max(1, track.updates)}' "
-        f"value='{track.done}'></progress><div style='{ROW};margin:.4em 0'>{numbers}</div>"
-        f"{_warned(track) if track.first else ''}{_image(track)}</div>"
-    )
-
-
-def _warned(track: Track) -> str:
-    style = f"border-left:4px solid {RED};padding-left:.6em;margin:.4em 0"
-    return f"<div role='status' style='{style}'>{esc(warnings(track))}</div>"
-
-
-def _image(track: Track) -> str:
-    source = f"data:image/png;base64,{base64.b64encode(picture(track)).decode()}"
-    return f"<img style='max-width:100%;border-radius:4px' alt='{esc(describe(track))}' src='{source}'>"
+    """Bar, numbers, warnings and figure as HTML without scripts, in the colours of the page around it."""
+    numbers = {SHOWN[name][1]: value for name, value in track.values().items()}
+    figure = base64.b64encode(picture(track)).decode(), describe(track)
+    return str(part("panel", track, numbers, warnings(track), figure, (BLUE, RED)))
 
 
 def warnings(track: Track) -> str:
@@ -265,8 +243,8 @@ def warnings(track: Track) -> str:
 def _ends(track: Track, name: str) -> tuple[str, str]:
     """Means of the first and the last `SMOOTH` known values, as text."""
     known = [value for value in track.series[name] if value == value]
-    parts = (known[:SMOOTH], known[-SMOOTH:])
-    return tuple(format(sum(part) / len(part), SHOWN[name][2]) if part else "–" for part in parts)
+    sides = (known[:SMOOTH], known[-SMOOTH:])
+    return tuple(format(sum(side) / len(side), SHOWN[name][2]) if side else "–" for side in sides)
 
 
 def headline(track: Track) -> str:

@@ -30,8 +30,8 @@ SEEDS = tuple(range(6))
     [
         (SEEDS, {"sparse": 0, "uniform": 0, "shap": 2}, "yes", "helped: shap ended above sparse and every control"),
         (SEEDS, {"sparse": 0, "shap": 2}, "yes", "helped"),
-        ((0,), {"sparse": 0, "uniform": 0, "shap": 2}, "unclear", "one seed says nothing of others"),
-        (SEEDS, {"sparse": 0, "uniform": 2.5, "shap": 2}, "unclear", "each alone, shap ended above sparse"),
+        ((0,), {"sparse": 0, "uniform": 0, "shap": 2}, "unclear", "one seed says nothing about other seeds"),
+        (SEEDS, {"sparse": 0, "uniform": 2.5, "shap": 2}, "unclear", "each tested alone, shap ended above sparse"),
         (SEEDS, {"sparse": 2, "uniform": 2, "shap": 0}, "no", "did not help"),
         (SEEDS, {"sparse": 0, "shap": 0.01}, "unclear", "none of 1 dense arms passes"),
         (SEEDS, {"uniform": 0, "shap": 2}, "unclear", "no sparse arm"),

@@ -10,6 +10,7 @@ from bs4 import BeautifulSoup
 from chromium import Watched, launched
 from hostile import HOSTILE, SURROGATE, TAGS, UNSEEN
 from made_study import ARMS, Study, ablation, broken, policies, record, run, whole
+from markupsafe import Markup
 
 from dense_rlhf.report import write as report
 from dense_rlhf.report.page import LIMIT, page
@@ -159,7 +160,7 @@ def test_the_policy_of_a_page_holds_alone(browser, tmp_path):
     watched, path = Watched(browser), tmp_path / "raw.html"
     for text in TAGS:
         if "http-equiv=refresh" not in text:  # which no policy forbids
-            path.write_text(page("t", (f"<p>{text}</p>", ""), "f"), encoding="utf-8")
+            path.write_text(page("t", (Markup(f"<p>{text}</p>"), ""), "f"), encoding="utf-8")
             assert not [one for one in watched.open(path) if "payload ran" in one or "dialog" in one], text
 
 
