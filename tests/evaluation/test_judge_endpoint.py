@@ -204,7 +204,7 @@ def test_a_judge_that_never_answers_is_given_up(server, start):
     server.usual = say("[[B]]")
     compare(start(), 2)
     server.usual = silent
-    judge = start(timeout=0.1, attempts=2)
+    judge = start(timeout=0.5, attempts=2)
     found = compare(judge, 10)
     assert len(server.asked) == 2 + 3 * 2 and found[:2].tolist() == [0, 0] and np.isnan(found[2:]).all()
     assert reasons(judge)[:3] == ["no answer within 0.1 s"] * 3
