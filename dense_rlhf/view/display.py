@@ -88,7 +88,7 @@ def heatmaps(tokens: Sequence[str], credits: Mapping[str, Sequence[float]], capt
 
 
 def response_tokens(responses: Responses, row: int, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The text of each token of one response, its EOS too."""
+    """The text of each token of one response, its EOS included."""
     return [tokenizer.decode([i]) for i in responses.responses[row][responses.mask[row]].tolist()]
 
 

@@ -1,7 +1,7 @@
-"""Where text becomes HTML, and where a page loses what it should not tell.
+"""Text as HTML, and pages without secrets.
 
 Prompts, completions, tokens, dataset rows, rationales, file names and error messages are all hostile: they reach a page
-through `esc` and no other way.
+only through `esc`, which every template calls (`view.html`).
 """
 
 from __future__ import annotations
@@ -15,29 +15,13 @@ import unicodedata
 from pathlib import Path
 
 # drawn as nothing, though Unicode calls them letters, marks or symbols: fillers, joiners, variation selectors
-BLANK = frozenset(
-    map(
-        chr,
-        (
-            0x34F,
-            0x115F,
-            0x1160,
-            0x17B4,
-            0x17B5,
-            0x2800,
-            0x3164,
-            0xFFA0,
-            *range(0x180B, 0x1810),
-            *range(0xFE00, 0xFE10),
-            *range(0xE0100, 0xE01F0),
-        ),
-    )
-)
+FILLERS = (int(code, 16) for code in "34f 115f 1160 17b4 17b5 2800 3164 ffa0".split())
+BLANK = frozenset(map(chr, (*FILLERS, *range(0x180B, 0x1810), *range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0))))
 STACK = 4  # marks on one letter; more are written out, so that none hides the line above
 
 
 def esc(text: object, limit: int = 2000) -> str:
-    """Escape for HTML, in text and in attributes; what cannot be seen is shown, long text is cut with a mark."""
+    """Escape for HTML text and attributes; unseen characters are shown, long text ends in an ellipsis."""
     text = str(text)
     return html.escape(visible(text if len(text) <= limit else text[:limit] + "…"), quote=True)
 
@@ -89,7 +73,7 @@ def scrub(page: str, root: Path | None = None) -> str:
 
 
 def _known(root: Path | None) -> dict[str, str]:
-    """Exact strings of this machine, and what stands for them."""
+    """Exact strings of this machine, and what replaces them."""
     secrets = {
         html.escape(value): "⟨secret⟩"
         for name, value in os.environ.items()
@@ -101,24 +85,21 @@ def _known(root: Path | None) -> dict[str, str]:
 
 
 def _scrub(text: str, known: list[tuple[str, str]]) -> str:
-    for found, shown in known:
-        text = text.replace(found, shown)
+    for secret, shown in known:
+        text = text.replace(secret, shown)
     text = HOMES.sub("~", TOKENS.sub("⟨secret⟩", text))
     text = LOGIN.sub("⟨login⟩@", NAMED.sub(r"\1⟨secret⟩", text))
     return USER.sub("⟨user⟩", text) if USER else text
 
 
 def _user() -> re.Pattern | None:
-    """Where this user's name tells who they are: in a path, before a host, behind the word user; none for root."""
+    """Where this user's name identifies them: in a path, before a host, after the word user; None for root."""
     try:
         name = re.escape(getpass.getuser())
     except (KeyError, OSError):
         return None
-    return (
-        None
-        if name == "root"
-        else re.compile(rf"(?<=[/\\\\]){name}(?=[/\\\\])|\b{name}(?=@[\w-])|(?<=user=){name}\b|(?<=user: ){name}\b")
-    )
+    places = rf"(?<=[/\\\\]){name}(?=[/\\\\])|\b{name}(?=@[\w-])|(?<=user=){name}\b|(?<=user: ){name}\b"
+    return None if name == "root" else re.compile(places)
 
 
 USER = _user()

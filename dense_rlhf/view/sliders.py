@@ -63,10 +63,10 @@ class Explorer:
         return heat_table(lines | dict([self.line(row, shape, limit)]), caption)
 
     def multiples(self, row: int) -> str:
-        """The mixture at several weights, temperatures and normalisations, on one scale of colours, as HTML."""
+        """The mixture at several weights, temperatures and normalisations, on one colour scale, as HTML."""
         shapes = list(dict.fromkeys(mixture(self.source, self.other, w, t, n) for n, t, w in SETTINGS))
         most = sorted(max(map(abs, self.rewards(row, shape)), default=0.0) for shape in shapes)
-        limit = most[len(most) // 2] or 1.0  # of the middle line: one that pays a single token would pale the others
+        limit = most[len(most) // 2] or 1.0  # the median: a line that pays a single token would make the others pale
         caption = (
             f"What each token of response {row} gets of its score {self.rollout.scores[row].item():+.2f}; one "
             "scale: orange is paid, blue is fined. In JupyterLab sliders move all of it"
@@ -97,7 +97,7 @@ class Explorer:
 
 
 def mixture(source: str, other: str, weight: float, temperature: float, normalise: str) -> RewardShape:
-    """The shape of two sources, or of one where both are the same or the other has no weight."""
+    """The shape of two sources; of a single one if both are the same or one has no weight."""
     pairs = {source: 1.0} if source == other else {source: weight, other: 1 - weight}
     kept = {s: w for s, w in pairs.items() if w > 0}
     return RewardShape(tuple(kept), tuple(kept.values()), normalise, temperature)

@@ -1,5 +1,6 @@
 """Hostile text stays text wherever it stands, and pages lose what they should not tell."""
 
+import ast
 import html
 import re
 import unicodedata
@@ -10,11 +11,15 @@ from bs4 import BeautifulSoup
 from hostile import HOSTILE, SURROGATE, TAGS, UNSEEN
 from hypothesis import given
 from hypothesis import strategies as st
+from jinja2 import UndefinedError
+from markupsafe import Markup
 
+from dense_rlhf.fingerprint import PACKAGE
 from dense_rlhf.report.notebook_page import mathml, notebook_body, overwritten
 from dense_rlhf.report.sanitise import ATTRIBUTES, MATH, MATH_ATTRIBUTES, TEXT
 from dense_rlhf.view import escape
 from dense_rlhf.view.escape import esc, scrub, visible
+from dense_rlhf.view.html import environment, part
 
 HOME, ROOTS = "/" + "home", "/" + "root"  # in two parts: no file of this project names a machine's path
 
@@ -43,6 +48,32 @@ def test_unseen_characters_are_shown_as_numbers():
     assert visible("a\u202eb\u200b") == "a⟨202e⟩b⟨200b⟩" and all(c not in visible(UNSEEN) for c in UNSEEN)
     assert visible("é e\u0301 日本 😀\n") == "é e\u0301 日本 😀\n"
     assert "⟨" in visible("h" + "\u0335" * 20) and visible("h" + "\u0335" * 3) == "h" + "\u0335" * 3
+
+
+@pytest.mark.parametrize("text", [*HOSTILE, SURROGATE])
+def test_templates_escape_as_esc_does(text):
+    assert part("code", text) == f"<code class='mathjax_ignore'>{esc(text)}</code>"
+    assert part("code", part("code", text)).count("<code") == 2  # what a template made is not escaped again
+    assert environment().from_string("{{ text | uncut }}").render(text=text) == esc(text, len(text))
+
+
+def test_a_template_that_lacks_a_name_raises():
+    with pytest.raises(UndefinedError):
+        environment().from_string("{{ missing }}").render()
+
+
+def test_templates_alone_make_html():
+    """No string of the code holds a tag, and only the environment and what was sanitised are trusted as they are."""
+    trusted = set()
+    for path in [path for box in ("view", "report") for path in (PACKAGE / box).glob("*.py")]:
+        tree = ast.parse(path.read_text())
+        strings = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and type(node.value) is str]
+        tags = [text for text in strings if re.search(r"</?(?:[a-z]+\d?)[ >/]", text)]
+        assert not [text for text in tags if not text.startswith('<meta name="made-from"')], (
+            path
+        )  # which is searched for
+        trusted |= {path.name for node in ast.walk(tree) if getattr(getattr(node, "func", 0), "id", "") == "Markup"}
+    assert trusted == {"html.py", "notebook_page.py"} and isinstance(part("paragraph", "x"), Markup)
 
 
 def outputs(text):
