@@ -105,8 +105,11 @@ def dependencies(names: Iterable[str]) -> frozenset[str]:
 
 @cache
 def source_key(*names: str) -> str:
-    """Hash of the code of modules and of all that they import, as it was when first asked."""
-    return content_key({module: _facts()[module][1] for module in sorted(dependencies(names))})
+    """Hash of the code of modules and of all that they import, with their templates, as it was when first asked."""
+    found = dependencies(names)
+    folders = {modules()[module].parent / "template" for module in found}
+    templates = {str(path.relative_to(PACKAGE)): file_sha256(path) for folder in folders for path in folder.glob("*")}
+    return content_key([{module: _facts()[module][1] for module in sorted(found)}, templates])
 
 
 def cell_imports(cells: Iterable[str]) -> frozenset[str]:

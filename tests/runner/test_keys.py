@@ -100,7 +100,7 @@ def test_code_that_no_notebook_needs_repeats_nothing(edited, name):
     assert set(edited(f"dense_rlhf/{name}", with_code).values()) == {"cached"}
 
 
-@pytest.mark.parametrize("name", ["view/figures.py", "evaluation/arms.py"])
+@pytest.mark.parametrize("name", ["view/figures.py", "view/template/parts.html.j2", "evaluation/arms.py"])
 def test_code_that_only_shows_renders_again_and_trains_nothing(edited, name):
     acts = edited(f"dense_rlhf/{name}", with_code)
     assert "run" not in acts.values() and acts["04_ppo-shap-seed0"] == "render"
