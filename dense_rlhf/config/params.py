@@ -38,11 +38,12 @@ class DataParams:
     split: Text | None = None  # the hub's split; by default the dataset's own
     prompt_words: Count = 8  # reviews: a prompt is the first words of a review
     max_prompt_chars: Count = 2000  # longer prompts are left out and counted
+    called: Text | None = None  # its name in runs and pages, where a study has two of one name
 
     @property
-    def label(self) -> str:
+    def short_name(self) -> str:
         """The name as a part of file names: of `my_module:my_loader` the function's."""
-        return self.name.rpartition(":")[2]
+        return self.called or self.name.rpartition(":")[2]
 
 
 @params("policy")
@@ -301,7 +302,7 @@ class RunParams:
     @property
     def where(self) -> str:
         """What arms are compared within: the dataset, and the setting if there is one."""
-        return "-".join(filter(None, (self.data.label, self.setting)))
+        return "-".join(filter(None, (self.data.short_name, self.setting)))
 
     def flat(self) -> dict[str, object]:
         """One level, `group_field`, plain YAML values: what papermill takes with `-f`."""

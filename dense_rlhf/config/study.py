@@ -126,7 +126,7 @@ def _name(name: object, where: str) -> str:
 
 def _checked(study: StudyParams) -> StudyParams:
     """The study with its notebooks in order. Raises `InputError` for a file or folder that does not exist."""
-    labels = [data.label for data in study.datasets]
+    labels = [data.short_name for data in study.datasets]
     if not labels or len(set(labels)) != len(labels):
         raise InputError(f"data names {', '.join(labels) or 'nothing'}, wanted datasets of different names")
     for run in study.comparisons:

@@ -72,7 +72,7 @@ def expand(study: StudyParams) -> list[Job]:
     check_names(study)
     jobs: list[Job] = []
     for run in study.comparisons:
-        several = [run.data.label] * (len(study.datasets) > 1) + [run.setting] * bool(run.setting)
+        several = [run.data.short_name] * (len(study.datasets) > 1) + [run.setting] * bool(run.setting)
         prefix, base = "".join(f"{name}-" for name in several), replace(run, seed=study.seeds[0])
         arms = [
             job
