@@ -5,8 +5,9 @@ Letters: `B` batch, `P` prompt tokens, `T` response tokens, `K` sources.
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Self
 
@@ -19,6 +20,22 @@ REMOVALS = ("drop", "attention_mask", "replace")
 
 class InputError(ValueError):
     """Bad input: the message says what arrived, what was wanted, and what to try."""
+
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows in place of a traceback: one line."""
+        return [f"{type(self).__name__}: {one_line(str(self))}"]
+
+
+def one_line(text: str) -> str:
+    """The text in one line, with escapes for what a terminal would obey and nobody would see."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the nearest of the `known`; empty where none is near."""
+    by_lower = {one.lower(): one for one in known}
+    close = difflib.get_close_matches(str(name)[:100].lower(), by_lower, 1)
+    return f"; did you mean {by_lower[close[0]]}?" if close else ""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from dense_rlhf.types import InputError, Rollout
+from dense_rlhf.types import InputError, Rollout, did_you_mean
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,7 +67,8 @@ def check_features(where: str, names: Sequence[str]) -> None:
     """Raise `InputError` for an unknown feature; `where` names the setting."""
     unknown = [name for name in names if name not in FEATURES]
     if unknown:
-        raise InputError(f"{where}: {unknown[0]!r} is not known, wanted some of {', '.join(FEATURES)}")
+        known = ", ".join(FEATURES)
+        raise InputError(f"{where}: {unknown[0]!r} is not known, wanted some of {known}{did_you_mean(unknown[0], FEATURES)}")
 
 
 FEATURES: dict[str, Callable[[Rollout], Tensor]] = {
