@@ -67,8 +67,8 @@ def check_features(where: str, names: Sequence[str]) -> None:
     """Raise `InputError` for an unknown feature; `where` names the setting."""
     unknown = [name for name in names if name not in FEATURES]
     if unknown:
-        known = ", ".join(FEATURES)
-        raise InputError(f"{where}: {unknown[0]!r} is not known, wanted some of {known}{did_you_mean(unknown[0], FEATURES)}")
+        hint = did_you_mean(unknown[0], FEATURES)
+        raise InputError(f"{where}: {unknown[0]!r} is not known, wanted some of {', '.join(FEATURES)}{hint}")
 
 
 FEATURES: dict[str, Callable[[Rollout], Tensor]] = {
