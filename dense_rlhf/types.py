@@ -31,11 +31,17 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
 
 
-def did_you_mean(name: object, known: Iterable[str]) -> str:
-    """The end of a message about an unknown name: the nearest of the `known`; empty where none is near."""
+def nearest(name: object, known: Iterable[str]) -> str:
+    """The one of `known` that somebody who wrote `name` most likely meant; empty where none is near."""
     by_lower = {one.lower(): one for one in known}
     close = difflib.get_close_matches(str(name)[:100].lower(), by_lower, 1)
-    return f"; did you mean {by_lower[close[0]]}?" if close else ""
+    return by_lower[close[0]] if close else ""
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name."""
+    near = nearest(name, known)
+    return f"; did you mean {near}?" if near else ""
 
 
 @dataclass(frozen=True)
