@@ -31,10 +31,10 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
 
 
-def nearest(name: object, known: Iterable[str]) -> str:
+def nearest(name: object, known: Iterable[str], likeness: float = 0.6) -> str:
     """The one of `known` that somebody who wrote `name` most likely meant; empty where none is near."""
     by_lower = {one.lower(): one for one in known}
-    close = difflib.get_close_matches(str(name)[:100].lower(), by_lower, 1)
+    close = difflib.get_close_matches(str(name)[:100].lower(), by_lower, 1, likeness)
     return by_lower[close[0]] if close else ""
 
 
