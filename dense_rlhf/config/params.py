@@ -8,15 +8,30 @@ refused at once.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Literal, get_type_hints
+from typing import Literal, get_type_hints
 
-from pydantic import Field
-
-from dense_rlhf.config.parse import read_yaml
-from dense_rlhf.config.strict import Count, Flag, Many, Positive, Real, Several, Share, Size, Text, Whole, params, parse
-from dense_rlhf.types import NORMALISERS, InputError, RewardShape, check_removal
+from dense_rlhf.config.parse import parameter_cells, read_yaml
+from dense_rlhf.config.strict import (
+    Count,
+    Flag,
+    Many,
+    Model,
+    Part,
+    Place,
+    Positive,
+    Real,
+    Several,
+    Share,
+    Size,
+    Some,
+    Text,
+    Whole,
+    params,
+    parse,
+)
+from dense_rlhf.types import NORMALISERS, InputError, RewardShape, check_removal, did_you_mean, nearest
 
 LEARNED = "learned"
 STRATEGIES = ("gp", "saas", "additive", "nei", "random", "sobol")
@@ -33,7 +48,7 @@ class DataParams:
     """Which dataset and how its prompts are cut."""
 
     name: Text = "reviews"  # a registered dataset, or my_module:my_loader
-    path: Text | None = None  # a local file, in place of the hub
+    path: Place | None = None  # a local file, in place of the hub
     revision: Text | None = None  # branch, tag or commit on the hub; the commit it resolves to is recorded
     split: Text | None = None  # the hub's split; by default the dataset's own
     prompt_words: Count = 8  # reviews: a prompt is the first words of a review
@@ -50,7 +65,7 @@ class DataParams:
 class PolicyParams:
     """Which language model to fine-tune, and how much of it."""
 
-    name: Text = "tiny"  # tiny, smollm2, a hub id or a local folder
+    name: Model = "tiny"  # tiny, smollm2, a hub id or a local folder
     revision: Text | None = None  # of a hub id; the commit it resolves to is recorded
     trainable_layers: Count | None = None  # only the last n layers learn; by default all parameters
     dtype: Dtype = "float32"  # bfloat16: frozen weights and arithmetic; weights that learn stay float32
@@ -66,9 +81,9 @@ class PolicyParams:
 class RewardParams:
     """The proxy reward model: a small transformer trained here, or a finished one from the hub."""
 
-    name: Text = "scratch"  # scratch, or the hub id or folder of a sequence classifier with one output
+    name: Model = "scratch"  # scratch, or the hub id or folder of a sequence classifier with one output
     revision: Text | None = None  # of a hub id; the commit it resolves to is recorded
-    labels: Annotated[Real, Field(gt=0, le=1)] = 1.0  # scratch: the share of the human labels, or pairs, to learn from
+    labels: Part = 1.0  # scratch: the share of the human labels, or pairs, to learn from
     hidden: Count = 64  # scratch: width of the model
     layers: Count = 2
     heads: Count = 4
@@ -101,7 +116,7 @@ class AttributionParams:
     ig_steps: Count = 16  # integrated gradients
     removal: Text = "drop"  # drop, attention_mask, or replace:TOKEN
     players: Literal["tokens", "words", "sentences"] = "tokens"  # are removed together and share their credit evenly
-    rationale_path: Text | None = None  # rationale: a file of texts in which people marked words
+    rationale_path: Place | None = None  # rationale: a file of texts in which people marked words
     seed: Whole = 0
 
     def __post_init__(self):
@@ -112,7 +127,7 @@ class AttributionParams:
 class ShapeParams:
     """An arm: sources, their weights (the word `learned` leaves them to the outer loop), and the normalisation."""
 
-    sources: Many[Text] = ("terminal",)  # registered sources, or my_module:my_source
+    sources: Some[Text] = ("terminal",)  # registered sources, or my_module:my_source
     weights: Many[Real] | Literal["learned"] = (1.0,)  # one a source, which sum to 1
     normalise: Literal[NORMALISERS] = "softmax"
     temperature: Real | Many[Real] = 1.0  # of softmax; or a list, one a source
@@ -217,8 +232,8 @@ class EvaluationParams:
 
     prompts: Count = 300  # held-out prompts, one response each
     seeds: Count = 3  # trainings of each arm, in ablations that train
-    sst_path: Text | None = None  # trees of the Stanford Sentiment Treebank, if available
-    toxic_path: Text | None = None  # a CSV of SemEval-2021 toxic spans, if available
+    sst_path: Place | None = None  # trees of the Stanford Sentiment Treebank, if available
+    toxic_path: Place | None = None  # a CSV of SemEval-2021 toxic spans, if available
 
 
 @params("dimension")
@@ -269,11 +284,11 @@ class JudgeParams:
 class DownstreamParams:
     """AlpacaEval 2 and MT-Bench: who answers what, and how the answers are annotated."""
 
-    checkpoints: Many[Text] = ()  # folders of policies, judged next to the reference, which is `policy.name`
-    alpaca_path: Text | None = None  # a JSON list of instruction, output, generator; by default the hub's
-    alpaca_annotator: Text | None = "weighted_alpaca_eval_gpt4_turbo"  # its name, a folder, or endpoint; null: none
+    checkpoints: Many[Model] = ()  # folders of policies, judged next to the reference, which is `policy.name`
+    alpaca_path: Place | None = None  # a JSON list of instruction, output, generator; by default the hub's
+    alpaca_annotator: Model | None = "weighted_alpaca_eval_gpt4_turbo"  # its name, a folder, or endpoint; null: none
     alpaca_instructions: Count | None = None  # the first n; by default all
-    mt_bench_path: Text | None = None  # a folder with MT-Bench's files; by default MT-Bench is left out
+    mt_bench_path: Place | None = None  # a folder with MT-Bench's files; by default MT-Bench is left out
     mt_bench_questions: Count | None = None  # the first n of each category
     max_new_tokens: Count = 1024  # of an answer
     temperature: Size = 0.7  # of answers to instructions; MT-Bench has its own, by category
@@ -316,8 +331,10 @@ class RunParams:
     def from_flat(cls, names: Mapping[str, object]) -> RunParams:
         """Read back `flat()`; parameters that are missing have their defaults.
 
-        Pass a notebook's `globals()`: names that belong to no group are ignored, but `ppo_lrr = 1` is refused.
+        Pass a notebook's `globals()`: names that belong to no group are ignored, but `ppo_lrr = 1` is refused, and
+        so is any unknown name that the parameters cell or papermill assigns.
         """
+        _check_assigned(names)
         nested: dict[str, object] = {name: names[name] for name in SINGLE if name in names}
         for name, value in names.items():
             group, _, key = name.partition("_")
@@ -331,12 +348,26 @@ class RunParams:
         return cls.from_flat(read_yaml(path))
 
 
+def _check_assigned(names: Mapping[str, object]) -> None:
+    """Raise `InputError` for what a notebook was given and would not heed: a group in one, or an unknown name."""
+    own, passed = parameter_cells(names.get("In", ()))
+    groups = {name: value for name, value in names.items() if name in GROUPS and isinstance(value, Mapping)}
+    for name, value in (groups | own | passed).items():
+        if isinstance(value, Mapping):
+            flat = ", ".join(f"{name}_{key}" for key in value) if name in GROUPS else "a plain value"
+            raise InputError(f"{name} is a mapping, and a notebook's parameters are flat: give {flat}")
+        is_own = name in own and not nearest(name, FLAT, 0.85)  # of a notebook of the user's
+        if name not in (*FLAT, "run_dir", "study_dir") and not is_own:
+            raise InputError(f"{name} is not a parameter{did_you_mean(name, FLAT)}")
+
+
 def _lists(value: object) -> object:
     return [_lists(item) for item in value] if isinstance(value, tuple) else value
 
 
 GROUPS: dict[str, type] = {name: hint for name, hint in get_type_hints(RunParams).items() if is_dataclass(hint)}
 SINGLE = ("arm", "setting", "seed", "threads")
+FLAT = (*SINGLE, *(f"{group}_{field.name}" for group, cls in GROUPS.items() for field in fields(cls)))
 
 NOTEBOOKS = (
     *("01_reward_model", "02_attribution", "03_shaping", "04_ppo", "05_bayesian_optimisation"),

@@ -7,32 +7,68 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import re
 import reprlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, TypeVar, dataclass_transform
 
-from pydantic import BeforeValidator, ConfigDict, Field, Strict, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, Strict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from dense_rlhf.types import InputError
+from dense_rlhf.types import InputError, did_you_mean
 
 LARGEST = 2**31  # whole numbers stay below
+SHIPPED = ("tiny", "smollm2", "scratch", "endpoint")  # names that are no folder's, whatever lies here
+LONGEST = 200  # characters of a hub id
+NUMBER = re.compile(r"[-+]?((\d+\.?\d*|\.\d+)e[-+]?\d+|nan|inf|infinity)", re.IGNORECASE)  # text to YAML 1.1
 T = TypeVar("T")
 
-Text, Flag, Real = Annotated[str, Strict()], Annotated[bool, Strict()], Annotated[float, Strict()]
+
+def absolute(path: str) -> str:
+    """A path from the current folder, or with ~ from the home folder, as an absolute one."""
+    if not path:
+        raise ValueError("is empty, wanted a path")
+    return str(Path(os.path.expanduser(path)).absolute())
+
+
+def _folder_or_name(name: str) -> str:
+    """The absolute path of a folder, or a hub id as it is."""
+    if name in SHIPPED:
+        return name
+    folder = absolute(name)
+    if os.path.isdir(folder):
+        return folder
+    if name.startswith(("/", "./", "../", "~")) or name.endswith("/") or len(name) > LONGEST:
+        raise ValueError(f"is {shown(name)}, and there is no such folder; wanted one that exists, or a hub id")
+    return name
+
+
+def _number(given: object) -> object:
+    return float(given) if isinstance(given, str) and NUMBER.fullmatch(given) else given
+
+
+Text, Flag = Annotated[str, Strict()], Annotated[bool, Strict()]
+Place = Annotated[str, Strict(), AfterValidator(absolute)]  # of a file or folder; absolute at once, for runs elsewhere
+Model = Annotated[str, Strict(), AfterValidator(_folder_or_name)]
 Whole = Annotated[int, Strict(), Field(ge=0, lt=LARGEST)]
 Count = Annotated[int, Strict(), Field(ge=1, lt=LARGEST)]
 Several = Annotated[int, Strict(), Field(ge=2, lt=LARGEST)]
-Positive = Annotated[Real, Field(gt=0)]
-Size = Annotated[Real, Field(ge=0)]
-Share = Annotated[Real, Field(ge=0, le=1)]
-Many = Annotated[tuple[T, ...], Strict(), BeforeValidator(lambda given: tuple(given) if type(given) is list else given)]
+Real = Annotated[float, Strict(), BeforeValidator(_number)]
+Positive = Annotated[float, Strict(), Field(gt=0), BeforeValidator(_number)]
+Size = Annotated[float, Strict(), Field(ge=0), BeforeValidator(_number)]
+Share = Annotated[float, Strict(), Field(ge=0, le=1), BeforeValidator(_number)]
+Part = Annotated[float, Strict(), Field(gt=0, le=1), BeforeValidator(_number)]
+_to_tuple = BeforeValidator(lambda given: tuple(given) if type(given) is list else given)
+Many = Annotated[tuple[T, ...], Strict(), _to_tuple]
+Some = Annotated[tuple[T, ...], Strict(), Field(min_length=1), _to_tuple]
 
 _SHORT = reprlib.Repr()  # shortens values of any size, such as aliases of aliases
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
 KINDS = {str: "text", bool: "yes/no", int: "a whole number", float: "a number", list: "a list", dict: "a mapping"}
 WORDS = dict(string="text", boolean="true or false", integer="a whole number", number="a number", object="a mapping")
+KEY = 60  # characters of an unknown name that are shown
 BOUNDS = {"minimum": "of at least", "exclusiveMinimum": "above", "maximum": "of at most"}
 UNKNOWN = ("unexpected_keyword_argument", "unexpected_positional_argument", "invalid_key")
 WANTED = {"finite_number": "a finite number", "less_than": "a number below {lt}"}  # by pydantic's name of the error
@@ -92,17 +128,30 @@ def _line(error: ValidationError, cls: type, where: str) -> str:
     is_unknown = first["type"] in UNKNOWN
     name, node = _place(cls, first["loc"][:-1] if is_unknown else first["loc"], where)
     if is_unknown:
-        key = f"{name}.{first['loc'][-1]}".lstrip(".")
-        return f"{key} is not a parameter; wanted one of {', '.join(node['properties'])}"
+        unknown, known = str(first["loc"][-1]), node["properties"]
+        key, hint = f"{name}.{unknown[:KEY]}".lstrip("."), did_you_mean(unknown, known)
+        return f"{key} is not a parameter; wanted one of {', '.join(known)}{hint}"
+    if cause and "properties" not in node:
+        return f"{name} {cause}"
     if cause:  # of fields together: the group's own check names them
         return re.sub(rf"\b{node['title']}\.", f"{name}.", str(cause)) if node.get("title") else str(cause)
     if first["type"] == "dataclass_type":
         return f"{name or 'the file'} is {kind(value)}, wanted a mapping"
     wanted = WANTED.get(first["type"], _words(node)).format(**first.get("ctx", {}))
     is_kind = first["type"].endswith("_type")
-    is_power = isinstance(value, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", value, re.IGNORECASE)
-    hint = "; YAML reads 1e-4 as text, write 1.0e-4" if is_power else ""
-    return f"{name} is {shown(value)}{f' ({kind(value)})' if is_kind else ''}, wanted {wanted}{hint}"
+    return f"{name} is {shown(value)}{f' ({kind(value)})' if is_kind else ''}, wanted {wanted}{_hint(first, node)}"
+
+
+def _hint(error: dict, node: dict) -> str:
+    """How to write what was meant, where that can be told from what arrived."""
+    value = error["input"]
+    if error["type"] == "literal_error":
+        return did_you_mean(value, [str(one) for one in node.get("enum", ())])
+    if error["type"] == "tuple_type" and not isinstance(value, dict):
+        return f"; write [{shown(value)}]"
+    if error["type"] == "string_type" and isinstance(value, (bool, int, float)):
+        return "; put it in quotes"
+    return ""
 
 
 def _place(cls: type, path: tuple[str | int, ...], where: str) -> tuple[str, dict]:
@@ -129,9 +178,16 @@ def _words(node: dict) -> str:
     if "const" in node:
         return f"the word {node['const']!r}"
     if node["type"] == "array":
-        return f"a list, each {_words(node['items'])}"
+        least = f" of at least {node['minItems']}" if "minItems" in node else ""
+        return f"a list{least}, each {_words(node['items'])}"
     bounds = [f" {text} {node[key]:g}" for key, text in BOUNDS.items() if key in node]
     return WORDS.get(node["type"], "nothing") + " and".join(bounds)
+
+
+def listed(cls: type) -> dict[str, tuple[str, object, str]]:
+    """What each field of a parameter class admits, in words, its default, and what it means."""
+    meaning, fields = described(cls), _schema(cls)["properties"]
+    return {name: (_words(node), node.get("default"), meaning.get(name, "")) for name, node in fields.items()}
 
 
 def described(cls: type) -> dict[str, str]:

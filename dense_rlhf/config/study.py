@@ -5,9 +5,12 @@ It imports nothing heavy, as `params`.
 
 from __future__ import annotations
 
+import os
+import re
 import typing
-from collections.abc import Mapping
-from dataclasses import field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import field, fields, replace
+from functools import reduce
 from operator import attrgetter
 from pathlib import Path
 
@@ -15,13 +18,17 @@ from pydantic import TypeAdapter
 
 from dense_rlhf.config.params import ABLATIONS, BENCHMARKS, GROUPS, NOTEBOOKS, DataParams, RunParams, ShapeParams
 from dense_rlhf.config.parse import merge, parse_settings, read_yaml
-from dense_rlhf.config.strict import Count, Many, Positive, Text, Whole, described, kind, params, parse, shown
-from dense_rlhf.types import InputError
+from dense_rlhf.config.strict import Count, Many, Positive, Some, Text, Whole, described, kind, params, parse, shown
+from dense_rlhf.files import content_key
+from dense_rlhf.types import InputError, did_you_mean
 
 KNOWN = NOTEBOOKS + ABLATIONS + BENCHMARKS  # in the order in which they run
 OPTIONS = ("seeds", "notebooks", "workers", "timeout_minutes")
 STUDY_KEYS = ("study", "arms", "settings", *OPTIONS, "threads", "size", "sizes", *GROUPS)
 VARIED = tuple(name for name in GROUPS if name not in ("data", "shape"))  # what a setting can change
+PLACES = ("study", "workers", "timeout_minutes")  # what changes no run; any other setting makes a variant of the study
+RESERVED = ("interactive", "train")  # folders of runs/ that are no study's
+LONGEST = 60  # characters of a name
 FILES = (
     *("data.path", "attribution.rationale_path", "evaluation.sst_path"),
     *("evaluation.toxic_path", "downstream.alpaca_path"),
@@ -37,7 +44,7 @@ class StudyParams:
     datasets: Many[DataParams]
     run: RunParams  # what all runs share
     seeds: Many[Whole] = (0,)  # of the policies' trainings
-    notebooks: Many[typing.Literal[KNOWN]] = NOTEBOOKS
+    notebooks: Some[typing.Literal[KNOWN]] = NOTEBOOKS
     workers: Count = 1  # runs at a time; the cores are divided among them
     timeout_minutes: Positive = 240.0  # for one run
     settings: dict[str, RunParams] = field(default_factory=dict)  # by name: `run` with other parameters
@@ -59,26 +66,65 @@ class StudyParams:
 def load_study(path: Path, settings: typing.Iterable[str] = ()) -> StudyParams:
     """Read a study: its YAML, then what its `sizes` hold for the chosen `size`, then `--set key=value`.
 
-    Mappings merge, so `arms.shap=null` leaves one arm out and the others stay. What `settings` hold comes last.
-    Raises `InputError` in one line for anything that is not a parameter, of another type, or impossible.
+    Mappings merge, so `arms.shap=null` leaves one arm out and the others stay, and `arms={}` clears them. What
+    `settings` hold comes last. A study that is changed by `--set` is a variant: its name tells it from the file's own,
+    unless `study` gives one. Raises `InputError` in one line for anything that is not a parameter, of another type, or
+    impossible.
     """
     given, over = read_yaml(path), parse_settings(settings)
-    size = over.get("size", given.get("size", "full"))
+    size = next((one["size"] for one in reversed(over) if "size" in one), given.get("size", "full"))
     sizes = given.get("sizes", {})
     if not isinstance(sizes, Mapping) or not all(isinstance(one, Mapping) for one in sizes.values()):
         raise InputError(f"sizes is {shown(sizes)}, wanted a mapping of names to mappings of parameters")
     if not isinstance(size, str):
         raise InputError(f"size is {shown(size)} ({kind(size)}), wanted a name")
     if size != "full" and size not in sizes:
-        raise InputError(f"size is {size!r}, wanted one of {', '.join(['full', *map(str, sizes)])}")
-    merged = merge(merge(given, sizes.get(size, {})), over)
+        known = ["full", *map(str, sizes)]
+        raise InputError(f"size is {shown(size)}, wanted one of {', '.join(known)}{did_you_mean(size, known)}")
+    merged = reduce(merge, [given, sizes.get(size, {}), *over])
     _check_keys(merged, STUDY_KEYS, "{} is not a parameter")
-    return _checked(_study(merged, path))
+    _check_arms(merged.get("arms"), given.get("arms", {"sparse": {}}))
+    study = _checked(_study(merged, path))
+    over = [one for one in over if one != {"size": given.get("size", "full")}]
+    return replace(study, study=study.study + _variant(over))
+
+
+def _variant(over: Sequence[Mapping]) -> str:
+    """What settings add to the name of a study: their text, shortened, and a hash of it; empty where no run changes."""
+    told: dict[str, object] = {}
+    for key, value in (leaf for one in over for leaf in _leaves(one)):
+        told = {k: v for k, v in told.items() if k != key and not k.startswith(f"{key}.")} | {key: value}
+    changed = {key: told[key] for key in sorted(told) if key not in PLACES}
+    if "study" in told or not changed:
+        return ""
+    text = re.sub("[^A-Za-z0-9]+", "-", "-".join(f"{key}-{value}" for key, value in changed.items()))
+    return f"-{text[:40].strip('-')}-{content_key(changed)[:6]}"
+
+
+def _leaves(nested: Mapping, where: str = "") -> Iterator[tuple[str, object]]:
+    for key, value in nested.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{where}{key}.")
+        else:
+            yield f"{where}{key}", value
 
 
 def _check_keys(given: Mapping, known: typing.Iterable[str], problem: str) -> None:
     if unknown := [key for key in given if key not in known]:
-        raise InputError(f"{problem.format(unknown[0])}; wanted one of {', '.join(known)}")
+        key = str(unknown[0])[:LONGEST]
+        meant = [f"{group}.{one.name}" for group in GROUPS if group in known for one in fields(GROUPS[group])]
+        meant = [name for name in meant if key in (name.partition(".")[2], name.replace(".", "_"))]
+        hint = f"; did you mean {' or '.join(meant[:2])}?" if meant else did_you_mean(key, known)
+        raise InputError(f"{problem.format(key)}; wanted one of {', '.join(known)}{hint}")
+
+
+def _check_arms(arms: object, given: object) -> None:
+    """Raise `InputError` for an arm that is changed or left out, and that no YAML describes."""
+    if isinstance(arms, Mapping) and isinstance(given, Mapping):
+        for name, arm in arms.items():
+            if name not in given and (arm is None or isinstance(arm, Mapping) and "sources" not in arm):
+                hint = did_you_mean(name, map(str, given))
+                raise InputError(f"arms.{str(name)[:LONGEST]} is no arm of the study, and has no sources{hint}")
 
 
 def _study(merged: dict, path: Path) -> StudyParams:
@@ -106,36 +152,43 @@ def _study(merged: dict, path: Path) -> StudyParams:
 
 def _by_name(given: object, where: str, what: str) -> dict[str, Mapping]:
     """Arms or settings by their names, without those that a size leaves out."""
-    if not isinstance(given, Mapping) or not given and where == "arms":
+    if not isinstance(given, Mapping):
         raise InputError(f"{where} is {kind(given)}, wanted a mapping of names to {what}")
     kept = {_name(name, where): value for name, value in given.items() if value is not None}
     for name, value in kept.items():
         if not isinstance(value, Mapping):
             raise InputError(f"{where}.{name} is {kind(value)}, wanted a mapping of parameters")
-    if given and not kept:
+    if not kept and (given or where == "arms"):
         raise InputError(f"{where}: all are left out, wanted at least one")
     return kept
 
 
 def _name(name: object, where: str) -> str:
     """A name that is safe as part of a file name."""
-    if not isinstance(name, str) or not name or not all(c.isalnum() or c in "-_" for c in name) or not name.isascii():
-        raise InputError(f"{where}: {shown(name)} is not a name; wanted letters, digits, - and _")
+    if not isinstance(name, str) or not re.fullmatch(rf"[A-Za-z0-9_][A-Za-z0-9_-]{{0,{LONGEST - 1}}}", name):
+        wanted = f"wanted letters, digits, - and _, {LONGEST} at most"
+        what = shown(name) if isinstance(name, str) else f"{shown(name)} ({kind(name)})"
+        raise InputError(f"{where}: {what} is not a name; {wanted}")
+    if where == "study" and name in RESERVED:
+        raise InputError(f"study: {name} is the name of a folder for other runs; wanted another")
     return name
 
 
 def _checked(study: StudyParams) -> StudyParams:
     """The study with its notebooks in order. Raises `InputError` for a file or folder that does not exist."""
-    labels = [data.short_name for data in study.datasets]
-    if not labels or len(set(labels)) != len(labels):
-        raise InputError(f"data names {', '.join(labels) or 'nothing'}, wanted datasets of different names")
+    names = [_name(data.called, "data.called") if data.called else data.short_name for data in study.datasets]
+    if not names or len(set(names)) != len(names):
+        hint = "; tell them apart: data: [{name: ..., called: helpful}, ...]" if names else ""
+        raise InputError(f"data names {', '.join(names) or 'nothing'}, wanted datasets of different names{hint}")
     for run in study.comparisons:
         for name in FILES:
             path = attrgetter(name)(run)
-            if path is not None and not Path(path).is_file():
+            if path is not None and not os.path.isfile(path):
                 raise InputError(f"{name}: no file at {path}; give the path of a file that exists")
+            if path is not None and not os.access(path, os.R_OK):
+                raise InputError(f"{name}: {path} cannot be read; change its permissions")
         folder = run.downstream.mt_bench_path
-        if folder and not Path(folder).is_dir():
+        if folder and not os.path.isdir(folder):
             raise InputError(f"downstream.mt_bench_path: no folder at {folder}; give one with MT-Bench's files")
     return replace(study, notebooks=tuple(name for name in KNOWN if name in study.notebooks))
 

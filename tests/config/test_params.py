@@ -52,7 +52,7 @@ def test_notebook_globals_may_hold_other_things_but_no_misspelt_parameter():
     "settings, message",
     [
         (["ppo.lrr=1"], "ppo.lrr is not a parameter"),
-        (["ppo.lr=1e-4"], "ppo.lr is '1e-4' (text), wanted a number above 0; YAML reads 1e-4 as text"),
+        (["ppo.lr=nan"], "ppo.lr is nan, wanted a finite number"),
         (["ppo.updates=2.5"], "ppo.updates is 2.5 (a number), wanted a whole number of at least 1"),
         (["ppo.updates=true"], "ppo.updates is True (yes/no), wanted a whole number of at least 1"),
         (["ppo.rollouts=33"], "multiple of ppo.minibatch"),
@@ -65,8 +65,8 @@ def test_notebook_globals_may_hold_other_things_but_no_misspelt_parameter():
         (["arms=null"], "arms is nothing"),
         (["arms.sparse=null"], "arms: all are left out"),
         (["data.name=nope"], "data.name: 'nope' is not known, wanted reviews, "),
-        (["data.path=nowhere.jsonl"], "no file at nowhere.jsonl"),
-        (["attribution.rationale_path=nowhere.jsonl"], "attribution.rationale_path: no file at nowhere.jsonl"),
+        (["data.path=nowhere.jsonl"], "data.path: no file at /"),
+        (["attribution.rationale_path=nowhere.jsonl"], "attribution.rationale_path: no file at /"),
         (["size=huge"], "size is 'huge'"),
         (["seeds=[]"], "seeds is []"),
         (["seeds=[1, 1]"], "none twice"),
@@ -85,7 +85,7 @@ def test_notebook_globals_may_hold_other_things_but_no_misspelt_parameter():
             "settings.a.ppo.rollouts is 33, wanted a multiple of settings.a.ppo.minibatch",
         ),
         (["settings.a.reward.steps=-1"], "settings.a.reward.steps is -1, wanted a whole number of at least 0"),
-        (["settings.a.evaluation.sst_path=nowhere"], "evaluation.sst_path: no file at nowhere"),
+        (["settings.a.evaluation.sst_path=nowhere"], "evaluation.sst_path: no file at /"),
         (["settings.a.bo.features=[nope]"], "bo.features: 'nope' is not known"),
         (["reward.labels=0"], "reward.labels is 0, wanted a number above 0 and of at most 1"),
         (["reward.labels=1.5"], "reward.labels is 1.5, wanted a number above 0 and of at most 1"),
@@ -188,7 +188,7 @@ STUDIES = [
 def test_shipped_studies_can_be_planned_at_every_size(path, capsys):
     for size in ("full", *yaml.safe_load(path.read_text()).get("sizes", {})):
         study = load_study(path, [f"size={size}"])
-        assert study.study == path.stem and set(study.notebooks) <= set(NOTEBOOKS + ABLATIONS + BENCHMARKS)
+        assert study.study.startswith(path.stem) and set(study.notebooks) <= set(NOTEBOOKS + ABLATIONS + BENCHMARKS)
         assert main(["run", str(path), "--set", f"size={size}", "--dry-run"]) == 0
         assert "nothing was started" in capsys.readouterr().out
 

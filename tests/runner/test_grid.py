@@ -119,6 +119,7 @@ def test_a_run_without_end_is_stopped(fake_repository):
 
 def test_learned_weights_reach_the_policy_as_plain_parameters(fake_repository):
     settings = [
+        "study=s",
         "arms={bo: {sources: [shap, terminal], weights: learned}, good: null, bad: null}",
         "notebooks=[04_ppo, 05_bayesian_optimisation]",
     ]
@@ -223,6 +224,7 @@ def test_the_search_command_fills_the_ledger_that_the_notebook_looks_for(fake_re
     monkeypatch.setattr("dense_rlhf.training.outer_loop.search_shape", search_shape)
     monkeypatch.setattr("torch.set_num_threads", lambda threads: None)
     settings = [
+        "study=s",
         "arms={bo: {sources: [shap, terminal], weights: learned}, good: null, bad: null}",
         "seeds=[5]",
         "notebooks=[04_ppo, 05_bayesian_optimisation]",
@@ -234,7 +236,7 @@ def test_the_search_command_fills_the_ledger_that_the_notebook_looks_for(fake_re
     assert main(["search", study, "--arm", "bo", *options]) == 0
     out = capsys.readouterr().out
     assert "1 trials run here, of 2 open at the start" in out and "incumbent: shap 0.250, terminal 0.750" in out
-    assert f"dense-rlhf run {study} --set 'arms={{bo:" in out
+    assert f"dense-rlhf run {study} --set study=s --set 'arms={{bo:" in out
     run = RunFolder(fake_repository / "runs" / "s" / "05_bayesian_optimisation-bo")
     wanted = load_study(Path(study), settings)
     first, *others = plan.expand(wanted)
@@ -252,8 +254,8 @@ def test_the_search_command_fills_the_ledger_that_the_notebook_looks_for(fake_re
 
 def test_arms_that_left_the_study_leave_its_comparison(fake_repository):
     path = fake_repository / "params" / "s.yaml"
-    grid.run_grid(load_study(path, ["arms.bad=null"]))
-    grid.run_grid(load_study(path, ["arms={other: {sources: [uniform]}, good: null, bad: null}"]))
+    grid.run_grid(load_study(path, ["study=s", "arms.bad=null"]))
+    grid.run_grid(load_study(path, ["study=s", "arms={other: {sources: [uniform]}, good: null, bad: null}"]))
     runs = finished_runs(fake_repository / "runs" / "s")
     assert [run.path.name for run in runs] == ["04_ppo-other-seed0"]
 

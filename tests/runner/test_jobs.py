@@ -86,7 +86,7 @@ def test_a_dry_run_says_why(study, faked, tmp_path, capsys):
     assert [found[name] for name in (REWARD, SPARSE, SEARCH)] == ["new"] * 3
     assert found[BO] == f"upstream runs: {SEARCH}" and found[COMPARISON] == f"upstream runs: {BO} and 1 more"
     assert set(statuses(study).values()) == {"ok"} and set(why(study).values()) == {""}
-    changed = why(study, "ppo.lr=0.5", "ppo.gamma=0.5", "seeds=[0]")
+    changed = why(study, "study=s", "ppo.lr=0.5", "ppo.gamma=0.5", "seeds=[0]")
     assert changed[SPARSE] == "parameters changed: ppo_lr 0.0001 -> 0.5, ppo_gamma 1.0 -> 0.5"
     write_notebook(tmp_path / "notebooks" / "04_ppo.ipynb", "x = 2")
     assert why(study) == {
@@ -136,7 +136,7 @@ def test_a_data_file_of_other_content_is_another_run(study, faked, tmp_path):
 
 def test_an_arm_that_left_and_came_back_is_not_run_again(study, faked):
     statuses(study)
-    fewer = grid.run_grid(load_study(study, ["arms.sparse=null"]))
+    fewer = grid.run_grid(load_study(study, ["study=s", "arms.sparse=null"]))
     assert {record["job"]: record["status"] for record in fewer}[COMPARISON] == "ok"
     assert statuses(study) == {REWARD: "cached", SPARSE: "cached", SEARCH: "cached", BO: "cached", COMPARISON: "ok"}
 
