@@ -139,6 +139,7 @@ def _line(error: ValidationError, cls: type, where: str) -> str:
         return f"{name or 'the file'} is {kind(value)}, wanted a mapping"
     wanted = WANTED.get(first["type"], _words(node)).format(**first.get("ctx", {}))
     is_kind = first["type"].endswith("_type")
+    value = list(value) if isinstance(value, tuple) else value
     return f"{name} is {shown(value)}{f' ({kind(value)})' if is_kind else ''}, wanted {wanted}{_hint(first, node)}"
 
 

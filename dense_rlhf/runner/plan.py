@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -27,6 +28,7 @@ from dense_rlhf.types import InputError
 COMPARING = ("06_comparison", "07_overoptimisation", "08_critic", "09_verdicts")  # notebooks that read all policies
 SHOWN_BY = ("view", "report", "runner", "evaluation")  # packages whose code changes what a page shows, and no training
 SHOWING = ("notebook", "source", "shown")  # inputs that can change while every training stays what it is
+MOST = 5000  # runs of a study
 RENDERED = "rendered again: "  # begins a reason that repeats no training
 
 
@@ -68,7 +70,14 @@ def check_names(study: StudyParams) -> None:
 
 
 def expand(study: StudyParams) -> list[Job]:
-    """datasets x settings x arms x seeds, as jobs in the order in which they can run."""
+    """datasets x settings x arms x seeds, as jobs in the order in which they can run.
+
+    Raises `InputError` for more than `MOST`, and for names that make two runs of one name.
+    """
+    per_arm = len(study.seeds) * ("04_ppo" in study.notebooks)
+    compared = len(study.datasets) * max(1, len(study.settings))
+    if (number := compared * (len(study.notebooks) + len(study.arms) * per_arm)) > MOST:
+        raise InputError(f"the study has {number:,} runs, wanted {MOST:,} at most; name fewer arms, seeds or settings")
     check_names(study)
     jobs: list[Job] = []
     for run in study.comparisons:
@@ -86,6 +95,8 @@ def expand(study: StudyParams) -> list[Job]:
             reads = policies if notebook in COMPARING else ()
             jobs.append(Job(prefix + Path(notebook).name, notebook, single[notebook], base, reads=reads))
         jobs += arms
+    if doubled := [name for name, times in Counter(job.name for job in jobs).items() if times > 1]:
+        raise InputError(f"two runs would be called {doubled[0]}; give data (called) or settings other names")
     # long jobs first within a stage, so that no worker ends up alone with one
     return sorted(jobs, key=lambda job: (job.stage, not job.notebook.startswith("05"), job.notebook[:2] < "04"))
 
@@ -144,7 +155,11 @@ def inputs(job: Job, flat: dict, runs: Path) -> dict:
     trained; `upstream` has the training keys of the finished runs that it reads, `shown` their keys.
     """
     notebook = workspace() / "notebooks" / f"{job.notebook}.ipynb"
-    cells, modules = _cells(notebook, notebook.stat().st_mtime_ns)
+    try:
+        cells, modules = _cells(notebook, notebook.stat().st_mtime_ns)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # no file, or no notebook
+        problem = f"{type(error).__name__}: {error}"
+        raise InputError(f"{notebook} is no notebook that can be read ({problem}); restore it") from error
     records = {name: RunFolder(runs / name).load_json("run.json") for name in job.upstream}
     finished = {name: record for name, record in records.items() if record.get("status") == "ok"}
     return {
@@ -184,11 +199,15 @@ def _files(flat: dict) -> dict[str, str]:
     }
     named |= {path: Path(path) for path in flat["downstream_checkpoints"]}
     named |= {name: path for name in (flat["data_name"], *flat["shape_sources"]) if (path := module_file(name))}
-    paths = {name: sorted(path.iterdir()) if path.is_dir() else [path] for name, path in named.items() if path.exists()}
-    return {
-        name: content_key([[path.name, settled_sha256(path)] for path in found if path.is_file()])
-        for name, found in paths.items()
-    }
+    named = {name: path for name, path in named.items() if os.path.exists(path)}
+    try:
+        paths = {name: sorted(path.iterdir()) if path.is_dir() else [path] for name, path in named.items()}
+        return {
+            name: content_key([[path.name, settled_sha256(path)] for path in found if path.is_file()])
+            for name, found in paths.items()
+        }
+    except OSError as error:
+        raise InputError(f"{error.filename} cannot be read: {error.strerror}") from error
 
 
 # ---------------------------------------------------------------------------------------------------- the reason

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dense_rlhf.config.params import RunParams, ShapeParams
+from dense_rlhf.config.strict import shown
 from dense_rlhf.config.study import StudyParams, load_study
 from dense_rlhf.files import finite, remove_checkpoints, write_json
 from dense_rlhf.runner.jobs import prepare
-from dense_rlhf.runner.plan import expand, runs_folder, threads_of
+from dense_rlhf.runner.plan import check_names, expand, runs_folder, threads_of
 from dense_rlhf.runs import RunFolder, provenance, workspace
-from dense_rlhf.types import InputError, RewardShape
+from dense_rlhf.types import InputError, RewardShape, did_you_mean
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 def one_run(study: StudyParams, arm: str, seed: int) -> RunParams:
     """The parameters of one policy of a study. Raises `InputError` for an unknown or a learned arm."""
+    check_names(study)
     if _known(study, arm).is_learned:
         raise InputError(
             f"arms.{arm}.weights are learned by the outer loop; run the study, or give them: "
@@ -38,7 +40,8 @@ def one_run(study: StudyParams, arm: str, seed: int) -> RunParams:
 def _known(study: StudyParams, arm: str) -> ShapeParams:
     """An arm of a study of one dataset and no settings."""
     if arm not in study.arms:
-        raise InputError(f"--arm is {arm!r}, wanted one of {', '.join(study.arms)}")
+        known = ", ".join(study.arms)
+        raise InputError(f"--arm is {shown(arm)}, wanted one of {known}{did_you_mean(arm, study.arms)}")
     if len(study.datasets) != 1:
         raise InputError(f"the study has {len(study.datasets)} datasets; choose one with --set 'data={{name: ...}}'")
     if study.settings:
@@ -50,15 +53,16 @@ def _known(study: StudyParams, arm: str) -> ShapeParams:
 
 
 def train_folder(study: StudyParams, arm: str, seed: int) -> RunFolder:
-    return RunFolder(workspace() / "runs" / "train" / f"{study.study}-{arm}-seed{seed}")
+    return RunFolder(workspace() / "runs" / "train" / f"{study.study}.{arm}-seed{seed}")
 
 
 def train(study: StudyParams, arm: str, seed: int, tensorboard: bool = False) -> RunFolder:
-    """Train, judge and keep one policy: `runs/train/STUDY-ARM-seedN`.
+    """Train, judge and keep one policy: `runs/train/STUDY.ARM-seedN`.
 
     Holds history.csv, seconds.csv, evaluation.csv, metrics.json, run.json, and `policy/`, a Hugging Face folder with
     adapters merged. Started again after a kill it resumes from its checkpoint and ends with the same metrics.
     """
+    params = one_run(study, arm, seed)  # before imports that take seconds
     import torch
 
     from dense_rlhf.evaluation.arms import judge_against_reference
@@ -67,7 +71,7 @@ def train(study: StudyParams, arm: str, seed: int, tensorboard: bool = False) ->
     from dense_rlhf.training.task import load_task
     from dense_rlhf.view.live import watcher
 
-    params, processes = one_run(study, arm, seed), these()
+    processes = these()
     run = train_folder(study, arm, seed)
     torch.set_num_threads(params.threads or torch.get_num_threads())
     with processes.one_after_another():  # the first fills the caches

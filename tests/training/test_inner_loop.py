@@ -177,14 +177,14 @@ def train_by_command(folder, data, kill: bool = False) -> int:
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
     child = subprocess.Popen(command, cwd=ROOT, **quiet)
     while kill and child.poll() is None:
-        if list((ROOT / "runs" / "train" / f"{folder}-shap-signed-seed0").glob("checkpoint-*[3-9]")):
+        if list((ROOT / "runs" / "train" / f"{folder}.shap-signed-seed0").glob("checkpoint-*[3-9]")):
             os.kill(child.pid, signal.SIGKILL)
         time.sleep(0.01)
     return child.wait()
 
 
 def test_the_command_goes_on_where_it_was_killed(few_reviews):
-    folders = [ROOT / "runs" / "train" / f"pytest_{name}-shap-signed-seed0" for name in ("killed", "whole")]
+    folders = [ROOT / "runs" / "train" / f"pytest_{name}.shap-signed-seed0" for name in ("killed", "whole")]
     for folder in folders:
         subprocess.run(["rm", "-rf", str(folder)], check=True)
     assert train_by_command("pytest_killed", few_reviews, kill=True) == -signal.SIGKILL
