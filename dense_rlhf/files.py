@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import math
 import os
+import secrets
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import is_dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -61,18 +64,57 @@ def commit_of(name: str, revision: str | None) -> str | None:
     return extract_commit_hash(cached_file(name, "config.json", revision=revision or "main"), None)
 
 
+WAYS = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room on its disk"),
+    **dict.fromkeys((errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP), "move away what stands in its place"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose a place where you may read and write"),
+}  # out of an error of the system
+
+
+@contextmanager
+def naming(path: Path, verb: str) -> Iterator[None]:
+    """Turn an `OSError` into an `InputError`: that `path` cannot be `verb` ("read", "written"), why, a way out."""
+    try:
+        yield
+    except OSError as error:
+        way = f"; {WAYS[error.errno]}" if error.errno in WAYS else ""
+        raise InputError(f"{path} cannot be {verb}: {error.strerror or error}{way}") from error
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write through a temporary file in the same folder, so that a reader never sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=".", delete=False) as file:
-        file.write(text)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+    """Write through a temporary file in the same folder: after a crash too a reader sees all of it, or what was there.
+
+    Raises `InputError`, which names the file, where the system refuses.
+    """
+    draft = path.with_name(f".{secrets.token_hex(8)}")
+    with naming(path, "written"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(draft, "x", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(draft, path)
+        finally:
+            draft.unlink(missing_ok=True)
+        to_disk(path.parent)
 
 
 def write_json(path: Path, value: object) -> None:
     """`write_text` of indented JSON; raises ValueError on NaN, which JSON does not have."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file, empty where there is no file. Raises `InputError`, which names it, for another."""
+    if not os.path.lexists(path):
+        return {}
+    value = None
+    with naming(path, "read"), suppress(ValueError, RecursionError):  # not JSON, not UTF-8, or nested too deeply
+        value = json.loads(path.read_bytes()) if path.is_file() else None
+    if not isinstance(value, dict):
+        raise InputError(f"{path} is damaged, wanted a JSON object; move it away")
+    return value
 
 
 def finite(value: object) -> object:
@@ -163,10 +205,12 @@ def wheel_member(requirement: str, sha256: str, member: str) -> Path:
 def lock(path: Path, wait: bool = True) -> IO[bytes] | None:
     """The file at `path`, created if missing, open to append and locked until it is closed.
 
-    If another process holds the lock, `wait` for it or return None. Raises `InputError` on a file system without locks.
+    If another process holds the lock, `wait` for it or return None. Raises `InputError` where the file cannot be
+    opened, and on a file system without locks.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, "ab+")
+    with naming(path, "opened"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "ab+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -177,10 +221,20 @@ def lock(path: Path, wait: bool = True) -> IO[bytes] | None:
     return file
 
 
+def is_locked(path: Path) -> bool:
+    """Whether another process holds the lock at `path`; asks without writing. False where it cannot be opened."""
+    try:
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return isinstance(error, BlockingIOError)
+    return False
+
+
 def append_line(path: Path, event: dict) -> None:
     """Append one JSON line and force it to disk; a last line that a crash cut short is overwritten."""
     line = json.dumps(event, allow_nan=False) + "\n"
-    with lock(path) as file:
+    with lock(path) as file, naming(path, "written"):
         file.seek(0)
         file.truncate(file.read().rfind(b"\n") + 1)
         file.write(line.encode())
