@@ -128,8 +128,11 @@ def environment_key() -> str:
 def open_run(folder: str | None, notebook: str, threads: int | None = None) -> RunFolder:
     """The folder that the runner chose, or `runs/interactive/NOTEBOOK` when a notebook is played by hand.
 
-    Holds torch to `threads` where given: sums in another order would end in other samples.
+    Holds torch to `threads` where given: sums in another order would end in other samples. Raises `InputError` for the
+    folder of a finished run, which only the runner may replace.
     """
+    if folder and RunFolder(Path(folder)).load_json("run.json").get("status") in ("ok", "stale"):
+        raise InputError(f"run_dir is {folder}, a finished run; leave run_dir out to play in runs/interactive")
     if threads:
         import torch
 

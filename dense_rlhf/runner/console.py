@@ -71,11 +71,11 @@ def failures(records: Iterable[dict], study: str, command: str) -> list[str]:
             continue
         lines += [f"{record['status']}: {record['job']}", f"  {record['error']}"]
         if record["status"] in BAD:
-            folder = f"runs/{study}/{record['job']}"
+            folder, notebook = f"runs/{study}/{record['job']}", f"notebooks/{record['notebook']}.ipynb"
             lines += [
                 f"  log:   {folder}/log.txt",
                 f"  again: {command} --only {shlex.quote(record['job'])}",
-                f"  alone: papermill notebooks/{record['notebook']}.ipynb out.ipynb -f {folder}/params.yaml",
+                f"  alone: papermill {notebook} out.ipynb -f {folder}/params.yaml --log-level ERROR",
             ]
     return lines
 

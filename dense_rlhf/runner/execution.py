@@ -178,7 +178,7 @@ def execute_notebook(notebook: str, folder: Path) -> None:
 
     logging.getLogger("papermill").setLevel(logging.ERROR)  # else a warning for each parameter that no cell assigns
     run = RunFolder(folder)
-    parameters = read_yaml(run.file("params.yaml"))  # with run_dir, which is no parameter of a study
+    parameters = read_yaml(run.file("params.yaml")) | {"run_dir": str(folder)}  # else a notebook is played by hand
     source, target = workspace() / "notebooks" / f"{notebook}.ipynb", run.file("notebook.ipynb")
     with tempfile.TemporaryDirectory(prefix="drl-") as sockets:  # by default two kernels would share theirs
         manager = {"transport": "ipc", "ip": f"{sockets}/k"}

@@ -10,6 +10,7 @@ import os
 import platform
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
@@ -36,6 +37,7 @@ def prepare(job: Job, folder: Path, threads: int, force: bool = False) -> str:
     import yaml
 
     run = RunFolder(folder)
+    check_place(folder)
     with lock(folder / ".lock"):
         found = judge(job, folder, threads)
         if not (found.why or force):
@@ -45,7 +47,7 @@ def prepare(job: Job, folder: Path, threads: int, force: bool = False) -> str:
             _empty(folder)
         for name in ("run.json", *found.broken):
             run.file(name).unlink(missing_ok=True)
-        flat = found.inputs["parameters"] | {"run_dir": str(folder)}
+        flat = found.inputs["parameters"] | ({"study_dir": str(folder.parent)} if job.reads else {})
         write_text(run.file("params.yaml"), yaml.safe_dump(flat, sort_keys=False, allow_unicode=True))
         write_json(run.file("inputs.json"), found.inputs)
     return "pending"
@@ -58,13 +60,32 @@ def _revive(run: RunFolder) -> None:
         write_json(run.file("run.json"), record | {"status": "ok", "error": ""})
 
 
+def check_place(folder: Path) -> None:
+    """Raise `InputError` where a run would go through a link, or into a folder of somebody else's."""
+    if folder.is_symlink() or folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a link or a file, wanted a folder of the runner's own; move it away")
+    names = {path.name for path in folder.iterdir() if path.name[0] != "."} if folder.exists() else set()
+    if others := names - {"log.txt"} if not names & {"run.json", "inputs.json"} else set():
+        raise InputError(f"{folder} holds {min(others)}, which no run wrote; move it away")
+
+
 def _empty(folder: Path) -> None:
-    """Remove all but the locks, the record first: what is half removed must not look finished."""
+    """Remove all but the locks, the record first: what is half removed must not look finished.
+
+    Raises `InputError` for a search that is running, and for a file that came after the run had finished.
+    """
     if is_live(folder / "trials.jsonl"):
         raise InputError(f"{folder} has a search of other parameters or code that is running; end it first")
+    record = RunFolder(folder).load_json("run.json")
+    own = {"run.json", "log.txt", *record.get("artefacts", ()), *record.get("folders", ())}
+    late = sorted(path.name for path in folder.iterdir() if path.name[0] != "." and path.name not in own)
+    if late and "folders" in record and record.get("status") in ("ok", "stale"):
+        raise InputError(
+            f"{folder} holds {late[0]}, which its run did not write and the next would remove; move it away"
+        )
     (folder / "run.json").unlink(missing_ok=True)
     for path in folder.iterdir():
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         elif path.name not in (".lock", RUNNING):
             path.unlink()
@@ -78,6 +99,10 @@ def run_job(
     Status `busy`, and nothing done, where another process runs this job. `gpus` takes the place of those in `limits`;
     `stop` as in `launch`.
     """
+    try:
+        check_place(folder)
+    except InputError as problem:  # nothing is written there
+        return blank(job, "failed", str(problem))
     held = lock(folder / RUNNING, wait=False)
     if held is None:
         return {"job": job.name, "status": "busy"}
@@ -102,7 +127,8 @@ def finish(job: Job, folder: Path, status: str, error: str, start: float) -> dic
     record = blank(job, status, error) | {"started": start, "seconds": time.time() - start}
     if inputs := RunFolder(folder).load_json("inputs.json"):
         record |= {"key": content_key(inputs), "training_key": content_key(training_inputs(inputs))}
-    record |= {**provenance(), "artefacts": artefacts(folder)}
+    folders = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    record |= {**provenance(), "artefacts": artefacts(folder), "folders": folders}
     write_json(folder / "run.json", record)
     return record
 
@@ -139,7 +165,9 @@ def cancel(job: Job, folder: Path, reason: str) -> dict:
     run, record = RunFolder(folder), blank(job, "cancelled", reason)
     old = run.load_json("run.json")
     done = old.get("status") in ("ok", "stale")
-    write_json(run.file("run.json"), old | {"status": "stale", "error": reason} if done else record)
+    with suppress(InputError):  # in a folder of somebody else's nothing is written
+        check_place(folder)
+        write_json(run.file("run.json"), old | {"status": "stale", "error": reason} if done else record)
     return record
 
 

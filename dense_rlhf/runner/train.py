@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -16,7 +17,7 @@ from dense_rlhf.config.study import StudyParams, load_study
 from dense_rlhf.files import finite, remove_checkpoints, write_json
 from dense_rlhf.runner.jobs import prepare
 from dense_rlhf.runner.plan import check_names, expand, runs_folder, threads_of
-from dense_rlhf.runs import RunFolder, provenance, workspace
+from dense_rlhf.runs import RunFolder, provenance, python_path, workspace
 from dense_rlhf.types import InputError, RewardShape, did_you_mean
 
 if TYPE_CHECKING:
@@ -159,7 +160,7 @@ def launch(
     for pair in settings:
         command += ["--set", pair]
     piped = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    child = subprocess.Popen(command, cwd=workspace(), **piped)
+    child = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": python_path()}, **piped)
     for line in child.stdout:
         last = line.strip() if line.startswith("error: ") or not last.startswith("error: ") else last
         print(line, end="", flush=True)
