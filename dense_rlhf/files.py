@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, cached by content, appended line by line, or read out of a PyPI wheel."""
+"""Files: written whole or not at all, checked against their hashes, cached by content, appended line by line."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import hashlib
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -22,6 +24,10 @@ from pathlib import Path
 from typing import IO
 
 from dense_rlhf.types import InputError
+
+HASHES = "hashes.json"  # of the other files in its folder
+MARK = b'"hash": "'  # begins the end of a ledger's line
+HASHED = re.compile(rb'"[0-9a-f]{16}"}$')  # such an end, also where the name is damaged
 
 
 def cache_root() -> Path:
@@ -130,12 +136,41 @@ def finite(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def folder_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file in `folder`; hidden files and folders are left out."""
+    files = (path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith("."))
+    return {path.name: file_sha256(path) for path in files if path.name != HASHES}
+
+
+def seal(folder: Path) -> None:
+    """Write the hashes of the files in `folder` beside them, for `check_sealed` when they are read."""
+    write_json(folder / HASHES, folder_hashes(folder))
+
+
+def damaged(folder: Path) -> Path | None:
+    """The first file of a sealed folder that is missing, altered or new since; None if it is as it was sealed."""
+    try:
+        kept, found = json.loads((folder / HASHES).read_bytes()), folder_hashes(folder)
+        names = sorted({*kept, *found})
+        return next((folder / name for name in names if kept.get(name) != found.get(name)), None)
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):  # no folder, or no JSON object
+        return folder / HASHES
+
+
+def check_sealed(folder: Path, mend: str) -> Path:
+    """The folder. Raises `InputError`, which says how to `mend` it, unless its files are those that were sealed."""
+    if file := damaged(folder):
+        raise InputError(f"{file} is not as it was written (missing, altered or new); {mend}")
+    return folder
+
+
 def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
-    """Let `fill` write files into a folder of another name, force them to disk, then put it in place of `target`."""
+    """Let `fill` write files into a folder of another name, seal it, then put it in place of `target`, on disk."""
     draft = target.with_name(f".{target.name}")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     fill(draft)
+    seal(draft)
     for path in (*draft.iterdir(), draft):
         to_disk(path)
     shutil.rmtree(target, ignore_errors=True)
@@ -160,14 +195,21 @@ def remove_checkpoints(folder: Path, but: Path | None = None) -> None:
 
 
 def cached_folder(kind: str, key: object, build: Callable[[Path], None]) -> Path:
-    """The folder that `build` filled for this `key`, built on first use; two processes may race, one result stays."""
+    """The folder that `build` filled for this `key`, built on first use; two processes may race, one result stays.
+
+    One whose files are not those that were written is built again, with a warning.
+    """
     folder = cache_root() / kind / content_key(key)
+    if os.path.lexists(folder) and (file := damaged(folder)):
+        warnings.warn(f"{file} is not as it was written, so its folder is made anew", stacklevel=2)
+        _remove_damaged(folder)
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".draft-"))
         try:
             build(draft)
             write_json(draft / "key.json", key)
+            seal(draft)
             draft.rename(folder)
         except OSError:
             if not folder.exists():  # else another process finished first
@@ -175,6 +217,13 @@ def cached_folder(kind: str, key: object, build: Callable[[Path], None]) -> Path
         finally:
             shutil.rmtree(draft, ignore_errors=True)
     return folder
+
+
+def _remove_damaged(folder: Path) -> None:
+    """Remove a damaged folder, or what stands in its place, unless another process has just made it anew."""
+    with lock(folder.with_name(f".{folder.name}.lock")), naming(folder, "removed, though it is damaged"):
+        if damaged(folder):
+            folder.unlink() if folder.is_symlink() or not folder.is_dir() else shutil.rmtree(folder)
 
 
 def wheel_member(requirement: str, sha256: str, member: str) -> Path:
@@ -232,34 +281,50 @@ def is_locked(path: Path) -> bool:
 
 
 def append_line(path: Path, event: dict) -> None:
-    """Append one JSON line and force it to disk; a last line that a crash cut short is overwritten."""
-    line = json.dumps(event, allow_nan=False) + "\n"
+    """Append one JSON line with its hash and force it to disk; a last line that a crash cut short is overwritten."""
+    body = json.dumps(event, allow_nan=False).encode()
+    line = body[:-1] + (b", " if event else b"") + MARK + _line_hash(body).encode() + b'"}\n'
     with lock(path) as file, naming(path, "written"):
         file.seek(0)
         file.truncate(file.read().rfind(b"\n") + 1)
-        file.write(line.encode())
+        file.write(line)
         file.flush()
         os.fsync(file.fileno())
     to_disk(path.parent)
 
 
-def read_ledger(path: Path) -> list[dict]:
-    """The complete lines of a ledger; a last line that a crash cut short is left out.
+def _line_hash(body: bytes) -> str:
+    return hashlib.sha256(body).hexdigest()[:16]
 
-    Raises `InputError` for any other line that is no JSON object.
+
+def read_ledger(path: Path) -> list[dict]:
+    """The complete lines of a ledger, without their hashes; a last line that a crash cut short is left out.
+
+    Raises `InputError` for any other line that is no JSON object, or not as it was written.
     """
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    with naming(path, "read"):
+        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     return [parse_line(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
 
 
+def _refuse(constant: str) -> None:
+    raise ValueError(f"JSON has no {constant}")
+
+
 def parse_line(line: bytes, where: str) -> dict:
-    """The JSON object of a line. Raises `InputError`, which names `where`, for anything else."""
+    """The JSON object of a line, without its hash; one of an older release, or written by hand, has none.
+
+    Raises `InputError`, which names `where`, for anything else and for a line that is not as it was written.
+    """
     try:
-        event = json.loads(line)
+        event = json.loads(line, parse_constant=_refuse)
     except (ValueError, RecursionError):  # not JSON, not UTF-8, or nested too deeply
         event = None
     if not isinstance(event, dict):
         raise InputError(f"{where} is no JSON object; repair it, or move the ledger away")
+    body = line.rpartition(MARK)[0].removesuffix(b", ") + b"}"
+    if event.pop("hash", None) != (_line_hash(body) if HASHED.search(line) else None):
+        raise InputError(f"{where} is not as it was written: its hash differs; repair it, or move the ledger away")
     return event
 
 
@@ -271,7 +336,10 @@ class Journal:
 
     def __init__(self, path: Path):
         self.path = path
-        self._lines = {line.get("key"): line for line in read_ledger(path)}
+        lines = read_ledger(path)
+        if not all(isinstance(line.get("key"), str) for line in lines):
+            raise InputError(f"{path} is no journal: a line has no key; move it away")
+        self._lines = {line["key"]: line for line in lines}
 
     def get_or_make(self, key: str, make: Callable[[], dict]) -> dict:
         """The line of `key`; if there is none, what `make` returns with its `key`, on disk when this returns.

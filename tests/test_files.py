@@ -31,3 +31,6 @@ def test_a_journal_refuses_nan_and_keeps_nothing_of_what_failed(tmp_path):
     (tmp_path / "other.jsonl").write_text("[]\n")
     with pytest.raises(InputError, match="no JSON object"):
         Journal(tmp_path / "other.jsonl")
+    (tmp_path / "other.jsonl").write_text('{"key": ["a"]}\n')
+    with pytest.raises(InputError, match="other.jsonl is no journal"):
+        Journal(tmp_path / "other.jsonl")
