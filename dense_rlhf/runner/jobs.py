@@ -45,8 +45,9 @@ def prepare(job: Job, folder: Path, threads: int, force: bool = False) -> str:
             return "ok"
         if force or not found.same:
             _empty(folder)
-        for name in ("run.json", *found.broken):
-            run.file(name).unlink(missing_ok=True)
+        for path in map(run.file, ("run.json", *found.broken)):
+            with naming(path, "removed"):
+                path.unlink(missing_ok=True)
         flat = found.inputs["parameters"] | ({"study_dir": str(folder.parent)} if job.reads else {})
         write_text(run.file("params.yaml"), yaml.safe_dump(flat, sort_keys=False, allow_unicode=True))
         write_json(run.file("inputs.json"), found.inputs)
@@ -55,7 +56,7 @@ def prepare(job: Job, folder: Path, threads: int, force: bool = False) -> str:
 
 def _revive(run: RunFolder) -> None:
     """A finished run that the study had lost and has again."""
-    record = run.load_json("run.json")
+    record = run.record()
     if record["status"] == "stale":
         write_json(run.file("run.json"), record | {"status": "ok", "error": ""})
 
@@ -65,7 +66,7 @@ def check_place(folder: Path) -> None:
     if folder.is_symlink() or folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a link or a file, wanted a folder of the runner's own; move it away")
     names = {path.name for path in folder.iterdir() if path.name[0] != "."} if folder.exists() else set()
-    if others := names - {"log.txt"} if not names & {"run.json", "inputs.json"} else set():
+    if not names & {"run.json", "inputs.json", "params.yaml"} and (others := names - {"log.txt"}):
         raise InputError(f"{folder} holds {min(others)}, which no run wrote; move it away")
 
 
@@ -76,7 +77,7 @@ def _empty(folder: Path) -> None:
     """
     if is_live(folder / "trials.jsonl"):
         raise InputError(f"{folder} has a search of other parameters or code that is running; end it first")
-    record = RunFolder(folder).load_json("run.json")
+    record = RunFolder(folder).record()
     own = {"run.json", "log.txt", *record.get("artefacts", ()), *record.get("folders", ())}
     late = sorted(path.name for path in folder.iterdir() if path.name[0] != "." and path.name not in own)
     if late and "folders" in record and record.get("status") in ("ok", "stale"):
@@ -84,10 +85,11 @@ def _empty(folder: Path) -> None:
             f"{folder} holds {late[0]}, which its run did not write and the next would remove; move it away"
         )
     (folder / "run.json").unlink(missing_ok=True)
+    write_json(folder / "inputs.json", {})  # so that the rest is removed even if this is cut short
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-        elif path.name not in (".lock", RUNNING):
+        elif path.name not in (".lock", RUNNING, "inputs.json"):
             path.unlink()
 
 
@@ -103,33 +105,41 @@ def run_job(
         check_place(folder)
     except InputError as problem:  # nothing is written there
         return blank(job, "failed", str(problem))
-    held = lock(folder / RUNNING, wait=False)
+    start = time.time()
+    try:
+        held = lock(folder / RUNNING, wait=False)
+    except InputError as problem:
+        return finish(job, folder, "failed", str(problem), start)
     if held is None:
         return {"job": job.name, "status": "busy"}
     with held:
-        held.truncate(0)
-        held.write(json.dumps({"host": platform.node(), "pid": os.getpid(), "since": time.time()}).encode())
-        held.flush()
-        start = time.time()
         try:
-            if prepare(job, folder, limits.threads, force) == "ok":
-                return RunFolder(folder).load_json("run.json") | {"status": "cached"}
-            write_json(folder / HEARTBEAT, {"cell": 0})
-            status, error = launch(job.notebook, folder, replace(limits, gpus=gpus), stop, (held.fileno(),))
+            with naming(folder, "written"):
+                held.truncate(0)
+                held.write(json.dumps({"host": platform.node(), "pid": os.getpid(), "since": start}).encode())
+                held.flush()
+                if prepare(job, folder, limits.threads, force) == "ok":
+                    return RunFolder(folder).record() | {"status": "cached"}
+                write_json(folder / HEARTBEAT, {"cell": 0})
+                status, error = launch(job.notebook, folder, replace(limits, gpus=gpus), stop, (held.fileno(),))
         except InputError as problem:
             status, error = "failed", str(problem)
         return finish(job, folder, status, error, start)
 
 
 def finish(job: Job, folder: Path, status: str, error: str, start: float) -> dict:
-    """Write the record of a run that has ended, with the keys of what it depended on."""
-    (folder / HEARTBEAT).unlink(missing_ok=True)
-    record = blank(job, status, error) | {"started": start, "seconds": time.time() - start}
-    if inputs := RunFolder(folder).load_json("inputs.json"):
-        record |= {"key": content_key(inputs), "training_key": content_key(training_inputs(inputs))}
-    folders = sorted(path.name for path in folder.iterdir() if path.is_dir())
-    record |= {**provenance(), "artefacts": artefacts(folder), "folders": folders}
-    write_json(folder / "run.json", record)
+    """Write the record of a run that has ended, with the keys of what it depended on; one that cannot be written is
+    returned all the same, and not ok."""
+    record = blank(job, status, error) | {"started": start, "seconds": time.time() - start} | provenance()
+    try:
+        with naming(folder, "written"):
+            (folder / HEARTBEAT).unlink(missing_ok=True)
+            if inputs := RunFolder(folder).inputs():
+                record |= {"key": content_key(inputs), "training_key": content_key(training_inputs(inputs))}
+            folders = sorted(path.name for path in folder.iterdir() if path.is_dir())
+            write_json(folder / "run.json", record | {"artefacts": artefacts(folder), "folders": folders})
+    except InputError as problem:
+        return record | {"status": "failed" if status == "ok" else status, "error": error or str(problem)}
     return record
 
 
@@ -150,20 +160,20 @@ def blank(job: Job, status: str, error: str) -> dict:
 
 def finished(job: Job, folder: Path, threads: int) -> dict | None:
     """The record of a run that need not run again, as `cached`; None where it must."""
+    run = RunFolder(folder)
     try:
         if judge(job, folder, threads).why:
             return None
+        _revive(run)
     except InputError:  # the run itself will say so
         return None
-    run = RunFolder(folder)
-    _revive(run)
-    return run.load_json("run.json") | {"status": "cached"}
+    return run.record() | {"status": "cached"}
 
 
 def cancel(job: Job, folder: Path, reason: str) -> dict:
     """Record that a job could not run. What it once finished is kept, but must not reach a comparison: it is stale."""
     run, record = RunFolder(folder), blank(job, "cancelled", reason)
-    old = run.load_json("run.json")
+    old = run.record()
     done = old.get("status") in ("ok", "stale")
     with suppress(InputError):  # in a folder of somebody else's nothing is written
         check_place(folder)

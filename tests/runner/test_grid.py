@@ -195,6 +195,7 @@ def test_a_search_that_runs_is_not_emptied(search_job, tmp_path):
 def test_only_one_of_two_that_start_together_empties_the_folder(search_job, tmp_path):
     folder, results = tmp_path / search_job.name, []
     folder.mkdir()
+    (folder / "inputs.json").write_text("{}")
     (folder / "left.txt").touch()
     with lock(folder / ".lock"):
         starts = [Thread(target=lambda: results.append(jobs.prepare(search_job, folder, 1))) for _ in range(2)]
