@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from dense_rlhf.config.params import PPOParams, RunParams
-from dense_rlhf.evaluation.judge.length_control import FOLDS, length_controlled
+from dense_rlhf.evaluation.judge.length_control import FEWEST, length_controlled
 from dense_rlhf.evaluation.judge.scored import win_rate
 from dense_rlhf.files import Journal, content_key, finite
 from dense_rlhf.models.policy import PolicyWithValue
@@ -96,5 +96,5 @@ def judge_against_reference(
     and with at least five prompts win_lc, the win at equal length."""
     judged, before = (evaluate(task, p, prompts, params, seed) for p in (policy, task.reference))
     win = win_rate(judged["gold"], before["gold"])
-    known = {"win_lc": length_controlled(win, judged["response"], before["response"])} if len(win) >= FOLDS else {}
+    known = {"win_lc": length_controlled(win, judged["response"], before["response"])} if len(win) >= FEWEST else {}
     return judged.assign(reference_gold=before["gold"], reference_proxy=before["proxy"], win=win, **known)

@@ -14,7 +14,7 @@ import torch
 
 from dense_rlhf.config.params import DownstreamParams, PolicyParams, PPOParams
 from dense_rlhf.evaluation.judge import alpaca_eval, mt_bench
-from dense_rlhf.evaluation.judge.length_control import FOLDS, length_controlled
+from dense_rlhf.evaluation.judge.length_control import FEWEST, length_controlled
 from dense_rlhf.evaluation.judge.mt_bench import TwoTurns
 from dense_rlhf.files import Journal, content_key
 from dense_rlhf.models.language_models import LanguageModel, default_device, load_policy
@@ -156,7 +156,7 @@ def over_items(values: Sequence[float] | np.ndarray) -> Interval:
 
 def controlled_win_rate(pairs: pd.DataFrame) -> float:
     """Length-controlled win rate of AlpacaEval's annotations, in per cent; NaN if too few are judged."""
-    if pairs["preference"].notna().sum() < FOLDS:
+    if pairs["preference"].notna().sum() < FEWEST:
         return math.nan
     return 100 * float(length_controlled(pairs["preference"], pairs["output_2"], pairs["output_1"]).mean())
 

@@ -94,12 +94,12 @@ def theirs(seed, model, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("seed, model", CASES)
 def test_it_is_what_alpaca_eval_recorded(seed, model):
-    assert controlled(seed, model) == pytest.approx(RECORDED[seed, model], abs=0.1)
+    assert controlled(seed, model) == pytest.approx(RECORDED[seed, model], abs=0.3)  # another penalty
 
 
 @pytest.mark.parametrize("seed, model", CASES)
 def test_it_is_what_alpaca_eval_computes(seed, model, tmp_path, monkeypatch):
-    assert controlled(seed, model) == pytest.approx(theirs(seed, model, tmp_path, monkeypatch), abs=0.1)
+    assert controlled(seed, model) == pytest.approx(theirs(seed, model, tmp_path, monkeypatch), abs=0.3)
 
 
 def test_a_judge_that_likes_length_alone_finds_no_winner_at_equal_length():
@@ -111,10 +111,90 @@ def test_a_judge_that_likes_length_alone_finds_no_winner_at_equal_length():
     assert abs(length_controlled(preference, ours, theirs).mean() - 0.5) < 0.1
 
 
-def test_sides_are_alike():
-    preference, ours, theirs, difficulty, _ = annotations(0)
-    one = length_controlled(preference, ours, theirs, difficulty)
-    assert one + length_controlled(1 - preference, theirs, ours, difficulty) == pytest.approx(np.ones(200), abs=2e-3)
+def texts(lengths):
+    return ["x" * int(n) for n in lengths]
+
+
+def lengths(rng, mean, normal, spread=0.5):
+    """Lognormal lengths of this mean and spread (as a share of it) from standard normal numbers."""
+    sd = np.sqrt(np.log(1 + spread**2))
+    return np.exp(np.log(mean) - sd**2 / 2 + sd * normal).astype(int) + 1
+
+
+def judged(rng, share, effect, means, N):
+    """Made-up judgements whose win rate at equal length is `share`; length adds at most `effect` to the log-odds."""
+    ours, theirs = (lengths(rng, mean, rng.normal(size=N)) for mean in means)
+    gap = ours - theirs
+    with np.errstate(divide="ignore"):
+        logit = np.log(share) - np.log1p(-share) + effect * np.tanh(gap / gap.std(ddof=1))
+    return (rng.random(N) < 1 / (1 + np.exp(-logit))).astype(float), texts(ours), texts(theirs)
+
+
+@pytest.mark.parametrize("share", [0, 0.01, 0.05, 0.5, 0.95, 0.99, 1])
+@pytest.mark.parametrize("means", [(500, 500), (1000, 500), (400, 900), (2000, 400)], ids=str)
+@pytest.mark.parametrize("effect", [0, 1])
+def test_every_win_rate_is_found_at_every_gap_of_lengths(share, means, effect):
+    rng, found = np.random.default_rng(0), []
+    for _ in range(20):
+        preference, ours, theirs = judged(rng, share, effect, means, 800)
+        found.append(length_controlled(preference, ours, theirs).mean())
+        other = length_controlled(1 - preference, theirs, ours).mean()
+        assert found[-1] + other == pytest.approx(1, abs=1e-12)
+    assert abs(np.mean(found) - share) < 0.02 and (share not in (0, 1) or found == [share] * 20)
+
+
+@pytest.mark.parametrize("wins", range(21))
+def test_few_wins_of_few_pairs_are_alike_for_both_sides(wins):
+    rng = np.random.default_rng(0)
+    ours, theirs = (texts(rng.integers(10, 300, 20)) for _ in range(2))
+    preference = rng.permutation(np.arange(20) < wins).astype(float)
+    one, other = length_controlled(preference, ours, theirs), length_controlled(1 - preference, theirs, ours)
+    assert one + other == pytest.approx(np.ones(20), abs=1e-12) and abs(one.mean() - wins / 20) < 0.2
+
+
+@pytest.mark.parametrize("gap", [0, 1, 700])
+def test_one_length_for_all_leaves_the_win_rate(gap):
+    """Nothing says what length adds; least of all that the win rate is due to it."""
+    preference = np.array([1.0] * 3 + [0.5] * 4 + [0.0] * 9)
+    found = length_controlled(preference, ["x" * (100 + gap)] * 16, ["y" * 100] * 16)
+    assert found.mean() == pytest.approx(preference.mean(), abs=1e-6)
+
+
+def test_a_length_that_decides_alone_has_an_answer():
+    ours, theirs = ["xxx"] * 9 + ["x"] * 9, ["xx"] * 18
+    assert length_controlled(np.repeat([1.0, 0.0], 9), ours, theirs).mean() == pytest.approx(0.5, abs=1e-9)
+
+
+# alpaca_eval's published fits of weak models on its leaderboard, none of which helped to choose the prior: what length,
+# difficulty and the model add to the log-odds; mean length; length-controlled win rate in per cent
+WEAK = {
+    "alpaca-7b_concise": (2.099, 0.895, -3.882, 351, 4.47),
+    "pythia-12b-mix-sft": (1.800, 0.972, -4.094, 913, 4.22),
+    "falcon-40b-instruct": (1.885, 0.965, -3.716, 662, 5.61),
+    "vicuna-7b": (1.756, 0.996, -3.619, 1044, 6.28),
+    "alpaca-farm-ppo-human": (1.964, 1.048, -3.680, 803, 6.42),
+    "guanaco-7b": (1.577, 0.896, -4.412, 1364, 2.87),
+}
+
+
+def weak_model(rng, length, difficulty, model, mean, N=805):
+    """Judgements of a model with such a fit against gpt-4's 2,049 characters, which are fewer for easy instructions."""
+    ease, own, rest = rng.normal(size=(3, N))
+    reference = -0.4 * ease + np.sqrt(1 - 0.4**2) * rest
+    ours, theirs = lengths(rng, mean, 0.3 * reference + np.sqrt(1 - 0.3**2) * own, 0.6), lengths(rng, 2049, reference)
+    gap = ours - theirs
+    logit = model + difficulty * (1.85 * ease - 0.31) + length * np.tanh(gap / gap.std(ddof=1))
+    return (rng.random(N) < 1 / (1 + np.exp(-logit))).astype(float), texts(ours), texts(theirs)
+
+
+def test_weak_models_stand_where_the_leaderboard_has_them():
+    """Where they hardly ever write as much as the reference, and win least where it writes most."""
+    rng = np.random.default_rng(0)
+    gaps = [
+        100 * np.mean([length_controlled(*weak_model(rng, *fit)).mean() for _ in range(8)]) - wanted
+        for *fit, wanted in WEAK.values()
+    ]
+    assert np.abs(gaps).mean() < 2, gaps
 
 
 def test_equal_lengths_leave_the_win_rate():
@@ -143,3 +223,12 @@ def test_what_was_not_judged_is_foretold_and_teaches_nothing():
 def test_bad_judgements_are_refused(preference, message):
     with pytest.raises(InputError, match=message):
         length_controlled(np.array(preference), ["x"] * 10, ["xy"] * 10)
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), 3, b"x", ["x"]])
+@pytest.mark.parametrize("side", ["ours", "theirs"])
+def test_a_response_that_is_no_text_is_refused(value, side):
+    given = {"ours": ["x"] * 10, "theirs": ["xy"] * 10}
+    given[side][7] = value
+    with pytest.raises(InputError, match=rf"{side}\[7\] is .*wanted a text"):
+        length_controlled(np.linspace(0, 1, 10), **given)

@@ -1,8 +1,7 @@
-"""AlpacaEval 2's length control, for any judge: preferences as between responses of equal length."""
+"""Length control for any judge, after AlpacaEval 2: preferences as between responses of equal length."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -13,12 +12,10 @@ from dense_rlhf.types import InputError
 
 if TYPE_CHECKING:
     import pandas as pd
-    from numpy.random import RandomState
 
-FOLDS = 5
-INVERSE_PENALTIES = np.logspace(-4, 4, 10)
+FEWEST = 5  # judged pairs
+EFFECT = 5.0  # prior sd, in log-odds, of what length or difficulty can add; docs/judges.md has its choice
 GAMED_WEIGHT = 0.2 / 2  # of each annotation of the two gamed baselines
-ORDER = 123  # seed of the order in which the solver visits coefficients
 
 
 def length_controlled(
@@ -30,35 +27,49 @@ def length_controlled(
 ) -> np.ndarray:
     """(N,) the preference for ours if both responses were equally long; its mean is the length-controlled win rate.
 
-    `preference` (N,) is in [0, 1]; where NaN it is predicted, not fitted. Dubois et al. (2024, arXiv 2404.04475):
-    logit P = a + b tanh(difference of characters / its standard deviation) + c difficulty, with an L1 penalty chosen
-    by 5-fold cross-validation, then evaluated with b = 0. From alpaca_eval: `difficulty` (N,) is its
-    instruction_difficulty (without it all instructions count alike); `gamed` its annotations of a baseline told to be
-    brief or long (df_gamed.csv), which regularise b and c. The fit has no standard error: resample whole seeds.
+    `preference` (N,) is in [0, 1]; where NaN it is predicted, not fitted. The model of Dubois et al. (2024, arXiv
+    2404.04475): logit P = a + b x + c difficulty, x = tanh(difference of characters / its standard deviation),
+    evaluated with b = 0. It is fitted by its highest posterior density: `a` is free, so a side that wins nothing has 0;
+    b is Normal(0, EFFECT^2 Var x / mean x^2), tighter the further equal length lies from the data, down to the raw win
+    rate where all differences are the same; c is Normal(0, EFFECT^2). Exchanging the sides gives one less each number.
 
-    Raises `InputError` for lengths that disagree, numbers outside [0, 1], and fewer than five judged pairs.
+    From alpaca_eval: `difficulty` (N,) is its instruction_difficulty (without it all instructions count alike); `gamed`
+    its annotations of a baseline told to be brief or long (df_gamed.csv), which teach b and c. There is no standard
+    error: resample whole seeds.
+
+    Raises `InputError` for lengths that disagree, responses that are no text, numbers outside [0, 1], and fewer than
+    five judged pairs.
     """
     preference = np.asarray(preference, float)
     given = {} if difficulty is None else {"difficulty": difficulty}
     check_lengths(preference=preference, ours=ours, theirs=theirs, **given)
     judged = ~np.isnan(preference)
-    if judged.sum() < FOLDS:
-        raise InputError(f"{judged.sum()} judged pairs, wanted at least {FOLDS} to control for length; judge more")
+    if judged.sum() < FEWEST:
+        raise InputError(f"{judged.sum()} judged pairs, wanted at least {FEWEST} to control for length; judge more")
     if ((preference < 0) | (preference > 1)).any():
         raise InputError("preference holds numbers outside of [0, 1], wanted shares")
-    gap = np.array([len(b) - len(a) for a, b in zip(ours, theirs)], float)
-    sd = gap.std(ddof=1)
-    features = _features(gap / sd if sd else gap, difficulty)
-    X, y, weight = features[judged], preference[judged], np.ones(judged.sum())
+    gap = _characters(theirs, "theirs") - _characters(ours, "ours")
+    y, share = preference[judged], preference[judged].mean()
+    if min(share, 1 - share) < 1e-12:  # the best `a` is infinite
+        return np.full(len(preference), share.round())
+    features = _features(gap / (gap.std(ddof=1) or 1), difficulty)
+    X, weight, precision = features[judged], np.ones(len(y)), np.full(features.shape[1], EFFECT**-2.0)
+    x, precision[-1] = X[:, 0], 0.0
+    precision[0] *= (np.mean(x**2) + 1e-12) / (x.var() + 1e-12)
     if gamed is not None:
         known = _features(gamed["std_delta_len"], None if difficulty is None else gamed["instruction_difficulty"], 0.0)
         X, y = np.concatenate([known, X]), np.concatenate([gamed["preference"], y])
         weight = np.concatenate([np.full(len(known), GAMED_WEIGHT), weight])
-    with warnings.catch_warnings():  # a weak penalty can separate a fold perfectly
-        warnings.filterwarnings("ignore", "Liblinear failed to converge")
-        inverse_penalty = _best_penalty(X, y, weight)
     equal = features * (np.arange(features.shape[1]) > 0)  # the length term is the first
-    return _fit(X, y, weight, inverse_penalty).predict_proba(equal)[:, 1]
+    return (1 + np.tanh(equal @ _fit(X, y, weight, precision) / 2)) / 2
+
+
+def _characters(texts: Sequence[str], side: str) -> np.ndarray:
+    texts = list(texts)
+    wrong = next((row for row, text in enumerate(texts) if not isinstance(text, str)), None)
+    if wrong is not None:
+        raise InputError(f"{side}[{wrong}] is {texts[wrong]!r:.80}, wanted a text; leave pairs without a response out")
+    return np.array([len(text) for text in texts], float)
 
 
 def _features(gap: Sequence[float], difficulty: Sequence[float] | None, ours: float = 1.0) -> np.ndarray:
@@ -67,26 +78,24 @@ def _features(gap: Sequence[float], difficulty: Sequence[float] | None, ours: fl
     return np.stack([*columns, np.full(len(gap), ours)], 1)
 
 
-def _fit(X: np.ndarray, y: np.ndarray, weight: np.ndarray, inverse_penalty: float, order: int | RandomState = ORDER):
-    """Logistic regression on shares: each row counts as y wins and 1 - y losses."""
-    from sklearn.linear_model import LogisticRegression
+def _fit(X: np.ndarray, y: np.ndarray, weight: np.ndarray, precision: np.ndarray) -> np.ndarray:
+    """(K,) coefficients of a logistic regression on shares y, by Newton's method, in odd functions: exchanging the sides
+    changes signs alone. Raises `InputError` where it does not converge."""
 
-    model = LogisticRegression(
-        C=inverse_penalty, l1_ratio=1, solver="liblinear", fit_intercept=False, random_state=order
-    )
-    won = np.repeat([1, 0], len(y))
-    return model.fit(np.tile(X, (2, 1)), won, np.concatenate([y * weight, (1 - y) * weight]))
+    def density(theta: np.ndarray) -> float:
+        eta = X @ theta
+        log_2_cosh = np.abs(eta) / 2 + np.log1p(np.exp(-np.abs(eta)))
+        return weight @ ((y - 0.5) * eta - log_2_cosh) - precision @ theta**2 / 2
 
-
-def _best_penalty(X: np.ndarray, y: np.ndarray, weight: np.ndarray) -> float:
-    """The inverse penalty with the lowest log loss on held-out rows, mean over folds."""
-    from sklearn.model_selection import GroupKFold
-
-    losses = np.zeros(len(INVERSE_PENALTIES))
-    for learn, held_out in GroupKFold(FOLDS).split(X, groups=np.arange(len(X))):
-        order = np.random.RandomState(ORDER)  # shared by all penalties, as on scikit-learn's own path
-        for i, inverse_penalty in enumerate(INVERSE_PENALTIES):
-            q = _fit(X[learn], y[learn], weight[learn], inverse_penalty, order).predict_proba(X[held_out])[:, 1]
-            q, p = q.clip(1e-15, 1 - 1e-15), y[held_out]
-            losses[i] -= np.mean(weight[held_out] * (p * np.log(q) + (1 - p) * np.log(1 - q)))
-    return INVERSE_PENALTIES[losses.argmin()]
+    theta = np.zeros(X.shape[1])
+    for _ in range(100):
+        eta = X @ theta
+        slope = X.T @ (weight * (y - 0.5 - np.tanh(eta / 2) / 2)) - precision * theta
+        bend = (X.T * (weight * (1 - np.tanh(eta / 2) ** 2) / 4)) @ X + np.diag(precision)
+        step, now = np.linalg.solve(bend, slope), density(theta)
+        while density(theta + step) < now and np.abs(step).max() > 1e-12:
+            step = step / 2
+        theta = theta + step
+        if np.abs(step).max() < 1e-10:
+            return theta
+    raise InputError("the fit of length control does not settle; judge more pairs, of which some are won and some lost")
