@@ -7,6 +7,7 @@ refused at once.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from dense_rlhf.config.parse import parameter_cells, read_yaml
 from dense_rlhf.config.strict import (
     Count,
     Flag,
+    Label,
     Many,
     Model,
     Part,
@@ -51,9 +53,25 @@ class DataParams:
     path: Place | None = None  # a local file, in place of the hub
     revision: Text | None = None  # branch, tag or commit on the hub; the commit it resolves to is recorded
     split: Text | None = None  # the hub's split; by default the dataset's own
+    encoding: Text = "utf-8"  # of a local file of text
+    text: Text = "text"  # reviews: the column of texts
+    label: Text = "label"  # reviews: the column of labels
+    labels: Many[Label] = ()  # reviews: which mean bad and good; by default 0 and 1, or names
+    separator: Text | None = None  # reviews: of columns; by default a comma, in .tsv a tab
     prompt_words: Count = 8  # reviews: a prompt is the first words of a review
     max_prompt_chars: Count = 2000  # longer prompts are left out and counted
     called: Text | None = None  # its name in runs and pages, where a study has two of one name
+
+    def __post_init__(self):
+        try:
+            io.TextIOWrapper(io.BytesIO(), encoding=self.encoding)
+        except (LookupError, ValueError) as error:
+            wanted = "wanted a text encoding that Python knows, such as utf-8 or cp1252"
+            raise InputError(f"data.encoding is {self.encoding!r}, {wanted}") from error
+        if self.separator is not None and (len(self.separator) != 1 or self.separator in '"\r\n'):
+            raise InputError(f"data.separator is {self.separator!r}, wanted one character, such as ; or a tab")
+        if self.labels and len({str(label).strip().casefold() for label in self.labels}) * len(self.labels) != 4:
+            raise InputError(f"data.labels is {list(self.labels)}, wanted two that differ: which means bad, which good")
 
     @property
     def short_name(self) -> str:
@@ -94,6 +112,8 @@ class RewardParams:
     max_drop: Share = 0.6  # labels: each snippet loses a uniform share of its tokens, up to this
     token_budget: Count | None = None  # tokens in one forward pass; by default set by the device
     dtype: Dtype = "float32"  # of the weights when it scores and explains
+    output: Whole | None = None  # which output is the score, from 0, of a finished model that has several
+    pair: bool = False  # a finished model reads prompt and response as two segments, tokenizer(prompt, response)
     dpo_steps: Whole = 0  # log_ratio: steps of DPO on the proxy's own preferences; 0 trains none
     dpo_beta: Positive = 0.1  # log_ratio: how strongly DPO holds its policy to the reference
 

@@ -50,6 +50,7 @@ def _number(given: object) -> object:
 
 
 Text, Flag = Annotated[str, Strict()], Annotated[bool, Strict()]
+Label = Annotated[int, Strict()] | Text
 Place = Annotated[str, Strict(), AfterValidator(absolute)]  # of a file or folder; absolute at once, for runs elsewhere
 Model = Annotated[str, Strict(), AfterValidator(_folder_or_name)]
 Whole = Annotated[int, Strict(), Field(ge=0, lt=LARGEST)]

@@ -1,0 +1,181 @@
+"""Preference pairs: two replies to one prompt, in the layouts of HH-RLHF, UltraFeedback and trl."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from dense_rlhf.config.params import DataParams
+from dense_rlhf.data.dataset import Dataset, check_unicode, count_kept, split_of
+from dense_rlhf.data.rows import OTHER, file_rows, hub_rows, read_bytes
+from dense_rlhf.types import InputError, Message, PreferencePair, Prompt
+
+PAIR_SHARES = {"reward": 0.45, "gold": 0.25, "train": 0.18, "validation": 0.02, "test": 0.10}
+NAMES = {"user": "Human", "assistant": "Assistant", "system": "System"}  # of roles, in text
+FIELDS = ("prompt", "chosen", "rejected")
+TURN = re.compile(r"(?:\r?\n){2}(Human|Assistant): ?")
+
+
+def prompt_text(prompt: Prompt) -> str:
+    """A prompt as plain text, dialogues in the HH-RLHF form, ready for the assistant to go on."""
+    if isinstance(prompt, str):
+        return prompt
+    return "".join(f"\n\n{NAMES[m.role]}: {m.content}" for m in prompt) + "\n\nAssistant:"
+
+
+# ---------------------------------------------------------------------------------------------------- one row
+
+
+def preference_pair(row: dict) -> PreferencePair:
+    """One row: `chosen` and `rejected` are texts or lists of {role, content}, which `prompt` precedes, or they hold it.
+
+    Raises `InputError` for a row of another form.
+    """
+    if isinstance(row, InputError):
+        raise row
+    if not isinstance(row, dict):
+        raise InputError(OTHER)
+    sides = row.get("chosen"), row.get("rejected")
+    if all(isinstance(side, str) for side in sides):
+        return _pair_of_texts(row.get("prompt"), *sides)
+    return _pair_of_messages(row.get("prompt"), *map(_messages, sides))
+
+
+def _pair_of_texts(prompt: object, chosen: str, rejected: str) -> PreferencePair:
+    """Replies to a prompt, which is text to go on from unless it is a dialogue; or two whole dialogues."""
+    if prompt is None or _is_dialogue(chosen) and _is_dialogue(rejected):
+        return _pair(parse_dialogue(chosen), parse_dialogue(rejected))
+    if not isinstance(prompt, str):
+        prompt = _messages(prompt)
+    elif _is_dialogue(prompt):
+        prompt = _turns(prompt)
+        prompt = prompt[:-1] if prompt[-1] == Message("assistant", "") else prompt  # the turn that a reply fills
+    else:
+        prompt = prompt.strip()
+    return PreferencePair(prompt, chosen.strip(), rejected.strip())
+
+
+def _pair_of_messages(prompt: object, chosen: tuple[Message, ...], rejected: tuple[Message, ...]) -> PreferencePair:
+    """Messages that go on from a prompt, or that begin with it."""
+    asked = Message("user", prompt.strip()) if isinstance(prompt, str) and prompt.strip() else None
+    before = (asked,) if asked else _messages(prompt or [])
+
+    def whole(side: tuple[Message, ...]) -> tuple[Message, ...]:
+        return side if side[: len(before)] == before or asked in side else before + side
+
+    return _pair(_last_reply(whole(chosen)), _last_reply(whole(rejected)))
+
+
+def _messages(given: object) -> tuple[Message, ...]:
+    if not isinstance(given, (list, tuple)) or not all(isinstance(turn, dict) for turn in given):
+        raise InputError(OTHER)
+    for turn in given:
+        if turn.get("tool_calls") or turn.get("function_call"):
+            raise InputError("a turn that calls a tool")
+        if turn.get("role") not in tuple(NAMES):
+            raise InputError("a role that is not user, assistant or system")
+        if not isinstance(turn.get("content"), str):
+            raise InputError("a turn whose content is no text")
+    return tuple(Message(turn["role"], turn["content"].strip()) for turn in given)
+
+
+def _is_dialogue(text: str) -> bool:
+    return TURN.match("\n\n" + text.lstrip()) is not None
+
+
+def _turns(text: str) -> tuple[Message, ...]:
+    before, *parts = TURN.split("\n\n" + text.lstrip())
+    if parts and before:
+        raise InputError("text before the first turn")
+    return tuple(Message("user" if r == "Human" else "assistant", c.strip()) for r, c in zip(parts[::2], parts[1::2]))
+
+
+def parse_dialogue(text: str) -> tuple[Prompt, str]:
+    """Split an HH-RLHF dialogue at its last assistant turn into the messages before it and the reply.
+
+    The blank lines that begin it may be missing. Raises `InputError` unless the last turn is the assistant's.
+    """
+    return _last_reply(_turns(text))
+
+
+def _last_reply(messages: tuple[Message, ...]) -> tuple[Prompt, str]:
+    if not messages or messages[-1].role != "assistant":
+        raise InputError("a dialogue must have turns and end with the assistant's")
+    return messages[:-1], messages[-1].content
+
+
+def _pair(chosen: tuple[Prompt, str], rejected: tuple[Prompt, str]) -> PreferencePair:
+    if chosen[0] != rejected[0]:
+        raise InputError("the prompts of the two sides differ")
+    return PreferencePair(*chosen, rejected[1])
+
+
+def _check(pair: PreferencePair, max_chars: int) -> None:
+    """Raise `InputError` for a pair that teaches nothing, is too long, or that no chat template takes."""
+    prompt = pair.prompt
+    asked = prompt if isinstance(prompt, str) else "".join(message.content for message in prompt)
+    if not (asked and pair.chosen and pair.rejected):
+        raise InputError("empty prompt or reply")
+    if pair.chosen == pair.rejected:
+        raise InputError("identical sides")
+    if len(prompt_text(prompt)) > max_chars:
+        raise InputError("prompt too long")
+    roles = [] if isinstance(prompt, str) else [message.role for message in prompt]
+    turns = roles[roles[:1] == ["system"] :]
+    if turns != [("user", "assistant")[i % 2] for i in range(len(turns))] or roles and turns[-1:] != ["user"]:
+        raise InputError("user and assistant do not take turns")
+    check_unicode(prompt_text(prompt), pair.chosen, pair.rejected)
+
+
+# ---------------------------------------------------------------------------------------------------- all rows
+
+
+def collect_pairs(
+    rows: Iterable[object], parse: Callable[[dict], PreferencePair], max_chars: int, name: str, revision: str
+) -> Dataset:
+    """Parse rows, count those left out, and split by the hash of the prompt, so that none is in two splits."""
+    splits: dict[str, list[PreferencePair]] = {split: [] for split in PAIR_SHARES}
+    counts, seen = Counter(), set()
+    for row in rows:
+        counts["read"] += 1
+        try:
+            pair = parse(row)
+            _check(pair, max_chars)
+            if pair in seen:
+                raise InputError("duplicate")
+        except InputError as fault:
+            counts[f"left out: {fault}"] += 1
+        except (LookupError, TypeError, AttributeError, ValueError):  # of a parser of the user's
+            counts[f"left out: {OTHER}"] += 1
+        else:
+            seen.add(pair)
+            splits[split_of(prompt_text(pair.prompt), PAIR_SHARES)].append(pair)
+    hint = "; wanted chosen and rejected, texts or lists of {role, content}, and perhaps prompt"
+    count_kept(name, splits, counts, hint)
+    taught = {split: splits[split] for split in ("reward", "gold", "test")}
+    prompts = {
+        f"{split}_prompts": list(dict.fromkeys(pair.prompt for pair in splits[split]))
+        for split in ("train", "validation", "test")
+    }
+    return Dataset(name, revision, **taught, **prompts, counts=dict(counts))
+
+
+def preferences(name: str, repository: str, split: str) -> Callable[[DataParams, int | None], Dataset]:
+    """The loader of a hub dataset of pairs, or of a local file of any layout of `preference_pair`."""
+
+    def load(params: DataParams, rows: int | None = None) -> Dataset:
+        if params.path:
+            content = read_bytes(params.path)
+            read = file_rows(content, Path(params.path), FIELDS, params.encoding)
+            where, revision = params.path, hashlib.sha256(content).hexdigest()
+        else:
+            where = repository
+            read, revision = hub_rows(repository, params.revision, params.split or split, rows)
+        return replace(collect_pairs(read, preference_pair, params.max_prompt_chars, where, revision), name=name)
+
+    load.__doc__ = f"`{repository}` on the hub, or a local file of preference pairs."
+    return load
