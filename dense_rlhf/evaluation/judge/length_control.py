@@ -79,7 +79,7 @@ def _features(gap: Sequence[float], difficulty: Sequence[float] | None, ours: fl
 
 
 def _fit(X: np.ndarray, y: np.ndarray, weight: np.ndarray, precision: np.ndarray) -> np.ndarray:
-    """(K,) coefficients of a logistic regression on shares y, by Newton's method, in odd functions: exchanging the sides
+    """(K,) coefficients of a logistic regression on shares y, by Newton's method, in odd functions: exchanging sides
     changes signs alone. Raises `InputError` where it does not converge."""
 
     def density(theta: np.ndarray) -> float:
