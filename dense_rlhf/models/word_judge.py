@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass
 from functools import cache
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from dense_rlhf.files import cached_folder, write_json
+from dense_rlhf.files import cached_folder, content_key, write_json
 from dense_rlhf.fingerprint import source_key
 from dense_rlhf.models.text_spans import token_spans
-from dense_rlhf.types import LabelledText, PreferencePair
+from dense_rlhf.types import InputError, LabelledText, PreferencePair
 
 WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)?")
+RAREST = 5  # texts that a word of the gold judge is in
 
 
 @dataclass(frozen=True)
@@ -40,15 +42,29 @@ class AdditiveJudge:
         return credit
 
 
+def check_words(examples: list[LabelledText] | list[PreferencePair]) -> None:
+    """Raise `InputError` unless the gold judge could learn some word, as it is in enough texts."""
+    met: Counter[str] = Counter()
+    for example in examples:
+        for text in (example.chosen, example.rejected) if isinstance(example, PreferencePair) else (example.text,):
+            words = {word.group() for word in WORD.finditer(text.lower())}
+            met.update(words)
+            if any(met[word] >= RAREST for word in words):
+                return
+    raise InputError(f"no word is in {RAREST} of the gold judge's {len(examples)} texts; wanted more, or longer texts")
+
+
 def train_gold_judge(examples: list[LabelledText] | list[PreferencePair], strength: float = 1e-3) -> AdditiveJudge:
     """Logistic regression on un-normalised TF-IDF of single words: labels, or differences of pairs (Bradley-Terry).
 
     `strength` is the inverse of the ridge penalty. Without length normalisation the log-odds are additive in words.
+    Raises `InputError` where the texts share no word.
     """
+    check_words(examples)
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
 
-    tfidf = TfidfVectorizer(lowercase=True, token_pattern=WORD.pattern, norm=None, min_df=5)
+    tfidf = TfidfVectorizer(lowercase=True, token_pattern=WORD.pattern, norm=None, min_df=RAREST)
     if isinstance(examples[0], PreferencePair):
         tfidf.fit([pair.chosen for pair in examples] + [pair.rejected for pair in examples])
         better = tfidf.transform([pair.chosen for pair in examples]) - tfidf.transform([p.rejected for p in examples])
@@ -65,7 +81,7 @@ def load_gold_judge(examples: list[LabelledText] | list[PreferencePair], data_re
     """`train_gold_judge`, cached by content."""
     key = {
         "data": data_revision,
-        "rows": len(examples),
+        "examples": content_key([asdict(example) for example in examples]),  # one file is read in several ways
         "code": source_key("dense_rlhf.models.word_judge", "dense_rlhf.data"),
     }
     folder = cached_folder("gold", key, lambda f: write_json(f / "weights.json", train_gold_judge(examples).weights))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -10,7 +11,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from dense_rlhf.config.params import BENCHMARKS, RunParams, ShapeParams
+from dense_rlhf.config.params import BENCHMARKS, DataParams, RunParams, ShapeParams
+from dense_rlhf.config.strict import SHIPPED
 from dense_rlhf.config.study import StudyParams
 from dense_rlhf.files import content_key, write_json
 from dense_rlhf.fingerprint import source_key
@@ -183,9 +185,8 @@ def run_grid(
 
 def check_data(study: StudyParams) -> None:
     """Read every local file that a study names, before a job starts. Raises `InputError` with parameter and file."""
-    from dense_rlhf.data import load_data
-
-    readers = [("data.path", data.path, lambda data=data: load_data(data)) for data in study.datasets if data.path]
+    rollouts = max(run.ppo.rollouts for run in study.comparisons)
+    readers = [("data.path", data.path, partial(_read, data, rollouts)) for data in study.datasets if data.path]
     people = {reader[:2]: reader for run in study.comparisons for reader in _readers(run)}
     if set(BENCHMARKS) & set(study.notebooks):
         readers += [reader for run in study.comparisons for reader in _benchmark_readers(run)]
@@ -194,6 +195,22 @@ def check_data(study: StudyParams) -> None:
             load()
         except InputError as error:
             raise InputError(f"{name} is {path}: {str(error).removeprefix(f'{path} ')}") from error
+
+
+def _read(data: DataParams, rollouts: int) -> None:
+    """Read a dataset. Raises `InputError` unless it has the prompts of one update."""
+    from dense_rlhf.data import load_data
+
+    prompts = load_data(data).train_prompts
+    if len(prompts) < rollouts:
+        raise InputError(f"ppo.rollouts is {rollouts}, but there are {len(prompts)} training prompts; lower it")
+
+
+def has_own_models(study: StudyParams) -> bool:
+    """Whether models are folders of the user's and nothing comes from a hub, so that all can be checked at once."""
+    names = study.run.policy.name, study.run.reward.name
+    is_here = [data.path or ":" in data.name or data.name == "reviews" for data in study.datasets]
+    return any(map(os.path.isdir, names)) and all(n in SHIPPED or os.path.isdir(n) for n in names) and all(is_here)
 
 
 def _benchmark_readers(run: RunParams) -> list[tuple[str, str, Callable]]:
