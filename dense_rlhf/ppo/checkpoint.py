@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from dense_rlhf.files import remove_checkpoints, write_folder, write_json
+from dense_rlhf.files import check_sealed, read_json, remove_checkpoints, seal, write_folder, write_json
 from dense_rlhf.ppo.learner import Diverged
 from dense_rlhf.types import InputError
 
@@ -47,7 +47,11 @@ def learner_state(learner: Learner) -> tuple[dict[str, Tensor], dict]:
 
 
 def restore(learner: Learner, tensors: dict[str, Tensor], plain: dict) -> None:
-    """Put a learner back to where `learner_state` saw it; of a finished training only the policy is there."""
+    """Put a learner back to where `learner_state` saw it; of a finished training only the policy is there.
+
+    Raises `InputError` for the state of a learner of other weights.
+    """
+    _check_fit(learner, tensors, plain)
     weights, moments = {}, {}
     for name, tensor in tensors.items():
         kind, _, rest = name.partition("/")
@@ -56,7 +60,7 @@ def restore(learner: Learner, tensors: dict[str, Tensor], plain: dict) -> None:
         elif kind == "optimizer":
             weight, _, key = rest.rpartition("/")
             moments.setdefault(weight, {})[key] = tensor
-    if plain["finished"]:
+    if plain.get("finished"):
         set_model_state_dict(learner.policy, weights, options=WHOLE)
     else:
         optimizer = {"state": moments, "param_groups": plain["groups"]}
@@ -70,10 +74,27 @@ def restore(learner: Learner, tensors: dict[str, Tensor], plain: dict) -> None:
         setattr(learner, name, plain[name])
 
 
+def _check_fit(learner: Learner, tensors: dict[str, Tensor], plain: dict) -> None:
+    """Raise `InputError`, which names the first part that differs, for the state of a learner of other weights."""
+    mine, settings = learner_state(learner)
+    if learner.processes.rank:  # the first has the whole
+        return
+    wanted = {name: (x.shape, x.dtype) for name, x in mine.items() if _is_kept(name) or not plain.get("finished")}
+    found = {name: (x.shape, x.dtype) for name, x in tensors.items()}
+    differ = [name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)]
+    if differ := sorted(differ) + sorted(settings.keys() - plain.keys()):
+        raise InputError(f"a checkpoint of other weights: {differ[0]!r} is missing or of another shape; remove it")
+
+
+def _is_kept(name: str) -> bool:
+    """Whether a tensor stays when a training is finished: all but the optimiser's moments, two thirds of the bytes."""
+    return not name.startswith("optimizer/")
+
+
 def resume(folder: Path | None, key: str, learner: Learner) -> tuple[list[dict], list[dict]]:
     """Restore `learner` from the checkpoint of this training; returns metrics and seconds of the updates so far."""
     checkpoint = load_checkpoint(folder) if folder else None
-    if checkpoint is None or checkpoint[1]["key"] != key:
+    if checkpoint is None or checkpoint[1].get("key") != key:
         return [], []
     restore(learner, *checkpoint)
     return checkpoint[1]["history"], checkpoint[1]["seconds"]
@@ -82,14 +103,14 @@ def resume(folder: Path | None, key: str, learner: Learner) -> tuple[list[dict],
 def keep(folder: Path | None, key: str, learner: Learner, history: list[dict], seconds: list[dict]) -> None:
     """Checkpoint a training, where it has a folder and its processes can be kept.
 
-    Of a finished training the optimiser's moments, two thirds of the bytes, are left out: it is only read again.
+    Of a finished training the optimiser's moments are left out: it is only read again.
     """
     if folder is None or not learner.processes.keeps:
         return
     tensors, plain = learner_state(learner)
     plain["finished"] = len(history) >= learner.schedule.total_iters
     if plain["finished"]:
-        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("optimizer/")}
+        tensors = {name: tensor for name, tensor in tensors.items() if _is_kept(name)}
     if learner.processes.rank == 0:
         plain |= {"key": key, "history": history, "seconds": seconds}
         save_checkpoint(folder, len(history), tensors, plain)
@@ -121,20 +142,16 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], plain: 
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict] | None:
-    """The newest checkpoint in `folder`, or None. Raises `InputError` for one that cannot be read."""
+    """The newest checkpoint in `folder`, or None. Raises `InputError` for one that is not as it was written."""
     newest = max(folder.glob("checkpoint-*"), default=None)
     if newest is None:
         return None
-    try:
-        plain = json.loads((newest / "state.json").read_text(encoding="utf-8"))
-        return load_file(newest / "tensors.safetensors"), plain
-    except Exception as error:  # safetensors raises its own kinds
-        raise InputError(
-            f"{newest} cannot be read ({type(error).__name__}); remove it to train from the start"
-        ) from error
+    check_sealed(newest, f"remove {newest} to train from the start")
+    return load_file(newest / "tensors.safetensors"), read_json(newest / "state.json")
 
 
 def save_policy(policy: PolicyWithValue, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Save the policy, adapters merged, with its tokenizer, for `from_pretrained` and `policy.name` to read."""
+    """Save the policy, adapters merged, with its tokenizer, for `from_pretrained` and `policy.name` to read; sealed."""
     policy.sampling_model().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    seal(folder)

@@ -8,6 +8,7 @@ import sys
 import time
 import warnings
 from dataclasses import replace
+from shutil import copytree
 
 import kill_points
 import pandas as pd
@@ -15,7 +16,7 @@ import pytest
 import torch
 from conftest import ROOT
 from kill_points import PARAMS, SHAPE
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dense_rlhf import ppo
 from dense_rlhf.config.params import AttributionParams, PolicyParams
@@ -89,11 +90,57 @@ def test_a_checkpoint_of_another_training_is_not_resumed(task, tmp_path):
         pd.testing.assert_frame_equal(fresh, found, check_exact=True)
 
 
-def test_a_checkpoint_that_cannot_be_read_says_so(task, tmp_path):
-    train_policy(task, Recipe(SPARSE, PARAMS, EXPLAIN, 0), Session(folder=tmp_path))
-    (tmp_path / "checkpoint-000008" / "tensors.safetensors").write_bytes(b"nothing")
-    with pytest.raises(InputError, match="checkpoint-000008 cannot be read.*remove it"):
-        train_policy(task, Recipe(SPARSE, PARAMS, EXPLAIN, 0), Session(folder=tmp_path))
+def _flip(path):
+    data = bytearray(path.read_bytes())
+    data[-9] ^= 1  # in the last tensor, or in a number of the history
+    path.write_bytes(data)
+
+
+def _edit(path, **fields):
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+DAMAGE = {
+    "one bit of a tensor": lambda folder: _flip(folder / "tensors.safetensors"),
+    "no tensors": lambda folder: (folder / "tensors.safetensors").unlink(),
+    "other bytes": lambda folder: (folder / "tensors.safetensors").write_bytes(b"nothing"),
+    "policy missing": lambda folder: save_file(
+        {k: v for k, v in load_file(folder / "tensors.safetensors").items() if not k.startswith("policy/")},
+        folder / "tensors.safetensors",
+    ),
+    "one bit of a number": lambda folder: _flip(folder / "state.json"),
+    "other history": lambda folder: _edit(folder / "state.json", history=[]),
+    "no groups": lambda folder: _edit(folder / "state.json", groups=[]),
+    "another schedule": lambda folder: _edit(folder / "state.json", schedule={}),
+    "another key": lambda folder: _edit(folder / "state.json", key="another"),
+    "no hashes": lambda folder: (folder / "hashes.json").unlink(),
+    "a file too many": lambda folder: (folder / "adapter_config.json").write_text("{}"),
+}
+
+
+@pytest.fixture(scope="module")
+def half_way(task, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("half_way")
+    train_policy(task, Recipe(SPARSE, replace(PARAMS, updates=1), EXPLAIN, 0), Session(folder=folder))
+    return folder / "checkpoint-000001"
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_checkpoint_is_refused_and_said_what_to_remove(task, half_way, tmp_path, damage):
+    damage(copytree(half_way, tmp_path / half_way.name))
+    with pytest.raises(InputError, match="checkpoint-000001/.* not as it was written.*; remove .*checkpoint-000001 to"):
+        train_policy(task, Recipe(SPARSE, replace(PARAMS, updates=1), EXPLAIN, 0), Session(folder=tmp_path))
+
+
+@pytest.mark.parametrize("name", ["generator", "policy/value_head.bias", "optimizer/value_head.bias/exp_avg"])
+def test_the_state_of_another_learner_is_refused_by_name(task, name):
+    learner = ppo.make_learner(task.fresh_policy(), PARAMS, 0)
+    tensors, plain = checkpoint.learner_state(learner)
+    for wrong in ({name: torch.zeros(3)}, {}):
+        with pytest.raises(InputError, match=f"{name!r} is missing or of another shape"):
+            checkpoint.restore(learner, {k: v for k, v in tensors.items() if k != name} | wrong, plain)
+    with pytest.raises(InputError, match="'kl_coef' is missing"):
+        checkpoint.restore(learner, tensors, {k: v for k, v in plain.items() if k != "kl_coef"})
 
 
 def test_half_a_checkpoint_is_never_seen(task, tmp_path, monkeypatch):
