@@ -62,10 +62,15 @@ def weights_sha256(folder: Path) -> str:
 
 
 def commit_of(name: str, revision: str | None) -> str | None:
-    """The commit that a branch or tag of a hub model points to; None for a local folder. Raises OSError if missing."""
+    """The commit that a branch or tag of a hub model points to; None for a local folder. Raises OSError if missing.
+
+    Raises `InputError` for a folder that was sealed, such as a trained policy's, and is not as it was written.
+    """
     from transformers.utils.hub import cached_file, extract_commit_hash
 
     if Path(name).is_dir():
+        if os.path.lexists(Path(name) / HASHES):
+            check_sealed(Path(name), f"train it again, or delete {HASHES} there to take it as it is")
         return None
     return extract_commit_hash(cached_file(name, "config.json", revision=revision or "main"), None)
 

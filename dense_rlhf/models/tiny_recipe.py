@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dense_rlhf.files import write_json
+from dense_rlhf.files import seal, write_json
 
 EOS, PAD = "<eos>", "<pad>"
 
@@ -128,10 +128,11 @@ def train_language_model(
 def save_language_model(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: dict, folder: Path
 ) -> LlamaForCausalLM:
-    """Write half-precision safetensors, tokenizer and `recipe.json`; returns the model as a reader will load it."""
+    """Write half-precision safetensors, tokenizer, `recipe.json` and hashes; returns the model as readers load it."""
     half = LlamaForCausalLM(model.config).to(torch.float16)
     half.load_state_dict(model.state_dict())
     half.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     write_json(Path(folder) / "recipe.json", recipe)
+    seal(Path(folder))
     return half.float()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -17,7 +17,7 @@ from dense_rlhf.bayesopt.ledger import Halfway, Ledger
 from dense_rlhf.bayesopt.search import Search
 from dense_rlhf.bayesopt.space import Point, Space
 from dense_rlhf.config.params import BOParams
-from dense_rlhf.files import content_key, lock, remove_checkpoints, write_folder, write_json
+from dense_rlhf.files import content_key, damaged, lock, read_json, remove_checkpoints, write_folder, write_json
 from dense_rlhf.fingerprint import source_key
 from dense_rlhf.models.policy import PolicyWithValue
 from dense_rlhf.ppo.checkpoint import save_policy
@@ -164,12 +164,14 @@ class Trials:
             self._keep(row, trained)
 
     def keep_incumbent(self, search: Search) -> None:
-        """Train the incumbent's policy again if the saved one is of another point."""
+        """Train the incumbent's policy again if the saved one is of another point, or, with a warning, damaged."""
         leads = [row for row in self.book.rows() if "value" in row and row["point"] == search.incumbent()[0]]
         leads.sort(key=lambda row: row["status"] == "observed")  # last, if any: `ended` has kept its policy
         with lock(self.book.folder / "policy.lock"):
-            kept = self.policy / "trial.json"
-            if not kept.exists() or json.loads(kept.read_text()) not in map(_identity, leads):
+            file = damaged(self.policy) if self.policy.exists() else None
+            if file:
+                warnings.warn(f"{file} is not as it was written, so the policy is trained again", stacklevel=2)
+            if file or read_json(self.policy / "trial.json") not in map(_identity, leads):
                 self._keep(leads[-1], self.train(leads[-1]))
                 remove_checkpoints(self._folder(leads[-1]))
 
