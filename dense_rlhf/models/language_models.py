@@ -12,7 +12,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dense_rlhf.config.params import PolicyParams
-from dense_rlhf.files import cached_folder, commit_of, file_sha256, weights_sha256, wheel_member
+from dense_rlhf.files import cached_folder, check_sealed, commit_of, file_sha256, weights_sha256, wheel_member
 from dense_rlhf.fingerprint import PACKAGE, source_key
 from dense_rlhf.types import InputError
 
@@ -48,7 +48,7 @@ def within_memory(doing: str, lower: str) -> Iterator[None]:
 
 def load_tiny(params: PolicyParams) -> LanguageModel:
     """The 4.2M-parameter review writer in `dense_rlhf/models/tiny_policy`, made by notebook 00."""
-    folder = PACKAGE / "models" / "tiny_policy"
+    folder = check_sealed(PACKAGE / "models" / "tiny_policy", "install the package again")
     return _read(folder, file_sha256(folder / "model.safetensors"), params)
 
 
