@@ -9,6 +9,7 @@ import difflib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
+from numbers import Real
 from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 NORMALISERS = ("softmax", "sum", "magnitude", "signed")
 REMOVALS = ("drop", "attention_mask", "replace")
+SIMPLEX = 1e-6  # how far weights may be from non-negative numbers that sum to one
 
 
 class InputError(ValueError):
@@ -259,12 +261,23 @@ class RewardShape:
         return len({row for row, weight in zip(self.slopes, self.weights) if weight > 0}) > 1
 
 
+def is_number(value: object) -> bool:
+    """Whether a value is a finite real number, NumPy's included; no bool, and nothing too large for a float."""
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
+
+
 def check_simplex(name: str, weights: Sequence[float], size: int) -> None:
-    """Raise `InputError` unless `weights` are `size` non-negative numbers that sum to one (to 1e-6)."""
+    """Raise `InputError` unless `weights` are `size` non-negative numbers that sum to one, to 1e-6.
+
+    One that rounding left just below zero counts as zero.
+    """
     if len(weights) != size:
         raise InputError(f"{name} has {len(weights)} numbers for {size} sources, wanted one each")
-    if not all(w >= 0 for w in weights) or abs(sum(weights) - 1) > 1e-6:
-        raise InputError(f"{name} is {list(weights)}, wanted non-negative numbers that sum to 1")
+    if not all(is_number(w) and w >= -SIMPLEX for w in weights) or abs(sum(weights) - 1) > SIMPLEX:
+        raise InputError(f"{name} is {list(weights)}, wanted non-negative numbers that sum to 1, to {SIMPLEX:g}")
 
 
 def check_removal(removal: str) -> None:
