@@ -36,7 +36,7 @@ def origin() -> dict[str, object]:
 def splits() -> dict[str, object]:
     data = load_data(DataParams())
     rows = {f"split `{name}`": data.counts[f"kept: {name}"] for name in REVIEW_SHARES}
-    rows |= {name: count for name, count in data.counts.items() if name.startswith("left out")}
+    rows |= {name: n for name, n in data.counts.items() if name.startswith(("left out", "prompts left out"))}
     labels = [row.label for part in (data.reward, data.gold, data.test) for row in part]
     words = sorted(len(row.text.split()) for part in (data.reward, data.gold, data.test) for row in part)
     return rows | {
