@@ -22,7 +22,7 @@ from typing import IO, TYPE_CHECKING, TypeVar
 
 from dense_rlhf.files import append_line, finite, lock, read_ledger
 from dense_rlhf.fingerprint import source_key
-from dense_rlhf.types import InputError
+from dense_rlhf.types import InputError, is_number
 
 if TYPE_CHECKING:
     from dense_rlhf.bayesopt.search import Search
@@ -31,6 +31,7 @@ ENDS = ("observed", "stopped", "failed")
 FAILURES = 3  # in a row end a search
 COMPLETE, CORRELATION = 5, 0.7  # trials, and rank correlation of halfway and end, from which others may stop halfway
 ALONE = "ledger.lock"
+MEANS = ("standard_error", "proxy", "gold", "kl", "correlation", "seconds")  # of an event: a number, or null
 Extra = TypeVar("Extra")  # what a trial returns besides its numbers, such as a policy
 
 
@@ -57,8 +58,21 @@ def trials(path: Path) -> list[dict]:
         begins = kind == "proposed" and trial == len(rows) and isinstance(event.get("point"), list)
         if not begins and not (kind in ("running", *ENDS) and trial in list(rows)):
             raise InputError(f"{path} is not the ledger of a search; move it away")
+        if fault := _fault(event):
+            raise InputError(f"{path}: trial {trial} was {kind} with {fault}, wanted finite numbers; move it away")
         rows.setdefault(trial, {}).update({"status": kind} | event)
     return [row | {"point": tuple(row["point"])} for row in rows.values()]
+
+
+def _fault(event: dict) -> str:
+    """The first entry of an event that no search writes; empty where there is none."""
+    numbers = {name: event[name] for name in ("value", "rung", "seed") if name in event}
+    if event["event"] in ("observed", "stopped"):
+        numbers.setdefault("value", None)
+    numbers |= {name: event[name] for name in MEANS if event.get(name) is not None}
+    point = event.get("point", [])
+    numbers |= {f"point[{i}]": x for i, x in enumerate(point if isinstance(point, list) else [None])}
+    return next((f"{name} = {value!r:.80}" for name, value in numbers.items() if not is_number(value)), "")
 
 
 def is_live(path: Path) -> bool:
@@ -108,7 +122,10 @@ class Ledger:
         search = self.empty()
         for row in self.rows():
             if "value" in row:
-                search.observe(row["point"], row["value"], row.get("standard_error"))
+                try:
+                    search.observe(row["point"], row["value"], row.get("standard_error"))
+                except InputError as error:
+                    raise InputError(f"{self.path}, trial {row['trial']}: {error}; move it away") from error
         return search
 
     def run(
@@ -193,8 +210,8 @@ def _code() -> dict[str, str]:
 
 def _honest(event: dict) -> dict:
     """The event, or a failure where its numbers cannot be observed."""
-    value, error = event.get("value", math.nan), event.get("standard_error")
-    if event["event"] == "failed" or math.isfinite(value) and (error is None or math.isfinite(error)):
+    value, error = event.get("value"), event.get("standard_error")
+    if event["event"] == "failed" or is_number(value) and (error is None or is_number(error)):
         return event
     return {"event": "failed", "reason": f"its value is {value}, with a standard error of {error}"}
 

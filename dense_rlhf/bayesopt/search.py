@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dense_rlhf.bayesopt.space import Point, Space
-from dense_rlhf.types import InputError
+from dense_rlhf.types import InputError, is_number
 
 if TYPE_CHECKING:
     from botorch.models.model import Model
@@ -66,10 +66,10 @@ class Search:
         Raises `InputError` for a point off the space, a value that is not finite, or an error that is not above zero.
         """
         self.space.check(point)
-        if not np.isfinite(value):
-            raise InputError(f"observed value is {value}, wanted a finite number")
-        if error is not None and not 0 < error < np.inf:
-            raise InputError(f"observed standard error is {error}, wanted a finite number above 0, or None")
+        if not is_number(value):
+            raise InputError(f"observed value is {value!r:.80}, wanted a finite number")
+        if error is not None and not (is_number(error) and error > 0):
+            raise InputError(f"observed standard error is {error!r:.80}, wanted a finite number above 0, or None")
         self.points.append(tuple(point))
         self.values.append(float(value))
         self.errors.append(error)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dense_rlhf.types import InputError, check_simplex
+from dense_rlhf.types import InputError, check_simplex, is_number
 
 Point = tuple[float, ...]
 
@@ -44,8 +44,12 @@ class Space:
 
     def check(self, point: Sequence[float]) -> None:
         """Raise `InputError` for a point that is not of this space."""
-        if len(point) != self.size:
-            raise InputError(f"a point has {len(point)} numbers, wanted {self.size}")
+        if (
+            not isinstance(point, (tuple, list, np.ndarray))
+            or len(point) != self.size
+            or not all(map(is_number, point))
+        ):
+            raise InputError(f"a point is {point!r:.200}, wanted {self.size} finite numbers")
         check_simplex("weights of a point", point[: self.d], self.d)
         for number, (low, high) in zip(point[self.d :], self.bounds):
             if not low <= number <= high:

@@ -19,7 +19,16 @@ from dense_rlhf.masked import masked_sum, masked_whiten
 from dense_rlhf.models.language_models import within_memory
 from dense_rlhf.models.policy import PolicyWithValue, micro_batches
 from dense_rlhf.ppo.distributed import Alone
-from dense_rlhf.ppo.losses import clipped, explained_variance, gae, kl_estimate, policy_loss, token_rewards, value_loss
+from dense_rlhf.ppo.losses import (
+    check_rewards,
+    clipped,
+    explained_variance,
+    gae,
+    kl_estimate,
+    policy_loss,
+    token_rewards,
+    value_loss,
+)
 from dense_rlhf.types import InputError, Rollout
 
 
@@ -51,6 +60,7 @@ class Learner:
 
         Also what is logged: the coefficient, the largest |sum of shaped rewards - score|, the share clipped.
         """
+        check_rewards(shaped, rollout.mask)
         unit = self.unit(rollout.scores, params)
         rewards = token_rewards(rollout, shaped, params, 0.0 if kl_in_loss else self.kl_coef, unit)
         residual = (shaped.sum(-1) - rollout.scores).abs().max().item()
@@ -107,6 +117,7 @@ def update(learner: Learner, rollout: Rollout, rewards: Tensor, params: PPOParam
     Advantages are whitened over the batch. A reward, loss or gradient that is not finite raises `Diverged` before it
     reaches a weight. Every process holds the whole rollout and computes its share of each mini-batch.
     """
+    check_rewards(rewards, rollout.mask)
     if not rewards.isfinite().all():
         raise Diverged({"reward": rewards.sum().item()}, rollout)
     advantages = gae(rewards, rollout.values, rollout.mask, params.gamma, params.lam)

@@ -32,10 +32,9 @@ def token_rewards(
     in this order: `unit` is the sd of the scores so far, `clip_rewards` the bound (Engstrom et al., 2020); the penalty
     (Ziegler et al., 2019, eq. 2) is `params.kl_estimator`, by default at `params.kl_coef`; then the fine for a response
     without EOS (Huang et al., 2024). Last, `whiten_rewards` divides the deviations from the batch's mean by their sd.
-    Zero outside the mask. Raises `InputError` for rewards of another shape than the responses.
+    Zero outside the mask. Raises `InputError` as `check_rewards` does.
     """
-    if shaped.shape != rollout.mask.shape:
-        raise InputError(f"rewards are {tuple(shaped.shape)}, responses {tuple(rollout.mask.shape)}")
+    check_rewards(shaped, rollout.mask)
     kl = kl_estimate(rollout.logprobs, rollout.ref_logprobs, params.kl_estimator)
     rewards = clipped(shaped / unit, params.clip_rewards) - (params.kl_coef if kl_coef is None else kl_coef) * kl
     if params.missing_eos_penalty:
@@ -45,6 +44,17 @@ def token_rewards(
     if params.whiten_rewards:
         rewards = masked_whiten(rewards, rollout.mask) + masked_mean(rewards, rollout.mask)
     return rewards.masked_fill(~rollout.mask, 0)
+
+
+def check_rewards(rewards: Tensor, mask: Tensor) -> None:
+    """Raise `InputError` unless `rewards` are a tensor of floating-point numbers, one for each token of `mask`."""
+    if not isinstance(rewards, Tensor) or not rewards.is_floating_point():
+        kind = rewards.dtype if isinstance(rewards, Tensor) else type(rewards).__name__
+        raise InputError(
+            f"rewards are {kind}, wanted a floating-point tensor (B, T); convert them with torch.as_tensor"
+        )
+    if rewards.shape != mask.shape:
+        raise InputError(f"rewards are {tuple(rewards.shape)}, responses {tuple(mask.shape)}")
 
 
 def clipped(rewards: Tensor, limit: float | None) -> Tensor:

@@ -63,7 +63,7 @@ def token_weights(rollout: Rollout, shape: RewardShape) -> Tensor:
     base = phi.new_tensor(shape.weights)
     if not shape.is_contextual:
         return base.expand(*rollout.mask.shape, len(base))
-    return (base.log() + phi @ phi.new_tensor(shape.slopes).T).softmax(-1)
+    return (base.clamp(min=0).log() + phi @ phi.new_tensor(shape.slopes).T).softmax(-1)
 
 
 class Shaped(NamedTuple):
