@@ -1,4 +1,4 @@
-"""The command `dense-rlhf`, also `python -m dense_rlhf`: run, status, report, list, search, train, check, new."""
+"""The command `dense-rlhf`, also `python -m dense_rlhf`; `--help` lists what it does."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dense_rlhf import __version__
-from dense_rlhf.types import InputError
+from dense_rlhf.types import InputError, one_line
 
 
 def _study(arguments: argparse.Namespace):
@@ -28,7 +28,7 @@ def _study(arguments: argparse.Namespace):
 
 def _run(arguments: argparse.Namespace) -> int:
     from dense_rlhf.runner.console import failures, planned, selected, summary
-    from dense_rlhf.runner.grid import check_data
+    from dense_rlhf.runner.grid import check_data, has_own_models
     from dense_rlhf.runner.plan import expand, reasons, runs_folder
     from dense_rlhf.runs import GOOD
 
@@ -39,17 +39,36 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         print("\n".join(planned([job for job in jobs if job.name in names], why, study.workers)))
         return 0
+    if not arguments.force:
+        _spare(arguments, folder, {name: why[name] for name in names})
     if any(why[name] for name in names):
         check_data(study)
+        if has_own_models(study):
+            from dense_rlhf.runner.preflight import refuse
+
+            refuse(study)
     records = _records(arguments, study, names)
     statuses = [record["status"] for record in records]
     print("\n".join([*failures(records, study.study, _again(arguments)), summary(statuses)]), flush=True)
     try:
         print(f"open {_reports(study, jobs, records)}")
     except Exception as error:  # from pandas, nbconvert or jinja; the runs are kept
-        print(f"the reports could not be written: {type(error).__name__}: {error}", file=sys.stderr)
+        reason = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+        print(f"the reports could not be written: {one_line(reason)}", file=sys.stderr)
         return 1
     return 0 if set(statuses) <= set(GOOD) else 1
+
+
+def _spare(arguments: argparse.Namespace, folder: Path, why: dict[str, str]) -> None:
+    """Raise `InputError` where settings under a name that is given would replace finished runs of other parameters."""
+    from dense_rlhf.runner.jobs import state
+
+    if not any(pair.startswith("study=") for pair in arguments.set or ()):
+        return
+    for name, reason in why.items():
+        if "parameters changed" in reason and state(folder / name, reason)[0] == "stale":
+            place = f"runs/{folder.name}/{name}"
+            raise InputError(f"{place} is finished, with other parameters ({reason}); give another study=, or --force")
 
 
 def _records(arguments: argparse.Namespace, study, names: list[str]) -> list[dict]:
@@ -159,13 +178,21 @@ def _report(arguments: argparse.Namespace) -> int:
 
 def _list(arguments: argparse.Namespace) -> int:
     from dense_rlhf.attribution import SOURCES
+    from dense_rlhf.config.study import studies
     from dense_rlhf.data import DATASETS
     from dense_rlhf.runs import workspace
 
-    root = workspace()
-    print(f"studies   {', '.join(sorted(str(path.relative_to(root)) for path in root.glob('params/**/*.yaml')))}")
-    print(f"datasets  {', '.join(DATASETS)}")
-    print(f"sources   {', '.join(SOURCES)}")
+    for path, about in studies(workspace()).items():
+        print(one_line(f"{path:36s} {about}"))
+    print(f"\ndatasets          {', '.join(DATASETS)}\nsources of credit {', '.join(SOURCES)} (docs/explain.md)")
+    return 0
+
+
+def _params(arguments: argparse.Namespace) -> int:
+    from dense_rlhf.config.study import parameters
+
+    for name, (wanted, default, meaning) in parameters(arguments.name).items():
+        print(f"{name} = {default}\n    {wanted}{f': {meaning}' if meaning else ''}")
     return 0
 
 
@@ -220,6 +247,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_options(command, name)
     for name, act, places, text in (
         ("list", _list, (), "list studies, datasets and sources"),
+        ("params", _params, (), "list parameters with their meaning, bounds and default"),
         ("new", _new, ("folder",), "lay out notebooks and studies in a folder of your own, to work there"),
         ("execute", _execute, ("notebook", "folder"), "run one notebook in its prepared folder, as the runner does"),
     ):
@@ -227,6 +255,10 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(act=act)
         for place in places:
             command.add_argument(place)
+        if name == "params":
+            command.add_argument(
+                "name", nargs="?", default="", help="a group or one of its parameters, as ppo or ppo.lr"
+            )
     return parser
 
 
@@ -236,7 +268,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return arguments.act(arguments)
     except InputError as error:
-        line = " ".join(str(error).split())
+        line = one_line(str(error))
         print(f"error: {line if len(line) < 1200 else line[:1200] + ' ...'}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -87,9 +87,7 @@ class PolicyParams:
     revision: Text | None = None  # of a hub id; the commit it resolves to is recorded
     trainable_layers: Count | None = None  # only the last n layers learn; by default all parameters
     dtype: Dtype = "float32"  # bfloat16: frozen weights and arithmetic; weights that learn stay float32
-    critic: Literal["shared", "detached", "separate"] = (
-        "shared"  # detached: no gradient into the trunk; separate: its own
-    )
+    critic: Literal["shared", "detached", "separate"] = "shared"  # detached: no gradient into the trunk; separate: own
     value_start: Literal["zero", "score"] = "zero"  # score: a shared or detached head starts by predicting the score
     lora_rank: Count | None = None  # adapters of this rank learn in place of the weights; by default none
     lora_alpha: Size = 32.0  # adapters are scaled by alpha / rank
@@ -103,11 +101,11 @@ class RewardParams:
     revision: Text | None = None  # of a hub id; the commit it resolves to is recorded
     labels: Part = 1.0  # scratch: the share of the human labels, or pairs, to learn from
     hidden: Count = 64  # scratch: width of the model
-    layers: Count = 2
-    heads: Count = 4
-    steps: Whole = 500
-    batch: Count = 96
-    lr: Size = 3e-3
+    layers: Count = 2  # scratch
+    heads: Count = 4  # scratch: attention heads
+    steps: Whole = 500  # scratch: of its training
+    batch: Count = 96  # scratch: examples a step
+    lr: Size = 3e-3  # scratch: learning rate
     window: Count = 48  # labels: tokens of a training snippet; pairs: the most tokens of a dialogue
     max_drop: Share = 0.6  # labels: each snippet loses a uniform share of its tokens, up to this
     token_budget: Count | None = None  # tokens in one forward pass; by default set by the device
@@ -131,13 +129,13 @@ class AttributionParams:
 
     permutations: Count = 2  # shap: 2 k - 1 evaluations each
     samples_per_token: Count = 4  # kernel, leverage: evaluations = this times k
-    lime_samples: Count = 64
+    lime_samples: Count = 64  # lime: evaluations
     owen_depth: Whole | None = None  # levels of the tree; by default all, at about 2 k^2 / 3 evaluations
     ig_steps: Count = 16  # integrated gradients
     removal: Text = "drop"  # drop, attention_mask, or replace:TOKEN
     players: Literal["tokens", "words", "sentences"] = "tokens"  # are removed together and share their credit evenly
     rationale_path: Place | None = None  # rationale: a file of texts in which people marked words
-    seed: Whole = 0
+    seed: Whole = 0  # of permutations and samples
 
     def __post_init__(self):
         check_removal(self.removal)
@@ -149,7 +147,7 @@ class ShapeParams:
 
     sources: Some[Text] = ("terminal",)  # registered sources, or my_module:my_source
     weights: Many[Real] | Literal["learned"] = (1.0,)  # one a source, which sum to 1
-    normalise: Literal[NORMALISERS] = "softmax"
+    normalise: Literal[NORMALISERS] = "softmax"  # how each source's credit becomes shares of the score
     temperature: Real | Many[Real] = 1.0  # of softmax; or a list, one a source
     features: Many[Text] = ()  # of tokens, that the weights depend on
     slopes: Many[Many[Real]] = ()  # a row a source, a number a feature
@@ -173,10 +171,10 @@ class ShapeParams:
 class PPOParams:
     """One policy's training."""
 
-    updates: Count = 24
+    updates: Count = 24  # of the policy
     rollouts: Count = 64  # responses an update
-    max_new_tokens: Count = 24
-    temperature: Positive = 1.0
+    max_new_tokens: Count = 24  # of a response
+    temperature: Positive = 1.0  # of sampling
     sampler: Literal["cache", "generate"] = "cache"  # our loop; or transformers' own, compiled on CUDA
     epochs: Count = 1  # passes over each batch of rollouts
     minibatch: Count = 32  # responses an optimiser step
@@ -186,14 +184,14 @@ class PPOParams:
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # of the penalty: k1 is unbiased, also in gradient; others vary less
     kl_target: Positive | None = None  # nats a response; kl_coef then follows it
     kl_horizon: Positive = 10_000.0  # responses in which kl_coef can change by a factor of about e
-    gamma: Share = 1.0
-    lam: Share = 0.95
-    clip: Positive = 0.2
-    value_clip: Positive = 0.2
-    value_coef: Size = 0.1
-    max_grad_norm: Positive = 1.0
-    missing_eos_penalty: Size = 0.0
-    whiten_rewards: Flag = False
+    gamma: Share = 1.0  # discount a token
+    lam: Share = 0.95  # lambda of GAE
+    clip: Positive = 0.2  # of the probability ratio, either side of 1
+    value_clip: Positive = 0.2  # of a value's change within an update
+    value_coef: Size = 0.1  # of the value loss in the loss
+    max_grad_norm: Positive = 1.0  # longer gradients are shortened to it
+    missing_eos_penalty: Size = 0.0  # taken off the last reward of a response without EOS
+    whiten_rewards: Flag = False  # divide their deviations from the batch's mean by their sd
     scale_rewards: Flag = False  # divide by the running standard deviation of the scores
     clip_rewards: Positive | None = None  # bound on a token's shaped reward, either sign; the share clipped is logged
     micro_batch: Count = 16  # responses of similar length in a forward pass, in each process
@@ -210,18 +208,18 @@ class PPOParams:
 class BOParams:
     """The outer loop."""
 
-    trials: Several = 25
+    trials: Several = 25  # mixtures that are tried
     initial: Whole = 5  # quasi-random points after the anchors, before the model chooses
     updates: Count = 10  # PPO updates a trial
     anchors: Flag = True  # start with each source alone and with all in equal parts
     replicates: Count = 1  # trials of each anchor, which show how much another seed changes
-    strategy: Literal[STRATEGIES] = "gp"
+    strategy: Literal[STRATEGIES] = "gp"  # how the next trial is chosen
     objective: Literal[OBJECTIVES] = "proxy"  # of held-out responses; penalised: proxy less kl_weight times the KL
     kl_weight: Size = 0.1  # proxy's sd a nat
     stop_early: Flag = False  # halfway, once earlier trials show that the halfway score predicts the final one
     temperature: Literal[TEMPERATURES] = "fixed"  # the arm's; or searched: shared by all sources, or one each
-    temperature_low: Positive = 0.01
-    temperature_high: Positive = 1.0
+    temperature_low: Positive = 0.01  # temperatures are searched from this
+    temperature_high: Positive = 1.0  # to this
     signs: Flag = False  # search also whether credit keeps its sign: signed against softmax
     features: Many[Text] = ()  # of tokens; their slopes in the weights are searched, in place of the arm's
     slope: Positive = 2.0  # slopes are searched from minus this to this
@@ -264,9 +262,9 @@ class DimensionParams:
     trials: Several = 100  # of each search of a known function
     seeds: Count = 3  # of each search of a known function
     rival_trials: Several = 40  # at most, of saas, additive and nei, which are not the question
-    rival_seeds: Whole = 1
-    landscapes: Many[Literal[LANDSCAPES]] = LANDSCAPES
-    strategies: Many[Literal[STRATEGIES]] = STRATEGIES
+    rival_seeds: Whole = 1  # likewise
+    landscapes: Many[Literal[LANDSCAPES]] = LANDSCAPES  # known functions
+    strategies: Many[Literal[STRATEGIES]] = STRATEGIES  # that search them
     snr: Many[Positive] = (1.0,)  # sd of the function over sd of an observation's noise
     goal: Positive = 0.25  # regret that is low enough, in sd of the function
     sources: Many[Text] = ("shap", "terminal", "lime", "attention")  # on reviews: the first 2, 3, ... are mixed

@@ -10,7 +10,7 @@ import inspect
 import os
 import re
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, TypeVar, dataclass_transform
 
@@ -186,10 +186,11 @@ def _words(node: dict) -> str:
     return WORDS.get(node["type"], "nothing") + " and".join(bounds)
 
 
-def listed(cls: type) -> dict[str, tuple[str, object, str]]:
-    """What each field of a parameter class admits, in words, its default, and what it means."""
+def listed(cls: type, names: Iterable[str] | None = None) -> dict[str, tuple[str, object, str]]:
+    """What the fields of a parameter class admit, in words, their default, and what they mean."""
     meaning, fields = described(cls), _schema(cls)["properties"]
-    return {name: (_words(node), node.get("default"), meaning.get(name, "")) for name, node in fields.items()}
+    chosen = {name: fields[name] for name in names or fields}
+    return {name: (_words(node), node.get("default"), meaning.get(name, "")) for name, node in chosen.items()}
 
 
 def described(cls: type) -> dict[str, str]:

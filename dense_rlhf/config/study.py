@@ -18,7 +18,20 @@ from pydantic import TypeAdapter
 
 from dense_rlhf.config.params import ABLATIONS, BENCHMARKS, GROUPS, NOTEBOOKS, DataParams, RunParams, ShapeParams
 from dense_rlhf.config.parse import merge, parse_settings, read_yaml
-from dense_rlhf.config.strict import Count, Many, Positive, Some, Text, Whole, described, kind, params, parse, shown
+from dense_rlhf.config.strict import (
+    Count,
+    Many,
+    Positive,
+    Some,
+    Text,
+    Whole,
+    described,
+    kind,
+    listed,
+    params,
+    parse,
+    shown,
+)
 from dense_rlhf.files import content_key
 from dense_rlhf.types import InputError, did_you_mean
 
@@ -44,7 +57,7 @@ class StudyParams:
     datasets: Many[DataParams]
     run: RunParams  # what all runs share
     seeds: Many[Whole] = (0,)  # of the policies' trainings
-    notebooks: Some[typing.Literal[KNOWN]] = NOTEBOOKS
+    notebooks: Some[typing.Literal[KNOWN]] = NOTEBOOKS  # that run
     workers: Count = 1  # runs at a time; the cores are divided among them
     timeout_minutes: Positive = 240.0  # for one run
     settings: dict[str, RunParams] = field(default_factory=dict)  # by name: `run` with other parameters
@@ -191,6 +204,40 @@ def _checked(study: StudyParams) -> StudyParams:
         if folder and not os.path.isdir(folder):
             raise InputError(f"downstream.mt_bench_path: no folder at {folder}; give one with MT-Bench's files")
     return replace(study, notebooks=tuple(name for name in KNOWN if name in study.notebooks))
+
+
+def studies(folder: Path) -> dict[str, str]:
+    """The studies under `folder`/params by their path in it, each with the first line of its comment."""
+    found = {}
+    for path in sorted((folder / "params").rglob("*.yaml")):
+        place = path.relative_to(folder)
+        try:
+            is_study = not any(part.startswith(".") for part in place.parts) and set(read_yaml(path)) & set(STUDY_KEYS)
+        except InputError as error:
+            found[str(place)] = f"cannot be read: {error}"
+            continue
+        if is_study:
+            first = path.read_text(encoding="utf-8").partition("\n")[0]
+            found[str(place)] = first.lstrip("# ") if first.startswith("#") else ""
+    return found
+
+
+def parameters(name: str = "") -> dict[str, tuple[str, object, str]]:
+    """What each parameter admits, in words, its default and its meaning: all, those of a group, or one.
+
+    Raises `InputError` for an unknown name.
+    """
+    whole = listed(StudyParams, ("study", *OPTIONS)) | listed(RunParams, ("threads",))
+    for group, cls in GROUPS.items():
+        where = "arms.NAME" if group == "shape" else group
+        whole |= {f"{where}.{key}": about for key, about in listed(cls).items()}
+    plain = {key.removeprefix("arms.NAME.").replace(".", "_"): key for key in whole} | {key: key for key in whole}
+    found = {key: whole[key] for key in whole if key.startswith(f"{name}." if name else "")}
+    found = found or ({plain[name]: whole[plain[name]]} if name in plain else {})
+    if not found:
+        known = [*GROUPS, "arms", *plain]
+        raise InputError(f"{shown(name)} is no parameter and no group{did_you_mean(name, known)}")
+    return found
 
 
 def schema() -> dict:
