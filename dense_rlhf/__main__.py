@@ -192,7 +192,7 @@ def _params(arguments: argparse.Namespace) -> int:
     from dense_rlhf.config.study import parameters
 
     for name, (wanted, default, meaning) in parameters(arguments.name).items():
-        print(f"{name} = {default}\n    {wanted}{f': {meaning}' if meaning else ''}")
+        print(f"{name} = {default}  ({wanted})\n    {meaning}")
     return 0
 
 

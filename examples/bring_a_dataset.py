@@ -7,6 +7,7 @@ the folder from which the study runs. In a checkout, a line in `DATASETS` of `de
 the contract tests pick it up. (Preference pairs and labelled texts in a file need no code: see the README.)
 """
 
+import argparse
 import random
 
 from dense_rlhf.attribution.explain import explain
@@ -48,4 +49,5 @@ def main(reward_steps: int = 100) -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     main()

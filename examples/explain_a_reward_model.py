@@ -6,7 +6,7 @@ MODEL is a hub id or a folder: a sequence classifier with one output, decoder or
 place of the prompt goes through the tokenizer's chat template.
 """
 
-import sys
+import argparse
 
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -24,4 +24,8 @@ def main(name: str, prompt: str, response: str) -> Explanation:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("model", "prompt", "response"):
+        parser.add_argument(name)
+    arguments = parser.parse_args()
+    main(arguments.model, arguments.prompt, arguments.response)

@@ -7,6 +7,7 @@ the trainer gives it the numbers. `TokenGRPO` and `token_rewards` are what you w
 reward model and prompts to run them on.
 """
 
+import argparse
 import tempfile
 
 import torch
@@ -80,4 +81,5 @@ def main(data: str | None = None, reward_steps: int = 500, updates: int = 8) -> 
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     main()

@@ -8,6 +8,8 @@ and the contract tests pick it up. This source pays the tokens that the referenc
 the reward model, to be compared with sources that use it.
 """
 
+import argparse
+
 from dense_rlhf.attribution import SOURCES, attribute
 from dense_rlhf.attribution.agreement import known_credit, rank_agreement
 from dense_rlhf.attribution.kinds import share
@@ -41,4 +43,5 @@ def main(data: str | None = None, reward_steps: int = 500, responses: int = 64) 
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     main()
