@@ -100,6 +100,7 @@ class Responses:
     scores: Tensor  # (B,) one per sequence
     ended: Tensor  # (B,) bool, the response ends with EOS
     trunk: Tensor | None = field(default=None, kw_only=True)  # (B, L, hidden) states of `rows` under what learns
+    prompts: tuple[Prompt, ...] | None = field(default=None, kw_only=True)  # (B,) of which `queries` are the tokens
 
     def __post_init__(self):
         if self.responses.dim() != 2 or self.queries.dim() != 2:
@@ -113,6 +114,8 @@ class Responses:
         check_right_padded("mask", self.mask)
         if bool((self.query_mask[:, :-1] & ~self.query_mask[:, 1:]).any()):
             raise InputError("query_mask is false after a token; wanted queries padded on the left only")
+        if self.prompts is not None and len(self.prompts) != B:
+            raise InputError(f"{len(self.prompts)} prompts for {B} responses, wanted one each; see `take`")
         if self.trunk is not None:
             _check("trunk", self.trunk, (B, int(self.lengths.max()), self.trunk.shape[-1]))
 
@@ -144,8 +147,8 @@ class Responses:
         return players(self.mask, self.ended)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The fields that are not None, by name."""
-        return {f.name: x for f in fields(self) if (x := getattr(self, f.name)) is not None}
+        """The tensors, by name."""
+        return {f.name: x for f in fields(self) if f.name != "prompts" and (x := getattr(self, f.name)) is not None}
 
     def take(self, rows: Tensor) -> Self:
         """The given rows, without the padding that they do not need."""
@@ -153,7 +156,9 @@ class Responses:
         prompt = slice(self.queries.shape[1] - P, None)
         columns = {"queries": prompt, "query_mask": prompt, "trunk": slice(int(self.lengths[rows].max()))}
         whole = self.tensors().items()
-        return type(self)(**{n: x[rows] if x.dim() == 1 else x[rows, columns.get(n, slice(T))] for n, x in whole})
+        taken = {n: x[rows] if x.dim() == 1 else x[rows, columns.get(n, slice(T))] for n, x in whole}
+        prompts = self.prompts and tuple(self.prompts[row] for row in rows.tolist())
+        return type(self)(**taken, prompts=prompts)
 
 
 @dataclass(frozen=True)
@@ -181,6 +186,8 @@ class Reading:
     response: tuple[int, ...]  # explained
     spread: Tensor | None = None  # (len(response), k): shares of each token's credit on the policy's k tokens; None
     # where both models have the same tokens
+    suffix: tuple[int, ...] | None = None  # follows the response and is never removed; None: the reward model's own
+    segments: tuple[int, ...] | None = None  # of prompt, response and suffix, where the model tells several apart
 
 
 def players(mask: Tensor, ended: Tensor) -> Tensor:

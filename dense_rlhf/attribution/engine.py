@@ -17,16 +17,22 @@ from transformers import DynamicCache, PreTrainedModel
 
 from dense_rlhf.attribution.packing import Pack, pack
 from dense_rlhf.models.language_models import within_memory
-from dense_rlhf.models.reward_model import RewardModel, batches, padded
+from dense_rlhf.models.reward_model import RewardModel, batches, pad_id_of, padded
 from dense_rlhf.types import InputError, Reading, check_removal
 
 PACKED = ("llama", "mistral", "qwen2", "qwen3")  # decoders that the tests compare with their own forward and attention
 
 
-def is_packed(model: PreTrainedModel, longest: int) -> bool:
-    """Whether coalitions share prefixes: a tested decoder that sees its whole past, `longest` tokens at most."""
+def is_packed(reward_model: RewardModel, readings: Sequence[Reading]) -> bool:
+    """Whether coalitions share prefixes: a tested decoder that sees the whole text, all read at one last token.
+
+    A suffix that is padding to the model is passed over, so that each coalition would be read at another token.
+    """
+    model, suffixes = reward_model.model, {reward_model.suffix_of(reading) for reading in readings}
+    longest = max((len(reward_model.whole(reading)) for reading in readings), default=0)
     window = getattr(model.config, "sliding_window", None)
-    return model.config.model_type in PACKED and hasattr(model, "score") and not (window and window < longest)
+    one_end = len(suffixes) == 1 and all(suffix and suffix[-1] != pad_id_of(model) for suffix in suffixes)
+    return model.config.model_type in PACKED and reward_model.has_head and one_end and not (window and window < longest)
 
 
 class _Questions(NamedTuple):
@@ -62,8 +68,7 @@ def coalition_scores(
     replacement = _token_id(reward_model, token) if kind == "replace" else -1
     starts = np.cumsum([0, *map(len, masks)])
     outputs = torch.empty(starts[-1], device=reward_model.model.device, dtype=reward_model.dtype)
-    longest = max((len(r.prompt) + len(r.response) for r in readings), default=0) + len(reward_model.suffix)
-    score = _packed if is_packed(reward_model.model, longest) else _plain
+    score = _packed if is_packed(reward_model, readings) else _plain
     for places, values in score(reward_model, _Questions(readings, masks, kind, replacement, starts), progress):
         outputs[torch.as_tensor(places, device=outputs.device)] = values.to(outputs.dtype)
     scores = reward_model.calibrate(outputs)
@@ -79,15 +84,20 @@ def coalition_scores(
 def _plain(reward_model: RewardModel, asked: _Questions, progress: Callable) -> Iterator[tuple[np.ndarray, Tensor]]:
     """Every coalition as a sequence of its own: where each output belongs, and the outputs."""
     for start, reading, mask in progress(list(zip(asked.starts, asked.readings, asked.masks))):
-        prompt, tokens = list(reading.prompt), np.array(reading.response, dtype=int)
+        whole = np.array(reward_model.whole(reading), dtype=int)
+        keep = np.ones((len(mask), len(whole)), bool)
+        keep[:, len(reading.prompt) :][:, : mask.shape[1]] = mask
+        rows, attended, segments = whole[None].repeat(len(mask), 0), None, None
         if asked.kind == "drop":
-            rows, attended = [prompt + tokens[keep].tolist() for keep in mask], None
+            rows = [whole[kept] for kept in keep]
         elif asked.kind == "replace":
-            rows, attended = [prompt + np.where(keep, tokens, asked.replacement).tolist() for keep in mask], None
+            rows = np.where(keep, rows, asked.replacement)
         else:
-            rows = [prompt + tokens.tolist()] * len(mask)
-            attended = [[True] * len(prompt) + keep.tolist() for keep in mask]
-        yield start + np.arange(len(mask)), reward_model.outputs(rows, attended)
+            attended = keep
+        if reading.segments:
+            kinds = np.array(reading.segments)
+            segments = [kinds[kept] for kept in keep] if asked.kind == "drop" else [kinds] * len(mask)
+        yield start + np.arange(len(mask)), reward_model.read_whole(rows, attended, segments)
 
 
 def _token_id(reward_model: RewardModel, token: str) -> int:
@@ -175,7 +185,8 @@ class _Batch(NamedTuple):
 
 def _packed(reward_model: RewardModel, asked: _Questions, progress: Callable) -> Iterator[tuple[np.ndarray, Tensor]]:
     """Shared prefixes once, batch by batch: where each output belongs, and the outputs."""
-    model, readings, suffix = reward_model.model, asked.readings, reward_model.suffix
+    model, readings = reward_model.model, asked.readings
+    suffix = reward_model.suffix_of(readings[0])
     width = model.config.hidden_size  # larger packs share more and cost more attention, least for wide models
     packs = [pack(mask, len(suffix), asked.kind, max(width, 128 + 2 * mask.shape[1])) for mask in asked.masks]
     jobs = []
@@ -189,7 +200,7 @@ def _packed(reward_model: RewardModel, asked: _Questions, progress: Callable) ->
             current, prompts = group, _read_prompts(model, [readings[i].prompt for i in group])
             row_of = {i: row for row, i in enumerate(group)}
         batch = _collate(items, asked, suffix)
-        yield batch.places, _score(model, prompts, [row_of[i] for i, _ in items], batch)
+        yield batch.places, _score(reward_model, prompts, [row_of[i] for i, _ in items], batch)
 
 
 def _collate(items: list[tuple[int, Pack]], asked: _Questions, suffix: tuple[int, ...]) -> _Batch:
@@ -239,9 +250,10 @@ def _read_prompts(model: PreTrainedModel, prompts: Sequence[tuple[int, ...]]) ->
 
 
 @torch.no_grad()
-def _score(model: PreTrainedModel, prompts: _Prompts, rows: list[int], batch: _Batch) -> Tensor:
+def _score(reward_model: RewardModel, prompts: _Prompts, rows: list[int], batch: _Batch) -> Tensor:
     """Raw outputs of the valid reads of one batch whose packs follow the prompts `rows`."""
-    device, cache = model.device, DynamicCache()
+    model, cache = reward_model.model, DynamicCache()
+    device = model.device
     rows = torch.tensor(rows, device=device)
     for number, (keys, values) in enumerate(prompts.layers):
         cache.update(keys[rows], values[rows], number)
@@ -250,7 +262,7 @@ def _score(model: PreTrainedModel, prompts: _Prompts, rows: list[int], batch: _B
     seen = torch.cat([real[:, None].expand(-1, ids.shape[1], -1), visible(path, owner, column)], -1)
     with reading_only(model, read):
         hidden = _trunk(model, ids, seen, position + real.sum(-1, keepdim=True), cache)
-    return model.score(hidden[valid]).squeeze(-1)
+    return model.score(hidden[valid])[..., reward_model.output]
 
 
 def _trunk(model: PreTrainedModel, ids: Tensor, seen: Tensor, position: Tensor, cache: DynamicCache) -> Tensor:

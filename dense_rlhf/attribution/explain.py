@@ -2,18 +2,18 @@
 
     explanation = explain(model, tokenizer, "prompt", "response")
 
-The model is any Hugging Face sequence classifier with one output, a decoder or an encoder.
+The model is any Hugging Face sequence classifier, a decoder or an encoder.
 """
 
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dense_rlhf.attribution.engine import is_packed
@@ -21,9 +21,9 @@ from dense_rlhf.attribution.kinds import Designed
 from dense_rlhf.attribution.removal import explain_readings
 from dense_rlhf.attribution.sources import SOURCES
 from dense_rlhf.config.params import AttributionParams
-from dense_rlhf.data import prompt_text
-from dense_rlhf.models.reward_model import RewardModel
-from dense_rlhf.models.text_spans import Spans, cut, groups, homes, partition, tile, tokenise
+from dense_rlhf.models.dialogue import frame, messages_of, templated
+from dense_rlhf.models.reward_model import RewardModel, check_fits, chosen_output
+from dense_rlhf.models.text_spans import Spans, cut, groups, homes, partition, tile
 from dense_rlhf.types import InputError, Message, Reading
 from dense_rlhf.view.display import heat, heat_table, table
 from dense_rlhf.view.escape import esc
@@ -32,9 +32,6 @@ from dense_rlhf.view.html import part
 if TYPE_CHECKING:
     import pandas as pd
     import shap
-
-ROLES = ("user", "assistant", "system")
-SENTINEL = "\ue000reply\ue001"  # in place of the response, to see what a chat template writes around it
 
 
 @dataclass(frozen=True, repr=False)
@@ -149,36 +146,37 @@ def explain(
     `prompt` is text, or the dialogue so far, which goes through the tokenizer's chat template where it has one.
     `players` are tokens, words, sentences, or spans: rising (start, end) in characters of the response, the text
     between them being players too. A player's credit is spread evenly over its tokens. `options` are fields of
-    `AttributionParams` (budgets, removal, seed), and `progress`, which wraps the batches and may raise to cancel.
+    `AttributionParams` (budgets, removal, seed); `output`, the score among several outputs; `pair`, whether the model
+    reads `tokenizer(prompt, response)` as two segments; `progress`, which wraps the batches and may raise to cancel.
 
-    Everything around the response always stays: prompt, special tokens, and the end at which the model is read (EOS
-    for a decoder whose tokenizer adds no end; where EOS is also the padding, the model's own forward would read the
-    token before it). Pairs of texts are not supported. Tokens are those of the whole text, see `text_spans.tokenise`.
-    Raises `InputError` for a source that removes no tokens, a model that is not a sequence classifier with one output,
-    a tokenizer without offsets, a response that is empty, too long or altered by the chat template, and spans that do
-    not fit.
+    Everything around the response always stays: prompt, special tokens, and EOS after a decoder's text to which
+    tokenizer and template add no end. Each text is read where the model's own forward reads it. Tokens are those of the
+    whole text, see `text_spans.tokenise`. Raises `InputError` for a source that removes no tokens, a model that is not
+    a sequence classifier, a tokenizer without offsets, a response that is empty, too long or altered by the chat
+    template, and spans that do not fit.
     """
     started, progress = time.perf_counter(), options.pop("progress", iter)
+    output, pair = options.pop("output", None), options.pop("pair", None)
     params, design = AttributionParams(**options), _designed(source)
-    _check_model(reward_model)
-    wrapped, reading, tokens = _read(reward_model, tokenizer, prompt, response)
+    _check_model(reward_model, tokenizer, pair)
+    wrapped = RewardModel(
+        reward_model, tokenizer, suffix=(), output=chosen_output(reward_model, output, "output"), pair=bool(pair)
+    )
+    reading, tokens = _read(wrapped, prompt, response)
     group = np.array(_players(response, tokens, players))
     explained = explain_readings(wrapped, [reading], [group], {source: design}, params, progress)[source]
-    baseline = explained.baseline.item()
-    if params.removal == "drop":  # else all texts are equally long
-        _check_padding(wrapped, reading, baseline)
     return Explanation(
         response,
         tuple(tokens),
         tuple(explained.credits[0].tolist()),
         tuple(group.tolist()),
-        baseline,
+        explained.baseline.item(),
         explained.scores.item(),
         source,
         design.complete,
         explained.evaluations,
         time.perf_counter() - started,
-        "packed" if is_packed(reward_model, _length(wrapped, reading)) else "plain",
+        "packed" if is_packed(wrapped, [reading]) else "plain",
         reward_model.name_or_path or type(reward_model).__name__,
     )
 
@@ -190,86 +188,38 @@ def _designed(source: str) -> Designed:
     return SOURCES[source]
 
 
-def _check_model(model: PreTrainedModel) -> None:
+def _check_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pair: bool | None) -> None:
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         raise InputError(f"reward_model is {name}, wanted a Hugging Face sequence classifier; merge adapters first")
-    if model.config.num_labels != 1:
-        advice = "load it by AutoModelForSequenceClassification, with num_labels=1 where it is yours"
-        raise InputError(f"{name} has {model.config.num_labels} outputs, wanted one: {advice}")
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise InputError(f"tokenizer is {type(tokenizer).__name__}, wanted the model's own, from AutoTokenizer")
+    if model.device.type == "meta":
+        raise InputError(f"{name} is on the meta device and has no weights; load it with from_pretrained")
     if model.training:
         raise InputError(f"{name} is in training mode, its dropout would be explained too; call eval()")
+    if pair is None and (getattr(model.config, "type_vocab_size", 0) or 0) > 1:
+        told = f"{name} can tell two segments apart; prompt and response are read as one text"
+        warnings.warn(
+            f"{told}. Say pair=True if it was trained on tokenizer(prompt, response), else pair=False", stacklevel=3
+        )
 
 
-def _check_padding(wrapped: RewardModel, reading: Reading, baseline: float) -> None:
-    """Raise where the prompt's score depends on the longer texts in its batch: the model pools at the padding."""
-    alone = wrapped.score([Reading(reading.prompt, ())]).item()
-    if abs(alone - baseline) > torch.finfo(wrapped.model.dtype).eps ** 0.5 * max(1.0, abs(alone)):
-        scores = f"scores the prompt {alone:.4f} alone, {baseline:.4f} in a batch with longer texts"
-        raise InputError(f"{type(wrapped.model).__name__} {scores}: it reads the padding; wanted a model that does not")
-
-
-def _read(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: object, response: str
-) -> tuple[RewardModel, Reading, Spans]:
-    """The model with its suffix, the tokens that it reads, and the characters of each response token."""
+def _read(wrapped: RewardModel, prompt: object, response: str) -> tuple[Reading, Spans]:
+    """The tokens that the model reads, and the characters of each response token."""
     if not isinstance(response, str) or not response:
         raise InputError(f"response is {response!r}, wanted text that is not empty")
-    before, after, special = _around(tokenizer, prompt, response)
-    try:
-        sides = tokenise(tokenizer, before, response, after, special)
-    except (TypeError, UnicodeError) as error:
-        raise InputError("prompt or response is not valid Unicode (a lone surrogate?); decode it anew") from error
-    if not sides.middle:
+    asked, tokenizer = messages_of(prompt), wrapped.tokenizer
+    if not isinstance(asked, str) and tokenizer.chat_template:
+        around, turns = frame(tokenizer, asked), (*asked, Message("assistant", response))
+        if templated(tokenizer, turns) != around.before + response + around.after:
+            advice = "strip white space around it and markers that the template reads"
+            raise InputError(f"the chat template does not keep the response {response[:80]!r} as it is, once; {advice}")
+    reading, spans = wrapped.reader.read(asked, response)
+    if not reading.response:
         raise InputError(f"the tokenizer reads nothing in the response {response[:80]!r}; wanted text that it knows")
-    wrapped = RewardModel(model, tokenizer, suffix=tuple(sides.after))
-    reading = Reading(tuple(sides.before), tuple(sides.middle))
-    length, most = _length(wrapped, reading), _most_tokens(model)
-    if length > most:
-        reads = f"{type(model).__name__} reads at most {most}; shorten the prompt or the response"
-        raise InputError(f"prompt, response and end are {length} tokens, {reads}")
-    return wrapped, reading, tile(sides.spans, len(response))
-
-
-def _length(wrapped: RewardModel, reading: Reading) -> int:
-    return len(reading.prompt) + len(reading.response) + len(wrapped.suffix)
-
-
-def _most_tokens(model: PreTrainedModel) -> float:
-    """Tokens that fit the model's positions; RoBERTa's begin after its padding id."""
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or float("inf")
-    places = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
-    padding = getattr(places, "padding_idx", None)
-    return most if padding is None else most - padding - 1
-
-
-def _around(tokenizer: PreTrainedTokenizerBase, prompt: object, response: str) -> tuple[str, str, bool]:
-    """The text before and after the response, and whether the tokenizer adds its special tokens to it."""
-    if isinstance(prompt, str):
-        return prompt, "", True
-    messages = [_message(one) for one in prompt] if isinstance(prompt, Sequence) else []
-    if not messages:
-        raise InputError(f"prompt is {prompt!r}, wanted text or messages with role and content")
-    if not tokenizer.chat_template:
-        return prompt_text(tuple(messages)) + " ", "", True
-
-    def render(text: str) -> str:
-        turns = [vars(one) for one in (*messages, Message("assistant", text))]
-        return tokenizer.apply_chat_template(turns, tokenize=False)
-
-    parts, whole = render(SENTINEL).split(SENTINEL), render(response)
-    if len(parts) != 2 or whole != response.join(parts):
-        advice = "strip white space around it and markers that the template reads"
-        raise InputError(f"the chat template does not keep the response {response[:80]!r} as it is, once; {advice}")
-    return *parts, False
-
-
-def _message(given: object) -> Message:
-    fields = given if isinstance(given, Mapping) else getattr(given, "__dict__", {})
-    role, content = fields.get("role"), fields.get("content")
-    if role not in ROLES or not isinstance(content, str):
-        raise InputError(f"prompt holds {str(given)[:80]!r}, wanted a role of {', '.join(ROLES)} and content as text")
-    return Message(role, content)
+    check_fits(wrapped.model, reading)
+    return reading, tile(spans, len(response))
 
 
 def _players(response: str, tokens: Spans, players: str | Sequence[tuple[int, int]]) -> list[int]:

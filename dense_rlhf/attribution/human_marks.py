@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from dense_rlhf.models.dialogue import head_ids
 from dense_rlhf.models.reward_model import RewardModel, padded
 from dense_rlhf.models.text_spans import Spans, overlap, token_spans
 from dense_rlhf.types import InputError, Rollout
@@ -146,8 +147,10 @@ def text_rollout(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, rewar
         empty = sum(not row for row in ids)
         raise InputError(f"{len(ids)} texts, {empty} of them without a token; wanted some texts, none empty")
     responses, mask = padded(ids, tokenizer.pad_token_id or 0, reward_model.model.device)
-    nothing, none = responses[:, :0], torch.zeros(mask.shape, device=mask.device)
-    made = Rollout(nothing, nothing.bool(), responses, mask, none[:, 0], mask.new_zeros(len(mask)), none, none, none)
+    queries, shown = padded([head_ids(tokenizer)] * len(ids), 0, mask.device)
+    none, prompts = torch.zeros(mask.shape, device=mask.device), ("",) * len(ids)
+    fields = queries, shown, responses, mask, none[:, 0], mask.new_zeros(len(mask)), none, none, none
+    made = Rollout(*fields, prompts=prompts)
     return replace(made, scores=reward_model.score(reward_model.readings(made)))
 
 

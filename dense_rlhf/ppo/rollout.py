@@ -33,7 +33,8 @@ def appraise(
     logprobs, values = _read(policy, texts, temperature, micro_batch)
     below = texts if policy.shares_trunk(reference) else replace(texts, trunk=None)
     ref_logprobs = logprobs if policy is reference else _read(reference, below, temperature, micro_batch)[0]
-    return Rollout(**texts.tensors(), logprobs=logprobs, ref_logprobs=ref_logprobs, values=values)
+    read = dict(logprobs=logprobs, ref_logprobs=ref_logprobs, values=values)
+    return Rollout(**texts.tensors(), **read, prompts=texts.prompts)
 
 
 def _read(policy: PolicyWithValue, texts: Responses, temperature: float, micro_batch: int) -> tuple[Tensor, Tensor]:

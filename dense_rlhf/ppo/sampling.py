@@ -13,11 +13,13 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTra
 from transformers.cache_utils import DynamicLayer
 
 from dense_rlhf.config.params import PPOParams
-from dense_rlhf.data import render
+from dense_rlhf.models.dialogue import messages_of, prompt_ids, turn_ends
 from dense_rlhf.models.policy import PolicyWithValue, allowed, position_ids
+from dense_rlhf.models.reward_model import longest_text, padded
 from dense_rlhf.types import InputError, Prompt, Responses
 
 PREFILL = 16  # prompts of similar length read together
+NOT_FINITE, LOOK_AT = "the policy's probabilities are not finite", "look at its weights, its dtype and ppo.temperature"
 COMPACT = 0.75  # share of rows still being sampled at which those that have ended leave the batch
 
 
@@ -27,19 +29,17 @@ class Sampling:
 
     max_new_tokens: int
     temperature: float  # divides the logits
-    eos_id: int  # ends a response
+    eos_ids: tuple[int, ...]  # each ends a response
     pad_id: int  # fills up after it, and is never drawn
+    barred: tuple[int, ...] = ()  # never drawn either
 
 
 def encode_prompts(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
-    """Left-padded token ids (B, P) and their mask; nothing is cut. Raises `InputError` for a prompt of no tokens."""
-    options = dict(add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt")
-    batch = tokenizer([render(p, tokenizer) for p in prompts], **options)
-    mask = batch["attention_mask"].bool()
-    if mask.shape[1] == 0 or not bool(mask[:, -1].all()):
-        empty = mask.any(-1).tolist().index(False)
-        raise InputError(f"prompt {prompts[empty]!r} has no tokens, wanted at least one for a response to follow")
-    return batch["input_ids"], mask
+    """Left-padded token ids (B, P) and their mask; nothing is cut. Raises `InputError` as `prompt_ids` does."""
+    ids = prompt_ids(prompts, tokenizer)
+    if not ids:
+        raise InputError("prompts is empty, wanted at least one")
+    return padded(ids, tokenizer.pad_token_id or 0, torch.device("cpu"), left=True)
 
 
 def prompt_batches(prompts: Sequence[Prompt], size: int, seed: int) -> Iterator[list[Prompt]]:
@@ -60,19 +60,22 @@ def sample(
     """Sample from the full softmax: responses (B, T) padded after EOS, and their mask; T is `sampling.max_new_tokens`.
 
     No top-k or top-p, so the recomputed log-probabilities are the sampler's. Rows that have ended leave the batch.
-    A CPU's generator serves every device.
+    A CPU's generator serves every device. Raises `InputError` for logits that are not finite.
     """
-    T, pad_id = sampling.max_new_tokens, sampling.pad_id
+    T, pad_id, eos = sampling.max_new_tokens, sampling.pad_id, torch.tensor(sampling.eos_ids, device=queries.device)
     responses = torch.full((len(queries), T), pad_id, device=queries.device)
     rows, alive = torch.arange(len(queries), device=queries.device), torch.ones_like(query_mask[:, 0])
     (cache, logits), mask = _prefill(lm, queries, query_mask), query_mask
     for t in range(T):
         at = torch.rand(len(queries), 1, generator=generator, device=generator.device, dtype=torch.float64)
         at = at.to(queries.device)[rows]
-        token = _draw(allowed(logits.float() / sampling.temperature, pad_id).softmax(-1), at)
+        shares = allowed(logits.float() / sampling.temperature, pad_id, *sampling.barred).softmax(-1)
+        token = _draw(shares, at)
         responses[rows, t] = token = torch.where(alive, token, pad_id)
-        alive = alive & (token != sampling.eos_id)
-        going = int(alive.sum())
+        alive = alive & ~torch.isin(token, eos)
+        going, sound = torch.stack([alive.sum(), shares.isfinite().all()]).tolist()
+        if not sound:
+            raise InputError(f"{NOT_FINITE} for token {t} of the responses; {LOOK_AT}")
         if not going or t == T - 1:
             break
         ids, mask = token[:, None], torch.cat([mask, torch.ones_like(mask[:, :1])], -1)
@@ -81,7 +84,7 @@ def sample(
             cache.batch_select_indices(kept)
             ids, mask, rows, alive = ids[kept], mask[kept], rows[kept], alive[kept]
         logits = _read(lm, ids, mask, cache)
-    return responses, until_eos(responses, sampling.eos_id)
+    return responses, until_eos(responses, sampling.eos_ids)
 
 
 def _read(lm: PreTrainedModel, ids: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
@@ -120,9 +123,9 @@ def _draw(probabilities: Tensor, at: Tensor) -> Tensor:
     return torch.searchsorted(cdf, at * cdf[:, -1:], right=True).squeeze(-1)  # right: never one of probability zero
 
 
-def until_eos(responses: Tensor, eos_id: int) -> Tensor:
+def until_eos(responses: Tensor, eos_ids: Sequence[int]) -> Tensor:
     """(B, T) bool: true through the first EOS of each row."""
-    ended = (responses == eos_id).long()
+    ended = _is_eos(responses, eos_ids).long()
     return (ended.cumsum(-1) - ended) == 0
 
 
@@ -133,7 +136,7 @@ def generate(
     seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
     devices = [queries.device] if queries.is_cuda else []
     T, pad_id = sampling.max_new_tokens, sampling.pad_id
-    ends = dict(eos_token_id=sampling.eos_id, pad_token_id=pad_id, suppress_tokens=[pad_id])
+    ends = dict(eos_token_id=list(sampling.eos_ids), pad_token_id=pad_id, suppress_tokens=[pad_id, *sampling.barred])
     softmax = dict(do_sample=True, temperature=sampling.temperature, top_k=0, top_p=1.0)
     own, lm.generation_config = lm.generation_config, GenerationConfig()  # its own may penalise or exclude tokens
     try:
@@ -143,11 +146,36 @@ def generate(
             whole = lm.generate(
                 queries, attention_mask=mask, max_new_tokens=T, cache_implementation=cache, **ends, **softmax
             )
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        raise InputError(f"{NOT_FINITE}; {LOOK_AT}") from error
     finally:
         lm.generation_config = own
     drawn = whole[:, queries.shape[1] :]
     responses = F.pad(drawn, (0, T - drawn.shape[1]), value=pad_id)
-    return responses, until_eos(responses, sampling.eos_id)
+    return responses, until_eos(responses, sampling.eos_ids)
+
+
+def sampling_of(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, params: PPOParams) -> Sampling:
+    """How `params` sample from a model: a reply ends at every token that ends one for its own generation or template.
+
+    Ids that no token has are barred: many models have more logits than tokens.
+    """
+    own = lm.generation_config.eos_token_id if lm.generation_config is not None else None
+    eos = turn_ends(tokenizer) | ({*own} if isinstance(own, (list, tuple)) else {own}) - {None}
+    if not eos:
+        raise InputError("policy.name: neither its tokenizer nor its generation_config says which token ends a reply")
+    if tokenizer.pad_token_id in eos:
+        token = tokenizer.pad_token
+        raise InputError(
+            f"policy.name: its padding token {token!r} also ends a reply; give its tokenizer another pad_token"
+        )
+    ids = range(lm.config.get_text_config().vocab_size)
+    barred = sorted({*ids} - {*tokenizer.get_vocab().values()}) if len(ids) > len(tokenizer) else ()
+    return Sampling(
+        params.max_new_tokens, params.temperature, tuple(sorted(eos)), tokenizer.pad_token_id, tuple(barred)
+    )
 
 
 def sample_responses(
@@ -158,12 +186,19 @@ def sample_responses(
     generator: torch.Generator,
 ) -> Responses:
     """A response of `policy` to each prompt, by `params.sampler`; its score is 0 until `scored`."""
-    device = next(policy.parameters()).device
+    device, lm = next(policy.parameters()).device, policy.sampling_model()
     queries, query_mask = (x.to(device) for x in encode_prompts(prompts, tokenizer))
-    sampling = Sampling(params.max_new_tokens, params.temperature, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    responses, mask = SAMPLERS[params.sampler](policy.sampling_model(), queries, query_mask, sampling, generator)
-    unscored, ended = torch.zeros(len(queries), device=device), (responses == sampling.eos_id).any(-1)
-    return Responses(queries, query_mask, responses, mask, unscored, ended)
+    sampling, longest = sampling_of(lm, tokenizer, params), longest_text(lm)
+    if queries.shape[1] + params.max_new_tokens > longest:
+        asked = f"a prompt of {queries.shape[1]} tokens and ppo.max_new_tokens = {params.max_new_tokens}"
+        raise InputError(f"{asked} are more than the policy's {longest}; lower data.max_prompt_chars or the tokens")
+    responses, mask = SAMPLERS[params.sampler](lm, queries, query_mask, sampling, generator)
+    unscored, ended = torch.zeros(len(queries), device=device), _is_eos(responses, sampling.eos_ids).any(-1)
+    return Responses(queries, query_mask, responses, mask, unscored, ended, prompts=tuple(map(messages_of, prompts)))
+
+
+def _is_eos(responses: Tensor, eos_ids: Sequence[int]) -> Tensor:
+    return torch.isin(responses, torch.tensor(eos_ids, device=responses.device))
 
 
 SAMPLERS = {"cache": sample, "generate": generate}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import huggingface_hub
@@ -12,13 +13,15 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from dense_rlhf.config.params import RewardParams, RunParams
 from dense_rlhf.config.study import StudyParams
-from dense_rlhf.data import Dataset, load_data, render
+from dense_rlhf.data import Dataset, load_data
 from dense_rlhf.fingerprint import PACKAGE
-from dense_rlhf.models.language_models import load_tokenizer, smollm2_folder
-from dense_rlhf.models.text_spans import translate
-from dense_rlhf.models.train_reward_model import fresh_classifier, shares_tokens
+from dense_rlhf.models.dialogue import Reader, prompt_ids
+from dense_rlhf.models.language_models import check_head, load_tokenizer, smollm2_folder
+from dense_rlhf.models.reward_model import chosen_output, shares_tokens
+from dense_rlhf.models.train_reward_model import fresh_classifier, pair_ids
+from dense_rlhf.models.word_judge import check_words
 from dense_rlhf.runner import cost
-from dense_rlhf.types import InputError, Message, PreferencePair, Prompt
+from dense_rlhf.types import InputError, PreferencePair, Prompt, one_line
 
 ROWS = 1000  # of a hub dataset that are read
 TRANSLATED = 20  # replies that are read in the reward model's tokens
@@ -32,7 +35,7 @@ class Report:
 
     def line(self, kind: str, field: str, text: str) -> None:
         self.failed += kind == "FAIL"
-        self.say(f"{kind:5s} {field:22s} {' '.join(text.split())}")
+        self.say(f"{kind:5s} {field:22s} {one_line(text)}")
 
     def ok(self, field: str, text: str) -> None:
         self.line("ok", field, text)
@@ -52,7 +55,7 @@ class Report:
             self.line("FAIL", field, f"{what}: {type(error).__name__}: {reason}")
 
 
-def check(study: StudyParams, say: Callable[[str], None]) -> int:
+def check(study: StudyParams, say: Callable[[str], None], budget: bool = True) -> int:
     """Say for each thing that the study needs whether it is there; returns how many are not. Reads no weights."""
     report, run = Report(say), study.run
     if study.settings:
@@ -70,10 +73,21 @@ def check(study: StudyParams, say: Callable[[str], None]) -> int:
         models = report.attempt("policy", "what learns", lambda: cost.assemble(policy.model, reward.model, run))
         if models:
             _check_learning(report, run, models)
-            _say_budget(report, study, models, longest, typical)
+            if budget:
+                _say_budget(report, study, models, longest, typical)
     else:
         report.line("skip", "budget", "needs the policy's and the reward model's configs and one dataset")
     return report.failed
+
+
+def refuse(study: StudyParams) -> None:
+    """Raise `InputError` with what `check` finds wrong; its estimate of memory refuses nothing."""
+    lines: list[str] = []
+    check(study, lines.append, budget=False)
+    failed = [" ".join(line.split()[1:]) for line in lines if line.startswith("FAIL")]
+    if failed:
+        more = f" (and {len(failed) - 1} more; see `dense-rlhf check`)" if failed[1:] else ""
+        raise InputError(f"{failed[0].replace(' ', ': ', 1)}{more}")
 
 
 # ---------------------------------------------------------------------------------------------------- models
@@ -157,14 +171,10 @@ def read_reward(report: Report, params: RewardParams, policy: EmptyModel) -> Emp
     tokenizer = report.attempt(field, "its tokenizer", lambda: AutoTokenizer.from_pretrained(name, **at))
     config = report.attempt(field, "its config.json", lambda: AutoConfig.from_pretrained(name, **at))
     model = config and report.attempt(field, "its config.json", lambda: cost.empty_classifier(config, params.dtype))
-    if config:
-        bad = f"{name!r} has {config.num_labels} outputs, wanted one: a reward model"
-        report.demand(config.num_labels == 1, field, "has one output", bad)
     if model:
+        report.attempt(field, "its outputs", lambda: chosen_output(model, params.output, "reward.output"))
+        report.attempt(field, "its weights", lambda: check_head(model, name))
         report.ok(field, f"{config.model_type}, {model.num_parameters():,} parameters")
-    if tokenizer:
-        bad = "its tokenizer has no EOS at which to read the score; wanted a reward model with one"
-        report.demand(tokenizer.eos_token is not None, field, f"reads its score at {tokenizer.eos_token!r}", bad)
     return EmptyModel(tokenizer, config, model)
 
 
@@ -183,19 +193,19 @@ def _check_data(report: Report, run: RunParams, policy: EmptyModel, reward: Empt
     data = report.attempt("data.name", "its rows", lambda: load_data(run.data, ROWS))
     if not data:
         return []
-    left_out = sum(number for name, number in data.counts.items() if name.startswith("left out"))
-    long, most = data.counts.get("left out: prompt too long", 0), run.data.max_prompt_chars
-    text = f"{data.counts['read']:,} rows read, {left_out:,} left out"
-    report.ok(
-        "data.name",
-        f"{data.name} at {data.revision}: {text} ({long:,} of them longer than data.max_prompt_chars = {most})",
-    )
+    left_out = {n.removeprefix("left out: "): number for n, number in data.counts.items() if n.startswith("left out: ")}
+    reasons = ", ".join(f"{number:,} {reason}" for reason, number in left_out.items())
+    text = f"{data.counts.get('read', 0):,} rows read, {sum(left_out.values()):,} left out"
+    report.ok("data.name", f"{data.name} at {data.revision}: {text}" + f": {reasons}" * bool(reasons))
+    report.attempt("data.name", "the gold judge's words", lambda: check_words(data.gold))
     prompts = data.train_prompts
     if run.data.path or data.name == "reviews":  # else only the first rows were read
         bad = f"is {run.ppo.rollouts}, but there are {len(prompts)} training prompts; lower it"
         report.demand(len(prompts) >= run.ppo.rollouts, "ppo.rollouts", f"{len(prompts):,} training prompts", bad)
     if not policy.tokenizer:
         return []
+    if run.data.path and run.reward.name == "scratch" and data.is_pairwise:
+        report.attempt("reward.window", "pairs", lambda: _check_window(report, run.reward, data, policy.tokenizer))
     if reward and reward.tokenizer:
         align = lambda: _check_alignment(report, run, data, policy, reward)  # noqa: E731
         report.attempt("reward.name", "reading the policy's text", align)
@@ -203,9 +213,17 @@ def _check_data(report: Report, run: RunParams, policy: EmptyModel, reward: Empt
     return report.attempt("policy.name", "rendering prompts", measure) or []
 
 
+def _check_window(report: Report, params: RewardParams, data: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Whether a batch of pairs is short enough for a reward model to be trained on."""
+    short = (pair for pair in data.reward if max(map(len, pair_ids(pair, tokenizer))) <= params.window)
+    found = len(list(islice(short, params.batch)))
+    fits = f"{params.window} tokens hold {found} of {len(data.reward):,} pairs"
+    bad = f"{fits}, wanted at least reward.batch = {params.batch}; raise the window"
+    report.demand(found == params.batch, "reward.window", "holds the pairs of a batch", bad)
+
+
 def _check_prompts(report: Report, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    texts = [render(prompt, tokenizer) for prompt in prompts]
-    lengths = sorted(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"]))
+    lengths = sorted(map(len, prompt_ids(prompts, tokenizer)))
     at = {name: lengths[round(share * (len(lengths) - 1))] for name, share in QUANTILES.items()}
     how = "through its chat template" if tokenizer.chat_template else "as plain text"
     report.ok("data.max_prompt_chars", f"prompts {how}: " + ", ".join(f"{n} {v}" for n, v in at.items()) + " tokens")
@@ -216,45 +234,27 @@ QUANTILES = {"least": 0.0, "median": 0.5, "95 %": 0.95, "most": 1.0}
 
 
 def _check_alignment(report: Report, run: RunParams, data: Dataset, policy: EmptyModel, reward: EmptyModel) -> None:
-    """Whether the reward model can read the policy's text, and in the form that it was trained on."""
+    """Whether the reward model can read the policy's text."""
     field = "reward.name"
-    if shares_tokens(policy.tokenizer, reward.tokenizer):
+    if reward is policy:
         report.ok(field, "reads the policy's tokens as they are")
-        if policy.config and reward.config and policy.config.vocab_size > reward.config.vocab_size:
-            text = f"has {reward.config.vocab_size} embeddings for {policy.config.vocab_size} logits of the policy"
-            report.line("note", field, f"{text}; wanted as many, as any token may be sampled")
-    else:
-        for prompt, reply in _dialogues(data)[:TRANSLATED]:
-            texts = [render(prompt, policy.tokenizer), reply]
-            ids = policy.tokenizer(texts, add_special_tokens=False)["input_ids"]
-            translate(policy.tokenizer, reward.tokenizer, *ids)
-        report.ok(field, "has a vocabulary of its own; tokens are aligned by characters")
-        bad = "'separate' starts as the reward model and needs its tokens; take 'shared'"
-        report.demand(run.policy.critic != "separate", "policy.critic", run.policy.critic, bad)
-    _compare_templates(report, data, policy.tokenizer, reward.tokenizer)
+        return
+    reader = Reader(reward.tokenizer, run.reward.pair)
+    for prompt, reply in _dialogues(data)[:TRANSLATED]:
+        (query,) = prompt_ids([prompt], policy.tokenizer)
+        reader.translate(
+            policy.tokenizer, query, policy.tokenizer(reply, add_special_tokens=False)["input_ids"], prompt
+        )
+    report.ok(field, "reads prompt and response as text, in its own tokens and chat template")
+    bad = "'separate' starts as the reward model and needs its tokens; take 'shared'"
+    shared = run.policy.critic != "separate" or shares_tokens(policy.tokenizer, reward.tokenizer)
+    report.demand(shared, "policy.critic", run.policy.critic, bad)
 
 
 def _dialogues(data: Dataset) -> list[tuple[Prompt, str]]:
     if data.is_pairwise:
         return [(pair.prompt, pair.chosen) for pair in data.reward if isinstance(pair, PreferencePair)]
     return [("", example.text) for example in data.reward]
-
-
-def _compare_templates(
-    report: Report, data: Dataset, policy: PreTrainedTokenizerBase, reward: PreTrainedTokenizerBase
-) -> None:
-    """Note where the reward model's own chat template writes a dialogue differently."""
-    prompt, reply = _dialogues(data)[0]
-    if isinstance(prompt, str) or not reward.chat_template or reward is policy:
-        return
-    messages = [vars(message) for message in (*prompt, Message("assistant", reply))]
-    taught = reward.apply_chat_template(messages, tokenize=False)
-    given = render(prompt, policy) + reply + (reward.eos_token or "")
-    if taught != given:
-        at = next((i for i, (a, b) in enumerate(zip(taught, given)) if a != b), min(len(taught), len(given)))
-        own, other = taught[at : at + 40], given[at : at + 40]
-        text = f"its own chat template would write {own!r} where the policy's writes {other!r}"
-        report.line("note", "reward.name", text)
 
 
 def _check_positions(

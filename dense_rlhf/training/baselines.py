@@ -27,8 +27,8 @@ from torch import Tensor
 
 from dense_rlhf import ppo
 from dense_rlhf.config.params import PPOParams
-from dense_rlhf.data import render
 from dense_rlhf.masked import masked_whiten
+from dense_rlhf.models.dialogue import render
 from dense_rlhf.models.language_models import default_device
 from dense_rlhf.models.policy import PolicyWithValue
 from dense_rlhf.ppo.sampling import prompt_batches

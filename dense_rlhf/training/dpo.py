@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dense_rlhf.config.params import PPOParams, RewardParams
-from dense_rlhf.data import render
 from dense_rlhf.files import cached_folder, content_key
 from dense_rlhf.fingerprint import source_key
+from dense_rlhf.models.dialogue import render
 from dense_rlhf.models.policy import PolicyWithValue
 from dense_rlhf.models.reward_model import RewardModel
 from dense_rlhf.ppo.rollout import appraise, scored
@@ -131,7 +131,7 @@ def load_implicit(
     key = {
         "reference": _weights_sha256(reference.lm),
         "reward": _weights_sha256(reward_model.model),
-        "suffix": reward_model.suffix,
+        "reading": [reward_model.suffix, reward_model.output, reward_model.pair],
         "prompts": content_key([render(prompt, tokenizer) for prompt in prompts]),
         "steps": params.dpo_steps,
         "beta": params.dpo_beta,

@@ -10,6 +10,7 @@ import torch
 from dense_rlhf import ppo
 from dense_rlhf.config.params import PolicyParams, PPOParams, RunParams
 from dense_rlhf.data import Dataset, load_data
+from dense_rlhf.models.dialogue import without_refused
 from dense_rlhf.models.language_models import LanguageModel, default_device, load_policy, within_memory
 from dense_rlhf.models.policy import PolicyWithValue, trainable_copy, value_probe
 from dense_rlhf.models.reward_model import RewardModel
@@ -83,8 +84,10 @@ def load_task(params: RunParams, progress: Callable = iter) -> Task:
     reference = PolicyWithValue(language_model.model, layers, bf16=bf16).requires_grad_(False)
     reference = reference.to(default_device()).eval()
     tokenizer, revision = language_model.tokenizer, dataset.revision
+    dataset = without_refused(dataset, {"the policy": tokenizer})
     reward_model = load_reward_model(dataset.reward, tokenizer, params.reward, revision, progress=progress)
     reward_model.model.to(default_device())
+    dataset = without_refused(dataset, {"the reward model": reward_model.tokenizer})
     gold = load_gold_judge(dataset.gold, revision)
     task = Task(dataset, language_model, reference, reward_model, gold, load_lexicon(), params.policy)
     return _calibrated(task, params, progress)
@@ -93,7 +96,7 @@ def load_task(params: RunParams, progress: Callable = iter) -> Task:
 def _calibrated(task: Task, params: RunParams, progress: Callable) -> Task:
     """The task with what the reference's responses decide: unit of the score, start of the critic, implicit reward."""
     size, prompts, reference = params.ppo.rollouts, task.data.train_prompts, task.reference
-    starts = range(0, CALIBRATION_BATCHES * size, size)
+    starts = range(0, min(CALIBRATION_BATCHES * size, len(prompts)), size)
     batches = [task.scored_responses(reference, prompts[i : i + size], params.ppo, seed=i) for i in starts]
     reward_model = task.reward_model.calibrated(torch.cat([batch.scores for batch in batches]))
     probed = params.policy.value_start == "score" and params.policy.critic != "separate"

@@ -147,7 +147,7 @@ def test_scores_are_those_of_one_text_at_a_time(seed):
     )
     readings = random_readings(seed, [(0, 3), (20, 64), (5, 1), (3, 0), *rng.integers(0, 20, (3, 2)).tolist()])
     masks = random_masks(seed, readings)
-    assert is_packed(reward_model.model, 90)
+    assert is_packed(reward_model, readings)
     for removal in REMOVALS:
         kind = removal if removal != "replace" else "replace:w"
         ours = coalition_scores(reward_model, readings, masks, kind)
@@ -189,14 +189,14 @@ def test_another_decoder_and_a_short_window_are_batched_plainly_with_the_same_nu
     windowed = random_model(1, "mistral", sliding_window=4)
     readings = random_readings(0, [(3, 6), (0, 9), (4, 0)])
     for model in (gpt2, windowed):
-        assert not is_packed(model, 13)
         reward_model = reward_model_of(model)
+        assert not is_packed(reward_model, readings)
         for removal in REMOVALS[:2]:
             masks = random_masks(0, readings)
             ours = coalition_scores(reward_model, readings, masks, removal)
             for reading, mask, found in zip(readings, masks, ours):
                 assert close(found, one_by_one(reward_model, reading, mask, removal), 1e-9)
-    assert is_packed(windowed, 4)
+    assert is_packed(reward_model_of(windowed), [Reading((3,), (4, 5))])
 
 
 def test_offset_and_scale():
@@ -237,12 +237,13 @@ def test_cuda_gives_the_same_scores():
 
 def traffic(model, readings, masks, **options):
     """Shapes that pass the embeddings and the last layer's MLP while coalitions are scored."""
-    seen = {"tokens": [], "last": []}
+    seen, reward_model = {"tokens": [], "last": []}, reward_model_of(model, **options)
+    assert reward_model.has_head  # asked before the passes are counted
     hooks = [
         model.base_model.embed_tokens.register_forward_hook(lambda _, a, __: seen["tokens"].append(a[0].shape)),
         model.base_model.layers[-1].mlp.register_forward_hook(lambda _, a, __: seen["last"].append(a[0].shape)),
     ]
-    coalition_scores(reward_model_of(model, **options), readings, masks)
+    coalition_scores(reward_model, readings, masks)
     for hook in hooks:
         hook.remove()
     return seen

@@ -367,14 +367,16 @@ def test_robertas_positions_begin_after_its_padding(bert_tokenizer):
         explain(build("Roberta", bert_tokenizer, max_position_embeddings=fits), bert_tokenizer, PROMPT, RESPONSE)
 
 
-def test_a_model_that_reads_padding_is_refused(bert_tokenizer):
+def test_a_model_that_reads_padding_is_never_given_any(bert_tokenizer):
     class PoolsPadding(transformers.BertForSequenceClassification):
         def forward(self, input_ids, attention_mask=None):
             found = super().forward(input_ids, attention_mask=attention_mask)
             return type(found)(logits=found.logits + input_ids.shape[1])
 
-    with pytest.raises(InputError, match="reads the padding"):
-        explain(PoolsPadding(build("Bert", bert_tokenizer).config).eval(), bert_tokenizer, PROMPT, RESPONSE)
+    model = PoolsPadding(build("Bert", bert_tokenizer).config).eval()
+    explained = explain(model, bert_tokenizer, PROMPT, RESPONSE)
+    assert explained.score == pytest.approx(own_score(model, bert_tokenizer(PROMPT + RESPONSE)["input_ids"]), abs=1e-5)
+    assert explained.baseline == pytest.approx(own_score(model, bert_tokenizer(PROMPT)["input_ids"]), abs=1e-5)
 
 
 def test_a_model_that_gives_nan_is_refused(tokenizer):

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from dense_rlhf.attribution import attribute, internals, removal
 from dense_rlhf.config.params import AttributionParams, PPOParams, RewardParams, RunParams
+from dense_rlhf.data import Dataset
 from dense_rlhf.models.reward_model import RewardModel
 from dense_rlhf.models.tiny_recipe import train_tokenizer
 from dense_rlhf.models.word_judge import load_lexicon
@@ -333,7 +334,7 @@ def test_dpo_without_a_preference_raises(reference, tokenizer):
 
 def test_load_task_teaches_only_where_it_is_asked(reference, reward_model, tokenizer, monkeypatch):
     asked = []
-    data = SimpleNamespace(reward=[], gold=[], revision="r0", train_prompts=PROMPTS * 4)
+    data = Dataset("made", "r0", [], [], PROMPTS * 4, [], [])
     monkeypatch.setattr("dense_rlhf.training.task.load_data", lambda params: data)
     monkeypatch.setattr(
         "dense_rlhf.training.task.load_policy", lambda params: SimpleNamespace(model=reference.lm, tokenizer=tokenizer)

@@ -17,6 +17,7 @@ from dense_rlhf import ppo
 from dense_rlhf.config.params import PolicyParams, PPOParams
 from dense_rlhf.models import policy as policy_module
 from dense_rlhf.models.policy import PolicyWithValue, micro_batches, trainable_copy, value_probe
+from dense_rlhf.models.tiny_recipe import train_tokenizer
 from dense_rlhf.ppo.learner import _losses
 from dense_rlhf.ppo.rollout import appraise
 from dense_rlhf.types import InputError, Responses, Rollout
@@ -180,7 +181,8 @@ def test_a_reward_model_that_cannot_be_a_critic_is_refused(reference, reward_mod
             num_labels=1,
         )
     )
-    others = None, replace(reward_model, model=encoder), replace(reward_model, policy_tokenizer=tokenizer)
+    foreign = replace(reward_model, policy_tokenizer=train_tokenizer(["zebra"], 262))
+    others = None, replace(reward_model, model=encoder), foreign
     for other in others:
         with pytest.raises(InputError, match="policy.critic is 'separate'"):
             trainable_copy(reference, SEPARATE, other)
@@ -532,6 +534,6 @@ def test_a_probed_head_says_the_score_so_far_as_far_as_the_states_know_it(tokeni
 
 
 def test_a_probe_needs_a_reward_model_that_reads_token_by_token(reference, reward_model, tokenizer):
-    foreign = replace(reward_model, policy_tokenizer=tokenizer)
+    foreign = replace(reward_model, policy_tokenizer=train_tokenizer(["zebra"], 262))
     with pytest.raises(InputError, match="in the policy's own tokens"):
         value_probe(reference, foreign, [])

@@ -1,5 +1,6 @@
 """Where tokens lie in their text, credit between two cuts of it, and reward models with a vocabulary of their own."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -12,10 +13,17 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrained
 
 from dense_rlhf.attribution import attribute
 from dense_rlhf.config.params import AttributionParams
+from dense_rlhf.models.dialogue import Reader
 from dense_rlhf.models.reward_model import RewardModel
-from dense_rlhf.models.text_spans import cut, groups, homes, overlap, partition, tile, token_spans, tokenise, translate
+from dense_rlhf.models.text_spans import UNSPACED, cut, groups, homes, overlap, partition, tile, token_spans, tokenise
 from dense_rlhf.models.tiny_recipe import train_tokenizer
 from dense_rlhf.types import InputError
+
+
+def translate(policy, reward, prompt, response):
+    reading = Reader(reward).translate(policy, prompt, response, None)
+    same = torch.eye(len(response), dtype=torch.float64)  # where the tokens are the policy's own
+    return reading if reading.spread is not None else replace(reading, spread=same)
 
 
 def made(model, trainer, **parts):
@@ -278,7 +286,8 @@ def test_words_and_sentences_partition_any_text(text):
         assert "".join(text[a:b] for a, b in spans) == text
         if spans:
             check_partition(spans, len(text))
-    assert sum(bool(text[a:b].strip()) for a, b in cut(text, "words")) == len(text.split())
+    if not re.search(f"[{UNSPACED}]", text):
+        assert sum(bool(text[a:b].strip()) for a, b in cut(text, "words")) == len(text.split())
 
 
 def test_words_and_sentences():

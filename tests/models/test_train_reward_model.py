@@ -151,7 +151,7 @@ def test_a_local_reward_model_is_loaded_whatever_the_policys_vocabulary(tokenize
     loaded = train_reward_model.load_reward_model([], tokenizer, params, "r")
     own = [tokenizer(part)["input_ids"] for part in ("the film", text)]
     reading = loaded.reading(*own)
-    assert loaded.policy_tokenizer is None and [list(reading.prompt), list(reading.response)] == own
+    assert reading.spread is None and [list(reading.prompt), list(reading.response)] == own
     assert torch.equal(loaded.score([reading]), reward_model.score([reading]))
     from dense_rlhf.models.tiny_recipe import train_tokenizer
 

@@ -69,7 +69,7 @@ def test_01_pad_is_never_eos(tokenizer, reference, tmp_path):
     lm = copy.deepcopy(reference.lm)
     lm.lm_head.bias[tokenizer.pad_token_id] = 50.0  # all but certain, were it not ruled out
     queries, mask = encode_prompts(PROMPTS, tokenizer)
-    ends = tokenizer.eos_token_id, tokenizer.pad_token_id
+    ends = (tokenizer.eos_token_id,), tokenizer.pad_token_id
     for draw in (sample, generate):
         responses, kept = draw(lm, queries, mask, Sampling(8, 1.0, *ends), torch.Generator().manual_seed(0))
         assert not (responses[kept] == tokenizer.pad_token_id).any()
@@ -85,7 +85,7 @@ def test_02_prompts_are_padded_on_the_left_and_positions_count_tokens(tokenizer)
     """
     config = transformers.GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=2, n_head=2, pad_token_id=1)
     lm = jitter(transformers.GPT2LMHeadModel(config), seed=0, scale=0.4)
-    ends = tokenizer.eos_token_id, tokenizer.pad_token_id
+    ends = (tokenizer.eos_token_id,), tokenizer.pad_token_id
     queries, mask = encode_prompts(PROMPTS, tokenizer)
     assert mask[:, -1].all() and mask.sum(-1).unique().numel() > 2
     greedy = Sampling(6, 1e-4, *ends)
@@ -113,7 +113,7 @@ def test_03_temperature_divides_old_new_and_reference_logits_and_nothing_else_be
     queries, mask = encode_prompts(["the film"] * 400, tokenizer)
     pad_id, eos_id = tokenizer.pad_token_id, tokenizer.eos_token_id
     for draw in (sample, generate):
-        drawn, _ = draw(lm, queries, mask, Sampling(20, 0.5, eos_id, pad_id), torch.Generator().manual_seed(0))
+        drawn, _ = draw(lm, queries, mask, Sampling(20, 0.5, (eos_id,), pad_id), torch.Generator().manual_seed(0))
         assert set(range(len(tokenizer))) - {pad_id} <= set(drawn.flatten().tolist())
     assert lm.generation_config.top_k == 5
 

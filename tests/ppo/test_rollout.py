@@ -10,7 +10,7 @@ from conftest import DEVICE, PROMPTS, TINY, jitter, make_rollout
 from torch.nn import functional as F
 from transformers import MistralConfig, MistralForCausalLM
 
-from dense_rlhf.data import render
+from dense_rlhf.models.dialogue import render
 from dense_rlhf.models.policy import position_ids
 from dense_rlhf.ppo import sampling
 from dense_rlhf.ppo.rollout import response_texts
@@ -24,7 +24,7 @@ def encoded(prompts, tokenizer):
 
 def draw(lm, tokenizer, seed, prompts=PROMPTS, T=8, temperature=1.0):
     generator = torch.Generator().manual_seed(seed)
-    settings = Sampling(T, temperature, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    settings = Sampling(T, temperature, (tokenizer.eos_token_id,), tokenizer.pad_token_id)
     return sample(lm, *encoded(prompts, tokenizer), settings, generator)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dense_rlhf.evaluation.judge.interface import check_lengths
-from dense_rlhf.types import InputError, PreferencePair, Prompt
+from dense_rlhf.types import InputError, Prompt
 
 if TYPE_CHECKING:
     from dense_rlhf.models.reward_model import RewardModel
@@ -34,13 +34,11 @@ def gold_judge(gold: AdditiveJudge) -> Scored:
 
 
 def reward_judge(model: RewardModel) -> Scored:
-    """A reward model's outputs for instruction and response, encoded as in its training on pairs."""
-    from dense_rlhf.models.train_reward_model import pair_ids
+    """A reward model's scores for instruction and response, read as in its training on pairs."""
+    from dense_rlhf.models.train_reward_model import text_readings
 
     def score(instructions: Sequence[Prompt], responses: Sequence[str]) -> np.ndarray:
-        pairs = (PreferencePair(*row, row[1]) for row in zip(instructions, responses))
-        ids = [pair_ids(pair, model.tokenizer)[0][:-1] for pair in pairs]  # less EOS: the model appends its suffix
-        return model.outputs(ids).cpu().numpy()
+        return model.score(text_readings(model, list(zip(instructions, responses)))).cpu().numpy()
 
     return Scored("reward model", score)
 
