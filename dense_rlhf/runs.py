@@ -6,7 +6,6 @@ runs/STUDY/JOB/  params.yaml  inputs.json  notebook.ipynb  metrics.json  *.csv  
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shutil
@@ -14,6 +13,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from dense_rlhf import __version__
 from dense_rlhf.config.parse import read_yaml
-from dense_rlhf.files import content_key, file_sha256, finite, settled_sha256, write_json, write_text
+from dense_rlhf.files import content_key, file_sha256, finite, naming, read_json, settled_sha256, write_json, write_text
 from dense_rlhf.fingerprint import PACKAGE
 from dense_rlhf.types import InputError
 
@@ -35,6 +35,11 @@ README = f"""A study with dense-rlhf {__version__}: each of notebooks/ asks one 
 `dense-rlhf run params/reviews.yaml` runs one; its runs are kept in runs/, its pages open at reports/index.html.
 """
 GOOD = ("ok", "cached")  # states of a run that left what it should
+RECORDED = ("ok", "stale", "failed", "timeout", "killed", "cancelled")  # states that a record can have
+RECORD = dict.fromkeys(("job", "notebook", "dataset", "arm", "status", "error", "key", "training_key"), str)
+RECORD |= {"seed": int, "seconds": float, "started": float, "artefacts": dict, "folders": list}
+INPUTS = dict.fromkeys(("notebook", "source", "training", "locks"), str)
+INPUTS |= dict.fromkeys(("parameters", "files", "upstream", "shown"), dict)
 PACKAGES = ("torch", "transformers", "trl", "shap", "lime", "botorch", "papermill", "numpy", "pandas")
 
 
@@ -46,7 +51,7 @@ class RunFolder:
 
     def file(self, name: str) -> Path:
         """The path of one file of this run. Raises `InputError` for a name that leads elsewhere."""
-        if Path(name).name != name or name.startswith("."):
+        if not _is_name(name):
             raise InputError(f"{name!r} is not a file name; a run writes into its own folder only")
         return self.path / name
 
@@ -70,9 +75,40 @@ class RunFolder:
         write_json(self.file("metrics.json"), finite(dict(metrics) | more))
 
     def load_json(self, name: str) -> dict:
-        """A JSON file of this run, empty where it is not there."""
-        path = self.file(name)
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        """A JSON file of this run, empty where it is not there. Raises `InputError` for a damaged one."""
+        return read_json(self.file(name))
+
+    def record(self) -> dict:
+        """What `run.json` says; empty for a run that did not finish: it is missing, damaged, or of another folder."""
+        found = {"job": self.path.name, "error": "", "seconds": 0.0, "started": 0.0, "artefacts": {}}
+        found |= self._typed("run.json", RECORD)
+        known = {"notebook", "dataset"} <= found.keys() and found.get("status") in RECORDED
+        files = all(isinstance(sha, str) and _is_name(name) for name, sha in found["artefacts"].items())
+        return found if known and files and found["job"] == self.path.name else {}
+
+    def inputs(self) -> dict:
+        """What the run depended on, as `inputs.json` says; empty where that is missing or damaged."""
+        found = self._typed("inputs.json", INPUTS)
+        return found if "parameters" in found else {}
+
+    def _typed(self, name: str, kinds: Mapping[str, type]) -> dict:
+        """A JSON file of this run if each value that it has is of its kind; else empty."""
+        with suppress(InputError):
+            found = self.load_json(name)
+            if all(_is_a(found[key], kind) for key, kind in kinds.items() if key in found):
+                return found
+        return {}
+
+
+def _is_name(name: str) -> bool:
+    return Path(name).name == name and not name.startswith(".")
+
+
+def _is_a(value: object, kind: type) -> bool:
+    """Whether JSON's `value` is of a kind; a float is a number of seconds that a calendar has."""
+    if kind is float:
+        return isinstance(value, int | float) and 0 <= value < 1e11
+    return isinstance(value, kind)
 
 
 def _is_study(folder: Path) -> bool:
@@ -131,14 +167,15 @@ def open_run(folder: str | None, notebook: str, threads: int | None = None) -> R
     Holds torch to `threads` where given: sums in another order would end in other samples. Raises `InputError` for the
     folder of a finished run, which only the runner may replace.
     """
-    if folder and RunFolder(Path(folder)).load_json("run.json").get("status") in ("ok", "stale"):
+    if folder and RunFolder(Path(folder)).record().get("status") in ("ok", "stale"):
         raise InputError(f"run_dir is {folder}, a finished run; leave run_dir out to play in runs/interactive")
     if threads:
         import torch
 
         torch.set_num_threads(threads)
     path = Path(folder) if folder else workspace() / "runs" / "interactive" / notebook
-    path.mkdir(parents=True, exist_ok=True)
+    with naming(path, "written"):
+        path.mkdir(parents=True, exist_ok=True)
     return RunFolder(path)
 
 
@@ -203,14 +240,19 @@ def artefacts(folder: Path) -> dict[str, str]:
 
 def altered(folder: Path, record: dict) -> list[str]:
     """The artefacts of a finished run that are missing or have other bytes than its record says."""
-    files = {folder / name: sha for name, sha in record.get("artefacts", {}).items()}
-    return [path.name for path, sha in files.items() if not path.is_file() or settled_sha256(path) != sha]
+    return [name for name, sha in record.get("artefacts", {}).items() if _sha256(folder / name) != sha]
+
+
+def _sha256(path: Path) -> str | None:
+    """`settled_sha256`; None of what is no file, or cannot be read."""
+    with suppress(OSError):
+        return settled_sha256(path) if path.is_file() else None
 
 
 def finished_runs(study: Path) -> list[RunFolder]:
     """The folders under `study` whose `run.json` says ok, in order of name. Raises `InputError` where none is."""
-    folders = [RunFolder(path.parent) for path in sorted(study.glob("*/run.json"))]
-    done = [folder for folder in folders if folder.load_json("run.json").get("status") == "ok"]
+    folders = [RunFolder(path.parent) for path in sorted(study.glob("[!.]*/run.json"))]
+    done = [folder for folder in folders if folder.record().get("status") == "ok"]
     if not done:
         raise InputError(f"no finished run under {study}; run the study first")
     return done
@@ -220,7 +262,7 @@ def histories(runs: list[RunFolder], table: str = "history") -> pd.DataFrame:
     """Training metrics (or `seconds`) of all policies among `runs`, a row an update, with columns arm and seed."""
     import pandas as pd
 
-    records = [(run, run.load_json("run.json")) for run in runs]
+    records = [(run, run.record()) for run in runs]
     return pd.concat(
         [
             run.load_table(table).assign(arm=record["arm"], seed=record["seed"])

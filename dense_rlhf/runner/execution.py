@@ -8,7 +8,6 @@ Each dies with the one above it, whatever killed that one.
 from __future__ import annotations
 
 import ctypes
-import json
 import logging
 import os
 import signal
@@ -22,12 +21,13 @@ from pathlib import Path
 from threading import Event, Thread
 
 from dense_rlhf.config.parse import read_yaml
-from dense_rlhf.files import write_json
+from dense_rlhf.files import read_json, write_json
 from dense_rlhf.runs import RunFolder, python_path, workspace
 from dense_rlhf.types import InputError
 
 HEARTBEAT = ".heartbeat"  # touched by the worker while it lives; holds the number of the running cell
-BEAT = 5.0  # seconds
+BEAT = 2.0  # seconds
+SILENT = 5 * BEAT  # then a run does not answer: its worker is gone, or its kernel stopped
 PARENT = "DENSE_RLHF_PARENT"
 KERNEL_DIED = 137  # exit code of a worker whose kernel died
 PR_SET_PDEATHSIG = 1
@@ -131,10 +131,10 @@ def _last_line(log: Path, begin: int) -> str:
 
 def heartbeat(folder: Path) -> dict:
     """The `cell` that a run is at, and its `age`: seconds since the worker last showed that it lives. Else empty."""
-    path = folder / HEARTBEAT
     try:
-        return json.loads(path.read_text(encoding="utf-8")) | {"age": time.time() - path.stat().st_mtime}
-    except (OSError, ValueError):
+        cell = read_json(folder / HEARTBEAT)["cell"]
+        return {"cell": int(cell), "age": max(0.0, time.time() - (folder / HEARTBEAT).stat().st_mtime)}
+    except (OSError, ValueError, LookupError, TypeError, OverflowError):  # also while it is being replaced
         return {}
 
 

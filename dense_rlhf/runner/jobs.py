@@ -16,11 +16,11 @@ from pathlib import Path
 from threading import Event
 
 from dense_rlhf.bayesopt.ledger import is_live
-from dense_rlhf.files import content_key, lock, write_json, write_text
-from dense_rlhf.runner.execution import HEARTBEAT, Limits, heartbeat, launch
+from dense_rlhf.files import content_key, is_locked, lock, naming, write_json, write_text
+from dense_rlhf.runner.execution import HEARTBEAT, SILENT, Limits, heartbeat, launch
 from dense_rlhf.runner.plan import Job, judge, training_inputs
 from dense_rlhf.runs import RunFolder, artefacts, provenance
-from dense_rlhf.types import InputError
+from dense_rlhf.types import InputError, one_line
 
 STATES = ("ok", "cached", "running", "failed", "timeout", "killed", "cancelled", "stale", "pending")
 BAD = ("failed", "timeout", "killed")  # also cancelled, which is no fault of its own
@@ -184,24 +184,22 @@ def cancel(job: Job, folder: Path, reason: str) -> dict:
 def held_by(folder: Path) -> str:
     """Who runs a job now; empty where nobody does."""
     path = folder / RUNNING
-    if not path.exists():
-        return ""
-    if probe := lock(path, wait=False):
-        probe.close()
+    if not is_locked(path):
         return ""
     try:
         who = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:  # it is just being written
+        since = time.strftime("%H:%M:%S", time.localtime(who["since"]))
+        return one_line(f"process {who['pid']} on {who['host']} since {since}")
+    except (ValueError, LookupError, TypeError, OverflowError):  # it is just being written
         return "another process"
-    return f"process {who['pid']} on {who['host']} since {time.strftime('%H:%M:%S', time.localtime(who['since']))}"
 
 
 def state(folder: Path, why: str) -> tuple[str, str]:
     """A job's state as its folder tells it, and what there is to say of it; `why` it would run."""
-    record, beat = RunFolder(folder).load_json("run.json"), heartbeat(folder)
+    record, beat = RunFolder(folder).record(), heartbeat(folder)
     if who := held_by(folder):
         sign = f"cell {beat['cell']}, last sign {beat['age']:.0f} s ago, " if beat else ""
-        return "running", f"{sign}{who}"
+        return "running", f"{'not answering: ' * (beat.get('age', 0) > SILENT)}{sign}{who}"
     if record.get("status") in ("ok", "stale"):
         return ("stale", why) if why else ("ok", f"{record['seconds']:.0f} s")
     if record:

@@ -160,7 +160,7 @@ def inputs(job: Job, flat: dict, runs: Path) -> dict:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # no file, or no notebook
         problem = f"{type(error).__name__}: {error}"
         raise InputError(f"{notebook} is no notebook that can be read ({problem}); restore it") from error
-    records = {name: RunFolder(runs / name).load_json("run.json") for name in job.upstream}
+    records = {name: RunFolder(runs / name).record() for name in job.upstream}
     finished = {name: record for name, record in records.items() if record.get("status") == "ok"}
     return {
         "notebook": cells,
@@ -230,11 +230,11 @@ class Verdict:
 def judge(job: Job, folder: Path, threads: int) -> Verdict:
     """Compare a run's inputs with those that its folder was left by. Raises `InputError` without learned weights."""
     run = RunFolder(folder)
-    left, record = run.load_json("inputs.json"), run.load_json("run.json")
+    left, record = run.inputs(), run.record()
     flat, own = learned_params(job, folder.parent).flat(), job.params.threads
     now = inputs(job, flat | {"threads": own or threads}, folder.parent)
     if own is None and left:  # begun on another number of cores it is still the same run
-        begun = now | {"parameters": flat | {"threads": left["parameters"]["threads"]}}
+        begun = now | {"parameters": flat | {"threads": left["parameters"].get("threads")}}
         now = begun if begun == left else now
     if left != now:
         same = bool(left) and training_inputs(left) == training_inputs(now)
