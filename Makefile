@@ -24,8 +24,9 @@ study: env ## run params/reviews.yaml and render reports/reviews/index.html
 smoke: env ## the same study at its smallest, a few minutes
 	$(BIN)/python -m dense_rlhf run params/reviews.yaml --set size=smoke --set study=reviews_smoke
 
-lab: env ## JupyterLab on the notebooks; 02 and 03 have sliders
-	$(BIN)/jupyter lab --notebook-dir notebooks
+lab: env ## JupyterLab on copies of the notebooks in play/, which keep what you change; 02 and 03 have sliders
+	mkdir -p play && cp -Rn notebooks/. play
+	$(BIN)/jupyter lab --notebook-dir play
 
 test: env ## all tests, one process a core
 	$(BIN)/python -m pytest -n $$(nproc) --dist loadfile --no-loadscope-reorder

@@ -58,7 +58,7 @@ def test_commands_are_ones_that_we_have(line, monkeypatch):
     words = shlex.split(line)
     words = words[next(i for i, word in enumerate(words) if word in ("dense_rlhf", "dense-rlhf")) + 1 :]
     kept = {}
-    for name in ("_run", "_status", "_check", "_train", "_search", "_report", "_list", "_new"):
+    for name in ("_run", "_status", "_check", "_train", "_search", "_report", "_list", "_params", "_new"):
         if hasattr(__main__, name):
             monkeypatch.setattr(__main__, name, lambda arguments: kept.update(vars(arguments)) or 0)
     assert __main__.main(words) == 0 and kept
