@@ -165,6 +165,17 @@ def csv_rows(text: str, separator: str, columns: tuple[str, str], is_label: Call
             yield dict(zip(header, fields)) if fits else InputError("not as many fields as the header")
 
 
+def _swallows(record: list[str], is_row: Callable[[str], bool]) -> bool:
+    """Whether the lines of a record are rows rather than a text of several lines: first and last, or most of the rest.
+
+    Where the text is the last column a first line alone looks like a row, where it is the first a last one.
+    """
+    if len(record) < 2:
+        return False
+    first, *rest, last = map(is_row, record)
+    return first and last or 2 * sum(rest) > len(rest)
+
+
 def _records(lines: list[str], separator: str, is_row: Callable[[str], bool]) -> Iterator[list[str] | None]:
     """The fields of each record; None for a line whose quotes do not pair."""
     at = 0
@@ -175,8 +186,7 @@ def _records(lines: list[str], separator: str, is_row: Callable[[str], bool]) ->
         try:
             for fields in reader:
                 record = lines[at : start + reader.line_num]
-                swallows = len(record) > 1 and is_row(record[0]) and is_row(record[-1])
-                if swallows or sum(line.count('"') for line in record) % 2:
+                if sum(line.count('"') for line in record) % 2 or _swallows(record, is_row):
                     break
                 yield fields
                 at += len(record)

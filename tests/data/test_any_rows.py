@@ -1,0 +1,80 @@
+"""Whatever stands among good rows: nothing raises, and every row that was read was kept or counted with its reason."""
+
+import json
+import tempfile
+from pathlib import Path
+
+from hypothesis import given
+from hypothesis import strategies as st
+from made_rows import CHATS, HH_ROWS, REVIEWS, csv_text, left_out, total
+
+from dense_rlhf.config.params import DataParams
+from dense_rlhf.data import collect_pairs, load_data, preference_pair
+
+TEXTS = st.text(st.characters(exclude_categories=()), max_size=12) | st.sampled_from(
+    ["\n\nHuman: a\n\nAssistant: b", "Human: a\n\nAssistant: c", "\n\nHuman: a\n\nAssistant:", "\ud83d", " ", "\0", "1"]
+)
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | TEXTS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
+    max_leaves=6,
+)
+MESSAGES = st.lists(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "role": st.sampled_from(["user", "assistant", "system", "tool"]) | ANYTHING,
+            "content": TEXTS | ANYTHING,
+        },
+    ),
+    max_size=4,
+)
+SIDES = TEXTS | MESSAGES | ANYTHING
+PAIRS = st.fixed_dictionaries({}, optional={"prompt": SIDES, "chosen": SIDES, "rejected": SIDES})
+LABELLED = st.fixed_dictionaries(
+    {}, optional={"text": TEXTS | ANYTHING, "label": st.sampled_from([0, 1, "0", "1"]) | ANYTHING}
+)
+
+
+def read(name, suffix, content):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, f"rows.{suffix}")
+        path.write_bytes(content)
+        return load_data(DataParams(name, path=str(path)))
+
+
+@given(st.lists(PAIRS | ANYTHING, max_size=20))
+def test_rows_of_pairs(rows):
+    for good in (HH_ROWS, CHATS):
+        found = collect_pairs([*rows, *good], preference_pair, 2000, "pairs", "r")
+        assert found.counts["read"] == len(rows) + 400 and sum(left_out(found).values()) <= len(rows)
+
+
+@given(st.lists(PAIRS | ANYTHING, max_size=20))
+def test_lines_and_lists_of_pairs(rows):
+    lines = "\n".join(map(json.dumps, [*rows, *HH_ROWS])).encode()
+    for suffix, content in (("jsonl", lines), ("json", json.dumps([*rows, *HH_ROWS]).encode())):
+        found = read("hh_rlhf", suffix, content)
+        assert found.counts["read"] == len(rows) + 400 and sum(left_out(found).values()) <= len(rows)
+
+
+@given(st.lists(LABELLED | ANYTHING, max_size=20))
+def test_lines_of_labelled_texts(rows):
+    found = read("reviews", "jsonl", "\n".join(map(json.dumps, [*rows, *REVIEWS])).encode())
+    assert found.counts["read"] == len(rows) + 600 and sum(left_out(found).values()) <= len(rows)
+
+
+LINE = st.text(
+    st.sampled_from('",;ab 01\t') | st.characters(exclude_categories=["Cs"], exclude_characters="\r\n"), max_size=20
+)
+
+
+@given(st.lists(st.tuples(st.integers(1, 599), LINE.filter(str.strip)), max_size=6))
+def test_lines_of_a_csv(changes):
+    """A bad line costs itself. Two may make a text of several lines with what is between, never of many rows."""
+    lines = csv_text(REVIEWS).splitlines()
+    for at, line in changes:
+        lines.insert(at, line)
+    found = read("reviews", "csv", "\n".join(lines).encode())
+    kept = total(found.counts, "kept: ")
+    assert abs(kept - 600) <= len(changes) and sum(left_out(found).values()) <= 2 * len(changes)

@@ -1,0 +1,194 @@
+"""Preference pairs: every layout is read, one prompt is in one split, and one bad row is one counted row."""
+
+import pytest
+from conftest import SHARED
+from made_rows import CHATS, HH_ROWS, hh_row, left_out, total, turns, write_rows
+
+from dense_rlhf.config.params import DataParams
+from dense_rlhf.data import collect_pairs, load_data, preference_pair, prompt_text
+from dense_rlhf.data.pairs import parse_dialogue
+from dense_rlhf.types import InputError, Message, PreferencePair
+
+OTHER = "fields missing or of another type"
+
+
+def test_dialogue_is_split_at_the_last_assistant_turn():
+    text = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: why?\n\nAssistant: He said Human: no.\nAssistant: yes "
+    prompt, reply = parse_dialogue(text)
+    assert prompt == (Message("user", "hi"), Message("assistant", "hello"), Message("user", "why?"))
+    assert reply == "He said Human: no.\nAssistant: yes"
+    assert prompt_text(prompt) == "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: why?\n\nAssistant:"
+    for same in (text.strip(), "\n" + text, text.replace("\n\n", "\r\n\r\n")):
+        assert parse_dialogue(same) == (prompt, reply)
+
+
+@pytest.mark.parametrize("text", ["", "no turns", "\n\nHuman: hi", "\n\nAssistant: a\n\nHuman: b"])
+def test_dialogue_without_a_last_assistant_turn_is_refused(text):
+    with pytest.raises(InputError, match="assistant"):
+        parse_dialogue(text)
+
+
+ASKED = (Message("user", "q"),)
+LONGER = (Message("system", "s"), Message("user", "q"), Message("assistant", "a"), Message("user", "r"))
+SYSTEM = {"role": "system", "content": "s"}
+
+
+@pytest.mark.parametrize(
+    "row, prompt",
+    [
+        ({"chosen": "\n\nHuman: q\n\nAssistant: y", "rejected": "\n\nHuman: q\n\nAssistant: n"}, ASKED),
+        ({"chosen": "Human: q\n\nAssistant: y", "rejected": "Human: q\n\nAssistant: n"}, ASKED),
+        ({"prompt": None, "chosen": "\n\nHuman: q\n\nAssistant: y", "rejected": "\n\nHuman: q\n\nAssistant: n"}, ASKED),
+        ({"prompt": "q", "chosen": "\n\nHuman: q\n\nAssistant: y", "rejected": "\n\nHuman: q\n\nAssistant: n"}, ASKED),
+        ({"prompt": "\n\nHuman: q\n\nAssistant:", "chosen": " y", "rejected": " n"}, ASKED),
+        ({"prompt": "\n\nHuman: q", "chosen": " y", "rejected": " n"}, ASKED),
+        ({"prompt": "The sky is", "chosen": " y", "rejected": " n"}, "The sky is"),
+        ({"prompt": turns("q"), "chosen": "y", "rejected": "n"}, ASKED),
+        ({"prompt": "q", "chosen": turns("q", "y"), "rejected": turns("q", "n")}, ASKED),
+        ({"prompt": "", "chosen": turns("q", "y"), "rejected": turns(" q ", "n ")}, ASKED),
+        ({"chosen": turns("q", "y"), "rejected": turns("q", "n"), "score_chosen": 8.0}, ASKED),
+        ({"prompt": "q", "chosen": turns("q", "y")[1:], "rejected": turns("q", "n")[1:]}, ASKED),
+        ({"prompt": turns("q"), "chosen": turns("q", "y")[1:], "rejected": turns("q", "n")[1:]}, ASKED),
+        ({"prompt": turns("q"), "chosen": turns("q", "y"), "rejected": turns("q", "n")}, ASKED),
+        ({"prompt": [], "chosen": turns("q", "y"), "rejected": turns("q", "n")}, ASKED),
+        ({"prompt": [SYSTEM], "chosen": turns("q", "a", "r", "y"), "rejected": turns("q", "a", "r", "n")}, LONGER),
+        (
+            {
+                "prompt": [SYSTEM, *turns("q")],
+                "chosen": turns("q", "a", "r", "y")[1:],
+                "rejected": turns("q", "a", "r", "n")[1:],
+            },
+            LONGER,
+        ),
+    ],
+)
+def test_every_layout_is_read(row, prompt):
+    assert preference_pair(row) == PreferencePair(prompt, "y", "n")
+    found = collect_pairs([*HH_ROWS, row], preference_pair, 2000, "pairs", "r")
+    assert found.counts["read"] == total(found.counts, "kept: ") == 401
+
+
+def changed(role="user", content="question 0", **fields):
+    """A good chat whose first turn is another."""
+    first = {"role": role, "content": content} | fields
+    return {side: [first, CHATS[0][side][1]] for side in ("chosen", "rejected")}
+
+
+TURNS, ROLE, PART = "user and assistant do not take turns", "a role that is not user, assistant or system", "tool"
+LAST = "a dialogue must have turns and end with the assistant's"
+TWICE = "\n\nHuman: hi\n\nHuman: are you there\n\nAssistant: "
+BAD_ROWS = [
+    ({**hh_row(0), "rejected": hh_row(1)["rejected"]}, "the prompts of the two sides differ"),
+    ({**hh_row(0), "chosen": "\n\nHuman: question 0\n\nAssistant:"}, "empty prompt or reply"),
+    ({"chosen": "\n\nAssistant: a", "rejected": "\n\nAssistant: b"}, "empty prompt or reply"),
+    ({"chosen": "\n\nHuman:\n\nAssistant: a", "rejected": "\n\nHuman:\n\nAssistant: b"}, "empty prompt or reply"),
+    ({"prompt": "", "chosen": "a", "rejected": "b"}, "empty prompt or reply"),
+    ({"prompt": "a", "chosen": "b", "rejected": " "}, "empty prompt or reply"),
+    ({**hh_row(0), "rejected": hh_row(0)["chosen"]}, "identical sides"),
+    ({"chosen": hh_row(0)["chosen"]}, OTHER),
+    ({**hh_row(0), "chosen": 7}, OTHER),
+    ({**hh_row(0), "chosen": None}, OTHER),
+    ({"prompt": 3, "chosen": "a", "rejected": "b"}, OTHER),
+    ({"prompt": [3], "chosen": "a", "rejected": "b"}, OTHER),
+    ({"prompt": "a", "chosen": float("nan"), "rejected": "b"}, OTHER),
+    ({"prompt": "a", "chosen": b"a", "rejected": b"b"}, OTHER),
+    ({"prompt": "a", "chosen": ["b"], "rejected": ["c"]}, OTHER),
+    (None, OTHER),
+    ([1, 2], OTHER),
+    ("text", OTHER),
+    (InputError("a field is given twice"), "a field is given twice"),
+    ({**hh_row(0), "chosen": "\n\nHuman: question 0"}, LAST),
+    ({"chosen": "plain", "rejected": "text"}, LAST),
+    ({"chosen": [], "rejected": []}, LAST),
+    ({"chosen": turns("q"), "rejected": turns("q")}, LAST),
+    (hh_row("long " * 100), "prompt too long"),
+    (HH_ROWS[5], "duplicate"),
+    ({side: "Be kind." + text for side, text in hh_row(0).items()}, "text before the first turn"),
+    ({"chosen": TWICE + "yes", "rejected": TWICE + "no"}, TURNS),
+    ({side: text.replace("\n\nA", "\n\nAssistant: so\n\nA") for side, text in hh_row(0).items()}, TURNS),
+    (
+        {"chosen": "\n\nAssistant: a" + hh_row(0)["chosen"], "rejected": "\n\nAssistant: a" + hh_row(0)["rejected"]},
+        TURNS,
+    ),
+    ({"prompt": turns("q", "a"), "chosen": turns("q", "b")[1:], "rejected": turns("q", "c")[1:]}, TURNS),
+    ({"prompt": "other", **CHATS[0]}, TURNS),
+    (changed("system"), TURNS),
+    (changed("tool"), ROLE),
+    (changed("developer"), ROLE),
+    (changed("User"), ROLE),
+    (changed(None), ROLE),
+    (changed(["user"]), ROLE),
+    (changed(content=None), "a turn whose content is no text"),
+    (changed(content=7), "a turn whose content is no text"),
+    (changed(content=[{"type": "text", "text": "q"}]), "a turn whose content is no text"),
+    (changed(content=None, tool_calls=[{"id": "1"}]), "a turn that calls a tool"),
+    (changed(tool_calls=[{"id": "1"}]), "a turn that calls a tool"),
+    (hh_row("\ud83d 5"), "half a surrogate pair, which is no character"),
+    (hh_row(0, chosen="yes \udc00"), "half a surrogate pair, which is no character"),
+    ({"prompt": "a", "chosen": "b", "rejected": "\ud83d"}, "half a surrogate pair, which is no character"),
+]
+
+
+@pytest.mark.parametrize("row, reason", BAD_ROWS)
+def test_one_bad_row_is_one_counted_row(row, reason):
+    found = collect_pairs([*HH_ROWS, row], preference_pair, 200, "pairs", "r")
+    assert left_out(found) == {reason: 1} and found.counts["read"] == 401
+
+
+def test_a_parser_of_the_users_may_raise():
+    for error in (KeyError("x"), IndexError(), ValueError("bad"), TypeError()):
+
+        def parse(row, error=error):
+            if row is None:
+                raise error
+            return preference_pair(row)
+
+        assert left_out(collect_pairs([None, *HH_ROWS], parse, 2000, "pairs", "r")) == {OTHER: 1}
+
+
+def test_empty_tool_calls_are_none():
+    """A table has the column in every row where one row has it."""
+    assert left_out(collect_pairs([changed(tool_calls=None), *CHATS], preference_pair, 200, "p", "r")) == {
+        "duplicate": 1
+    }
+
+
+def test_one_prompt_is_never_in_two_splits():
+    rows = HH_ROWS + [hh_row(i, chosen="certainly") for i in range(400)]
+    found = collect_pairs(rows, preference_pair, 2000, "hh_rlhf", "r")
+    prompts = [{p.prompt for p in part} for part in (found.reward, found.gold, found.test)]
+    prompts += [set(found.train_prompts), set(found.validation_prompts)]
+    assert len(set().union(*prompts)) == sum(map(len, prompts)) == 400
+    assert found.is_pairwise and set(found.test_prompts) == prompts[2]
+
+
+def test_too_few_rows_for_the_splits_raise():
+    with pytest.raises(InputError, match="3 rows leave nothing for .*; wanted chosen and rejected"):
+        collect_pairs(HH_ROWS[:3], preference_pair, 2000, "hh_rlhf", "r")
+
+
+@pytest.mark.parametrize("name", ["hh_rlhf", "ultrafeedback"])
+@pytest.mark.parametrize("rows", [HH_ROWS, CHATS], ids=["texts", "messages"])
+@pytest.mark.parametrize("file", ["a.jsonl", "a.jsonl.gz", "a.json", "a.json.gz", "a.parquet"])
+def test_either_name_reads_every_layout_from_a_file(tmp_path, name, rows, file):
+    found = load_data(DataParams(name, path=str(write_rows(tmp_path / file, rows))))
+    assert left_out(found) == {} and found.counts["read"] == 400 and found.name == name
+    assert found.reward[0].prompt[0].role == "user" and found.reward[0].chosen.startswith("yes")
+
+
+REAL = {"the prompts of the two sides differ": 9, "identical sides": 2, "empty prompt or reply": 4, TURNS: 6}
+
+
+@pytest.mark.parametrize(
+    "name, file, rows, lost",
+    [
+        ("hh_rlhf", "hh_rlhf/helpful-base-test.jsonl.gz", 2354, REAL),  # the four are empty rejected replies
+        ("ultrafeedback", "ultrafeedback/pairs.jsonl.gz", 1000, {"identical sides": 4, "empty prompt or reply": 2}),
+    ],
+)
+def test_the_real_files(name, file, rows, lost):
+    path = SHARED / file
+    if not path.exists():
+        pytest.skip(f"the real file is not here: {path}")
+    found = load_data(DataParams(name, path=str(path), max_prompt_chars=10**6))
+    assert found.counts["read"] == rows and left_out(found) == lost
