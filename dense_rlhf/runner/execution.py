@@ -1,8 +1,8 @@
 """One run in a process of its own: started, watched, ended with all its children, and checked before it counts as ok.
 
-    runner -> worker (`python -m dense_rlhf execute`) -> kernel
+    runner -> guard (`python -m dense_rlhf execute`) -> worker, forked from it -> kernel -> what a cell starts
 
-Each dies with the one above it, whatever killed that one.
+Each dies with the one above it, whatever killed that one; the guard ends all below it, detached processes too.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,8 +30,11 @@ HEARTBEAT = ".heartbeat"  # touched by the worker while it lives; holds the numb
 BEAT = 2.0  # seconds
 SILENT = 5 * BEAT  # then a run does not answer: its worker is gone, or its kernel stopped
 PARENT = "DENSE_RLHF_PARENT"
-KERNEL_DIED = 137  # exit code of a worker whose kernel died
-PR_SET_PDEATHSIG = 1
+PATIENCE = 5.0  # seconds in which a guard ends what is below it
+KERNEL_DIED = 70  # exit code of a worker whose kernel died; that of one ended by signal N is 128 + N
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+PLACE = 80  # bytes of a folder's path; those of the sockets in it add 20, and the system takes 107
+NEVER = 10**6  # seconds: the run's own limit decides
 
 
 @dataclass(frozen=True)
@@ -42,9 +46,9 @@ class Limits:
     gpus: str | None = None  # its CUDA_VISIBLE_DEVICES; None: this process's own
 
 
-def die_with_parent(parent: int) -> None:
-    """End this process when `parent`, the process that started it, ends; at once if it has ended already."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+def die_with_parent(parent: int, by: int = signal.SIGKILL) -> None:
+    """Get a signal when `parent`, the process that started this one, ends; exit at once if it has ended already."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, by)
     if os.getppid() != parent:
         os._exit(KERNEL_DIED)
 
@@ -88,6 +92,7 @@ def _environment(limits: Limits) -> dict[str, str]:
     """Threads and GPUs are fixed before torch loads; the worker runs this very package."""
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(limits.threads))
     quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    quiet |= {"PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8:backslashreplace"}  # whatever the locale
     gpus = {} if limits.gpus is None else {"CUDA_VISIBLE_DEVICES": limits.gpus}
     return os.environ | threads | quiet | gpus | {"PYTHONPATH": python_path(), PARENT: str(os.getpid())}
 
@@ -98,9 +103,11 @@ def _wait(child: subprocess.Popen, seconds: float) -> None:
 
 
 def _end(child: subprocess.Popen) -> None:
-    """Kill the worker's process group and all its descendants; a kernel has a group of its own."""
+    """Have the guard end all below it; if it does not, kill what can be found. A kernel has a group of its own."""
     import psutil
 
+    child.terminate()
+    _wait(child, PATIENCE)
     descendants: list[psutil.Process] = []
     with suppress(psutil.NoSuchProcess):
         descendants += psutil.Process(child.pid).children(recursive=True) if child.poll() is None else []
@@ -117,8 +124,9 @@ def _outcome(code: int, last_line: str) -> tuple[str, str]:
         return "ok", ""
     if code == KERNEL_DIED:
         return "killed", f"the kernel died, perhaps out of memory ({last_line})"
-    if code < 0:
-        return "killed", f"the run's process was ended by {signal.Signals(-code).name}, perhaps out of memory"
+    if code < 0 or code > 128:
+        name = signal.Signals(-code if code < 0 else code - 128).name
+        return "killed", f"the run's process was ended by {name}, perhaps out of memory"
     return "failed", last_line
 
 
@@ -126,7 +134,8 @@ def _last_line(log: Path, begin: int) -> str:
     with open(log, encoding="utf-8", errors="replace") as file:
         file.seek(begin)
         lines = [line for line in file.read().splitlines() if line.strip()]
-    return lines[-1] if lines else "it ended and logged nothing"
+    said = lines[-1] if lines else "it ended and logged nothing"
+    return said + f"; the disk of {log.parent} is full" * (shutil.disk_usage(log.parent).free < 2**16)
 
 
 def heartbeat(folder: Path) -> dict:
@@ -144,7 +153,7 @@ def heartbeat(folder: Path) -> dict:
 def work(notebook: str, folder: Path) -> int:
     """What the subprocess does; returns its exit code. The log gets the traceback, and in its last line the reason."""
     if parent := os.environ.get(PARENT):
-        die_with_parent(int(parent))
+        guarded(int(parent))
     sys.modules.setdefault("rfc3987_syntax", None)  # jsonschema can do without it, and is a second faster
     try:
         execute_notebook(notebook, folder)
@@ -160,8 +169,46 @@ def work(notebook: str, folder: Path) -> int:
     return 0
 
 
+def guarded(parent: int) -> None:
+    """Return in a child, the worker; the process itself stays to end all below it when the worker or `parent` ends."""
+    import psutil
+
+    told, guard = {signal.SIGCHLD, signal.SIGTERM}, psutil.Process()
+    signal.pthread_sigmask(signal.SIG_BLOCK, told)
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)  # what loses its parent becomes a child of the guard
+    die_with_parent(parent, signal.SIGTERM)
+    if not (worker := os.fork()):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, told)
+        return die_with_parent(guard.pid)
+    code = 128 + signal.SIGTERM
+    while signal.sigwait(told) == signal.SIGCHLD:
+        if (ended := _reap()).keys() & {worker}:
+            code = ended[worker]
+            break
+    until = time.monotonic() + PATIENCE
+    while (below := guard.children(recursive=True)) and time.monotonic() < until:
+        for process in below:
+            with suppress(psutil.Error):
+                process.kill()
+        time.sleep(0.01)
+        _reap()
+    os._exit(code)
+
+
+def _reap() -> dict[int, int]:
+    """The exit codes of the children that have ended, by process."""
+    codes = {}
+    with suppress(ChildProcessError):
+        while (found := os.waitpid(-1, os.WNOHANG))[0]:
+            code = os.waitstatus_to_exitcode(found[1])
+            codes[found[0]] = code if code >= 0 else 128 - code
+    return codes
+
+
 def _reason(error: Exception) -> str:
     """The cell and the last line of its traceback."""
+    if isinstance(error, InputError):
+        return str(error)
     if not hasattr(error, "ename"):
         return f"{type(error).__name__}: {error}"
     first = next((line for line in error.source.splitlines() if line.strip()), "")
@@ -180,8 +227,10 @@ def execute_notebook(notebook: str, folder: Path) -> None:
     run = RunFolder(folder)
     parameters = read_yaml(run.file("params.yaml")) | {"run_dir": str(folder)}  # else a notebook is played by hand
     source, target = workspace() / "notebooks" / f"{notebook}.ipynb", run.file("notebook.ipynb")
-    with tempfile.TemporaryDirectory(prefix="drl-") as sockets:  # by default two kernels would share theirs
-        manager = {"transport": "ipc", "ip": f"{sockets}/k"}
+    with kernel_folder() as place:
+        os.environ |= {"IPYTHONDIR": place, "JUPYTER_RUNTIME_DIR": place}  # the user's may be read-only, or alter runs
+        os.environ.pop("PYTHONSTARTUP", None)
+        manager = {"transport": "ipc", "ip": f"{place}/k"}  # by default two kernels would share theirs
         executed = papermill.execute_notebook(
             str(source),
             str(target),
@@ -192,31 +241,48 @@ def execute_notebook(notebook: str, folder: Path) -> None:
             config=Config({"KernelManager": manager}),
             kernel_manager_class=_manager(),
             on_cell_start=_beating(folder),
+            start_timeout=NEVER,
+            iopub_timeout=NEVER,
         )
     if cell := unfinished(executed):
         raise InputError(f"{cell} was not executed to its end; a cell must not call exit()")
 
 
+def kernel_folder() -> tempfile.TemporaryDirectory:
+    """A folder for a kernel's sockets and settings. Raises `InputError`, which names TMPDIR, where there is none."""
+    place = ""
+    try:
+        place = tempfile.gettempdir()
+        place = place if len(os.fsencode(place)) <= PLACE else "/tmp"
+        return tempfile.TemporaryDirectory(prefix="drl-", dir=place, ignore_cleanup_errors=True)
+    except OSError as error:
+        wanted = f"set TMPDIR to a folder of at most {PLACE} bytes where you may write"
+        raise InputError(f"no place for a kernel's sockets {place}: {error.strerror}; {wanted}") from error
+
+
 def _manager() -> type:
-    """A kernel manager whose kernels end with this process."""
+    """A manager whose kernels are this very Python, whatever Jupyter has by that name, and end with this process."""
+    from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
 
     class Kernels(AsyncKernelManager):
-        def format_kernel_cmd(self, extra_arguments=None):
-            command = super().format_kernel_cmd(extra_arguments)
-            return ["dense_rlhf.runner.execution" if part == "ipykernel_launcher" else part for part in command]
+        kernel_spec = KernelSpec(
+            argv=[sys.executable, "-m", __name__, "-f", "{connection_file}"], display_name="Python 3", language="python"
+        )
 
     return Kernels
 
 
 def _beating(folder: Path):
-    """A hook that notes which cell starts, and a thread that shows every few seconds that this process lives."""
+    """A hook that notes which cell starts, and a thread that shows every few seconds that no process is stopped."""
+    import psutil
 
     def beat() -> None:
         while True:
             time.sleep(BEAT)
-            with suppress(FileNotFoundError):  # before the first cell
-                os.utime(folder / HEARTBEAT)
+            with suppress(OSError, psutil.Error):  # before the first cell, and after the last
+                if all(process.status() != psutil.STATUS_STOPPED for process in psutil.Process().children()):
+                    os.utime(folder / HEARTBEAT)
 
     def cell_started(cell, cell_index: int) -> None:
         write_json(folder / HEARTBEAT, {"cell": cell_index + 1})
