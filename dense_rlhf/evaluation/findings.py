@@ -125,7 +125,7 @@ def findings(runs: Iterable[RunFolder], order: Sequence[str] = ()) -> list[Findi
     """A finding per dataset on which one of the finished `runs` trained a policy; arms in `order`."""
     by_dataset: dict[str, list[RunFolder]] = {}
     for run in runs:
-        by_dataset.setdefault(str(run.load_json("run.json").get("dataset")), []).append(run)
+        by_dataset.setdefault(str(run.record().get("dataset")), []).append(run)
     return [finding for name, group in by_dataset.items() if (finding := _finding(name, group, order))]
 
 
@@ -153,7 +153,7 @@ def _finding(dataset: str, runs: list[RunFolder], order: Sequence[str]) -> Findi
 
 
 def _record(run: RunFolder) -> dict:
-    return run.load_json("run.json")
+    return run.record()
 
 
 def _shape(run: RunFolder) -> tuple[tuple[str, ...], str]:

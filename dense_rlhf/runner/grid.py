@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -242,8 +241,8 @@ def _readers(run: RunParams) -> list[tuple[str, str, Callable]]:
 
 def _forget_stale(folder: Path, names: Iterable[str]) -> None:
     """Mark the finished runs that the study no longer has as stale: they must not reach its comparison."""
-    for path in folder.glob("*/run.json"):
-        record = json.loads(path.read_text(encoding="utf-8"))
+    for path in folder.glob("[!.]*/run.json"):
+        record = RunFolder(path.parent).record()
         if path.parent.name not in names and record.get("status") == "ok":
             write_json(path, record | {"status": "stale"})
 
@@ -260,9 +259,9 @@ def compared_runs(params: RunParams, study: Path | str | None, progress: Callabl
     if study is None:
         key = content_key([params.flat(), source_key("dense_rlhf.training.inner_loop")])
         study = workspace() / "runs" / "interactive" / f"quick-{key[:12]}"
-        if len(list(study.glob("*/run.json"))) < len(QUICK_ARMS):
+        if len(list(study.glob("[!.]*/run.json"))) < len(QUICK_ARMS):
             quick_study(params, study, progress)
-    return [run for run in finished_runs(Path(study)) if run.load_json("run.json")["dataset"] == params.where]
+    return [run for run in finished_runs(Path(study)) if run.record()["dataset"] == params.where]
 
 
 def quick_study(params: RunParams, folder: Path, progress: Callable = iter) -> None:
