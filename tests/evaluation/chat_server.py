@@ -6,6 +6,11 @@ import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from dense_rlhf.config.params import JudgeParams
+
+KEY = "sk-ours-and-nobody-elses-0123456789"
+QUICK = JudgeParams(wait=0.02, timeout=10.0, concurrency=1, attempts=3)
+
 
 def completion(text, ended="stop", **more):
     """The body of a chat completion."""
@@ -20,10 +25,11 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"]))
+        body = self.rfile.read(int(self.headers["Content-Length"] or 0))
         server = self.server
         with server.lock:
-            server.asked.append(json.loads(body) | {"path": self.path, "authorization": self.headers["Authorization"]})
+            told = {"path": self.path, "authorization": self.headers["Authorization"], "cookie": self.headers["Cookie"]}
+            server.asked.append((json.loads(body) if body else {}) | told)
             answer = server.script.pop(0) if server.script else server.usual
             server.at_once, server.most = server.at_once + 1, max(server.most, server.at_once + 1)
         try:
@@ -33,6 +39,8 @@ class Handler(BaseHTTPRequestHandler):
         finally:
             with server.lock:
                 server.at_once -= 1
+
+    do_GET = do_POST  # what a redirect can lead to
 
     def log_message(self, *_):
         pass
@@ -54,18 +62,18 @@ def send(handler, status, body, kind="application/json", **headers):
     handler.wfile.write(body)
 
 
-def refuse(status, **headers):
+def refuse(status, text="bad key", **headers):
     """An error as servers report it, with the caller's key in its text."""
 
     def answer(handler):
-        text = f"bad key {handler.headers['Authorization']}"
-        send(handler, status, json.dumps({"error": {"message": text}}).encode(), **headers)
+        said = f"{text} {handler.headers['Authorization']}"
+        send(handler, status, json.dumps({"error": {"message": said}}).encode(), **headers)
 
     return answer
 
 
-def raw(body, kind="application/json"):
-    return lambda handler: send(handler, 200, body, kind)
+def raw(body, kind="application/json", status=200, **headers):
+    return lambda handler: send(handler, status, body, kind, **headers)
 
 
 def silent(handler):
@@ -101,12 +109,27 @@ def drip(handler):
         handler.wfile.flush()
 
 
+def endless(status=200, part=b" " * 2**16):
+    """Sends such parts for as long as anybody reads."""
+
+    def answer(handler):
+        handler.send_response(status)
+        handler.send_header("Content-Type", "application/json")
+        handler.end_headers()
+        handler.close_connection = True
+        while not handler.server.over.is_set():
+            handler.wfile.write(part)
+            handler.server.sent += len(part)
+
+    return answer
+
+
 @contextmanager
 def chat_server():
     """A server on a free port; `script` are its next answers, `usual` those after, `asked` all that it was asked."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads, server.lock, server.over = True, threading.Lock(), threading.Event()
-    server.script, server.usual, server.asked, server.at_once, server.most = [], say(), [], 0, 0
+    server.script, server.usual, server.asked, server.at_once, server.most, server.sent = [], say(), [], 0, 0, 0
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
     try:

@@ -8,35 +8,16 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
 
 import numpy as np
 import pytest
-from chat_server import chat_server, completion, cut, drip, drop, raw, refuse, say, send, silent
+from chat_server import KEY, QUICK, completion, cut, drip, drop, raw, refuse, say, send, silent
 
-from dense_rlhf.config.params import JudgeParams
 from dense_rlhf.evaluation.judge import Endpoint, pairwise
 from dense_rlhf.types import InputError
 
 pytest.importorskip("openai", reason="openai is not installed: no endpoint")
-KEY = "sk-ours-and-nobody-elses-0123456789"
-QUICK = JudgeParams(wait=0.02, timeout=10.0, concurrency=1, attempts=3)
 MANY = [f"response {i}" for i in range(10)]
-
-
-@pytest.fixture
-def server(monkeypatch):
-    with chat_server() as server:
-        monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{server.server_port}/v1")
-        monkeypatch.setenv("OPENAI_API_KEY", KEY)
-        monkeypatch.setenv("OPENAI_MODEL", "judge-1")
-        yield server
-
-
-@pytest.fixture
-def start(tmp_path):
-    """Starts of one run, which share its record."""
-    return lambda **changes: Endpoint(tmp_path / "run" / "judgements.jsonl", replace(QUICK, **changes))
 
 
 def compare(judge, number=1, ours=MANY):
@@ -151,7 +132,6 @@ def test_an_answer_that_does_not_end_is_not_waited_for(server, start, fault):
         (say(None), "has no text"),
         (say([1]), "has no text"),
         (refuse(400), "HTTP 400"),
-        (refuse(429, **{"Retry-After": "3600"}), "asked to wait 3600 s"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -180,18 +160,27 @@ def test_a_wait_that_is_none_is_not_waited(server, start, after):
     assert compare(start()).tolist() == [1] and len(server.asked) == 2
 
 
-@pytest.mark.parametrize("after", ["inf", "61", "Fri, 27 Nov 2099 00:00:00 GMT"])
-def test_a_wait_that_is_too_long_is_not_waited(server, start, after):
-    server.script = [refuse(429, **{"Retry-After": after})]
-    judge = start()
-    assert np.isnan(compare(judge)).all() and "longer than judge.longest_wait" in judge.report()
+@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize("after", ["inf", "61", "3600", "Fri, 27 Nov 2099 00:00:00 GMT"])
+@pytest.mark.parametrize("concurrency", [1, 4])
+def test_a_server_that_says_later_is_left_alone(server, start, status, after, concurrency):
+    server.script, server.usual = [say()], refuse(status, **{"Retry-After": after})
+    judge = start(concurrency=concurrency, calls=10)
+    found = compare(judge, 10)
+    assert np.nansum(found) == 1 and np.isnan(found).sum() == 9 and len(server.asked) <= 2 * concurrency
+    assert "longer than judge.longest_wait" in judge.report() and judge.record.calls == len(server.asked)
+    server.usual = say()
+    assert compare(start(), 10).tolist() == [1] * 10
 
 
-def test_a_server_is_left_alone_as_long_as_it_asks(server, start):
+def test_a_server_is_left_alone_by_all_as_long_as_it_asks(server, start):
     server.script = [refuse(429, **{"Retry-After": "0.3"})]
     begun = time.monotonic()
-    assert compare(start()).tolist() == [1]
-    assert 0.3 <= time.monotonic() - begun < 2
+    assert compare(start(concurrency=2), 4).tolist() == [1] * 4
+    assert 0.3 <= time.monotonic() - begun < 3 and server.most <= 2
+    server.script = [refuse(503, **{"Retry-After": "0.3"})]
+    begun = time.monotonic()
+    assert compare(start(attempts=1), 10)[-1:].tolist() == [1] and time.monotonic() - begun >= 0.3
 
 
 def test_attempts_end(server, start):
@@ -326,7 +315,7 @@ def test_the_key_is_written_nowhere(server, start, tmp_path, capfd, caplog):
         send(handler, 200, completion(f"Your key is {handler.headers['Authorization']}. [[B]]"))
 
     caplog.set_level("DEBUG")
-    server.script = [repeat, refuse(500), refuse(400), refuse(429, **{"Retry-After": "99"}), refuse(401)]
+    server.script = [repeat, refuse(500), refuse(400), refuse(413), refuse(401)]
     judge = start(attempts=1)
     with pytest.raises(InputError) as refused:
         compare(judge, 10)

@@ -14,7 +14,7 @@ from anyio.from_thread import start_blocking_portal
 
 from dense_rlhf.config.params import JudgeParams
 from dense_rlhf.evaluation.judge.client import Outcome
-from dense_rlhf.evaluation.judge.templates import Question
+from dense_rlhf.evaluation.judge.templates import Question, possible
 from dense_rlhf.files import append_line, parse_line
 from dense_rlhf.types import InputError
 
@@ -50,8 +50,10 @@ class Record:
 
     def _count(self, line: dict) -> None:
         key, value, tokens = (line.get(name) for name in ("key", "value", "tokens"))
-        if not isinstance(key, str) or not isinstance(tokens, int) or not isinstance(value, float | int | None):
+        if not isinstance(key, str) or type(tokens) is not int or tokens < 0:
             raise InputError(f"{self.path} is no record of judgements; move it away, or name another file")
+        if value is not None and not possible(str(line.get("template")), value):
+            raise InputError(f"{self.path} holds the judgement {value!r:.80}, which no judge gave; move the file away")
         self.calls, self.tokens = self.calls + 1, self.tokens + tokens
         if value is not None:
             self.values.setdefault(key, float(value))  # the first judgement stays
@@ -76,6 +78,8 @@ class Round:
     about: dict[str, str]
     under_way: int = 0
     silent: int = 0
+    answered: bool = False
+    quiet: float = 0.0  # until then the server asked to be left alone, in the event loop's seconds
     ended: str = ""  # why nothing more is asked
     refused: bool = False
     turns: asyncio.Semaphore = field(init=False)
@@ -90,6 +94,7 @@ class Round:
             for attempt in range(self.params.attempts):
                 if key in self.record.values:
                     return ""
+                await asyncio.sleep(self.quiet - asyncio.get_running_loop().time())
                 if blocked := self._blocked():
                     return f"{reason}: {blocked}"
                 outcome = await self._ask(key, question)
@@ -116,6 +121,7 @@ class Round:
             outcome = await self.send(question)
         finally:
             self.under_way -= 1
+        self.quiet = max(self.quiet, asyncio.get_running_loop().time() + outcome.after)
         line = {"key": key} | self.about | {"template": question.template}
         line |= {"reason": outcome.reason} if outcome.value is None else {"value": outcome.value}
         cost = dict(tokens=outcome.tokens, seconds=round(time.perf_counter() - start, 3), time=time.time())
@@ -127,10 +133,13 @@ class Round:
         return min(self.params.longest_wait, after + random.uniform(0, self.params.wait * 2**attempt))
 
     def _conclude(self, outcome: Outcome) -> None:
-        """End the round if the endpoint refuses us or is silent."""
+        """End the round if the endpoint refuses us, asks for patience or is silent."""
         self.silent = self.silent + 1 if outcome.again else 0
-        if outcome.refused:
+        self.answered |= outcome.tokens > 0
+        if outcome.refused or (outcome.form and not self.answered):
             self.ended, self.refused = outcome.reason, True
+        elif outcome.ends:
+            self.ended = outcome.reason
         elif self.silent >= SILENT:
             self.ended = f"{SILENT} questions in a row had no answer, the last: {outcome.reason}"
 

@@ -6,6 +6,7 @@ can contain of itself. A reply counts only if it ends with one judgement in brac
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,6 +47,15 @@ class Question:
     template: str
     messages: tuple[Message, ...]
     read: Callable[[str], float]
+
+
+def possible(template: str, value: object) -> bool:
+    """Whether a question of this template can be answered by this number; of foreign templates any finite one."""
+    if type(value) not in (int, float) or not math.isfinite(value):
+        return False
+    if template.startswith("comparison"):
+        return value in VERDICTS.values()
+    return not template.startswith(("grading", "MT-Bench")) or 1 <= value <= 10
 
 
 def comparison(instruction: Prompt, first: str, second: str) -> Question:
