@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import signal
+import sys
+
+if (__name__ == "__main__" or sys.argv[0].endswith("dense-rlhf")) and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main`: Ctrl-C while modules load needs no traceback
+
 import argparse
 import os
 import shlex
-import signal
-import sys
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,7 +77,7 @@ def _spare(arguments: argparse.Namespace, folder: Path, why: dict[str, str]) -> 
 
 
 def _records(arguments: argparse.Namespace, study, names: list[str]) -> list[dict]:
-    """Run the chosen jobs and return their records. SIGTERM ends them as Ctrl-C does."""
+    """Run the chosen jobs and return their records. SIGTERM and SIGHUP end them as Ctrl-C does."""
     from dense_rlhf.runner.console import Screen
     from dense_rlhf.runner.executors import executor
     from dense_rlhf.runner.grid import run_grid
@@ -82,12 +87,15 @@ def _records(arguments: argparse.Namespace, study, names: list[str]) -> list[dic
     logs, screen = str(runs_folder(study) / ".slurm"), Screen()
     machines = executor(arguments.executor, study.workers, cpus, arguments.gpus, minutes, logs)
     screen.say(f"{study.study}: {len(names)} runs, {study.workers} at a time")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    ends = [one for one in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) != signal.SIG_IGN]  # as of nohup
+    for one in ends:
+        signal.signal(one, signal.default_int_handler)
     try:
         return run_grid(study, screen, machines, names, arguments.force, arguments.max_failures)
     finally:
         screen.clear()
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for one in ends:
+            signal.signal(one, signal.SIG_DFL)
 
 
 def _reports(study, jobs: list, records: list[dict]) -> Path:
@@ -98,13 +106,15 @@ def _reports(study, jobs: list, records: list[dict]) -> Path:
 
     index = workspace() / "reports" / study.study / "index.html"
     written = index.stat().st_mtime if index.exists() else 0
-    newest = max((path.stat().st_mtime for path in runs_folder(study).glob("*/run.json")), default=0)
-    drawn = RunFolder(index.parent).load_json("summary.json").get("pages") if written else None
+    newest = max((path.stat().st_mtime for path in runs_folder(study).glob("[!.]*/run.json")), default=0)
+    drawn = None
+    with suppress(InputError):  # a damaged summary: drawn again
+        drawn = RunFolder(index.parent).load_json("summary.json").get("pages")
     if {record["status"] for record in records} <= {"cached"} and newest <= written and drawn == pages_key():
         return index
     from dense_rlhf.report.write import write_reports
 
-    stored = [RunFolder(runs_folder(study) / job.name).load_json("run.json") for job in jobs]
+    stored = [RunFolder(runs_folder(study) / job.name).record() for job in jobs]
     known = {record["job"]: record for record in (*filter(None, stored), *records)}
     return write_reports(study, [known[job.name] for job in jobs if job.name in known])
 
@@ -169,7 +179,7 @@ def _report(arguments: argparse.Namespace) -> int:
 
     study = _study(arguments)
     folders = (RunFolder(runs_folder(study) / job.name) for job in expand(study))
-    records = [record for folder in folders if (record := folder.load_json("run.json"))]
+    records = [record for folder in folders if (record := folder.record())]
     if not records:
         raise InputError(f"no run under {runs_folder(study)}; run the study first")
     print(f"open {write_reports(study, records)}")
@@ -262,11 +272,35 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code: 0 all ok, 1 a run failed, 2 bad input, 130 interrupted."""
-    arguments = _parser().parse_args(argv)
+@contextmanager
+def _streams() -> Iterator[None]:
+    """Standard streams that are open and take any text; raises what is wrong with the output, when all is written."""
+    while (handle := os.open(os.devnull, os.O_RDWR)) < 3:  # a closed one must not become a lock or a log
+        continue
+    os.close(handle)
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="backslashreplace")
     try:
-        return arguments.act(arguments)
+        yield
+    finally:
+        try:
+            print(end="", flush=True)
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            if isinstance(error, BrokenPipeError):  # the reader has seen enough
+                raise
+            raise InputError(f"standard output cannot be written: {error.strerror}") from error
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code: 0 all ok, 1 a run failed, 2 bad input, 130 interrupted, 141 not read."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        if before == signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        with _streams():
+            arguments = _parser().parse_args(argv)
+            return arguments.act(arguments)
     except InputError as error:
         line = one_line(str(error))
         print(f"error: {line if len(line) < 1200 else line[:1200] + ' ...'}", file=sys.stderr)
@@ -274,6 +308,13 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; finished runs are kept", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        return 141
+    except OSError as error:
+        print(f"error: {error.filename or type(error).__name__}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 if __name__ == "__main__":

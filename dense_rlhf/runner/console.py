@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import sys
@@ -20,7 +21,8 @@ class Screen:
     """Lines on standard output and, on a terminal only, a progress line below them."""
 
     def __init__(self):
-        self.terminal, self.shown = sys.stdout.isatty(), False
+        self.terminal = bool(sys.stdout) and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+        self.shown = False
 
     def say(self, line: str) -> None:
         self.clear()
