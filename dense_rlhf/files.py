@@ -111,20 +111,29 @@ def write_text(path: Path, text: str) -> None:
         to_disk(path.parent)
 
 
-def write_json(path: Path, value: object) -> None:
-    """`write_text` of indented JSON; raises ValueError on NaN, which JSON does not have."""
-    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+def write_json(path: Path, value: object, sealed: bool = False) -> None:
+    """`write_text` of indented JSON; raises ValueError on NaN, which JSON does not have.
+
+    An object can be `sealed`: it then ends with its own hash, which `read_json` checks.
+    """
+    hashed = {"hash": content_key(json.loads(json.dumps(value)))} if sealed else {}
+    write_text(path, json.dumps(value | hashed if sealed else value, indent=1, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file, empty where there is no file. Raises `InputError`, which names it, for another."""
+    """The object in a JSON file, empty where there is no file.
+
+    Raises `InputError`, which names the file, for another, or one that was sealed and is not as it was written.
+    """
     if not os.path.lexists(path):
         return {}
-    value = None
-    with naming(path, "read"), suppress(ValueError, RecursionError):  # not JSON, not UTF-8, or nested too deeply
-        value = json.loads(path.read_bytes()) if path.is_file() else None
-    if not isinstance(value, dict):
-        raise InputError(f"{path} is damaged, wanted a JSON object; move it away")
+    value, sound = None, False
+    with naming(path, "read"), suppress(ValueError, RecursionError, AttributeError):  # no JSON, or no object
+        value = json.loads(path.read_bytes(), parse_constant=_refuse) if path.is_file() else None
+        hashed = value.pop("hash", None)
+        sound = hashed is None or hashed == content_key(value)
+    if not sound:
+        raise InputError(f"{path} is damaged, wanted a JSON object as it was written; move it away")
     return value
 
 

@@ -6,15 +6,16 @@ Templates escape everything that a model or a dataset wrote (`view.html`), HTML 
 
 from __future__ import annotations
 
-import json
+import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dense_rlhf.config.params import ABLATIONS, BENCHMARKS
 from dense_rlhf.config.study import StudyParams
 from dense_rlhf.evaluation.findings import Finding, findings
-from dense_rlhf.files import content_key, file_sha256, write_json, write_text
+from dense_rlhf.files import content_key, file_sha256, read_json, write_json, write_text
 from dense_rlhf.report import pages_key
 from dense_rlhf.report.charts import thumbnail
 from dense_rlhf.report.comparison import ablation_page, across_html, dataset_page
@@ -23,7 +24,7 @@ from dense_rlhf.report.notebook_page import notebook_body
 from dense_rlhf.report.page import FILES, draw, footer, made_from, page
 from dense_rlhf.report.settings import in_order, settings_html
 from dense_rlhf.runs import GOOD, RunFolder, workspace
-from dense_rlhf.types import InputError
+from dense_rlhf.types import InputError, one_line
 from dense_rlhf.view.html import part
 
 if TYPE_CHECKING:
@@ -71,32 +72,34 @@ def write_reports(study: StudyParams, records: list[dict]) -> Path:
     root = workspace()
     folder, runs_root = root / "reports" / study.study, root / "runs" / study.study
     runs = {record["job"]: RunFolder(runs_root / record["job"]) for record in records}
-    pages, lost = _run_pages(records, runs, folder)
+    pages, notes, lost = _run_pages(records, runs, folder)
     compared = _comparisons(study, records, runs, lost)
     listed = [r | {"page": pages.get(r["job"]), "files": files_of(runs[r["job"]])} for r in records]
     facts = summary(study.study, study.seeds, listed, compared, lost) | {"pages": pages_key()}
-    notes = {job: warned(run, in_full=False) for job, run in runs.items()}
     pictures = {job: thumbnail(runs[job].file("notebook.ipynb")) for job in _pictured(records, pages)}
     side_by_side = settings_html(compared, study.comparisons) or across_html(compared)
     content = study_index(facts, pictures, notes, side_by_side)
     index = folder / "index.html"
     write_text(index, page(study.study, content, _footer(records, study.seeds), [ALL], root=root))
-    write_json(folder / "summary.json", facts)
+    write_json(folder / "summary.json", facts, sealed=True)
     write_overview(root)
     return index
 
 
-def _run_pages(records: list[dict], runs: dict[str, RunFolder], folder: Path) -> tuple[dict[str, str], list[str]]:
-    """The page of each run by job, and what could not be rendered."""
-    pages, lost = {}, []
+def _run_pages(
+    records: list[dict], runs: dict[str, RunFolder], folder: Path
+) -> tuple[dict[str, str], dict[str, Markup], list[str]]:
+    """The page of each run by job, its warnings in short, and what could not be rendered."""
+    pages, notes, lost = {}, {}, []
     for record in records:
         name = f"{record['job']}.html"
         try:
+            notes[record["job"]] = warned(runs[record["job"]], in_full=False)
             if write_run_page(record, runs[record["job"]], folder / name):
                 pages[record["job"]] = name
         except Exception as error:  # one broken notebook must not cost the other pages
             lost.append(f"{record['job']}: {type(error).__name__}: {error}")
-    return pages, lost
+    return pages, notes, lost
 
 
 def _comparisons(
@@ -108,13 +111,16 @@ def _comparisons(
         compared = findings([runs[record["job"]] for record in done], list(study.arms))
     except Exception as error:  # tables that cannot be read: the rest of the report stands
         lost.append(f"comparison: {type(error).__name__}: {error}")
-    pages = [(f.dataset, dataset_page(study.study, f)) for f in compared]
+    pages = {f.dataset: partial(dataset_page, study.study, f) for f in compared}
     tables = [record["job"] for record in done if record["notebook"] in ABLATIONS + BENCHMARKS]
-    pages += [(job, ablation_page(study.study, runs[job])) for job in tables]
+    pages |= {job: partial(ablation_page, study.study, runs[job]) for job in tables}
     root, foot, trail = workspace(), _footer(records, study.seeds), [ALL, (study.study, "index.html")]
-    for name, content in pages:
+    for name, content in pages.items():
         target = root / "reports" / study.study / f"comparison-{name}.html"
-        write_text(target, page(f"comparison: {name}", content, foot, trail, root=root))
+        try:
+            write_text(target, page(f"comparison: {name}", content(), foot, trail, root=root))
+        except Exception as error:  # of one run's tables
+            lost.append(f"comparison of {name}: {type(error).__name__}: {error}")
     return in_order(compared, study.comparisons)
 
 
@@ -128,19 +134,25 @@ def _footer(records: list[dict], seeds: Sequence[int]) -> Markup:
 
 
 def write_overview(root: Path) -> Path:
-    """Write `reports/index.html` over every study that has a `summary.json`, and return it."""
-    folder, studies = root / "reports", []
-    for path in sorted(folder.glob("*/summary.json")):
+    """Write `reports/index.html` over every study with a `summary.json` that can be drawn, and return it."""
+    folder, studies, pictures, lost = root / "reports", [], {}, []
+    for path in sorted(folder.glob("[!.]*/summary.json")):
         try:
-            studies.append(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError):  # a report from another version, or one that is being written
-            continue
-    pictures = {}
-    for study in studies:
-        jobs = [run["job"] for run in study["runs"] if run["page"] and run["notebook"] != "04_ppo"]
-        notebooks = (root / "runs" / study["study"] / job / "notebook.ipynb" for job in reversed(jobs))
-        pictures[study["study"]] = next(filter(None, map(thumbnail, notebooks)), "")
+            facts = read_json(path) | {"study": path.parent.name}
+            overview([facts | {"commit": str(facts["commit"])}], {})
+            pictures[facts["study"]] = _last_picture(root, facts)
+            studies.append(facts)
+        except Exception as error:  # damaged, or of another version: it must not cost the other studies
+            lost.append(f"{path} is left out ({one_line(f'{type(error).__name__}: {error}'[:200])}); write it again")
+    print(*lost, sep="\n", end="\n" * bool(lost), file=sys.stderr)
     commits = ", ".join(sorted({str(study["commit"]) for study in studies}))
-    foot = part("paragraph", f"{len(studies)} studies, made from commits {commits}")
-    write_text(folder / "index.html", page(QUESTION, overview(studies, pictures), foot, root=root))
+    about = "; ".join([f"{len(studies)} studies, made from commits {commits}", *lost])
+    body = overview(studies, pictures)
+    write_text(folder / "index.html", page(QUESTION, body, part("paragraph", about), root=root))
     return folder / "index.html"
+
+
+def _last_picture(root: Path, study: Mapping) -> Markup | str:
+    jobs = [run["job"] for run in study["runs"] if run["page"] and run["notebook"] != "04_ppo"]
+    notebooks = (root / "runs" / study["study"] / job / "notebook.ipynb" for job in reversed(jobs))
+    return next(filter(None, map(thumbnail, notebooks)), "")

@@ -244,7 +244,7 @@ def _forget_stale(folder: Path, names: Iterable[str]) -> None:
     for path in folder.glob("[!.]*/run.json"):
         record = RunFolder(path.parent).record()
         if path.parent.name not in names and record.get("status") == "ok":
-            write_json(path, record | {"status": "stale"})
+            write_json(path, record | {"status": "stale"}, sealed=True)
 
 
 QUICK_ARMS = {
@@ -282,4 +282,4 @@ def quick_study(params: RunParams, folder: Path, progress: Callable = iter) -> N
             held_out = splits[name][: params.evaluation.prompts]
             run.save_table(name, judge_against_reference(task, trained.policy, held_out, params.ppo, params.seed))
         record = {"notebook": "04_ppo", "arm": arm, "seed": params.seed, "dataset": params.where, "status": "ok"}
-        write_json(run.file("run.json"), record)
+        write_json(run.file("run.json"), record, sealed=True)

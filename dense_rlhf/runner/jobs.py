@@ -58,7 +58,7 @@ def _revive(run: RunFolder) -> None:
     """A finished run that the study had lost and has again."""
     record = run.record()
     if record["status"] == "stale":
-        write_json(run.file("run.json"), record | {"status": "ok", "error": ""})
+        write_json(run.file("run.json"), record | {"status": "ok", "error": ""}, sealed=True)
 
 
 def check_place(folder: Path) -> None:
@@ -137,7 +137,7 @@ def finish(job: Job, folder: Path, status: str, error: str, start: float) -> dic
             if inputs := RunFolder(folder).inputs():
                 record |= {"key": content_key(inputs), "training_key": content_key(training_inputs(inputs))}
             folders = sorted(path.name for path in folder.iterdir() if path.is_dir())
-            write_json(folder / "run.json", record | {"artefacts": artefacts(folder), "folders": folders})
+            write_json(folder / "run.json", record | {"artefacts": artefacts(folder), "folders": folders}, sealed=True)
     except InputError as problem:
         return record | {"status": "failed" if status == "ok" else status, "error": error or str(problem)}
     return record
@@ -177,7 +177,7 @@ def cancel(job: Job, folder: Path, reason: str) -> dict:
     done = old.get("status") in ("ok", "stale")
     with suppress(InputError):  # in a folder of somebody else's nothing is written
         check_place(folder)
-        write_json(run.file("run.json"), old | {"status": "stale", "error": reason} if done else record)
+        write_json(run.file("run.json"), old | {"status": "stale", "error": reason} if done else record, sealed=True)
     return record
 
 

@@ -101,7 +101,7 @@ def _write(
     save_policy(trained.policy, task.tokenizer, run.path / "policy")
     record = dict(job=run.path.name, notebook="train", arm=params.arm, seed=params.seed, status="ok")
     record |= dict(dataset=params.where, processes=world, params=finite(params.flat()))
-    write_json(run.file("run.json"), record | provenance())
+    write_json(run.file("run.json"), record | provenance(), sealed=True)
     remove_checkpoints(run.path)
 
 
