@@ -128,7 +128,7 @@ def read_json(path: Path) -> dict:
     if not os.path.lexists(path):
         return {}
     value, sound = None, False
-    with naming(path, "read"), suppress(ValueError, RecursionError, AttributeError):  # no JSON, or no object
+    with naming(path, "read"), suppress(ValueError, RecursionError, AttributeError, TypeError):  # no JSON, no object
         value = json.loads(path.read_bytes(), parse_constant=_refuse) if path.is_file() else None
         hashed = value.pop("hash", None)
         sound = hashed is None or hashed == content_key(value)

@@ -143,10 +143,11 @@ def write_overview(root: Path) -> Path:
             pictures[facts["study"]] = _last_picture(root, facts)
             studies.append(facts)
         except Exception as error:  # damaged, or of another version: it must not cost the other studies
-            lost.append(f"{path} is left out ({one_line(f'{type(error).__name__}: {error}'[:200])}); write it again")
-    print(*lost, sep="\n", end="\n" * bool(lost), file=sys.stderr)
+            lost.append(path.parent.name)
+            reason = one_line(f"{type(error).__name__}: {error}"[:200])
+            print(f"{path.relative_to(root)} is left out ({reason}); report its study again", file=sys.stderr)
     commits = ", ".join(sorted({str(study["commit"]) for study in studies}))
-    about = "; ".join([f"{len(studies)} studies, made from commits {commits}", *lost])
+    about = f"{len(studies)} studies, made from commits {commits}" + f"; damaged: {', '.join(lost)}" * bool(lost)
     body = overview(studies, pictures)
     write_text(folder / "index.html", page(QUESTION, body, part("paragraph", about), root=root))
     return folder / "index.html"

@@ -180,3 +180,25 @@ def test_pages_of_finished_runs_are_drawn_again_by_other_code_only(tmp_path, mon
     write_json(index.parent / "summary.json", summary | {"pages": "of older code"})
     assert _reports(*given).read_text() != "kept"
     assert RunFolder(index.parent).load_json("summary.json") == summary
+
+
+NO_SUMMARY = (b"", b"{", b"\xff\x00", b"[]", b"null", b"{}", b'{"study": "x", "runs": 3}', b'{"a": ' * 10_000)
+
+
+def test_what_is_damaged_costs_no_other_page(study, tmp_path, capsys):
+    """Neither other studies' summaries nor one run's metrics."""
+    for i, content in enumerate(NO_SUMMARY):
+        (tmp_path / "reports" / f"damaged{i}").mkdir(parents=True)
+        (tmp_path / "reports" / f"damaged{i}" / "summary.json").write_bytes(content)
+    (tmp_path / "reports" / "damaged" / "summary.json").mkdir(parents=True)
+    index, _ = study([])
+    said, overview = capsys.readouterr().err, (tmp_path / "reports" / "index.html").read_text()
+    assert said.count("\n") == said.count("summary.json is left out") == len(NO_SUMMARY) + 1
+    assert 'href="s/index.html"' in overview and "1 studies" in overview and "damaged: damaged, damaged0, " in overview
+    for page in (tmp_path / "reports" / "s").glob("04*"):
+        page.unlink()
+    records = [made_study.record(f"04_ppo-{arm}-seed0", "04_ppo", arm=arm, status="failed") for arm in ("calm", "wild")]
+    (tmp_path / "runs" / "s" / "04_ppo-calm-seed0" / "metrics.json").write_text("[]")
+    report.write_reports(made_study.Study("s", {}, (0,)), records)
+    assert [path.name for path in (tmp_path / "reports" / "s").glob("04*")] == ["04_ppo-wild-seed0.html"]
+    assert "metrics.json is damaged" in (tmp_path / "reports" / "s" / "index.html").read_text()
