@@ -1,25 +1,38 @@
 """Whole studies at smoke size, through the runner that users call, and what every one of their pages must be."""
 
+import os
 import re
-import shutil
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 from bs4 import BeautifulSoup
 from conftest import ROOT
 
-from dense_rlhf.runs import RunFolder
+from dense_rlhf.runs import RunFolder, python_path
+
+_WORKSPACES = []  # are removed when the tests end
+
+
+def make_workspace() -> Path:
+    """A folder that holds the notebooks and studies of the checkout, and none of its runs."""
+    _WORKSPACES.append(tempfile.TemporaryDirectory(prefix="drl-tests-"))
+    folder = Path(_WORKSPACES[-1].name)
+    for name in ("notebooks", "params", "locks"):
+        (folder / name).symlink_to(ROOT / name)
+    return folder
 
 
 def run_study(file, name, *settings):
     """Run a study at smoke size under another name: its run folders by job, and its folder of reports."""
-    for kind in ("runs", "reports"):
-        shutil.rmtree(ROOT / kind / name, ignore_errors=True)
+    folder = make_workspace()
     options = [part for setting in ("size=smoke", f"study={name}", *settings) for part in ("--set", setting)]
     command = [sys.executable, "-m", "dense_rlhf", "run", file, *options]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    environment = os.environ | {"PYTHONPATH": python_path()}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
-    return {path.name: RunFolder(path) for path in (ROOT / "runs" / name).iterdir()}, ROOT / "reports" / name
+    return {path.name: RunFolder(path) for path in (folder / "runs" / name).iterdir()}, folder / "reports" / name
 
 
 def check_pages(runs, reports):

@@ -168,7 +168,7 @@ class RewardModel:
                 return logits[..., self.output]
             hidden = self.model.base_model(attention_mask=seen.long(), use_cache=False, **tokens).last_hidden_state
             return self.model.score(hidden[torch.arange(len(seen), device=seen.device), last])[..., self.output]
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, InputError):
             raise
         except (RuntimeError, IndexError, ValueError, TypeError) as error:  # each architecture fails in its own way
             size, reason = tuple(seen.shape), " ".join(f"{type(error).__name__}: {error}".split())[:200]

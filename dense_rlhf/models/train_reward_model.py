@@ -210,6 +210,8 @@ def _hub_reward_model(params: RewardParams, tokenizer: PreTrainedTokenizerBase) 
     try:
         commit = commit_of(params.name, params.revision)
         own = AutoTokenizer.from_pretrained(params.name, revision=commit or "main")
+    except InputError:
+        raise
     except Exception as error:  # the tokenizers' own errors share no base class
         wanted = "'scratch', a local folder or a hub id that is reachable"
         failed = f"cannot load {params.name!r} ({type(error).__name__})"
