@@ -69,7 +69,7 @@ def file_rows(
         raise InputError(f"{path} {error}") from error
     except (ValueError, EOFError, OSError, RecursionError, zlib.error) as error:  # of text, JSON, gzip or parquet
         wanted = "" if other else f". {WANTED}"
-        raise InputError(f"{path} is not readable: {error}{wanted}") from error
+        raise InputError(f"{path} is not readable: {' '.join(str(error).split())}{wanted}") from error
 
 
 def decoded(content: bytes, encoding: str) -> str:
