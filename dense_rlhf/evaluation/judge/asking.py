@@ -15,7 +15,7 @@ from anyio.from_thread import start_blocking_portal
 from dense_rlhf.config.params import JudgeParams
 from dense_rlhf.evaluation.judge.client import Outcome
 from dense_rlhf.evaluation.judge.templates import Question, possible
-from dense_rlhf.files import append_line, parse_line
+from dense_rlhf.files import append_line, naming, parse_line
 from dense_rlhf.types import InputError
 
 SILENT = 3  # questions in a row without any answer: the server is gone
@@ -40,7 +40,7 @@ class Record:
         """Read lines that were added since, by any process. Raises `InputError` if the file is something else."""
         if not self.path.exists():
             return
-        with open(self.path, "rb") as file:
+        with naming(self.path, "read"), open(self.path, "rb") as file:
             file.seek(self._read)
             new = file.read()
         whole = new[: new.rfind(b"\n") + 1]  # a last line that a crash cut short is overwritten by the next
