@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from dense_rlhf.fingerprint import PACKAGE
 from dense_rlhf.report.page import LIMIT, draw
-from dense_rlhf.report.sanitise import clean
+from dense_rlhf.report.sanitise import clean, fragment
 from dense_rlhf.view.html import escaped, part
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ def _exporter():
     exporter = HTMLExporter(extra_template_basedirs=[str(PACKAGE / "report")], template_name="template")
     exporter.register_filter("text_base64", lambda text: base64.b64encode("".join(text).encode()).decode())
     exporter.register_filter("uncut", lambda text: escaped(text, len(text)))
+    exporter.register_filter("fragment", fragment)
     exporter.environment.autoescape, exporter.environment.finalize = True, partial(escaped, limit=LONGEST)
     return exporter
 

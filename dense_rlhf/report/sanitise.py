@@ -6,6 +6,7 @@ Our own outputs are escaped at source (`escape.esc`); this is for what a library
 from __future__ import annotations
 
 import re
+from collections.abc import Set
 from typing import TYPE_CHECKING
 
 from dense_rlhf.view.escape import visible
@@ -33,25 +34,40 @@ DROPPED = set(
     """.split()
 )
 ATTRIBUTES = set(
-    """
-    class title lang dir role scope colspan rowspan alt value max open start aria-label aria-hidden headers
-    """.split()
+    "title lang dir role scope colspan rowspan alt value max open start aria-label aria-hidden headers".split()
 )
-MATH_ATTRIBUTES = set(
-    """
-    display mathvariant stretchy fence form lspace rspace linethickness columnalign accent separator
-    movablelimits minsize maxsize width
-    """.split()
-)
-STYLE = re.compile(
-    r"\s*(color|background|background-color|font-(?:weight|size|style|variant-numeric)|text-align"
-    r"|opacity|white-space|max-width|width|display|flex-wrap|justify-content|gap|margin|padding(?:-left)?"
-    r"|border(?:-left|-radius)?|accent-color|vertical-align)\s*:\s*([\w\s#.,%()+-]*)"
-)
+OURS = {"cell", "code", "error", "messages", "said"}  # classes of this package's own template, which no output may have
+MATH_WORDS = set("display mathvariant stretchy fence form columnalign accent separator movablelimits".split())
+MATH_LENGTHS = set("lspace rspace linethickness minsize maxsize width".split())
+SHORT = r"(?:0|(?:\d|\d?\.\d+)r?em|\d{1,2}(?:\.\d+)?p[xt])"  # none negative, none longer than some lines
+SPACE = rf"(?:auto|{SHORT})(?:\s+(?:auto|{SHORT})){{0,3}}"
+COLOUR = r"(?:#[0-9a-f]{3,8}|[a-z]+|(?:rgb|hsl)a?\([\d\s.,%]*\))"
+BORDER = rf"(?:\dpx|thin|medium)?\s*(?:solid|dashed|dotted|none)?\s*{COLOUR}?"
+SIZE = r"(?:[5-9]\d|1\d\d|200)%|0?\.[5-9]\d*r?em|1(?:\.\d+)?r?em|(?:[89]|[1-3]\d)p[xt]|smaller|small|medium|larger?"
+WORD = "[a-z]+(?:-[a-z]+)*"
+STYLES = (
+    dict.fromkeys(("color", "background", "background-color", "accent-color"), COLOUR)
+    | dict.fromkeys(("margin", "padding", "padding-left", "gap", "border-radius"), SPACE)
+    | dict.fromkeys(("border", "border-left"), BORDER)
+    | dict.fromkeys(("width", "max-width"), rf"\d{{1,3}}px|\d{{1,2}}%|100%|auto|{SHORT}")
+    | dict.fromkeys(("font-style", "text-align", "vertical-align", "justify-content", "flex-wrap"), WORD)
+    | {"font-weight": r"bold|normal|[1-9]00", "font-size": SIZE, "font-variant-numeric": WORD}
+    | {"opacity": r"1|0?\.[5-9]\d*", "white-space": "normal|nowrap|pre|pre-wrap|pre-line"}
+    | {"display": "block|inline|inline-block|flex|table"}
+)  # what cannot reach beyond its own place in the text: no position, no image, nothing huge
 HEADINGS = {"h1", "h2", "h3", "h4", "h5", "h6"}
 
 
-def clean(soup: BeautifulSoup) -> None:
+def fragment(html: str) -> str:
+    """HTML of an output or a text cell: closed in itself, and without classes."""
+    from bs4 import BeautifulSoup
+
+    soup = BeautifulSoup(html, "html.parser")
+    clean(soup, classes=frozenset())
+    return str(soup)
+
+
+def clean(soup: BeautifulSoup, classes: Set[str] = frozenset(OURS)) -> None:
     """Remove from a page's body all that is not on the lists; what is left of a foreign tag is its text."""
     from bs4.element import PreformattedString
 
@@ -68,25 +84,30 @@ def clean(soup: BeautifulSoup) -> None:
         elif tag.name not in TEXT | MATH:
             tag.unwrap()
         else:
-            tag.attrs = {name: value for name, given in tag.attrs.items() if (value := _attribute(tag, name, given))}
+            given = {name: _attribute(tag, name, value, classes) for name, value in tag.attrs.items()}
+            tag.attrs = {name: value for name, value in given.items() if value}
             if tag.name == "img" and "src" not in tag.attrs:
                 tag.replace_with(f"[image left out: {tag.attrs.get('alt', 'no description')}]")
 
 
-def _attribute(tag: Tag, name: str, value: object) -> str | None:
+def _attribute(tag: Tag, name: str, value: object, classes: Set[str]) -> str | None:
     """The attribute as it may stay, None where it may not."""
     value = visible(" ".join(value) if isinstance(value, list) else str(value))
+    if name == "class":
+        return " ".join(word for word in value.split() if word in classes)
     if name == "style":
-        return ";".join(found[0] for part in value.split(";") if (found := STYLE.fullmatch(part)) and _plain(found[2]))
+        return ";".join(part.strip() for part in value.split(";") if _harmless(*part.partition(":")[::2]))
     if name == "src":
         return value if tag.name == "img" and re.fullmatch(r"data:image/[\w.+-]+;base64,[\w+/=\s]+", value) else None
     if name == "href":  # pages link to their own parts only
         return value if tag.name == "a" and re.fullmatch(r"#[^\s]+", value) else None
     if name == "id":
         return value if tag.name in HEADINGS else None
-    return value if name in (ATTRIBUTES | MATH_ATTRIBUTES if tag.name in MATH else ATTRIBUTES) else None
+    if tag.name in MATH and name in MATH_LENGTHS:
+        return value if re.fullmatch(rf"{SHORT}|{WORD}", value) else None
+    return value if name in (ATTRIBUTES | MATH_WORDS if tag.name in MATH else ATTRIBUTES) else None
 
 
-def _plain(value: str) -> bool:
-    """Whether a style's value calls nothing but colours."""
-    return all(call in ("rgb", "rgba", "hsl", "hsla") for call in re.findall(r"([\w-]*)\(", value))
+def _harmless(name: str, value: str) -> bool:
+    wanted = STYLES.get(name.strip().lower())
+    return wanted is not None and re.fullmatch(wanted, value.strip().lower()) is not None

@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from dense_rlhf.fingerprint import PACKAGE
 from dense_rlhf.report.notebook_page import mathml, notebook_body, overwritten
-from dense_rlhf.report.sanitise import ATTRIBUTES, MATH, MATH_ATTRIBUTES, TEXT
+from dense_rlhf.report.sanitise import ATTRIBUTES, MATH, MATH_LENGTHS, MATH_WORDS, OURS, TEXT
 from dense_rlhf.view import escape
 from dense_rlhf.view.escape import esc, scrub, visible
 from dense_rlhf.view.html import environment, part
@@ -101,7 +101,7 @@ def test_a_notebook_that_shows_it_becomes_a_page_that_only_shows_it(text, tmp_pa
     body, _ = notebook_body(tmp_path / "n.ipynb")
     for tag in BeautifulSoup(body, "html.parser").find_all():
         assert tag.name in TEXT | MATH, tag
-        known = ATTRIBUTES | MATH_ATTRIBUTES | {"style", "src", "href", "id", "tabindex"}
+        known = ATTRIBUTES | MATH_WORDS | MATH_LENGTHS | {"class", "style", "src", "href", "id", "tabindex"}
         assert set(tag.attrs) <= known and not re.search("url|expression|position", tag.get("style", "")), tag
         assert tag.get("href", "#").startswith("#") and tag.get("src", "data:image/").startswith("data:image/"), tag
     assert not any(c in body for c in UNSEEN)
@@ -118,6 +118,63 @@ def test_tags_that_are_harmless_stay(tmp_path):
     soup = BeautifulSoup(notebook_body(tmp_path / "n.ipynb")[0], "html.parser")
     assert soup.td["style"] == "color:red;background:rgba(1,2,3,.5)" and soup.img["alt"] == "y"
     assert soup.caption.text == "c" and soup.th["scope"] == "row" and soup.find("summary", string="more")
+
+
+def displayed(html, folder):
+    """The body of a page whose only output is this HTML."""
+    cell = nbformat.v4.new_code_cell("x", outputs=[nbformat.v4.new_output("display_data", {"text/html": html})])
+    text = nbformat.v4.new_markdown_cell(f"# T\n\n{html}")
+    nbformat.write(nbformat.v4.new_notebook(cells=[text, cell]), folder / "n.ipynb")
+    return BeautifulSoup(notebook_body(folder / "n.ipynb")[0], "html.parser")
+
+
+@pytest.mark.parametrize(
+    "style",
+    """position:fixed;inset:0|margin:-800px|margin:0 0 -9em|margin-top:-9em|padding:500px|padding:99em|padding:0 0 50em|
+    z-index:9|top:0|float:left|transform:scale(9)|opacity:0|opacity:.1|opacity:0.01|font-size:900px|font-size:99em|
+    background:url(x)|background:white url(x)|background-image:linear-gradient(red,red)|background:image-set('x' 1x)|
+    background:-webkit-image-set(x)|border:800px solid white|border-radius:5000px|width:9999px|width:calc(100% + 9em)|
+    max-width:200vw|width:300%|gap:900px|display:none|display:contents|display:grid|line-height:99|content:'x'|
+    box-shadow:0 0 0 99em white|outline:99em solid|pos\\69tion:fixed|margin:/**/-9em|margin:var(--x)|--ink:white|
+    padding:1e9px|margin:-1px!important|color:red!important|text-indent:-99em|letter-spacing:-1em|color:rgb(var(--x))|
+    animation:x 1s|cursor:none|pointer-events:none|clip-path:inset(0)|filter:invert(1)|all:unset|direction:rtl""".split(
+        "|"
+    ),
+)
+def test_a_style_that_reaches_beyond_its_place_is_left_out(style, tmp_path):
+    soup = displayed(f'<div id="x" style="{style.strip()};color:red">covers</div>', tmp_path)
+    found = [tag["style"] for tag in soup.find_all(style=True)]
+    assert found == ["color:red"] * 2 and soup.find_all(string="covers")
+
+
+@pytest.mark.parametrize(
+    "name", sorted(OURS) + "failed chip good bad idle verdict yes warned cards contents skip".split()
+)
+def test_an_output_cannot_wear_our_classes(name, tmp_path):
+    soup = displayed(f"<pre class='{name}'>made up</pre></section></main><p class='x {name}'>and</p>", tmp_path)
+    assert len(soup.find_all(string=re.compile("made up|and"))) == 4
+    for text in soup.find_all(string=re.compile("made up|and")):
+        assert not text.parent.get("class"), text.parent
+    (section,) = soup.select("section.cell")
+    assert section.find_all(string="and")
+
+
+def test_our_own_classes_stay(tmp_path):
+    v4 = nbformat.v4
+    outputs = [v4.new_output("stream", name=name, text="x") for name in ("stdout", "stderr")]
+    cell = v4.new_code_cell("x", outputs=[*outputs, v4.new_output("error", ename="E", evalue="x", traceback=["x"])])
+    nbformat.write(v4.new_notebook(cells=[cell]), tmp_path / "n.ipynb")
+    soup = BeautifulSoup(notebook_body(tmp_path / "n.ipynb")[0], "html.parser")
+    assert all(soup.select(f".{name}") for name in OURS)
+
+
+@pytest.mark.parametrize("size", ["-800px", "9999px", "900em", "-1em", "calc(9em)"])
+def test_math_cannot_reach_beyond_its_place(size, tmp_path):
+    soup = displayed(
+        f"<math><mpadded lspace='{size}' width='{size}'><mo minsize='{size}'>x</mo></mpadded></math>", tmp_path
+    )
+    assert not [tag for tag in soup.find_all(True) if {"lspace", "width", "minsize"} & set(tag.attrs)]
+    assert len(soup.find_all("mpadded")) == 2
 
 
 @pytest.mark.parametrize(
