@@ -1,0 +1,173 @@
+"""One run in an environment that nobody made for it: its places, its kernel, its children, its silence."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import papermill
+import pytest
+from checkout import command, make_checkout, write_notebook
+
+from dense_rlhf.files import lock
+from dense_rlhf.runner import execution
+from dense_rlhf.runner.execution import HEARTBEAT, Limits, launch, work
+from dense_rlhf.runner.jobs import RUNNING, state
+from dense_rlhf.types import InputError
+
+TELLS = "import sys; print(sys.executable, 'é', globals().get('startup'))"
+DETACHES = """import subprocess, sys, time
+subprocess.run([sys.executable, '-c', '''
+import os, subprocess
+child = subprocess.Popen(['sleep', '300'], start_new_session=True, env={}, stdout=subprocess.DEVNULL)
+open('child', 'w').write(str(child.pid))'''], start_new_session=True)"""
+
+
+@pytest.fixture
+def prepared(tmp_path, monkeypatch):
+    """A function that puts code into the notebook `n`; returns a run folder prepared for it, in a checkout."""
+    make_checkout(tmp_path, {}, {})
+    monkeypatch.chdir(tmp_path)
+
+    def prepare(*cells):
+        write_notebook(tmp_path / "notebooks" / "n.ipynb", *cells)
+        folder = tmp_path / "runs" / "s" / "n"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "params.yaml").write_text("seed: 3\n")
+        return folder
+
+    return prepare
+
+
+def foreign_jupyter(place: Path) -> dict[str, str]:
+    """Jupyter's and IPython's settings of somebody else: another `python3`, a start-up file, no place to write."""
+    spec, startup = place / "jupyter" / "kernels" / "python3", place / "ipython" / "profile_default" / "startup"
+    for folder in (spec, startup):
+        folder.mkdir(parents=True)
+    (spec / "kernel.json").write_text(json.dumps({"argv": ["false"], "display_name": "x", "language": "python"}))
+    for file in (startup / "a.py", place / "startup.py"):
+        file.write_text("startup = 'foreign'")
+    return {
+        "JUPYTER_PATH": str(place / "jupyter"),
+        "JUPYTER_RUNTIME_DIR": "/proc/none",
+        "IPYTHONDIR": str(place / "ipython"),
+        "PYTHONSTARTUP": str(place / "startup.py"),
+    }
+
+
+def long_and_bare(place: Path) -> dict[str, str]:
+    """A TMPDIR too long for a socket, no home, and a terminal and locale that know ASCII only."""
+    folder = place / ("scratch-" * 12)
+    folder.mkdir()
+    bare = {"HOME": "/proc/none", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii", "TERM": "dumb"}
+    return bare | {"TMPDIR": str(folder), "COLUMNS": "1"}
+
+
+@pytest.mark.parametrize("made", [foreign_jupyter, long_and_bare], ids=lambda made: made.__name__)
+def test_a_run_owes_nothing_to_its_environment(made, prepared, tmp_path, monkeypatch):
+    folder = prepared(TELLS)
+    for name, value in made(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    assert launch("n", folder, Limits(1, 60)) == ("ok", "")
+    executed = json.loads((folder / "notebook.ipynb").read_text(encoding="utf-8"))
+    told = ["".join(o["text"]) for cell in executed["cells"] for o in cell.get("outputs", ())]
+    assert told == [f"{sys.executable} é None\n"]
+
+
+def test_no_place_for_sockets_names_tmpdir(monkeypatch):
+    monkeypatch.setattr(execution.tempfile, "gettempdir", lambda: "/proc/none")
+    with pytest.raises(InputError, match="no place for a kernel's sockets /proc/none: .* set TMPDIR to a folder of at"):
+        execution.kernel_folder()
+
+
+def test_the_runs_own_limit_decides_how_long_a_kernel_may_take(prepared, monkeypatch):
+    given = {}
+    for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "PYTHONSTARTUP"):
+        monkeypatch.setenv(name, "")
+
+    def execute(*_, **more):
+        given.update(more)
+        return SimpleNamespace(cells=[])
+
+    monkeypatch.setattr(papermill, "execute_notebook", execute)
+    execution.execute_notebook("n", prepared())
+    assert min(given["start_timeout"], given["iopub_timeout"]) > 24 * 3600
+
+
+def test_a_full_disk_is_named_where_a_log_could_not_be_written(tmp_path, monkeypatch):
+    (tmp_path / "log.txt").touch()
+    monkeypatch.setattr(execution.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    assert execution._last_line(tmp_path / "log.txt", 0).endswith(f"; the disk of {tmp_path} is full")
+
+
+# ---------------------------------------------------------------------------------------------------- children
+
+
+def gone(pid: int, seconds: float = 8.0) -> bool:
+    until = time.monotonic() + seconds
+    while (alive := Path(f"/proc/{pid}").exists()) and time.monotonic() < until:
+        time.sleep(0.05)
+    return not alive
+
+
+def test_a_detached_child_ends_with_its_run(prepared, tmp_path):
+    assert launch("n", prepared(DETACHES), Limits(1, 60)) == ("ok", "")
+    assert gone(int((tmp_path / "child").read_text()), 0)
+
+
+def test_a_detached_child_ends_with_its_runner(tmp_path):
+    study = {"notebooks": ["01_reward_model"], "arms": {"a": {"sources": ["terminal"]}}}
+    make_checkout(tmp_path, study, {"01_reward_model": (DETACHES, "time.sleep(300)")})
+    runner = command(tmp_path, "run", "params/s.yaml")
+    child = tmp_path / "child"
+    until = time.monotonic() + 60
+    while not (child.exists() and child.read_text()) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not gone(int(child.read_text()), 0)
+    runner.send_signal(signal.SIGKILL)
+    runner.wait()
+    assert gone(int(child.read_text()))
+
+
+def test_a_stopped_kernel_does_not_answer(tmp_path, monkeypatch):
+    monkeypatch.setattr(execution, "BEAT", 0.02)
+    child = subprocess.Popen(["sleep", "60"])
+    execution._beating(tmp_path)(None, 4)
+    os.utime(tmp_path / HEARTBEAT, (0, 0))
+    try:
+        until = time.monotonic() + 5
+        while execution.heartbeat(tmp_path)["age"] > 60 and time.monotonic() < until:
+            time.sleep(0.02)
+        assert execution.heartbeat(tmp_path) == {"cell": 5, "age": pytest.approx(0, abs=5)}
+        child.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, child.pid, os.WSTOPPED | os.WNOWAIT)
+        time.sleep(0.1)
+        os.utime(tmp_path / HEARTBEAT, (0, 0))
+        time.sleep(0.2)
+        with lock(tmp_path / RUNNING):
+            assert state(tmp_path, "")[1].startswith("not answering: cell 5, last sign ")
+    finally:
+        child.kill()
+        child.wait()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"cell": "x"}', '{"cell": 1e999}', "\x00", None])
+def test_any_heartbeat_can_be_read(text, tmp_path):
+    (tmp_path / HEARTBEAT).mkdir() if text is None else (tmp_path / HEARTBEAT).write_text(text)
+    assert execution.heartbeat(tmp_path) == {}
+
+
+def test_a_clock_of_the_future_is_no_age(tmp_path):
+    (tmp_path / HEARTBEAT).write_text('{"cell": 1}')
+    os.utime(tmp_path / HEARTBEAT, (4e9, 4e9))
+    assert execution.heartbeat(tmp_path) == {"cell": 1, "age": 0}
+
+
+def test_our_own_message_is_the_reason(prepared, capfd, monkeypatch):
+    monkeypatch.delenv(execution.PARENT, raising=False)
+    monkeypatch.setattr(execution, "execute_notebook", lambda *_: (_ for _ in ()).throw(InputError("no such\nfilm")))
+    assert work("n", prepared()) == 1 and capfd.readouterr().out == "no such film\n"
