@@ -202,6 +202,7 @@ class Reader:
 
         Raises `InputError` for text that is not valid Unicode, and for a tokenizer without offsets.
         """
+        prompt = messages_of(prompt)
         before, after, special, strips = self._frame(prompt)
         kept = response.strip() if strips else response
         if not isinstance(prompt, str) and special and kept[:1].strip():

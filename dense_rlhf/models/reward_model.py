@@ -219,9 +219,9 @@ def _is_head_on_trunk(model: PreTrainedModel) -> bool:
 def longest_text(model: PreTrainedModel) -> float:
     """Tokens that fit the model's positions; RoBERTa's begin after its padding id, relative ones do not end."""
     config = model.config.get_text_config()
-    if not getattr(config, "position_biased_input", True):  # DeBERTa
-        return float("inf")
     most = getattr(config, "max_position_embeddings", None) or float("inf")
+    if most < 0 or not getattr(config, "position_biased_input", True):  # XLNet; DeBERTa
+        return float("inf")
     places = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
     padding = getattr(places, "padding_idx", None)
     return most if padding is None else most - padding - 1
