@@ -9,28 +9,35 @@ from hypothesis import strategies as st
 from made_rows import CHATS, HH_ROWS, REVIEWS, csv_text, left_out, total
 
 from dense_rlhf.config.params import DataParams
-from dense_rlhf.data import collect_pairs, load_data, preference_pair
+from dense_rlhf.data import collect_pairs, load_data, preference_pair, prompt_text
 
-TEXTS = st.text(st.characters(exclude_categories=()), max_size=12) | st.sampled_from(
-    ["\n\nHuman: a\n\nAssistant: b", "Human: a\n\nAssistant: c", "\n\nHuman: a\n\nAssistant:", "\ud83d", " ", "\0", "1"]
-)
+ODD = [
+    "\n\nHuman: a\n\nAssistant: b",
+    "Human: a\n\nAssistant: c",
+    "\n\nHuman: a\n\nAssistant:",
+    "\ud83d",
+    " ",
+    "\0",
+    "1",
+]
+TEXTS = st.sampled_from(ODD) | st.text(st.characters(exclude_categories=()), max_size=12)
 ANYTHING = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | TEXTS,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
     max_leaves=6,
 )
-MESSAGES = st.lists(
-    st.fixed_dictionaries(
-        {},
-        optional={
-            "role": st.sampled_from(["user", "assistant", "system", "tool"]) | ANYTHING,
-            "content": TEXTS | ANYTHING,
-        },
-    ),
-    max_size=4,
-)
+ROLES = st.sampled_from(["user", "assistant", "system", "tool"]) | ANYTHING
+MESSAGES = st.lists(st.fixed_dictionaries({"role": ROLES, "content": TEXTS | ANYTHING}) | ANYTHING, max_size=4)
 SIDES = TEXTS | MESSAGES | ANYTHING
 PAIRS = st.fixed_dictionaries({}, optional={"prompt": SIDES, "chosen": SIDES, "rejected": SIDES})
+HALF_GOOD = st.builds(  # two replies to one prompt, so that what is odd is odd in one place
+    lambda asked, role, replies: {
+        side: [*CHATS[0]["chosen"], {"role": role, "content": asked}, {"role": "assistant", "content": reply}]
+        for side, reply in zip(("chosen", "rejected"), replies)
+    },
+    *(TEXTS, st.just("user") | ROLES, st.lists(TEXTS, min_size=2, max_size=2)),
+)
+ROWS = st.builds(list.__add__, st.lists(HALF_GOOD, max_size=8), st.lists(PAIRS | ANYTHING, max_size=8))
 LABELLED = st.fixed_dictionaries(
     {}, optional={"text": TEXTS | ANYTHING, "label": st.sampled_from([0, 1, "0", "1"]) | ANYTHING}
 )
@@ -43,14 +50,18 @@ def read(name, suffix, content):
         return load_data(DataParams(name, path=str(path)))
 
 
-@given(st.lists(PAIRS | ANYTHING, max_size=20))
+@given(ROWS)
 def test_rows_of_pairs(rows):
     for good in (HH_ROWS, CHATS):
         found = collect_pairs([*rows, *good], preference_pair, 2000, "pairs", "r")
         assert found.counts["read"] == len(rows) + 400 and sum(left_out(found).values()) <= len(rows)
+        for pair in (*found.reward, *found.gold, *found.test):  # what is kept can be written, and read in turns
+            assert "".join((prompt_text(pair.prompt), pair.chosen, pair.rejected)).encode()
+            roles = [m.role for m in pair.prompt if m.role != "system"] if isinstance(pair.prompt, tuple) else ["user"]
+            assert roles[::2] == ["user"] * len(roles[::2]) and roles[1::2] == ["assistant"] * (len(roles) // 2)
 
 
-@given(st.lists(PAIRS | ANYTHING, max_size=20))
+@given(ROWS)
 def test_lines_and_lists_of_pairs(rows):
     lines = "\n".join(map(json.dumps, [*rows, *HH_ROWS])).encode()
     for suffix, content in (("jsonl", lines), ("json", json.dumps([*rows, *HH_ROWS]).encode())):
@@ -64,9 +75,7 @@ def test_lines_of_labelled_texts(rows):
     assert found.counts["read"] == len(rows) + 600 and sum(left_out(found).values()) <= len(rows)
 
 
-LINE = st.text(
-    st.sampled_from('",;ab 01\t') | st.characters(exclude_categories=["Cs"], exclude_characters="\r\n"), max_size=20
-)
+LINE = st.text(st.sampled_from('"",,ab 01;\té\0'), min_size=1, max_size=20)
 
 
 @given(st.lists(st.tuples(st.integers(1, 599), LINE.filter(str.strip)), max_size=6))
