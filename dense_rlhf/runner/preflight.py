@@ -236,7 +236,7 @@ QUANTILES = {"least": 0.0, "median": 0.5, "95 %": 0.95, "most": 1.0}
 def _check_alignment(report: Report, run: RunParams, data: Dataset, policy: EmptyModel, reward: EmptyModel) -> None:
     """Whether the reward model can read the policy's text."""
     field = "reward.name"
-    if reward is policy:
+    if reward.tokenizer is policy.tokenizer:
         report.ok(field, "reads the policy's tokens as they are")
         return
     reader = Reader(reward.tokenizer, run.reward.pair)
@@ -254,7 +254,7 @@ def _check_alignment(report: Report, run: RunParams, data: Dataset, policy: Empt
 def _dialogues(data: Dataset) -> list[tuple[Prompt, str]]:
     if data.is_pairwise:
         return [(pair.prompt, pair.chosen) for pair in data.reward if isinstance(pair, PreferencePair)]
-    return [("", example.text) for example in data.reward]
+    return list(zip(data.train_prompts, [example.text for example in data.reward]))
 
 
 def _check_positions(

@@ -205,6 +205,12 @@ def test_a_gpu_that_is_too_small_fails(dry_run, monkeypatch):
     assert dry_run()[0] == 0
 
 
+@pytest.mark.parametrize("settings", [[], ["reward.name=scratch"]])
+def test_labelled_texts_are_read_as_continuations(dry_run, few_reviews, settings):
+    code, lines = dry_run(f"data={{name: reviews, path: {few_reviews}}}", *settings)
+    assert code == 0 and not lines["FAIL"], lines
+
+
 def test_a_reward_model_to_be_trained_here(dry_run):
     code, lines = dry_run("reward.name=scratch")
     assert code == 0, lines
