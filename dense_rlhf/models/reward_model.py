@@ -180,8 +180,8 @@ def chosen_output(model: PreTrainedModel, output: int | None, field: str) -> int
     has, name = model.config.num_labels, type(model).__name__
     if output is None and has != 1:
         raise InputError(f"{name} has {has} outputs, wanted one; say which is the score, {field}=0 to {has - 1}")
-    if not 0 <= (output or 0) < has:
-        raise InputError(f"{field} is {output}, but {name} has {has} outputs, counted from 0")
+    if output is not None and (type(output) is not int or not 0 <= output < has):
+        raise InputError(f"{field} is {output!r}, but {name} has {has} outputs, counted from 0")
     return output or 0
 
 

@@ -6,7 +6,8 @@ Cuts (tokens of two tokenizers, words, sentences, a caller's spans) are lists of
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from operator import index
 from typing import NamedTuple
 
 import numpy as np
@@ -193,10 +194,17 @@ def partition(spans: Sequence[tuple[int, int]], length: int) -> Spans:
     Raises `InputError` naming a span that is empty, outside the text, or overlaps the one before it.
     """
     parts, reached = [], 0
-    for start, end in spans:
+    wanted = "wanted rising (start, end) of whole numbers, not empty, not overlapping"
+    if not isinstance(spans, Iterable):
+        raise InputError(f"spans: {spans!r}; {wanted}")
+    for span in spans:
+        try:
+            start, end = (index(place) for place in span if not isinstance(place, bool))
+        except (TypeError, ValueError):
+            raise InputError(f"spans: {span!r}; {wanted}") from None
         if not reached <= start < end <= length:
             given = f"({start}, {end}) in a text of {length} characters, after a span that ends at {reached}"
-            raise InputError(f"spans: {given}; wanted rising (start, end), not empty, not overlapping")
+            raise InputError(f"spans: {given}; {wanted}")
         parts += [(reached, start)] * (start > reached) + [(start, end)]
         reached = end
     return parts + [(reached, length)] * (length > reached)

@@ -256,6 +256,22 @@ def test_spans_that_do_not_fit_are_named(spans, tokenizer, llama):
         explain(llama, tokenizer, PROMPT, RESPONSE, players=spans)
 
 
+@pytest.mark.parametrize(
+    "players", [[(0,)], [None], 5, ["ab"], [(0.0, 3.0)], [(True, 3)], [(0, 3, 4)], None, "", "tokenz"]
+)
+def test_players_of_another_type_are_refused(players, tokenizer, llama):
+    with pytest.raises(InputError, match="wanted (rising|tokens, words)"):
+        explain(llama, tokenizer, PROMPT, RESPONSE, players=players)
+
+
+@pytest.mark.parametrize(
+    "options", [dict(seed=-1), dict(output="0"), dict(output=True), dict(removal=None), dict(sed=1)]
+)
+def test_options_of_another_type_are_refused(options, tokenizer, llama):
+    with pytest.raises(InputError, match=f"{[*options][0]} is "):
+        explain(llama, tokenizer, PROMPT, RESPONSE, **options)
+
+
 def test_a_span_inside_of_a_token_is_refused(tokenizer, llama):
     with pytest.raises(InputError, match="smaller part of a token"):
         explain(llama, tokenizer, PROMPT, " good film", players=[(1, 2)])
@@ -321,6 +337,14 @@ def test_frame_and_shap_hold_the_same_numbers(tokenizer, llama):
 
 
 # ---------------------------------------------------------------------------------------------------- errors
+
+
+def test_no_tokenizer_and_no_weights_are_named(tokenizer):
+    for other in (None, "llama"):
+        with pytest.raises(InputError, match="^tokenizer is .*AutoTokenizer"):
+            explain(build("Llama", tokenizer), other, PROMPT, RESPONSE)
+    with pytest.raises(InputError, match="meta device"):
+        explain(build("Llama", tokenizer).to("meta"), tokenizer, PROMPT, RESPONSE)
 
 
 def test_wrong_input_is_refused_in_words(tokenizer, llama, bert, bert_tokenizer, monkeypatch):

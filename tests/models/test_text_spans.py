@@ -299,6 +299,24 @@ def test_words_and_sentences():
         cut("a", "letters")
 
 
+@pytest.mark.parametrize(
+    "text, words, sentences",
+    [
+        ("电影很好。我不喜欢结尾！你呢？", 12, ["电影很好。", "我不喜欢结尾！", "你呢？"]),
+        ("映画は、よかった。「はい。」と言った", 14, ["映画は、よかった。", "「はい。」", "と言った"]),
+        ("ภาพยนตร์ดี มาก", 11, ["ภาพยนตร์ดี มาก"]),
+        ("film很好 good", 4, ["film很好 good"]),
+        ('He said "no." Then left. Why?!', 6, ['He said "no."', " Then left.", " Why?!"]),
+        ("هل هو جيد؟ نعم.", 4, ["هل هو جيد؟", " نعم."]),
+        ("अच्छी फ़िल्म। हाँ।", 3, ["अच्छी फ़िल्म।", " हाँ।"]),
+        ("Das ist gut… Nein!", 4, ["Das ist gut…", " Nein!"]),
+    ],
+)
+def test_words_and_sentences_of_scripts_without_spaces(text, words, sentences):
+    assert [text[a:b] for a, b in cut(text, "sentences")] == sentences
+    assert len(cut(text, "words")) == words
+
+
 @given(st.data(), st.integers(1, 30))
 def test_groups_put_every_token_in_one_player_without_gaps(data, length):
     own, spans = (data.draw(cuts(length)) for _ in range(2))
