@@ -25,6 +25,7 @@ from dense_rlhf.report.page import FILES, draw, footer, made_from, page
 from dense_rlhf.report.settings import in_order, settings_html
 from dense_rlhf.runs import GOOD, RunFolder, workspace
 from dense_rlhf.types import InputError, one_line
+from dense_rlhf.view.escape import scrubbed
 from dense_rlhf.view.html import part
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def write_reports(study: StudyParams, records: list[dict]) -> Path:
     content = study_index(facts, pictures, notes, side_by_side)
     index = folder / "index.html"
     write_text(index, page(study.study, content, _footer(records, study.seeds), [ALL], root=root))
-    write_json(folder / "summary.json", facts, sealed=True)
+    write_json(folder / "summary.json", scrubbed(facts, root), sealed=True)
     write_overview(root)
     return index
 

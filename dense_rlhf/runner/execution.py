@@ -16,15 +16,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Thread
 
 from dense_rlhf.config.parse import read_yaml
-from dense_rlhf.files import read_json, write_json
+from dense_rlhf.files import read_json, write_json, write_text
 from dense_rlhf.runs import RunFolder, python_path, workspace
 from dense_rlhf.types import InputError
+from dense_rlhf.view.escape import scrubbed
 
 HEARTBEAT = ".heartbeat"  # touched by the worker while it lives; holds the number of the running cell
 BEAT = 2.0  # seconds
@@ -227,7 +229,7 @@ def execute_notebook(notebook: str, folder: Path) -> None:
     run = RunFolder(folder)
     parameters = read_yaml(run.file("params.yaml")) | {"run_dir": str(folder)}  # else a notebook is played by hand
     source, target = workspace() / "notebooks" / f"{notebook}.ipynb", run.file("notebook.ipynb")
-    with kernel_folder() as place:
+    with kernel_folder() as place, _scrubbing(target):
         os.environ |= {"IPYTHONDIR": place, "JUPYTER_RUNTIME_DIR": place}  # the user's may be read-only, or alter runs
         os.environ.pop("PYTHONSTARTUP", None)
         manager = {"transport": "ipc", "ip": f"{place}/k"}  # by default two kernels would share theirs
@@ -246,6 +248,19 @@ def execute_notebook(notebook: str, folder: Path) -> None:
         )
     if cell := unfinished(executed):
         raise InputError(f"{cell} was not executed to its end; a cell must not call exit()")
+
+
+@contextmanager
+def _scrubbing(path: Path) -> Iterator[None]:
+    """Leave a notebook that tells no more than its page does."""
+    import nbformat
+
+    try:
+        yield
+    finally:
+        with suppress(OSError, ValueError):  # there is none, or it was cut short and has no page
+            told = scrubbed(nbformat.read(path, as_version=4), workspace())
+            write_text(path, nbformat.writes(nbformat.from_dict(told)) + "\n")
 
 
 def kernel_folder() -> tempfile.TemporaryDirectory:

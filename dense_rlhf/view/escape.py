@@ -49,16 +49,38 @@ TOKENS = re.compile(
     re.S,
 )
 NAMED = re.compile(
-    rf"(?i)((?:token|secret|passw(?:or)?d|api[_-]?key|access[_-]?key){QUOTE}\s*[=:]\s*{QUOTE})"
+    rf"(?i)((?:token|secret|passw(?:or)?d|api[_-]?key|access[_-]?key|_(?:pass|pwd|key|auth)){QUOTE}\s*[=:]\s*{QUOTE})"
     r"(?=[^\s\"'<>&,;)]*\d)[^\s\"'<>&,;)]{12,}"
+)
+BEARER = re.compile(
+    rf"(?i)((?:authorization{QUOTE}\s*[=:]\s*{QUOTE}\w+|\bbearer)\s+)(?=[^\s\"'<>&]*\d)[\w.~+/=-]{{8,}}"
 )
 LOGIN = re.compile(r"(?<=://)[^\s/@:\"'<>&]+(?::[^\s/@\"'<>&]*)?@")
 HOMES = re.compile(
-    r"(?<![\w.-])(?:/home/[^/\s\"'<>&:]+|/Users/[^/\s\"'<>&:]+|/root)(?![\w.-])"
-    r"|\b[A-Za-z]:\\+Users\\+[^\\\s\"'<>&:]+"
+    r"(?<![\w.-])(?:/home/[^/\s\"'<>&:]+|/root)(?![\w.-])"
+    r"|(?<![\w.-])(?:[A-Za-z]:)?[\\/]+Users[\\/]+"
+    r"(?:[^\\/\s\"'<>&:]+(?: [^\\/\s\"'<>&:]+){0,2}(?=[\\/\"'<&]|$)|[^\\/\s\"'<>&:]+)",
+    re.M,
 )
 IMAGES = re.compile(r"(data:image/[\w.+-]+;base64,[A-Za-z0-9+/=]+)")
-SECRET_NAMES = ("TOKEN", "SECRET", "PASSWORD", "PASSWD", "APIKEY", "API_KEY", "ACCESS_KEY")
+SECRET_NAMES = re.compile(
+    r"(?i)TOKEN|SECRET|PASSW(?:OR)?D|PASSPHRASE|API_?KEY|ACCESS_?KEY|CREDENTIAL|COOKIE|(?:^|_)(?:AUTH|DSN|PAT)(?:_|$)"
+    r"|(?:PASS|(?<!^)(?<!^OLD)PWD|(?:^|_)KEY)(?:_|$)"
+)
+
+
+def scrubbed(value: object, root: Path | None = None) -> object:
+    """A JSON value whose texts, apart from embedded images, are scrubbed."""
+    if isinstance(value, str):
+        return scrub(value, root)
+    if isinstance(value, list):
+        return [scrubbed(item, root) for item in value]
+    if isinstance(value, dict):
+        return {
+            name: item if name.startswith("image/") else scrubbed(item, root)
+            for name, item in zip(scrubbed(list(value), root), value.values())
+        }
+    return value
 
 
 def scrub(page: str, root: Path | None = None) -> str:
@@ -74,11 +96,15 @@ def scrub(page: str, root: Path | None = None) -> str:
 
 def _known(root: Path | None) -> dict[str, str]:
     """Exact strings of this machine, and what replaces them."""
-    secrets = {
-        html.escape(value): "⟨secret⟩"
+    values = {
+        word
         for name, value in os.environ.items()
-        if len(value) >= 8 and any(part in name.upper() for part in SECRET_NAMES)
+        if SECRET_NAMES.search(name)
+        for word in (value, *(word for word in value.split() if len(word) >= 12))  # Bearer and a key, for instance
+        if len(word) >= 6
     }
+    written = {form for value in values for form in (value, repr(value)[1:-1])}
+    secrets = {form: "⟨secret⟩" for value in written for form in (value, html.escape(value))}
     places = {str(Path.home()): "~", sys.prefix: "⟨python⟩"}
     places = {place: shown for place, shown in places.items() if len(Path(place).parts) > 2}  # neither / nor /usr
     return places | ({f"{root}/": "", str(root): "."} if root else {}) | secrets
@@ -88,7 +114,8 @@ def _scrub(text: str, known: list[tuple[str, str]]) -> str:
     for secret, shown in known:
         text = text.replace(secret, shown)
     text = HOMES.sub("~", TOKENS.sub("⟨secret⟩", text))
-    text = LOGIN.sub("⟨login⟩@", NAMED.sub(r"\1⟨secret⟩", text))
+    text = BEARER.sub(r"\1⟨secret⟩", NAMED.sub(r"\1⟨secret⟩", text))
+    text = LOGIN.sub("⟨login⟩@", text)
     return USER.sub("⟨user⟩", text) if USER else text
 
 

@@ -167,6 +167,26 @@ def test_a_healthy_run_has_no_column(study, warnings):
     assert all("class='warned'" not in page for page in study(warnings))
 
 
+def test_nothing_under_reports_tells_a_secret_or_a_place(tmp_path, monkeypatch):
+    monkeypatch.setenv("DB_PASS", "hunter2-and-more")
+    for name in ("notebooks", "params"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    secrets = (
+        "hunter2-and-more",
+        f"{tmp_path}/x.csv",
+        "/" + "home/ada/x",
+        "hf_" + "aB3" * 12,
+        "C:\\Users\\Some Body\\x",
+    )
+    records = made_study.broken(tmp_path, "told", secrets)
+    report.write_reports(made_study.Study("told", {}, (0,)), records)
+    for path in [path for path in (tmp_path / "reports").rglob("*") if path.is_file()]:
+        text = path.read_text(encoding="utf-8")
+        assert not [word for word in ("hunter2", str(tmp_path), "home/ada", "Body") if word in text], path
+    assert "⟨secret⟩" in (tmp_path / "reports" / "told" / "summary.json").read_text()
+
+
 def test_pages_of_finished_runs_are_drawn_again_by_other_code_only(tmp_path, monkeypatch):
     for name in ("notebooks", "params"):
         (tmp_path / name).mkdir()

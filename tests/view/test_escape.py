@@ -18,7 +18,7 @@ from dense_rlhf.fingerprint import PACKAGE
 from dense_rlhf.report.notebook_page import mathml, notebook_body, overwritten
 from dense_rlhf.report.sanitise import ATTRIBUTES, MATH, MATH_LENGTHS, MATH_WORDS, OURS, TEXT
 from dense_rlhf.view import escape
-from dense_rlhf.view.escape import esc, scrub, visible
+from dense_rlhf.view.escape import esc, scrub, scrubbed, visible
 from dense_rlhf.view.html import environment, part
 
 HOME, ROOTS = "/" + "home", "/" + "root"  # in two parts: no file of this project names a machine's path
@@ -206,11 +206,49 @@ def test_keys_leave_the_page(secret):
         ("https://user:pass1234@host/x", "pass1234"),
         ("WANDB_API_KEY=0123456789abcdef", "0123456789abcdef"),
         (esc("password: 'correct-horse-42'"), "correct-horse-42"),
+        ("DB_PASS=correct-horse-42", "correct-horse-42"),
+        ("{'MYSQL_PWD': 'correct-horse-42'}", "correct-horse-42"),
+        ("Authorization: Bearer 0123abcd4567", "0123abcd4567"),
+        (esc("{'Authorization': 'Basic dXNlcjpwYXNz0'}"), "dXNlcjpwYXNz0"),
+        (r"C:\Users\Some Body\x", "Body"),
+        (r"C:\Users\Some Body", "Body"),
+        (esc(r"open('C:\\Users\\Some Other Body\\x')"), "Other"),
+        ("C:/Users/Some Body/x", "Body"),
+        ("/Users/some body/x", "body"),
         ("-----BEGIN RSA PRIVATE KEY-----\nMIIE\n-----END RSA PRIVATE KEY-----", "MIIE"),
     ],
 )
 def test_homes_names_and_passwords_leave_the_page(text, gone):
     assert gone not in scrub(f"<pre>{text}</pre>")
+
+
+@pytest.mark.parametrize(
+    "name",
+    """DB_PASS MYSQL_PWD AUTH_HEADER WANDB_KEY PGPASSWORD SSHPASS MY_TOKEN_FILE GITHUB_PAT SENTRY_DSN AWS_CREDENTIALS
+    APIKEY SESSION_COOKIE REDIS_AUTH KEY GPG_PASSPHRASE wandb_key""".split(),
+)
+@pytest.mark.parametrize("value", ["hunter2", "plain words of mine", "a'b\"c<d&e\\f", "née en 1900"])
+def test_what_the_environment_calls_a_secret_leaves_every_form_of_text(name, value, monkeypatch):
+    monkeypatch.setenv(name, value)
+    for text in (value, html.escape(value), esc(value), repr({"x": value}), esc(repr([value]))):
+        assert value not in html.unescape(scrub(f"<p>{text}</p>")) and "⟨secret⟩" in scrub(text)
+
+
+def test_a_key_within_a_secret_leaves_too(monkeypatch):
+    monkeypatch.setenv("AUTH_HEADER", "Bearer abcdefghijkl")
+    assert "abcdefghijkl" not in scrub("sent abcdefghijkl")
+
+
+@pytest.mark.parametrize("name", ["PWD", "OLDPWD", "KEYBOARD", "COMPASSES", "AUTHOR", "PATH", "DSNS"])
+def test_what_is_no_secret_stays(name, monkeypatch):
+    monkeypatch.setenv(name, "plain words of mine")
+    assert scrub("plain words of mine") == "plain words of mine"
+
+
+def test_values_of_json_are_scrubbed_and_figures_are_not(monkeypatch):
+    monkeypatch.setenv("DB_PASS", "hunter2")
+    told = {"a": ["hunter2", 1, None, {"hunter2": HOME + "/ada/x"}], "image/png": "hunter2"}
+    assert scrubbed(told) == {"a": ["⟨secret⟩", 1, None, {"⟨secret⟩": "~/x"}], "image/png": "hunter2"}
 
 
 def test_this_machines_own_secrets_and_paths_leave_the_page(tmp_path, monkeypatch):
