@@ -197,7 +197,8 @@ def finished_run(folder, given):
     for seed in (0, 1):
         record = dict(notebook="04_ppo", dataset="d", arm="a", seed=seed, status="ok", seconds=12.5)
         write_json(folder / f"04_ppo-a-seed{seed}" / "run.json", record, sealed=True)
-    return lambda: [run.record() for run in finished_runs(folder)]
+    fields = ("job", "notebook", "dataset", "arm", "seed", "status", "seconds")
+    return lambda: [{name: run.record().get(name) for name in fields} for run in finished_runs(folder)]
 
 
 def overview(folder, given):
@@ -208,7 +209,7 @@ def overview(folder, given):
     given.patch("dense_rlhf.report.write.page", lambda title, content, *_, **__: content)
 
     def read():
-        return json.loads(write_overview(folder).read_text())
+        return [{name: one.get(name) for name in facts} for one in json.loads(write_overview(folder).read_text())]
 
     return read
 
