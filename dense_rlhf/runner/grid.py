@@ -183,9 +183,10 @@ def run_grid(
 
 
 def check_data(study: StudyParams) -> None:
-    """Read every local file that a study names, before a job starts. Raises `InputError` with parameter and file."""
+    """Read a study's local files and own datasets, before a job starts. Raises `InputError` with parameter and file."""
     rollouts = max(run.ppo.rollouts for run in study.comparisons)
-    readers = [("data.path", data.path, partial(_read, data, rollouts)) for data in study.datasets if data.path]
+    own = [data for data in study.datasets if data.path or ":" in data.name]
+    readers = [(f"data.{'path' if d.path else 'name'}", d.path or d.name, partial(_read, d, rollouts)) for d in own]
     people = {reader[:2]: reader for run in study.comparisons for reader in _readers(run)}
     if set(BENCHMARKS) & set(study.notebooks):
         readers += [reader for run in study.comparisons for reader in _benchmark_readers(run)]
@@ -193,16 +194,20 @@ def check_data(study: StudyParams) -> None:
         try:
             load()
         except InputError as error:
-            raise InputError(f"{name} is {path}: {str(error).removeprefix(f'{path} ')}") from error
+            reason = str(error).removeprefix(f"{name}: ").removeprefix(path).lstrip(": ")
+            raise InputError(f"{name} is {path}: {reason}") from error
 
 
 def _read(data: DataParams, rollouts: int) -> None:
-    """Read a dataset. Raises `InputError` unless it has the prompts of one update."""
+    """Read a dataset. Raises `InputError` unless it has the prompts of one update and words for the gold judge."""
     from dense_rlhf.data import load_data
+    from dense_rlhf.models.word_judge import check_words
 
-    prompts = load_data(data).train_prompts
-    if len(prompts) < rollouts:
-        raise InputError(f"ppo.rollouts is {rollouts}, but there are {len(prompts)} training prompts; lower it")
+    read = load_data(data)
+    check_words(read.gold)
+    number = len(read.train_prompts)
+    if number < rollouts:
+        raise InputError(f"ppo.rollouts is {rollouts}, but there are {number} training prompts; lower it")
 
 
 def has_own_models(study: StudyParams) -> bool:
