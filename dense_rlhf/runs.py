@@ -61,7 +61,15 @@ class RunFolder:
     def load_table(self, name: str) -> pd.DataFrame:
         import pandas as pd
 
-        return pd.read_csv(self.file(f"{name}.csv"), keep_default_na=True)
+        return pd.read_csv(self._unaltered(f"{name}.csv"), keep_default_na=True)
+
+    def _unaltered(self, name: str) -> Path:
+        """The path of a file. Raises `InputError` if it is not as this run, if it finished, left it."""
+        path, record = self.file(name), {} if name == "run.json" else self.record()
+        wanted = record.get("artefacts", {}).get(name)
+        if record.get("status") == "ok" and wanted and _sha256(path) != wanted:
+            raise InputError(f"{path} is missing or altered since its run; run the study again")
+        return path
 
     def parameters(self) -> dict:
         """The flat parameters in `params.yaml`, as they were written; empty where there are none that can be read."""
@@ -76,7 +84,7 @@ class RunFolder:
 
     def load_json(self, name: str) -> dict:
         """A JSON file of this run, empty where it is not there. Raises `InputError` for a damaged one."""
-        return read_json(self.file(name))
+        return read_json(self._unaltered(name))
 
     def record(self) -> dict:
         """What `run.json` says; empty for a run that did not finish: it is missing, damaged, or of another folder."""
