@@ -14,7 +14,7 @@ from pathlib import Path
 from dense_rlhf.runner.jobs import BAD, STATES, state
 from dense_rlhf.runner.plan import Job, act, describe
 from dense_rlhf.runs import GOOD
-from dense_rlhf.types import InputError
+from dense_rlhf.types import InputError, did_you_mean
 
 
 class Screen:
@@ -53,7 +53,8 @@ def selected(jobs: list[Job], folder: Path, only: str | None) -> list[str]:
     chosen = names if only is None else [name for name in names if fnmatchcase(name, only)]
     if not chosen:
         known = ", ".join(names)
-        raise InputError(f"--only is {only!r}, wanted failed, or the name of a run, * for any letters: {known}")
+        hint = did_you_mean(only, ("failed", *names))
+        raise InputError(f"--only is {only!r}, wanted failed, or the name of a run, * for any letters: {known}{hint}")
     return chosen
 
 

@@ -63,7 +63,8 @@ def train(study: StudyParams, arm: str, seed: int, tensorboard: bool = False) ->
     Holds history.csv, seconds.csv, evaluation.csv, metrics.json, run.json, and `policy/`, a Hugging Face folder with
     adapters merged. Started again after a kill it resumes from its checkpoint and ends with the same metrics.
     """
-    params = one_run(study, arm, seed)  # before imports that take seconds
+    params, run = one_run(study, arm, seed), train_folder(study, arm, seed)  # before imports that take seconds
+    _spare(run, finite(params.flat()))
     import torch
 
     from dense_rlhf.evaluation.arms import judge_against_reference
@@ -73,7 +74,6 @@ def train(study: StudyParams, arm: str, seed: int, tensorboard: bool = False) ->
     from dense_rlhf.view.live import watcher
 
     processes = these()
-    run = train_folder(study, arm, seed)
     torch.set_num_threads(params.threads or torch.get_num_threads())
     with processes.one_after_another():  # the first fills the caches
         task = load_task(params)
@@ -85,6 +85,15 @@ def train(study: StudyParams, arm: str, seed: int, tensorboard: bool = False) ->
     if not processes.rank:
         _write(run, task, trained, judged, params, processes.world)
     return run
+
+
+def _spare(run: RunFolder, flat: dict) -> None:
+    """Raise `InputError` where a policy that was trained with other parameters would be replaced."""
+    left = run.load_json("run.json").get("params", {})
+    if changed := [f"{name} {value} -> {flat[name]}" for name, value in left.items() if flat.get(name, value) != value]:
+        raise InputError(
+            f"{run.path} holds a policy of other parameters ({changed[0]}); move it away, or --set study=NAME"
+        )
 
 
 def _write(

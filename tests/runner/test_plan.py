@@ -280,6 +280,22 @@ def test_a_finished_run_is_never_altered_by_hand(study, tmp_path):
         open_run(str(tmp_path / "runs" / "s" / ONE), "04_ppo")
 
 
+def test_a_cell_of_parameters_is_played_with_and_no_part_of_a_run(study, tmp_path):
+    statuses(study)
+    path = tmp_path / "notebooks" / "04_ppo.ipynb"
+    path.write_text(path.read_text().replace("seed = 0", "seed = 7"))
+    assert set(statuses(study).values()) == {"cached"}
+
+
+def test_a_trained_policy_is_not_replaced_by_one_of_other_parameters(study, tmp_path):
+    read = load_study(study)
+    run = train.train_folder(read, "sparse", 0)
+    flat = train.one_run(read, "sparse", 0).flat()
+    write_json(run.file("run.json"), {"status": "ok", "params": flat | {"ppo_lr": 0.5}})
+    with pytest.raises(InputError, match="holds a policy of other parameters .ppo_lr 0.5 -> 0.0001.; move it away"):
+        train.train(read, "sparse", 0)
+
+
 def test_the_list_has_studies_alone(study, tmp_path, capsys):
     for name in (".ipynb_checkpoints/s-checkpoint", ".hidden", "accelerate/ddp", "broken"):
         path = tmp_path / "params" / f"{name}.yaml"
