@@ -30,7 +30,7 @@ from dense_rlhf.models.policy import PolicyWithValue
 from dense_rlhf.models.tiny_recipe import save_language_model
 from dense_rlhf.ppo.checkpoint import keep, resume, save_policy
 from dense_rlhf.report.write import write_overview
-from dense_rlhf.runs import finished_runs
+from dense_rlhf.runs import RunFolder, artefacts, finished_runs
 from dense_rlhf.training import dpo
 from dense_rlhf.types import InputError, LabelledText
 
@@ -201,6 +201,21 @@ def finished_run(folder, given):
     return lambda: [{name: run.record().get(name) for name in fields} for run in finished_runs(folder)]
 
 
+def tables_of_runs(folder, given):
+    for seed in (0, 1):
+        run = RunFolder(folder / f"04_ppo-a-seed{seed}")
+        run.save_table("history", pd.DataFrame({"update": range(9), "proxy": 0.25}))
+        run.save_metrics(gold=0.5)
+        record = dict(notebook="04_ppo", dataset="d", status="ok", artefacts=artefacts(run.path))
+        write_json(run.file("run.json"), record, sealed=True)
+
+    def read():
+        runs = finished_runs(folder)
+        return [(run.load_table("history").to_csv(), run.load_json("metrics.json")) for run in runs]
+
+    return read
+
+
 def overview(folder, given):
     reports = folder / "reports" / "s"
     facts = dict(study="s", commit="abc", seeds=[0], runs=[], findings=[], claims=[], datasets=[])
@@ -254,6 +269,7 @@ READERS = {
     "journal": journal,
     "record of judgements": judgements,
     "record of a run": finished_run,
+    "tables of runs": tables_of_runs,
     "summaries of studies": overview,
     "data as JSON lines": pairs_file("p.jsonl", lambda path, rows: path.write_bytes(lines(rows))),
     "data as packed JSON lines": pairs_file(
@@ -263,7 +279,13 @@ READERS = {
     "data as parquet": pairs_file("p.parquet", parquet),
     "data as CSV": reviews_csv,
 }
-PARTS = ("ledger of a search", "record of judgements", "record of a run", "summaries of studies")  # may lack the rest
+PARTS = (
+    "ledger of a search",
+    "record of judgements",
+    "record of a run",
+    "tables of runs",
+    "summaries of studies",
+)  # may lack the rest
 
 
 @pytest.fixture(scope="module")
