@@ -390,7 +390,7 @@ def one_update(
         return made
 
     mask, generator = torch.ones_like(queries, dtype=torch.bool), torch.Generator().manual_seed(0)
-    settings = queries, mask, Sampling(T, 1.0, -1, PAD), generator
+    settings = queries, mask, Sampling(T, 1.0, (-1,), PAD), generator
     drawn, kept = step("sample", lambda: SAMPLERS["cache"](policy.sampling_model(), *settings))
     none = torch.zeros(len(queries), device=DEVICE)
     texts = Responses(queries, mask, drawn, kept, none, none.bool())
@@ -412,7 +412,7 @@ def sampler(shape: str, B: int, P: int, T: int, repeats: int) -> None:
         taken = []
         for few in (queries[:, -width:] for width in widths):
             mask, generator = torch.ones_like(few, dtype=torch.bool), torch.Generator().manual_seed(0)
-            draw = partial(SAMPLERS[name], lm, few, mask, Sampling(T, 1.0, -1, PAD), generator)
+            draw = partial(SAMPLERS[name], lm, few, mask, Sampling(T, 1.0, (-1,), PAD), generator)
             taken.append(round(clocked(draw)[0], 3))
         return taken
 

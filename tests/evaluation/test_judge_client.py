@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 from chat_server import chat_server, completion, endless, raw, refuse, say, send
+from judge_server import server, start  # noqa: F401
 
 from dense_rlhf.evaluation.judge import client
 from dense_rlhf.types import InputError

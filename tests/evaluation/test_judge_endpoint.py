@@ -12,6 +12,7 @@ import time
 import numpy as np
 import pytest
 from chat_server import KEY, QUICK, completion, cut, drip, drop, raw, refuse, say, send, silent
+from judge_server import server, start  # noqa: F401
 
 from dense_rlhf.evaluation.judge import Endpoint, pairwise
 from dense_rlhf.types import InputError

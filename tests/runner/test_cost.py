@@ -188,7 +188,7 @@ def test_operations_are_those_that_torch_counts(policy):
     work = {step.step: step.flops for step in cost.time(empty(params), params, P, ["shap"])}
     models, reader = real(params)
     generator, learner = torch.Generator(), ppo.make_learner(models.policy, PPO, 0)
-    prompts = rollout.queries, rollout.query_mask, Sampling(PPO.max_new_tokens, 1.0, -1, 0), generator
+    prompts = rollout.queries, rollout.query_mask, Sampling(PPO.max_new_tokens, 1.0, (-1,), 0), generator
     readings = reader.readings(rollout)
     counted = {
         "sample": operations(lambda: sample(models.policy.sampling_model(), *prompts)),

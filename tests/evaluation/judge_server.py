@@ -1,4 +1,4 @@
-"""A judge's server, and starts of one run on it."""
+"""Fixtures: a judge's server, and starts of one run on it. A second conftest would hide the first one's constants."""
 
 from dataclasses import replace
 
