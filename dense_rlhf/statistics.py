@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 ALPHA = 0.05  # intervals are at 1 - ALPHA, tests at ALPHA
 FEWEST = 5  # seeds per task that resampling needs for an interval
+BOUNDS = {"win": (0.0, 1.0), "win_lc": (0.0, 1.0), "kl": (0.0, math.inf)}  # of columns of judgements
 Tasks = Sequence[Sequence[float]]  # for each task (dataset), one value per seed
 
 
@@ -68,13 +69,23 @@ def _numbers(values: Sequence[float] | np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------- means
 
 
-def t_interval(values: Sequence[float] | np.ndarray) -> Interval:
+def t_interval(values: Sequence[float] | np.ndarray, bounds: tuple[float, float] = (-math.inf, math.inf)) -> Interval:
     """Mean of one value per seed, (S,), with Student's t interval; unknown for a single seed.
 
-    Exact if seeds vary normally. Raises `InputError` for no values, or a value that is not finite.
+    Exact if seeds vary normally. What has `bounds` has the t interval of the mean's logarithm (above a lower bound) or
+    logit (between two), with the error that the delta method gives it; a mean that is not between them, as an estimate
+    of KL can be, the plain one. Raises `InputError` for no values, or a value that is not finite.
     """
     array = _numbers(values)
-    return Interval(*_around(array.mean(), _error(array), len(array) - 1))
+    mean, error, (low, high) = float(array.mean()), _error(array), bounds
+    if len(array) < 2 or not low < mean < high or bounds == (-math.inf, math.inf):
+        return Interval(*_around(mean, error, len(array) - 1))
+    above, below = mean - low, high - mean
+    slope = 1 / above + 1 / below  # of the logit; of the logarithm where below is infinite
+    _, *ends = _around(math.log(above) - (math.log(below) if below < math.inf else 0), error * slope, len(array) - 1)
+    if high == math.inf:
+        return Interval(mean, *(low + math.exp(min(end, 700)) for end in ends))
+    return Interval(mean, *(low + (high - low) * (1 + math.tanh(end / 2)) / 2 for end in ends))
 
 
 def _error(values: np.ndarray) -> float:
@@ -102,9 +113,11 @@ def bootstrap(
     return Interval(float(statistic(array)), float(low), float(high))
 
 
-def over_seeds(by_seed: Sequence[Sequence[float] | np.ndarray]) -> Interval:
+def over_seeds(
+    by_seed: Sequence[Sequence[float] | np.ndarray], bounds: tuple[float, float] = (-math.inf, math.inf)
+) -> Interval:
     """`t_interval` of each seed's mean over its prompts; `by_seed` holds an array of values by prompt for each seed."""
-    return t_interval([_numbers(values).mean() for values in by_seed])
+    return t_interval([_numbers(values).mean() for values in by_seed], bounds)
 
 
 # ---------------------------------------------------------------------------------------------------- differences
@@ -263,7 +276,8 @@ def _wins_variance(x: float, m: int, n: int) -> float:
 
 def summarise(evaluations: Mapping[str, Sequence[pd.DataFrame]], column: str) -> dict[str, Interval]:
     """`over_seeds` of one column for each arm; `evaluations` holds a table of judgements by prompt for each seed."""
-    return {arm: over_seeds([table[column].to_numpy() for table in tables]) for arm, tables in evaluations.items()}
+    bounds = BOUNDS.get(column, (-math.inf, math.inf))
+    return {arm: over_seeds([t[column].to_numpy() for t in tables], bounds) for arm, tables in evaluations.items()}
 
 
 def arm_table(evaluations: Mapping[str, Sequence[pd.DataFrame]]) -> pd.DataFrame:

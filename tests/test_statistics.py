@@ -85,6 +85,45 @@ def test_seeds_that_agree_to_the_last_digit_leave_nothing_open():
     assert welch([2.0, 2.0], [1.0, 1.0]).low == 1
 
 
+@pytest.mark.parametrize("bounds", [(0, 1), (0, math.inf), (-1, 1), (2, 5)], ids=str)
+@pytest.mark.parametrize("spread", [1e-6, 0.1, 0.4])
+@pytest.mark.parametrize("where", [0.01, 0.5, 0.9, 0.999])
+def test_an_interval_keeps_within_its_bounds(bounds, spread, where):
+    low, width = bounds[0], min(bounds[1], 10) - bounds[0]
+    shares = where + spread * min(where, 1 - where) * np.array([-1, 1, 0.5])
+    found, plain = t_interval(low + width * shares, bounds), t_interval(low + width * shares)
+    assert bounds[0] <= found.low < found.mean < found.high <= bounds[1] and found.mean == plain.mean
+    if spread < 1e-5:  # a small error is about the same on every scale
+        assert (found.low, found.high) == pytest.approx((plain.low, plain.high), rel=1e-3)
+
+
+def test_intervals_of_shares_and_kl_are_those_of_logit_and_logarithm():
+    share, kl = t_interval([0.80, 0.88], (0, 1)), t_interval([5.92, 7.74], (0, math.inf))
+    reach = stats.t.ppf(0.975, 1) * 0.04 / (0.84 * 0.16)
+    expected = stats.logistic.cdf(stats.logistic.ppf(0.84) + np.array([-reach, reach]))
+    assert (share.low, share.high) == pytest.approx(tuple(expected))  # plain: 0.33 to 1.35
+    assert kl.low * kl.high == pytest.approx(kl.mean**2) and kl.low > 0  # plain: -4.7 to 18.4
+    assert t_interval([0.2, 0.3], (0, 1)).high == pytest.approx(1 - t_interval([0.8, 0.7], (0, 1)).low)
+
+
+@pytest.mark.parametrize("values", [[1.0, 1.0], [0.0, 0.0], [-0.1, 0.05], [0.5]])
+def test_a_mean_at_or_beyond_a_bound_has_the_plain_interval(values):
+    assert t_interval(values, (0, 1)) == t_interval(values) or len(set(values)) == 2 and sum(values) > 0
+
+
+def test_shares_over_seeds_cover_at_about_their_nominal_rate():
+    rng = np.random.default_rng(0)
+    draws = rng.beta(16, 4, (2000, 3))
+    found = [t_interval(row, (0, 1)) for row in draws]
+    assert 0.93 < np.mean([i.low <= 0.8 <= i.high for i in found]) <= 0.99
+
+
+def test_columns_of_judgements_know_their_bounds():
+    tables = {"a": [pd.DataFrame({"win": [w] * 3, "kl": [k] * 3, "gold": [k] * 3}) for w, k in ((0.7, 1), (0.98, 12))]}
+    win, kl, gold = (summarise(tables, name)["a"] for name in ("win", "kl", "gold"))
+    assert 0 < win.low < win.high < 1 and kl.low > 0 > gold.low
+
+
 def test_intervals_that_overlap_are_not_apart():
     assert Interval(0, -1, 1).apart(Interval(3, 2, 4)) and Interval(3, 2, 4).apart(Interval(0, -1, 1))
     assert not Interval(0, -1, 1).apart(Interval(1.5, 0.5, 2)) and not t_interval([1.0]).apart(Interval(9, 8, 10))

@@ -165,7 +165,7 @@ def _by_function(rows: pd.DataFrame) -> pd.DataFrame:
 def curve(rows: pd.DataFrame) -> list[Interval]:
     """Mean regret at each checkpoint with its 95 % t interval over functions, of one d, snr and method."""
     table = _by_function(rows)
-    return [t_interval(table[n]) for n in table]
+    return [t_interval(table[n], (0, math.inf)) for n in table]
 
 
 def needed(rows: pd.DataFrame, goal: float, repeats: int = 1000) -> Interval:

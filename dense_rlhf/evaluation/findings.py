@@ -15,8 +15,8 @@ from dense_rlhf.statistics import (
     Interval,
     improvement,
     interquartile_mean,
-    over_seeds,
     paired,
+    summarise,
     values_at_kl,
     welch,
 )
@@ -206,7 +206,7 @@ def _arm(finding: Finding, name: str, what: str, about: Mapping) -> Arm:
     tables, base = finding.judged.get(name, {}), finding.judged[finding.baseline]
     gold, rivals = ([float(t["gold"].mean()) for t in side.values()] for side in (tables, base))
     columns = [c for c in ("gold", "kl", "win", "win_lc") if all(c in t for t in tables.values())]
-    fields = {c: over_seeds([t[c].to_numpy() for t in tables.values()]) for c in columns}
+    fields = {c: summarise({name: list(tables.values())}, c)[name] for c in columns}
     fields |= {"iqm": interquartile_mean([gold]), "path": _path(finding.history, name)}
     if name != finding.baseline:
         at_kl = finding.compare_at_kl(name, finding.baseline) if what != "reference" else None

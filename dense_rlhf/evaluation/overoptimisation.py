@@ -124,7 +124,9 @@ def _peak(runs: pd.DataFrame, column: str) -> str:
     reached = runs[runs["reached"]]
     if reached.empty:
         return "not reached here"
-    return str(t_interval(reached[column])) + f" ({len(reached)} of {len(runs)} seeds)" * (len(reached) < len(runs))
+    return str(t_interval(reached[column], (0, math.inf))) + f" ({len(reached)} of {len(runs)} seeds)" * (
+        len(reached) < len(runs)
+    )
 
 
 def generalisation(
