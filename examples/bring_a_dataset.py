@@ -3,8 +3,8 @@
     python examples/bring_a_dataset.py
 
 Every study and notebook takes it by its Python path, `data.name=bring_a_dataset:load_replies`, where this file lies in
-the folder from which the study runs. In a checkout, a line in `DATASETS` of `dense_rlhf/data.py` gives it a name, and
-the contract tests pick it up. (Preference pairs and labelled texts in a file need no code: see the README.)
+the folder from which the study runs. In a checkout, a line in `DATASETS` of `dense_rlhf/data/__init__.py` gives it a
+name, and the contract tests pick it up. (Pairs and labelled texts in a file need no code: see `docs/studies.md`.)
 """
 
 import argparse
