@@ -82,10 +82,20 @@ def test_attribution_checks_shapes():
             replace(good, **{name: torch.zeros(3)})
 
 
-@pytest.mark.parametrize("weights", [(0.5, 0.6), (1.5, -0.5), (float("nan"), 1.0), (1.0,), (0.2, 0.3, 0.5)])
+@pytest.mark.parametrize(
+    "weights",
+    [(0.5, 0.6), (1.5, -0.5), (float("nan"), 1.0), (1.0,), (0.2, 0.3, 0.5), (None, 1.0), ("1", 0.0), (True, 0)],
+)
 def test_shape_refuses_weights_off_the_simplex(weights):
     with pytest.raises(InputError, match="shape.weights"):
         RewardShape(("shap", "terminal"), weights)
+
+
+def test_a_weight_that_rounding_left_just_below_zero_is_zero():
+    shape = RewardShape(("shap", "terminal", "lime"), (1.0, -1e-17, 0.0))
+    assert shape.weighted == ("shap",)
+    with pytest.raises(InputError, match="sum to 1, to 1e-06"):
+        replace(shape, weights=(1.00001, -1e-5, 0.0))
 
 
 @pytest.mark.parametrize(

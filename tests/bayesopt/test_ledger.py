@@ -8,7 +8,7 @@ import random
 import signal
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
 import kill_trials
@@ -19,6 +19,8 @@ from hypothesis import strategies as st
 
 from dense_rlhf.bayesopt import ledger
 from dense_rlhf.bayesopt.ledger import Halfway, Ledger, is_live, trial_seed, trials
+from dense_rlhf.bayesopt.search import Search
+from dense_rlhf.bayesopt.space import Space
 from dense_rlhf.files import append_line, lock, read_ledger
 from dense_rlhf.types import InputError
 
@@ -375,6 +377,39 @@ def test_a_ledger_of_something_else_is_refused_and_left_alone(unbroken, tmp_path
         (tmp_path / "x.jsonl").write_text(text)
         with pytest.raises(InputError, match="x.jsonl is not the ledger of a search; move it away"):
             trials(tmp_path / "x.jsonl")
+
+
+@pytest.mark.parametrize(
+    "number, change",
+    [
+        *((2, {"value": value}) for value in ("0.5", None, 10**400, float("nan"), True, [1.0])),
+        (2, {"standard_error": "0.1"}),
+        (0, {"point": [0.5, None]}),
+        (0, {"point": ["a", 0.5]}),
+        (0, {"seed": "1000"}),
+        (1, {"point": 5}),
+    ],
+)
+def test_an_event_without_its_numbers_is_refused_by_trial(unbroken, tmp_path, number, change):
+    """Events are edited as by hand, so that they have no hash; with one, any edit is seen."""
+    events = read_ledger(unbroken)
+    events[number] |= change
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    with pytest.raises(InputError, match="x.jsonl(: trial 0 was|, line 3)"):
+        trials(tmp_path / "x.jsonl")
+    lines = unbroken.read_text().splitlines(keepends=True)
+    lines[2] = lines[2].replace('"value": ', '"value": 1')
+    (tmp_path / "x.jsonl").write_text("".join(lines))
+    with pytest.raises(InputError, match="x.jsonl, line 3 is not as it was written: its hash differs"):
+        trials(tmp_path / "x.jsonl")
+
+
+def test_a_point_off_the_space_is_refused_by_file_and_trial(unbroken, tmp_path):
+    events = read_ledger(unbroken)
+    events[0]["point"] = [0.9, 0.9]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    with pytest.raises(InputError, match="x.jsonl, trial 0: "):
+        replace(toy(tmp_path / "x.jsonl"), empty=lambda: Search(Space(2))).replay()
 
 
 def test_no_trial_has_the_seed_of_a_policy_trained_afterwards():

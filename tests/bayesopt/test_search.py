@@ -100,15 +100,24 @@ def test_suggesting_leaves_the_global_generator_alone(searched):
         ((1.2, -0.2), 1.0),
         ((1.0,), 1.0),
         ((float("nan"), 1.0), 1.0),
-        ((0.5, 0.5), float("nan")),
-        ((0.5, 0.5), float("inf")),
+        ((0.5, None), 1.0),
+        ((0.5, True), 1.0),
+        (None, 1.0),
+        ("ab", 1.0),
+        *(((0.5, 0.5), value) for value in (None, True, "1", 1j, [1.0], 10**400, float("nan"), float("inf"))),
     ],
 )
 def test_a_bad_observation_raises_and_is_not_recorded(weights, value):
     search = plain(2)
-    with pytest.raises(InputError):
+    with pytest.raises(InputError) as refused:
         search.observe(weights, value)
-    assert not search.points and not search.values
+    assert not search.points and not search.values and len(str(refused.value)) < 300
+
+
+def test_weights_that_rounding_left_just_below_zero_are_observed():
+    search = plain(3)
+    search.observe((1.0, -1e-17, 0.0), np.float32(0.5), np.float64(0.1))
+    assert search.values == [0.5]
 
 
 def test_too_little_to_search_or_to_fit_raises():
@@ -129,7 +138,7 @@ def test_known_noise_is_not_taken_for_signal():
     assert np.ptp(mean) < 2 * sd.max() and sd.min() > 0.02
 
 
-@pytest.mark.parametrize("error", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("error", [0.0, -1.0, float("nan"), float("inf"), "0.1", True, 10**400])
 def test_a_standard_error_is_above_zero(error):
     with pytest.raises(InputError, match="standard error"):
         plain(2).observe((0.5, 0.5), 1.0, error)

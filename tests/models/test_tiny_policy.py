@@ -6,6 +6,7 @@ import pytest
 
 from dense_rlhf.config.params import PolicyParams
 from dense_rlhf.data import DataParams, load_data
+from dense_rlhf.files import damaged
 from dense_rlhf.fingerprint import PACKAGE
 from dense_rlhf.models import tiny_recipe as lm
 from dense_rlhf.models.language_models import load_policy
@@ -23,6 +24,10 @@ def recipe():
 
 def test_it_is_small():
     assert (FOLDER / "model.safetensors").stat().st_size <= 12e6
+
+
+def test_it_is_as_it_was_written():
+    assert damaged(FOLDER) is None
 
 
 def test_it_has_the_size_of_its_recipe(recipe):

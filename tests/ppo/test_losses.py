@@ -8,6 +8,7 @@ import torch
 from conftest import make_rollout
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 from torch.nn import functional as F
 
 from dense_rlhf import ppo
@@ -130,6 +131,26 @@ def test_whitened_rewards_keep_their_mean(rollout):
     rewards = ppo.token_rewards(rollout, shaped, replace(PARAMS, whiten_rewards=True, kl_coef=0.0))
     assert rewards[rollout.mask].mean().item() == pytest.approx(shaped[rollout.mask].mean().item(), abs=1e-4)
     assert rewards[rollout.mask].var().item() == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [torch.bool, torch.long, torch.complex64, Tensor.numpy, Tensor.tolist, lambda _: None, lambda _: 1.0],
+    ids=["bool", "integers", "complex", "numpy", "list", "none", "number"],
+)
+def test_rewards_of_another_kind_are_refused_in_one_line(rollout, policy, kind):
+    """Also before they can change the learner's running unit."""
+    zeros = torch.zeros(rollout.mask.shape)
+    rewards = zeros.to(kind) if isinstance(kind, torch.dtype) else kind(zeros)
+    learner = ppo.make_learner(policy, PARAMS, 0)
+    for use in (
+        lambda: ppo.token_rewards(rollout, rewards, PARAMS),
+        lambda: learner.pay(rollout, rewards, replace(PARAMS, scale_rewards=True)),
+        lambda: ppo.update(learner, rollout, rewards, PARAMS),
+    ):
+        with pytest.raises(InputError, match="^rewards are .*, wanted a floating-point tensor"):
+            use()
+    assert learner.moments == [0.0, 0.0, 0.0]
 
 
 def test_rewards_of_another_shape_raise(rollout, policy):

@@ -248,6 +248,12 @@ def test_token_weights_are_the_formula_on_the_simplex(rollout, pair, slopes, shi
     assert torch.allclose(found[~rollout.mask], torch.tensor(base), atol=1e-6)
 
 
+def test_a_weight_just_below_zero_is_none_at_any_token(rollout):
+    exact = RewardShape(("a", "b", "c"), (0.5, 0.5, 0.0), features=("ending",), slopes=((1.0,), (0.0,), (0.0,)))
+    rounded = replace(exact, weights=(0.5, 0.5, -1e-17))
+    assert torch.equal(token_weights(rollout, rounded), token_weights(rollout, exact))
+
+
 def test_the_mix_of_weights_by_token(attributions, rollout):
     """Signed: what is missing of the score evenly; softmax: rescaled."""
     w = token_weights(rollout, CONTEXT)

@@ -22,7 +22,7 @@ from dense_rlhf.bayesopt.search import STRATEGIES, Search
 from dense_rlhf.bayesopt.space import Space
 from dense_rlhf.config import params
 from dense_rlhf.config.params import AttributionParams, BOParams, PPOParams
-from dense_rlhf.files import append_line, read_ledger
+from dense_rlhf.files import append_line, read_ledger, seal
 from dense_rlhf.shaping.rewards import shape_rewards
 from dense_rlhf.training import inner_loop, outer_loop
 from dense_rlhf.training.evaluate import evaluate
@@ -307,7 +307,7 @@ def test_a_finished_search_trains_nothing(task, unbroken, monkeypatch):
 
 
 def test_a_policy_that_another_took_the_place_of_is_trained_again(task, unbroken, tmp_path, monkeypatch):
-    """None is there, or another trial's; both end in the bytes that the unbroken search left."""
+    """None is there, or another trial's, or a damaged one; all end in the bytes that the unbroken search left."""
     path = tmp_path / "trials.jsonl"
     path.write_bytes(unbroken[1].read_bytes())
     best, asked = json.loads((unbroken[1].parent / "policy" / "trial.json").read_text()), []
@@ -320,8 +320,13 @@ def test_a_policy_that_another_took_the_place_of_is_trained_again(task, unbroken
     search(task, path)
     kept = tmp_path / "policy" / "trial.json"
     kept.write_text(json.dumps(best | {"trial": best["trial"] + 1}))
+    seal(kept.parent)
     search(task, path)
-    assert asked == [best["seed"]] * 2 and json.loads(kept.read_text()) == best
+    weights = kept.with_name("model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    with pytest.warns(UserWarning, match="model.safetensors is not as it was written, so the policy is trained again"):
+        search(task, path)
+    assert asked == [best["seed"]] * 3 and json.loads(kept.read_text()) == best
     for name in ("model.safetensors", "tokenizer.json", "trial.json"):
         assert (tmp_path / "policy" / name).read_bytes() == (unbroken[1].parent / "policy" / name).read_bytes()
 
