@@ -159,6 +159,7 @@ def python_path() -> str:
     return os.pathsep.join(filter(None, [checkout, os.environ.get("PYTHONPATH")]))
 
 
+@cache
 def _versions() -> dict[str, str]:
     return {name: version(name) for name in PACKAGES}
 
