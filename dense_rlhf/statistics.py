@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 ALPHA = 0.05  # intervals are at 1 - ALPHA, tests at ALPHA
 FEWEST = 5  # seeds per task that resampling needs for an interval
+UNBOUNDED = (-math.inf, math.inf)
 BOUNDS = {"win": (0.0, 1.0), "win_lc": (0.0, 1.0), "kl": (0.0, math.inf)}  # of columns of judgements
 Tasks = Sequence[Sequence[float]]  # for each task (dataset), one value per seed
 
@@ -78,7 +79,7 @@ def t_interval(values: Sequence[float] | np.ndarray, bounds: tuple[float, float]
     """
     array = _numbers(values)
     mean, error, (low, high) = float(array.mean()), _error(array), bounds
-    if len(array) < 2 or not low < mean < high or bounds == (-math.inf, math.inf):
+    if len(array) < 2 or not low < mean < high or bounds == UNBOUNDED:
         return Interval(*_around(mean, error, len(array) - 1))
     above, below = mean - low, high - mean
     slope = 1 / above + 1 / below  # of the logit; of the logarithm where below is infinite
@@ -113,9 +114,7 @@ def bootstrap(
     return Interval(float(statistic(array)), float(low), float(high))
 
 
-def over_seeds(
-    by_seed: Sequence[Sequence[float] | np.ndarray], bounds: tuple[float, float] = (-math.inf, math.inf)
-) -> Interval:
+def over_seeds(by_seed: Sequence[Sequence[float] | np.ndarray], bounds: tuple[float, float] = UNBOUNDED) -> Interval:
     """`t_interval` of each seed's mean over its prompts; `by_seed` holds an array of values by prompt for each seed."""
     return t_interval([_numbers(values).mean() for values in by_seed], bounds)
 
@@ -276,7 +275,7 @@ def _wins_variance(x: float, m: int, n: int) -> float:
 
 def summarise(evaluations: Mapping[str, Sequence[pd.DataFrame]], column: str) -> dict[str, Interval]:
     """`over_seeds` of one column for each arm; `evaluations` holds a table of judgements by prompt for each seed."""
-    bounds = BOUNDS.get(column, (-math.inf, math.inf))
+    bounds = BOUNDS.get(column, UNBOUNDED)
     return {arm: over_seeds([t[column].to_numpy() for t in tables], bounds) for arm, tables in evaluations.items()}
 
 
