@@ -111,7 +111,7 @@ class RewardParams:
     token_budget: Count | None = None  # tokens in one forward pass; by default set by the device
     dtype: Dtype = "float32"  # of the weights when it scores and explains
     output: Whole | None = None  # which output is the score, from 0, of a finished model that has several
-    pair: bool = False  # a finished model reads prompt and response as two segments, tokenizer(prompt, response)
+    pair: Flag = False  # a finished model reads prompt and response as two segments, tokenizer(prompt, response)
     dpo_steps: Whole = 0  # log_ratio: steps of DPO on the proxy's own preferences; 0 trains none
     dpo_beta: Positive = 0.1  # log_ratio: how strongly DPO holds its policy to the reference
 

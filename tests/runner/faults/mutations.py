@@ -17,7 +17,7 @@ STUDY = {"study": "s", "notebooks": ["04_ppo"], "arms": {"plain": {"sources": ["
 WRONG = {  # by the type's name in JSON schema
     "boolean": ["yes please", 1, [True]],
     "integer": ["text", 1.5, True, [1], {"a": 1}, 10**30, math.nan],
-    "number": ["1e-4", True, [1.0], {"a": 1}, math.nan],
+    "number": ["one", True, [1.0], {"a": 1}, math.nan],
     "string": [3, True, ["x"], {"a": 1}],
     "array": [{"a": 1}, [[["x"]]], True, [math.nan], [{"a": [1]}]],
 }
@@ -92,7 +92,6 @@ def structures() -> Iterator[tuple[str, str | bytes, str]]:
         "no alias": "a: *b",
         "tag": "!!python/object/apply:os.system [ls]",
         "half": good[: len(good) // 2] + "\n  - [",
-        "date": "a: 2001-99-99",
         "deep": "a: " + "[" * 20_000,
         "deep map": "a: " + "{b: " * 5_000,
         "digits": "a: " + "9" * 5_000,
@@ -111,12 +110,13 @@ def structures() -> Iterator[tuple[str, str | bytes, str]]:
         "comma": "a: {b: 1,, c: 2}",
     }
     yield from ((label, text, "s.yaml") for label, text in texts.items())
+    yield "date", "a: 2001-99-99", "a is not a parameter"
     yield "twice", good + "study: other\n", "'study' is given twice"
     yield "twice inside", good + "ppo: {lr: 0.1, lr: 0.2}\n", "'lr' is given twice"
-    yield "alias of itself", good + "seeds: &x [*x]\n", "seeds"
-    yield "arms in arms", "study: s\narms: &x {b: *x}\n", "arms.b"
-    yield "bomb", bomb + "study: s\n", "a is not a parameter"
-    yield "bomb as a value", _bomb_in_seeds(), "seeds"
+    yield "alias of itself", good + "seeds: &x [*x]\n", "s.yaml itself"
+    yield "arms in arms", "study: s\narms: &x {b: *x}\n", "s.yaml itself"
+    yield "bomb", bomb + "study: s\n", "s.yaml values"
+    yield "bomb as a value", _bomb_in_seeds(), "s.yaml values"
 
 
 def _bomb_in_seeds() -> str:
