@@ -182,14 +182,8 @@ def load_reward_model(
             model = train_on_labels(examples, tokenizer, params, seed, progress)
         model.save_pretrained(folder)
 
-    later = (
-        "dtype",
-        "token_budget",
-        "output",
-        "pair",
-        "dpo_steps",
-        "dpo_beta",
-    )  # parameters that its training does not use
+    # parameters that its training does not use
+    later = ("dtype", "token_budget", "output", "pair", "dpo_steps", "dpo_beta")
     learned = {name: value for name, value in vars(params).items() if name not in later}
     key = {
         "data": data_revision,
