@@ -33,41 +33,37 @@ def prompt_text(prompt: Prompt) -> str:
 def preference_pair(row: dict) -> PreferencePair:
     """One row: `chosen` and `rejected` are texts or lists of {role, content}, which `prompt` precedes, or they hold it.
 
-    Raises `InputError` for a row of another form.
+    A text that begins with a turn, as in HH-RLHF, is a dialogue. Raises `InputError` for a row of another form.
     """
     if isinstance(row, InputError):
         raise row
     if not isinstance(row, dict):
         raise InputError(OTHER)
-    sides = row.get("chosen"), row.get("rejected")
-    if all(isinstance(side, str) for side in sides):
-        return _pair_of_texts(row.get("prompt"), *sides)
-    return _pair_of_messages(row.get("prompt"), *map(_messages, sides))
+    prompt, chosen, rejected = (_text_or_messages(row.get(name)) for name in FIELDS)
+    if isinstance(prompt, tuple) and prompt[-1:] == (Message("assistant", ""),):  # the turn that a reply fills
+        prompt = prompt[:-1]
+    if isinstance(chosen, str) and isinstance(rejected, str) and prompt is not None:
+        return PreferencePair(prompt, chosen, rejected)
+    (asked, answer), (other, worse) = (_last_reply(_whole(prompt, side)) for side in (chosen, rejected))
+    if asked != other:
+        raise InputError("the prompts of the two sides differ")
+    return PreferencePair(asked, answer, worse)
 
 
-def _pair_of_texts(prompt: object, chosen: str, rejected: str) -> PreferencePair:
-    """Replies to a prompt, which is text to go on from unless it is a dialogue; or two whole dialogues."""
-    if prompt is None or _is_dialogue(chosen) and _is_dialogue(rejected):
-        return _pair(parse_dialogue(chosen), parse_dialogue(rejected))
-    if not isinstance(prompt, str):
-        prompt = _messages(prompt)
-    elif _is_dialogue(prompt):
-        prompt = _turns(prompt)
-        prompt = prompt[:-1] if prompt[-1] == Message("assistant", "") else prompt  # the turn that a reply fills
-    else:
-        prompt = prompt.strip()
-    return PreferencePair(prompt, chosen.strip(), rejected.strip())
+def _text_or_messages(given: object) -> str | tuple[Message, ...] | None:
+    if isinstance(given, str):
+        return parse_turns(given) if TURN.match("\n\n" + given.lstrip()) else given.strip()
+    return None if given is None else _messages(given)
 
 
-def _pair_of_messages(prompt: object, chosen: tuple[Message, ...], rejected: tuple[Message, ...]) -> PreferencePair:
-    """Messages that go on from a prompt, or that begin with it."""
-    asked = Message("user", prompt.strip()) if isinstance(prompt, str) and prompt.strip() else None
-    before = (asked,) if asked else _messages(prompt or [])
-
-    def whole(side: tuple[Message, ...]) -> tuple[Message, ...]:
-        return side if side[: len(before)] == before or asked in side else before + side
-
-    return _pair(_last_reply(whole(chosen)), _last_reply(whole(rejected)))
+def _whole(prompt: str | tuple[Message, ...] | None, side: str | tuple[Message, ...] | None) -> tuple[Message, ...]:
+    """The dialogue of one side, which goes on from the prompt or has it within."""
+    if side is None:
+        raise InputError(OTHER)
+    side = parse_turns(side) if isinstance(side, str) else side
+    asked = Message("user", prompt) if isinstance(prompt, str) and prompt else None
+    before = (asked,) if asked else prompt or ()
+    return side if side[: len(before)] == before or asked in side else before + side
 
 
 def _messages(given: object) -> tuple[Message, ...]:
@@ -83,35 +79,21 @@ def _messages(given: object) -> tuple[Message, ...]:
     return tuple(Message(turn["role"], turn["content"].strip()) for turn in given)
 
 
-def _is_dialogue(text: str) -> bool:
-    return TURN.match("\n\n" + text.lstrip()) is not None
+def parse_turns(text: str) -> tuple[Message, ...]:
+    """The turns of an HH-RLHF dialogue, whose first blank lines may be missing; none of a text without any.
 
-
-def _turns(text: str) -> tuple[Message, ...]:
+    Raises `InputError` for text before the first turn.
+    """
     before, *parts = TURN.split("\n\n" + text.lstrip())
     if parts and before:
         raise InputError("text before the first turn")
     return tuple(Message("user" if r == "Human" else "assistant", c.strip()) for r, c in zip(parts[::2], parts[1::2]))
 
 
-def parse_dialogue(text: str) -> tuple[Prompt, str]:
-    """Split an HH-RLHF dialogue at its last assistant turn into the messages before it and the reply.
-
-    The blank lines that begin it may be missing. Raises `InputError` unless the last turn is the assistant's.
-    """
-    return _last_reply(_turns(text))
-
-
 def _last_reply(messages: tuple[Message, ...]) -> tuple[Prompt, str]:
     if not messages or messages[-1].role != "assistant":
         raise InputError("a dialogue must have turns and end with the assistant's")
     return messages[:-1], messages[-1].content
-
-
-def _pair(chosen: tuple[Prompt, str], rejected: tuple[Prompt, str]) -> PreferencePair:
-    if chosen[0] != rejected[0]:
-        raise InputError("the prompts of the two sides differ")
-    return PreferencePair(*chosen, rejected[1])
 
 
 def _check(pair: PreferencePair, max_chars: int) -> None:

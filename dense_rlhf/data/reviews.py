@@ -98,15 +98,13 @@ def load_reviews(params: DataParams, rows: int | None = None) -> Dataset:
     """
     path = Path(params.path) if params.path else wheel_member(*REVIEWS_WHEEL, REVIEWS_MEMBER)
     content = read_bytes(path)
-    pairs = _labelled_rows(content, path, params)
-    splits, counts = split_reviews(pairs, params.labels)
-    met = Counter(shown(pair[1]) for pair in pairs if isinstance(pair, tuple)).most_common(5)
-    hint = f"; labels are {', '.join(f'{label} ({n:,})' for label, n in met)}; data.labels=[BAD, GOOD] names yours"
+    read = _labelled_rows(content, path, params)
+    splits, counts = split_reviews(read, params.labels)
+    kept = {review.label for split in splits.values() for review in split}
+    hint = "" if len(kept) == 2 else f"; labels are {_labels_met(read)}; data.labels=[BAD, GOOD] names yours"
     count_kept(str(path), splits, counts, hint)
-    if len(kept := {review.label for split in splits.values() for review in split}) < 2:
-        raise InputError(
-            f"{path}: all texts that are kept are labelled {kept.pop()}, wanted some of 0 and some of 1{hint}"
-        )
+    if hint:
+        raise InputError(f"{path}: all texts that are kept are labelled {kept.pop()}, wanted some of 0 and of 1{hint}")
     train_counts, test_counts = Counter(), Counter()
     train = review_prompts(splits["train"], params.prompt_words, train_counts)
     validation = review_prompts(splits["validation"], params.prompt_words, train_counts, set(train))
@@ -132,14 +130,12 @@ def _labelled_rows(content: bytes, path: Path, params: DataParams) -> list[tuple
         return csv_rows(text, separator, columns, lambda label: label_of(label, params.labels) is not None)
 
     rows = file_rows(content, path, columns, params.encoding, read_csv)
-    if rows and not any(isinstance(row, dict) and row.keys() >= set(columns) for row in rows):
+    if rows and not any(not isinstance(row, InputError) and row.keys() >= set(columns) for row in rows):
         yours = "name yours by data.text and data.label; preference pairs want data.name=hh_rlhf or ultrafeedback"
         raise InputError(f"{path}: no row has both {' and '.join(columns)}; {yours}")
-    return [
-        tuple(map(row.get, columns))
-        if isinstance(row, dict)
-        else row
-        if isinstance(row, InputError)
-        else InputError(OTHER)
-        for row in rows
-    ]
+    return [row if isinstance(row, InputError) else tuple(map(row.get, columns)) for row in rows]
+
+
+def _labels_met(rows: list[tuple[object, object] | InputError]) -> str:
+    met = Counter(shown(row[1]) for row in rows if not isinstance(row, InputError))
+    return ", ".join(f"{label} ({number:,})" for label, number in met.most_common(5))

@@ -34,9 +34,8 @@ def read_rows(path: str | Path) -> list[dict]:
     """All rows of a .json (a list), .jsonl or .parquet file. Raises `InputError` that names file and line or row."""
     rows = file_rows(read_bytes(path), Path(path))
     for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            problem = row if isinstance(row, InputError) else "no object of named fields"
-            raise InputError(f"{path}, row {number}: {problem}")
+        if isinstance(row, InputError):
+            raise InputError(f"{path}, row {number}: {row}")
     return rows
 
 
@@ -46,7 +45,7 @@ def file_rows(
     fields: Sequence[str] | None = None,
     encoding: str = "utf-8",
     other: Callable | None = None,
-) -> list[object]:
+) -> list[dict | InputError]:
     """The rows in the bytes of a file, in the form that its name ends in; of a parquet file only `fields`.
 
     Text of any other ending goes to `other`; without it, it is JSON lines. Raises `InputError` that names the file, and
@@ -62,9 +61,8 @@ def file_rows(
         text = decoded(content, encoding)
         if not text.strip():
             raise ValueError("it is empty")
-        if form == "json":
-            return _json_list(text)
-        return list(other(text) if other and form not in FORMS else _json_lines(text))
+        read = _json_list if form == "json" else other if other and form not in FORMS else _json_lines
+        return [row if isinstance(row, (dict, InputError)) else InputError(OTHER) for row in read(text)]
     except InputError as error:
         raise InputError(f"{path} {error}") from error
     except (ValueError, EOFError, OSError, RecursionError, zlib.error) as error:  # of text, JSON, gzip or parquet
@@ -114,7 +112,7 @@ def _json_lines(text: str) -> Iterator[object]:
 # ---------------------------------------------------------------------------------------------------- parquet
 
 
-def _parquet(content: bytes, fields: Sequence[str] | None) -> Iterator[object]:
+def _parquet(content: bytes, fields: Sequence[str] | None) -> Iterator[dict | InputError]:
     """Rows of these fields, of those that are there. Raises ValueError for a file that has none of them."""
     import pyarrow
     import pyarrow.parquet
@@ -139,7 +137,9 @@ def _parquet(content: bytes, fields: Sequence[str] | None) -> Iterator[object]:
 # ---------------------------------------------------------------------------------------------------- CSV
 
 
-def csv_rows(text: str, separator: str, columns: tuple[str, str], is_label: Callable[[object], bool]) -> Iterator:
+def csv_rows(
+    text: str, separator: str, columns: tuple[str, str], is_label: Callable[[object], bool]
+) -> Iterator[dict | InputError]:
     """Rows of a CSV by its header. A line whose quotes do not pair costs that line alone.
 
     Raises `InputError` where a column is missing or there twice. `is_label`, of the second, tells rows from prose.

@@ -6,26 +6,26 @@ from made_rows import CHATS, HH_ROWS, hh_row, left_out, total, turns, write_rows
 
 from dense_rlhf.config.params import DataParams
 from dense_rlhf.data import collect_pairs, load_data, preference_pair, prompt_text
-from dense_rlhf.data.pairs import parse_dialogue
+from dense_rlhf.data.pairs import parse_turns
 from dense_rlhf.types import InputError, Message, PreferencePair
 
 OTHER = "fields missing or of another type"
 
 
-def test_dialogue_is_split_at_the_last_assistant_turn():
+def test_a_dialogue_is_its_turns():
     text = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: why?\n\nAssistant: He said Human: no.\nAssistant: yes "
-    prompt, reply = parse_dialogue(text)
-    assert prompt == (Message("user", "hi"), Message("assistant", "hello"), Message("user", "why?"))
-    assert reply == "He said Human: no.\nAssistant: yes"
-    assert prompt_text(prompt) == "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: why?\n\nAssistant:"
+    *prompt, reply = parse_turns(text)
+    assert prompt == [Message("user", "hi"), Message("assistant", "hello"), Message("user", "why?")]
+    assert reply == Message("assistant", "He said Human: no.\nAssistant: yes")
+    assert prompt_text(tuple(prompt)) == "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: why?\n\nAssistant:"
     for same in (text.strip(), "\n" + text, text.replace("\n\n", "\r\n\r\n")):
-        assert parse_dialogue(same) == (prompt, reply)
+        assert parse_turns(same) == (*prompt, reply)
 
 
 @pytest.mark.parametrize("text", ["", "no turns", "\n\nHuman: hi", "\n\nAssistant: a\n\nHuman: b"])
-def test_dialogue_without_a_last_assistant_turn_is_refused(text):
-    with pytest.raises(InputError, match="assistant"):
-        parse_dialogue(text)
+def test_a_dialogue_without_a_last_assistant_turn_is_refused(text):
+    with pytest.raises(InputError, match="end with the assistant's"):
+        preference_pair({"chosen": text, "rejected": text})
 
 
 ASKED = (Message("user", "q"),)
@@ -42,6 +42,8 @@ SYSTEM = {"role": "system", "content": "s"}
         ({"prompt": "q", "chosen": "\n\nHuman: q\n\nAssistant: y", "rejected": "\n\nHuman: q\n\nAssistant: n"}, ASKED),
         ({"prompt": "\n\nHuman: q\n\nAssistant:", "chosen": " y", "rejected": " n"}, ASKED),
         ({"prompt": "\n\nHuman: q", "chosen": " y", "rejected": " n"}, ASKED),
+        ({"prompt": "\n\nHuman: q", "chosen": "\n\nAssistant: y", "rejected": "\n\nAssistant: n"}, ASKED),
+        ({"prompt": "\n\nHuman: q\n\nAssistant:", "chosen": turns("q", "y"), "rejected": turns("q", "n")[1:]}, ASKED),
         ({"prompt": "The sky is", "chosen": " y", "rejected": " n"}, "The sky is"),
         ({"prompt": turns("q"), "chosen": "y", "rejected": "n"}, ASKED),
         ({"prompt": "q", "chosen": turns("q", "y"), "rejected": turns("q", "n")}, ASKED),
@@ -99,6 +101,7 @@ BAD_ROWS = [
     (InputError("a field is given twice"), "a field is given twice"),
     ({**hh_row(0), "chosen": "\n\nHuman: question 0"}, LAST),
     ({"chosen": "plain", "rejected": "text"}, LAST),
+    ({**hh_row(0), "rejected": "text"}, LAST),
     ({"chosen": [], "rejected": []}, LAST),
     ({"chosen": turns("q"), "rejected": turns("q")}, LAST),
     (hh_row("long " * 100), "prompt too long"),

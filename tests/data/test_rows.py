@@ -66,7 +66,7 @@ def test_a_bad_file_is_named(tmp_path, name):
 
 def test_rows_that_must_all_be_good_are_named(tmp_path):
     for row, message in (
-        ("[1]", "no object"),
+        ("[1]", "fields missing or of another type"),
         ('{"a": 1, "a": 2}', "given twice"),
         ("[" * 99_999, "nested too deeply"),
     ):
@@ -167,9 +167,9 @@ def bad_cell(values, cell):
     [
         (SIDES | {"chosen": [None, *SIDES["chosen"][1:]]}, {"fields missing or of another type": 1}),
         (SIDES | {"chosen": bad_cell(SIDES["chosen"], b"\xff")}, {"no UTF-8, or a date out of range": 1}),
-        (SIDES | {"prompt": [3] + [None] * 399}, {}),
+        (SIDES | {"prompt": [3] + [None] * 399}, {"fields missing or of another type": 1}),
     ],
-    ids=["nothing", "no UTF-8", "a prompt beside dialogues"],
+    ids=["nothing", "no UTF-8", "a number"],
 )
 def test_a_bad_cell_costs_its_row(tmp_path, columns, lost):
     assert left_out(load_data(parquet(tmp_path / "a.parquet", **columns))) == lost
