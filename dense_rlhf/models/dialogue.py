@@ -109,8 +109,8 @@ def prompt_ids(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) ->
 
     Raises `InputError` for a prompt of no tokens or of another type, and for one that the chat template refuses.
     """
-    if isinstance(prompts, str):
-        raise InputError(f"prompts is one text, {prompts[:60]!r}; wanted a list of them")
+    if isinstance(prompts, str | None):
+        raise InputError(f"prompts is {prompts!r:.60}, one text or none; wanted a list of them")
     rows = []
     for prompt in prompts:
         plain = isinstance(prompt, str) or not tokenizer.chat_template
