@@ -34,7 +34,7 @@ from dense_rlhf.models.policy import PolicyWithValue
 from dense_rlhf.ppo.sampling import prompt_batches
 from dense_rlhf.ppo.warnings import diagnose
 from dense_rlhf.training.dpo import BATCH, QUIET, Pairs, train_dpo, unpadded
-from dense_rlhf.training.evaluate import HELD_OUT, judged
+from dense_rlhf.training.evaluate import HELD_OUT, check_prompts, judged
 from dense_rlhf.training.inner_loop import Recipe, TrainedPolicy, collect, measure
 from dense_rlhf.training.task import Task, step_seed
 from dense_rlhf.types import InputError, Prompt, Responses
@@ -301,6 +301,7 @@ def best_of_n(task: Task, prompts: Sequence[Prompt], params: PPOParams, seed: in
     """
     if n < 1:
         raise InputError(f"best_of_n: n is {n}, wanted at least 1")
+    check_prompts(prompts)
     size, tables = max(1, params.rollouts // n), []
     for start in range(0, len(prompts), size):
         batch = prompts[start : start + size]

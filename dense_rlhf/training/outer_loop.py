@@ -21,7 +21,7 @@ from dense_rlhf.files import content_key, damaged, lock, read_json, remove_check
 from dense_rlhf.fingerprint import source_key
 from dense_rlhf.models.policy import PolicyWithValue
 from dense_rlhf.ppo.checkpoint import save_policy
-from dense_rlhf.training.evaluate import evaluate
+from dense_rlhf.training.evaluate import check_prompts, evaluate
 from dense_rlhf.training.inner_loop import Recipe, Session, TrainedPolicy, fixed_settings, train_policy
 from dense_rlhf.training.task import Task
 from dense_rlhf.types import InputError, Prompt, RewardShape
@@ -68,6 +68,7 @@ class Objective:
     values: Callable[[pd.DataFrame], Sequence[float]]  # a number a prompt
 
     def __post_init__(self):
+        check_prompts(self.prompts)
         if len(self.prompts) < 2:
             raise InputError(f"{len(self.prompts)} held-out prompts give no standard error; wanted at least 2")
 

@@ -14,10 +14,12 @@ from dense_rlhf.data import Dataset
 from dense_rlhf.models.language_models import LanguageModel
 from dense_rlhf.models.word_judge import AdditiveJudge
 from dense_rlhf.shaping.rewards import shape_rewards
+from dense_rlhf.training.baselines import best_of_n
 from dense_rlhf.training.evaluate import evaluate
 from dense_rlhf.training.inner_loop import Recipe, train_policy
+from dense_rlhf.training.outer_loop import Objective
 from dense_rlhf.training.task import Task
-from dense_rlhf.types import LabelledText, RewardShape
+from dense_rlhf.types import InputError, LabelledText, RewardShape
 
 PARAMS = PPOParams(updates=3, rollouts=4, max_new_tokens=6, minibatch=2, lr=1e-2)
 EXPLAIN = AttributionParams(lime_samples=8)
@@ -105,3 +107,21 @@ def test_evaluate_judges_one_response_a_prompt(task):
     assert table["gold"].tolist() == [task.gold.score(text) for text in table["response"]]
     assert table["kl"].abs().max() < 1e-5 and table["proxy"].nunique() > 1
     pd.testing.assert_frame_equal(table, evaluate(task, task.reference, PROMPTS, PARAMS, seed=0), check_exact=True)
+
+
+@pytest.mark.parametrize(
+    "prompts", [[], None, "a single text", [None], [7]], ids=["none", "null", "text", "no text", "7"]
+)
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda task, prompts: task.rollout(task.reference, prompts, PARAMS, 0),
+        lambda task, prompts: evaluate(task, task.reference, prompts, PARAMS, 0),
+        lambda task, prompts: best_of_n(task, prompts, PARAMS, 0),
+        lambda task, prompts: Objective(prompts, len),
+    ],
+    ids=["rollout", "evaluate", "best of n", "objective"],
+)
+def test_what_is_no_list_of_prompts_is_refused_in_one_line(task, use, prompts):
+    with pytest.raises(InputError, match="prompt"):
+        use(task, prompts)
