@@ -130,7 +130,8 @@ def _labelled_rows(content: bytes, path: Path, params: DataParams) -> list[tuple
         return csv_rows(text, separator, columns, lambda label: label_of(label, params.labels) is not None)
 
     rows = file_rows(content, path, columns, params.encoding, read_csv)
-    if rows and not any(not isinstance(row, InputError) and row.keys() >= set(columns) for row in rows):
+    fields = [row.keys() for row in rows if not isinstance(row, InputError)]
+    if fields and not any(names >= set(columns) for names in fields):
         yours = "name yours by data.text and data.label; preference pairs want data.name=hh_rlhf or ultrafeedback"
         raise InputError(f"{path}: no row has both {' and '.join(columns)}; {yours}")
     return [row if isinstance(row, InputError) else tuple(map(row.get, columns)) for row in rows]

@@ -156,7 +156,9 @@ def csv_rows(
         if not header and fields != []:
             header = fields or []
             if any(header.count(name) != 1 for name in columns):
-                named = "name yours by data.text and data.label, and what parts them by data.separator"
+                named = (
+                    "name yours by data.text and data.label, what parts them by data.separator, or set data.encoding"
+                )
                 raise InputError(f"has columns {header[:20]}, wanted {' and '.join(columns)}, each once; {named}")
         elif fields is None:
             yield InputError("a stray quote")

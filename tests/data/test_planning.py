@@ -4,11 +4,15 @@ import sys
 
 import pytest
 import yaml
+from conftest import PROMPTS
 from made_rows import HH_ROWS, REVIEWS, write_rows
 
 from dense_rlhf.__main__ import main
-from dense_rlhf.config.params import DataParams
+from dense_rlhf.config.params import DataParams, PolicyParams, PPOParams, RunParams
 from dense_rlhf.data import DATASETS, Dataset, load_data
+from dense_rlhf.models.language_models import LanguageModel
+from dense_rlhf.models.word_judge import AdditiveJudge
+from dense_rlhf.training.task import Task, _calibrated
 from dense_rlhf.types import InputError, LabelledText, PreferencePair
 
 STUDY = {"notebooks": ["04_ppo"], "arms": {"plain": {"sources": ["terminal"]}}, "reward": {"window": 200, "batch": 8}}
@@ -129,3 +133,13 @@ def test_the_check_says_what_was_left_out_and_why(plan, tmp_path):
     write_rows(tmp_path / "r.csv", [*REVIEWS, REVIEWS[0], {"text": "x", "label": "?"}])
     code, said = plan("check", path="r.csv")
     assert code == 0 and "602 rows read, 2 left out: 1 duplicate, 1 label is not 0 or 1\n" in said
+
+
+def test_fewer_prompts_than_calibration_would_use_are_enough(tokenizer, reference, reward_model):
+    text = [LabelledText("the film was good", 1)]
+    data = Dataset("inline", "r0", text, text, PROMPTS, PROMPTS[:4], text)
+    judge = AdditiveJudge("gold", {"good": 1.0})
+    lm = LanguageModel(reference.lm, tokenizer, "m0")
+    task = Task(data, lm, reference, reward_model, judge, judge, PolicyParams())
+    run = RunParams(ppo=PPOParams(rollouts=4, minibatch=4, max_new_tokens=4))  # four batches of four; there are six
+    assert _calibrated(task, run, iter).reward_model.scale != reward_model.scale

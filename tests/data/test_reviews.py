@@ -176,6 +176,7 @@ def test_parameters_that_read_nothing(given, message):
         ),
         ([row | {"text": f"only five words {i} here"} for i, row in enumerate(REVIEWS)], {}, "data.prompt_words = 8"),
         (REVIEWS, {"prompt_words": 40}, "0 prompts to train and 0 to choose by.*data.prompt_words = 40"),
+        ([row | {"text": row["text"] + '"'} for row in REVIEWS], {}, "leave nothing for.*a stray quote': 600"),
         (REVIEWS, {"labels": ("rotten", "fresh")}, "leave nothing for.*label is not one of data.labels"),
     ],
 )
