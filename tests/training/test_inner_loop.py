@@ -8,19 +8,21 @@ import sys
 import time
 import warnings
 from dataclasses import replace
+from pathlib import Path
 from shutil import copytree
 
 import kill_points
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT
 from kill_points import PARAMS, SHAPE
 from safetensors.torch import load_file, save_file
+from whole_runs import make_workspace
 
 from dense_rlhf import ppo
 from dense_rlhf.config.params import AttributionParams, PolicyParams
 from dense_rlhf.ppo import checkpoint
+from dense_rlhf.runs import python_path
 from dense_rlhf.training.inner_loop import Recipe, Session, train_policy
 from dense_rlhf.types import InputError, RewardShape
 
@@ -200,7 +202,7 @@ def test_a_training_in_trouble_warns_by_name(task):
     assert [row["warnings"] for row in rows].count("") == len(rows) - len({sign.update for sign in trained.warnings})
 
 
-def train_by_command(folder, data, kill: bool = False) -> int:
+def train_by_command(folder: Path, data, kill: bool = False) -> int:
     """`python -m dense_rlhf train` at smoke size, killed once it has left a checkpoint."""
     command = [
         sys.executable,
@@ -217,30 +219,31 @@ def train_by_command(folder, data, kill: bool = False) -> int:
         "--set",
         "ppo.checkpoint_every=1",
         "--set",
-        f"study={folder}",
+        f"study={folder.name.partition('.')[0]}",
         "--set",
         f"data.path={data}",
     ]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
-    child = subprocess.Popen(command, cwd=ROOT, **quiet)
+    quiet = {
+        "stdout": subprocess.DEVNULL,
+        "stderr": subprocess.DEVNULL,
+        "env": os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": python_path()},
+    }
+    child = subprocess.Popen(command, cwd=folder.parents[2], **quiet)
     while kill and child.poll() is None:
-        if list((ROOT / "runs" / "train" / f"{folder}.shap-signed-seed0").glob("checkpoint-*[3-9]")):
+        if list(folder.glob("checkpoint-*[3-9]")):
             os.kill(child.pid, signal.SIGKILL)
         time.sleep(0.01)
     return child.wait()
 
 
 def test_the_command_goes_on_where_it_was_killed(few_reviews):
-    folders = [ROOT / "runs" / "train" / f"pytest_{name}.shap-signed-seed0" for name in ("killed", "whole")]
-    for folder in folders:
-        subprocess.run(["rm", "-rf", str(folder)], check=True)
-    assert train_by_command("pytest_killed", few_reviews, kill=True) == -signal.SIGKILL
+    train = make_workspace() / "runs" / "train"
+    folders = [train / f"{name}.shap-signed-seed0" for name in ("killed", "whole")]
+    assert train_by_command(folders[0], few_reviews, kill=True) == -signal.SIGKILL
     assert list(folders[0].glob("checkpoint-*"))
-    assert train_by_command("pytest_killed", few_reviews) == train_by_command("pytest_whole", few_reviews) == 0
+    assert [train_by_command(folder, few_reviews) for folder in folders] == [0, 0]
     for name in ("history.csv", "evaluation.csv", "metrics.json"):
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), name
     assert not list(folders[0].glob("checkpoint-*"))
     made = json.loads((folders[0] / "run.json").read_text())
     assert made["status"] == "ok" and made["processes"] == 1 and made["params"]["ppo_updates"] == 6
-    for folder in folders:
-        subprocess.run(["rm", "-rf", str(folder)], check=True)
