@@ -74,8 +74,9 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     """Generalised advantage estimates (B, T), zero outside the mask (Schulman et al., 2016, eq. 16).
 
     A_t = sum_{l >= 0} (gamma lam)^l delta_{t+l},  delta_t = r_t + gamma V_{t+1} - V_t,  V = 0 after the last token.
-    Raises `InputError` for shapes that differ.
+    Raises `InputError` for shapes that differ, and as `check_rewards` does.
     """
+    check_rewards(rewards, mask)
     if not rewards.shape == values.shape == mask.shape:
         shapes = ", ".join(str(tuple(x.shape)) for x in (rewards, values, mask))
         raise InputError(f"rewards, values and mask have shapes {shapes}; wanted the same")

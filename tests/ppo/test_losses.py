@@ -147,6 +147,7 @@ def test_rewards_of_another_kind_are_refused_in_one_line(rollout, policy, kind):
         lambda: ppo.token_rewards(rollout, rewards, PARAMS),
         lambda: learner.pay(rollout, rewards, replace(PARAMS, scale_rewards=True)),
         lambda: ppo.update(learner, rollout, rewards, PARAMS),
+        lambda: ppo.gae(rewards, rollout.values, rollout.mask, 1.0, 0.95),
     ):
         with pytest.raises(InputError, match="^rewards are .*, wanted a floating-point tensor"):
             use()
