@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 
 from dense_rlhf.files import cache_root, content_key, file_sha256, read_json, write_json
+from dense_rlhf.types import InputError
 
 PACKAGE = Path(__file__).parent
 NAME = PACKAGE.name
@@ -77,14 +78,14 @@ def _facts() -> dict[str, tuple[list[str], str]]:
     store = cache_root() / f"source-{sys.version_info.major}.{sys.version_info.minor}.json"
     digests = {module: file_sha256(path) for module, path in modules().items()}
     known: dict = {}
-    with suppress(OSError, ValueError, TypeError):
+    with suppress(InputError):  # damaged
         known = read_json(store)
     fresh = {digest: module for module, digest in digests.items() if digest not in known}
     for digest, module in fresh.items():
         tree = ast.parse(modules()[module].read_text(encoding="utf-8"))
         known[digest] = [sorted(_named(tree)), code_key(tree)]
     if fresh:
-        with suppress(OSError):  # a read-only home costs a second each time
+        with suppress(InputError):  # a read-only home costs a second each time
             write_json(store, {digest: known[digest] for digest in digests.values()}, sealed=True)
     return {module: tuple(known[digest]) for module, digest in digests.items()}
 

@@ -330,6 +330,12 @@ def test_damage_gives_the_right_result_or_a_line_that_names_the_file(name, given
     assert len(READERS) * (len(DAMAGE) + 4) > 300
 
 
+def test_facts_of_the_source_that_cannot_be_kept_are_found_each_time(given, tmp_path, monkeypatch):
+    read = facts_of_the_source(tmp_path, SimpleNamespace(root=tmp_path, patch=monkeypatch.setattr))
+    monkeypatch.setenv("DENSE_RLHF_CACHE", str(tmp_path / "one.py"))  # no folder
+    assert read() == read() and set(read()) == {"dense_rlhf.one", "dense_rlhf.two"}
+
+
 CACHED = {
     "cached reward model": "model.safetensors",
     "cached gold judge": "weights.json",
