@@ -99,6 +99,7 @@ UNSUPPORTED = "Unsupported parameter: 'max_tokens' is not supported with this mo
     [
         (400, UNSUPPORTED, "judge.limit_as=max_completion_tokens"),
         (400, "Unsupported value: 'temperature' does not support 0", "judge.temperature=null"),
+        (422, "max_tokens: extra fields not permitted", "judge.limit_as=max_completion_tokens"),
         (422, "bad", "judge.temperature=null, or judge.limit_as=max_completion_tokens.*OPENAI_MODEL"),
         (400, "bad", "judge.limit_as"),
         (402, "pay", ""),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
@@ -169,7 +170,7 @@ def _refusal(error: APIStatusError, params: JudgeParams, sent: dict) -> Outcome:
     told = error.response.text
     if status in TOO_LONG or any(word in told for word in ("context_length", "context length", "content_filter")):
         return Outcome(reason=f"HTTP {status}: the question is too long for this model, or its filter refuses it")
-    named = [name for name in sent if f"'{name}'" in told or f'"{name}"' in told or f"`{name}`" in told]
+    named = [name for name in sent if re.search(rf"\b{name}\b", told)]
     change = [FORM[name] for name in named or sent]
     reason = f"HTTP {status}: the server refuses the form of the request; try {', or '.join(change)}"
     return Outcome(reason=reason if named else f"{reason}, or another {MODEL}", refused=bool(named), form=True)
