@@ -232,7 +232,7 @@ def execute_notebook(notebook: str, folder: Path) -> None:
     with kernel_folder() as place, _scrubbing(target):
         os.environ |= {"IPYTHONDIR": place, "JUPYTER_RUNTIME_DIR": place}  # the user's may be read-only, or alter runs
         os.environ.pop("PYTHONSTARTUP", None)
-        manager = {"transport": "ipc", "ip": f"{place}/k"}  # by default two kernels would share theirs
+        manager = {"transport": "ipc", "ip": f"{place}/k", "connection_file": f"{place}/kernel.json"}
         executed = papermill.execute_notebook(
             str(source),
             str(target),
