@@ -218,8 +218,9 @@ def cached_folder(kind: str, key: object, build: Callable[[Path], None]) -> Path
         warnings.warn(f"{file} is not as it was written, so its folder is made anew", stacklevel=2)
         _remove_damaged(folder)
     if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".draft-"))
+        with naming(folder, "written"):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".draft-"))
         try:
             build(draft)
             write_json(draft / "key.json", key)

@@ -24,7 +24,7 @@ from dense_rlhf.bayesopt import ledger
 from dense_rlhf.config.params import DataParams, PolicyParams, PPOParams, RewardParams
 from dense_rlhf.data import load_data
 from dense_rlhf.evaluation.judge.asking import Record
-from dense_rlhf.files import Journal, append_line, file_sha256, wheel_member, write_json
+from dense_rlhf.files import Journal, append_line, cached_folder, file_sha256, wheel_member, write_json
 from dense_rlhf.models import language_models, train_reward_model, word_judge
 from dense_rlhf.models.policy import PolicyWithValue
 from dense_rlhf.models.tiny_recipe import save_language_model
@@ -334,6 +334,13 @@ def test_facts_of_the_source_that_cannot_be_kept_are_found_each_time(given, tmp_
     read = facts_of_the_source(tmp_path, SimpleNamespace(root=tmp_path, patch=monkeypatch.setattr))
     monkeypatch.setenv("DENSE_RLHF_CACHE", str(tmp_path / "one.py"))  # no folder
     assert read() == read() and set(read()) == {"dense_rlhf.one", "dense_rlhf.two"}
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("DENSE_RLHF_CACHE", str(tmp_path / "file"))
+    with pytest.raises(InputError, match=f"{tmp_path}/file/kind/.* cannot be written: Not a directory"):
+        cached_folder("kind", "key", lambda folder: None)
 
 
 CACHED = {
