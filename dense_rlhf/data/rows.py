@@ -59,9 +59,9 @@ def file_rows(
         if form == "parquet":
             return list(_parquet(content, fields))
         text = decoded(content, encoding)
-        if not text.strip():
-            raise ValueError("it is empty")
         read = _json_list if form == "json" else other if other and form not in FORMS else _json_lines
+        if read is not _json_lines and not text.strip():
+            raise ValueError("it is empty")
         return [row if isinstance(row, (dict, InputError)) else InputError(OTHER) for row in read(text)]
     except InputError as error:
         raise InputError(f"{path} {error}") from error

@@ -49,7 +49,7 @@ BAD_FILES = {
     "nul.jsonl": (b'{"chosen": "a"}\n\0\0\0\n', "line 2"),
     "not.parquet": (b"PAR1 but no table", "not readable"),
     "empty.parquet": (b"", "not readable"),
-    "empty.jsonl": (b"", "it is empty"),
+    "empty.json": (b"", "it is empty"),
     "blank.json": (b"\xef\xbb\xbf \n", "it is empty"),
     "deep.json": (b"[" * 100_000, "recursion"),
 }
@@ -62,6 +62,13 @@ def test_a_bad_file_is_named(tmp_path, name):
     for read in (read_rows, lambda path: load_data(DataParams("hh_rlhf", path=str(path)))):
         with pytest.raises(InputError, match=f"{name}.*{message}"):
             read(tmp_path / name)
+
+
+def test_no_line_is_no_row(tmp_path):
+    (tmp_path / "empty.jsonl").write_bytes(b"\n")
+    assert read_rows(tmp_path / "empty.jsonl") == []
+    with pytest.raises(InputError, match="empty.jsonl: 0 rows leave nothing"):
+        load_data(DataParams("hh_rlhf", path=str(tmp_path / "empty.jsonl")))
 
 
 def test_rows_that_must_all_be_good_are_named(tmp_path):
