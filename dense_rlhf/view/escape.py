@@ -77,7 +77,7 @@ def scrubbed(value: object, root: Path | None = None) -> object:
         return [scrubbed(item, root) for item in value]
     if isinstance(value, dict):
         return {
-            name: item if name.startswith("image/") else scrubbed(item, root)
+            name: item if name.startswith("image/") and isinstance(item, str) else scrubbed(item, root)
             for name, item in zip(scrubbed(list(value), root), value.values())
         }
     return value

@@ -249,6 +249,7 @@ def test_values_of_json_are_scrubbed_and_figures_are_not(monkeypatch):
     monkeypatch.setenv("DB_PASS", "hunter2")
     told = {"a": ["hunter2", 1, None, {"hunter2": HOME + "/ada/x"}], "image/png": "hunter2"}
     assert scrubbed(told) == {"a": ["⟨secret⟩", 1, None, {"⟨secret⟩": "~/x"}], "image/png": "hunter2"}
+    assert scrubbed({"image/png": {"alt": "hunter2"}}) == {"image/png": {"alt": "⟨secret⟩"}}  # of metadata
 
 
 def test_this_machines_own_secrets_and_paths_leave_the_page(tmp_path, monkeypatch):
