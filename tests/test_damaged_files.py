@@ -273,7 +273,7 @@ READERS = {
     "summaries of studies": overview,
     "data as JSON lines": pairs_file("p.jsonl", lambda path, rows: path.write_bytes(lines(rows))),
     "data as packed JSON lines": pairs_file(
-        "p.jsonl.gz", lambda path, rows: path.write_bytes(gzip.compress(lines(rows)))
+        "p.jsonl.gz", lambda path, rows: path.write_bytes(gzip.compress(lines(rows), mtime=0))
     ),
     "data as JSON": pairs_file("p.json", lambda path, rows: path.write_text(json.dumps(rows))),
     "data as parquet": pairs_file("p.parquet", parquet),
