@@ -1,7 +1,10 @@
-"""A journal makes each result once and keeps it over kills."""
+"""Files are whole, on disk and locked as they say; a journal makes each result once and keeps it over kills."""
+
+import os
 
 import pytest
 
+from dense_rlhf import files
 from dense_rlhf.files import Journal, read_ledger
 from dense_rlhf.types import InputError
 
@@ -34,3 +37,40 @@ def test_a_journal_refuses_nan_and_keeps_nothing_of_what_failed(tmp_path):
     (tmp_path / "other.jsonl").write_text('{"key": ["a"]}\n')
     with pytest.raises(InputError, match="other.jsonl is no journal"):
         Journal(tmp_path / "other.jsonl")
+
+
+def test_a_file_is_whole_and_on_disk_before_it_stands_in_its_place(tmp_path, monkeypatch):
+    done = []
+    for name in ("fsync", "replace"):
+        act = getattr(files.os, name)
+        monkeypatch.setattr(files.os, name, lambda *given, name=name, act=act: (done.append(name), act(*given)))
+    files.write_text(tmp_path / "a" / "b.txt", "é")
+    assert done == ["fsync", "replace", "fsync"] and (tmp_path / "a" / "b.txt").read_text(encoding="utf-8") == "é"
+
+
+def test_a_file_is_as_private_as_its_user_wishes(tmp_path):
+    for mask, mode in ((0o077, 0o600), (0o022, 0o644), (0o002, 0o664)):
+        before = os.umask(mask)
+        try:
+            files.write_text(tmp_path / "x", "")
+        finally:
+            os.umask(before)
+        assert (tmp_path / "x").stat().st_mode & 0o777 == mode
+
+
+def test_a_lock_is_seen_without_writing(tmp_path):
+    path = tmp_path / "lock"
+    assert not files.is_locked(path) and not path.exists()
+    with files.lock(path):
+        assert files.is_locked(path) and files.lock(path, wait=False) is None
+    assert not files.is_locked(path) and not files.is_locked(tmp_path)
+
+
+def test_an_error_of_the_system_names_the_file(tmp_path):
+    place = tmp_path / "place"
+    place.mkdir()
+    with pytest.raises(InputError, match=f"{place} cannot be written: Is a directory; move away what stands in its"):
+        files.write_text(place, "")
+    with pytest.raises(InputError, match=f"{place} cannot be opened: Is a directory"):
+        files.lock(place)
+    assert list(tmp_path.iterdir()) == [place]
