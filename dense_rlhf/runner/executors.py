@@ -77,7 +77,10 @@ class Ray:
         self.workers, self.futures = workers, []
         if not self.ray.is_initialized():
             package = {"env_vars": {"PYTHONPATH": python_path()}}  # workers run the same code as this process
-            self.ray.init(log_to_driver=False, logging_level="ERROR", runtime_env=package)
+            try:
+                self.ray.init(log_to_driver=False, logging_level="ERROR", runtime_env=package)
+            except Exception as error:  # an address without a cluster, a TMPDIR too long for its sockets
+                raise InputError(f"--executor ray cannot start: {type(error).__name__}: {error}") from error
         self.options = {"num_cpus": cpus, "num_gpus": gpus, "max_retries": self.RETRIES, "retry_exceptions": False}
 
     def submit(self, call: Callable, *args) -> Future:

@@ -2,12 +2,17 @@
 
 import json
 import signal
+import sys
 import time
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 from checkout import JUDGED, command, make_checkout
 from kill_runs import processes
+
+from dense_rlhf.runner.executors import executor
+from dense_rlhf.types import InputError
 
 STUDY = {
     "notebooks": ["04_ppo"],
@@ -74,6 +79,15 @@ def test_a_ray_cluster_loses_one_of_two_nodes_and_no_run(checkout, monkeypatch):
     for seed in "012":
         found = json.loads((checkout / "runs" / "s" / f"04_ppo-a-seed{seed}" / "metrics.json").read_text())
         assert found == {"seed": int(seed), "gpus": "0"}
+
+
+def test_a_cluster_that_cannot_start_is_one_line(monkeypatch):
+    def init(**_):
+        raise OSError("AF_UNIX path length cannot exceed 107 bytes")
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: False, init=init))
+    with pytest.raises(InputError, match="--executor ray cannot start: OSError: AF_UNIX path length"):
+        executor("ray", 1, 1, None, 10, "logs")
 
 
 def runs_on(node, checkout) -> bool:
