@@ -389,7 +389,9 @@ def test_a_dialogue_that_leaves_no_room_is_refused(lm, tmp_path):
     assert not (tmp_path / "a.jsonl").exists()
 
 
-def test_checkpoints_are_called_after_their_runs():
+def test_checkpoints_are_called_after_their_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "other").mkdir(parents=True)
     paths = ("runs/train/reviews-sparse-seed0/policy", "models/other/", "organisation/model")
     found = checkpoints(PolicyParams(dtype="bfloat16"), DownstreamParams(checkpoints=paths))
     assert list(found) == ["reference", "reviews-sparse-seed0", "other", "model"]
@@ -397,7 +399,7 @@ def test_checkpoints_are_called_after_their_runs():
     with pytest.raises(InputError, match="two are called 'model'"):
         checkpoints(PolicyParams(), DownstreamParams(checkpoints=("a/model", "b/model")))
     with pytest.raises(InputError, match="has no name"):
-        checkpoints(PolicyParams(), DownstreamParams(checkpoints=("..",)))
+        checkpoints(PolicyParams(), DownstreamParams(checkpoints=("/",)))
 
 
 def test_only_the_whole_benchmark_by_its_own_judge_has_no_caveats():
