@@ -23,16 +23,28 @@ from dense_rlhf.types import InputError, Reading, check_removal
 PACKED = ("llama", "mistral", "qwen2", "qwen3")  # decoders that the tests compare with their own forward and attention
 
 
-def is_packed(reward_model: RewardModel, readings: Sequence[Reading]) -> bool:
-    """Whether coalitions share prefixes: a tested decoder that sees the whole text, all read at one last token.
+def is_packed(reward_model: RewardModel, readings: Sequence[Reading], removal: str = "drop") -> bool:
+    """Whether coalitions share prefixes: a tested decoder that sees the whole text, with the same end after each.
 
-    A suffix that is padding to the model is passed over, so that each coalition would be read at another token.
+    An end of padding alone is passed over. Each coalition is then read at its own last token, which must not be padding
+    nor hidden, and be there: the prompt's at least.
     """
-    model, suffixes = reward_model.model, {reward_model.suffix_of(reading) for reading in readings}
+    model = reward_model.model
+    if model.config.model_type not in PACKED or not reward_model.has_head:
+        return False
     longest = max((len(reward_model.whole(reading)) for reading in readings), default=0)
-    window = getattr(model.config, "sliding_window", None)
-    one_end = len(suffixes) == 1 and all(suffix and suffix[-1] != pad_id_of(model) for suffix in suffixes)
-    return model.config.model_type in PACKED and reward_model.has_head and one_end and not (window and window < longest)
+    window, pad = getattr(model.config, "sliding_window", None), pad_id_of(model)
+    ends = {_end(reward_model, reading) for reading in readings}
+    if len(ends) != 1 or (window and window < longest):
+        return False
+    at_last = all(one.prompt and pad not in (one.prompt[-1], *one.response) for one in readings)
+    return ends != {()} or (at_last and removal == "drop")
+
+
+def _end(reward_model: RewardModel, reading: Reading) -> tuple[int, ...]:
+    """The suffix as far as it is read: a model passes over what it takes for padding."""
+    suffix, pad = reward_model.suffix_of(reading), pad_id_of(reward_model.model)
+    return suffix[: max((n + 1 for n, token in enumerate(suffix) if token != pad), default=0)]
 
 
 class _Questions(NamedTuple):
@@ -68,7 +80,7 @@ def coalition_scores(
     replacement = _token_id(reward_model, token) if kind == "replace" else -1
     starts = np.cumsum([0, *map(len, masks)])
     outputs = torch.empty(starts[-1], device=reward_model.model.device, dtype=reward_model.dtype)
-    score = _packed if is_packed(reward_model, readings) else _plain
+    score = _packed if is_packed(reward_model, readings, kind) else _plain
     for places, values in score(reward_model, _Questions(readings, masks, kind, replacement, starts), progress):
         outputs[torch.as_tensor(places, device=outputs.device)] = values.to(outputs.dtype)
     scores = reward_model.calibrate(outputs)
@@ -185,8 +197,12 @@ class _Batch(NamedTuple):
 
 def _packed(reward_model: RewardModel, asked: _Questions, progress: Callable) -> Iterator[tuple[np.ndarray, Tensor]]:
     """Shared prefixes once, batch by batch: where each output belongs, and the outputs."""
-    model, readings = reward_model.model, asked.readings
-    suffix = reward_model.suffix_of(readings[0])
+    model, suffix = reward_model.model, _end(reward_model, asked.readings[0])
+    if not suffix:  # the prompt's last token is read in place of an end that is always there
+        readings = [Reading(one.prompt[:-1], (one.prompt[-1], *one.response)) for one in asked.readings]
+        masks = [np.pad(mask, ((0, 0), (1, 0)), constant_values=True) for mask in asked.masks]
+        asked = asked._replace(readings=readings, masks=masks)
+    readings = asked.readings
     width = model.config.hidden_size  # larger packs share more and cost more attention, least for wide models
     packs = [pack(mask, len(suffix), asked.kind, max(width, 128 + 2 * mask.shape[1])) for mask in asked.masks]
     jobs = []

@@ -176,7 +176,7 @@ def explain(
         design.complete,
         explained.evaluations,
         time.perf_counter() - started,
-        "packed" if is_packed(wrapped, [reading]) else "plain",
+        "packed" if is_packed(wrapped, [reading], params.removal) else "plain",
         reward_model.name_or_path or type(reward_model).__name__,
     )
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from scipy.stats import kendalltau
@@ -180,6 +180,14 @@ def removal_agreement(by_removal: dict[str, Attribution], rollout: Rollout) -> d
 # ---------------------------------------------------------------------------------------------------- gathering
 
 
+class _Ground(NamedTuple):
+    """Where one response's credit becomes claims about players."""
+
+    spread: Tensor | None  # of the reward model's tokens on the policy's
+    group: np.ndarray  # (n,) the player of each of the reward model's tokens
+    sign: float  # of the score less the baseline
+
+
 @dataclass(frozen=True)
 class _Claim:
     """One source's account of a response of k players."""
@@ -189,10 +197,12 @@ class _Claim:
     support: np.ndarray  # (k,) in any unit
 
     @classmethod
-    def of(cls, attribution: Attribution, rollout: Rollout, row: int, group: np.ndarray, sign: float) -> _Claim:
-        credit, players = _numpy(attribution.credit[row]), rollout.players[row].cpu().numpy()
-        phi = np.bincount(group, credit[players])
-        constant = attribution.baseline[row].item() + credit[~players].sum()
+    def of(cls, attribution: Attribution, row: int, players: np.ndarray, ground: _Ground) -> _Claim:
+        credit, (spread, group, sign) = _numpy(attribution.credit[row]), ground
+        own = credit[players] if spread is None else _read_back(spread) @ credit[players]
+        phi = np.bincount(group, own)
+        elsewhere = credit[~players].sum() if spread is None else credit.sum() - own.sum()
+        constant = attribution.baseline[row].item() + elsewhere
         measured = phi if attribution.gap[row].isfinite() else np.full_like(phi, np.nan)
         return cls(measured, constant, np.abs(phi) if attribution.is_share else sign * phi)
 
@@ -266,12 +276,14 @@ def _numpy(tensor: Tensor) -> np.ndarray:
     return tensor.detach().cpu().double().numpy()
 
 
-def _check(rollout: Rollout, readings: Sequence[Reading], attributions: dict[str, Attribution]) -> None:
-    if any(reading.spread is not None for reading in readings):
-        raise InputError(
-            "the reward model reads other tokens than the policy's, and credit is of the policy's; "
-            "explain its texts in its own tokens (text_rollout without policy_tokenizer)"
-        )
+def _read_back(spread: Tensor) -> np.ndarray:
+    """Shares (n, k) of each policy token's credit on the reward model's n tokens: columns sum to 1, or to 0."""
+    shares = _numpy(spread)
+    total = shares.sum(0)
+    return np.divide(shares, total, out=np.zeros_like(shares), where=total > 0)
+
+
+def _check(rollout: Rollout, attributions: dict[str, Attribution]) -> None:
     for source, attribution in attributions.items():
         shape, wanted = tuple(attribution.credit.shape), tuple(rollout.mask.shape)
         if shape != wanted or source == RANDOM:
@@ -291,11 +303,12 @@ def faithfulness(
     Removal and players are those of `params`. For all sources together, the reward model scores each response's fresh
     coalitions, its leave-one-outs, and 2 (STEPS - 1) coalitions of each source and of each random order; the control
     `RANDOM` has the random orders' mean comprehensiveness and sufficiency. Draws depend on their seed and the
-    response's tokens only. Responses of fewer than two players need no forward. EOS is never removed. Raises
-    `InputError` for a reward model with another tokenizer than the policy's, and where credit has another shape.
+    response's tokens only. Responses of fewer than two players need no forward. EOS is never removed. Credit is of
+    the policy's tokens; a reward model of other tokens is asked about its own, on which credit is spread by characters.
+    Raises `InputError` where credit has another shape.
     """
     readings = reward_model.readings(rollout)
-    _check(rollout, readings, attributions)
+    _check(rollout, attributions)
     groups = [player_groups(reward_model, reading, params.players) for reading in readings]
     rows = [row for row, group in enumerate(groups) if group.max(initial=0) > 0]
     asked = [readings[row] for row in rows], [groups[row] for row in rows]
@@ -304,7 +317,8 @@ def faithfulness(
     for row, reading, group, y in zip(rows, *asked, _ask(reward_model, *asked, ends, params.removal)):
         empty, full = y["ends"]
         sign = 1.0 if full >= empty else -1.0
-        claims = {source: _Claim.of(one, rollout, row, group, sign) for source, one in attributions.items()}
+        place = row, rollout.players[row].cpu().numpy(), _Ground(reading.spread, group, sign)
+        claims = {source: _Claim.of(one, *place) for source, one in attributions.items()}
         rng = np.random.default_rng([draws.seed, *reading.response])
         cases.append(_Case.of(full, sign, claims, group.max() + 1, draws, rng))
     answers = _ask(reward_model, *asked, [case.questions for case in cases], params.removal, progress)

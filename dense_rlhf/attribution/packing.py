@@ -32,7 +32,7 @@ class Pack:
 def pack(masks: np.ndarray, suffix: int, removal: str, nodes: int) -> tuple[Pack, ...]:
     """Packs of at most `nodes` nodes (one coalition may need more) that cover the coalitions `masks` (m, k) once.
 
-    `suffix` tokens follow every coalition, and the last of them is read. `drop` closes the gaps, `attention_mask`
+    `suffix` tokens follow every coalition, and its last token is read. `drop` closes the gaps, `attention_mask`
     leaves them empty, `replace` fills them.
     """
     return _pack(np.packbits(masks, axis=1).tobytes(), masks.shape, suffix, removal, nodes)
@@ -76,4 +76,4 @@ def _trie(bits: np.ndarray, present: np.ndarray, differs: np.ndarray, removal: s
     owner, column = (x.astype(np.int32) for x in np.nonzero(fresh & present))
     depth = (present.cumsum(1, dtype=np.int32) - 1)[owner, column]
     position = depth if removal == "drop" else column
-    return Pack(column, ~bits[owner, column], position, owner, path, path[:, -1], rows)
+    return Pack(column, ~bits[owner, column], position, owner, path, path.max(1), rows)

@@ -183,6 +183,29 @@ def test_values_are_those_of_shap_and_lime(seed):
     assert close(design.operator @ scores, torch.tensor([weight for _, weight in sorted(found)]))
 
 
+@pytest.mark.parametrize("removal", REMOVALS)
+@pytest.mark.parametrize("suffix", [(0,), (0, 0), (7, 0), ()])
+@pytest.mark.parametrize("seed", range(4))
+def test_an_end_that_is_padding_is_passed_over_as_the_model_passes_it(seed, suffix, removal):
+    """Each coalition is then read at its own last token; prefixes are shared all the same."""
+    model = random_model(seed, list(DECODERS)[seed])
+    reward_model = reward_model_of(model, suffix=suffix, token_budget=300)
+    readings = random_readings(seed, [(20, 12), (5, 1), (3, 0), (1, 7)])
+    masks = random_masks(seed, readings)
+    assert is_packed(reward_model, readings, removal) == (removal == "drop" or 7 in suffix)
+    scores = coalition_scores(reward_model, readings, masks, removal if removal != "replace" else "replace:w")
+    for reading, mask, ours in zip(readings, masks, scores):
+        for keep, score in zip(mask, ours):
+            ids = [*reading.prompt, *reading.response, *suffix]
+            kept = [*[True] * len(reading.prompt), *keep, *[True] * len(suffix)]
+            if removal == "drop":
+                ids, kept = [x for x, k in zip(ids, kept) if k], [True] * (sum(kept))
+            if removal == "replace":
+                ids, kept = [x if k else 17 for x, k in zip(ids, kept)], [True] * len(ids)
+            own = model(input_ids=torch.tensor([ids]), attention_mask=torch.tensor([kept]).long()).logits
+            assert score.item() == pytest.approx(own.item(), abs=1e-9)
+
+
 def test_another_decoder_and_a_short_window_are_batched_plainly_with_the_same_numbers():
     config = GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, num_labels=1, pad_token_id=0)
     gpt2 = jitter(AutoModelForSequenceClassification.from_config(config), 0, 0.4).double()

@@ -47,6 +47,7 @@ from dense_rlhf.attribution.human_marks import (
 )
 from dense_rlhf.config.params import AttributionParams
 from dense_rlhf.models.reward_model import RewardModel
+from dense_rlhf.models.tiny_recipe import train_tokenizer
 from dense_rlhf.types import Attribution, InputError
 
 PARAMS = AttributionParams(permutations=2, lime_samples=256, seed=4)
@@ -60,16 +61,20 @@ class Planted(RewardModel):
     weights: torch.Tensor | None = None  # (vocabulary,)
     bonus: float = 0.0
 
-    def outputs(self, sequences, attended=None):
+    def read_whole(self, sequences, attended=None, segments=None):
         assert attended is None
-        tokens = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
+        bare = [[token for token in sequence if token not in self.suffix] for sequence in sequences]
+        tokens = [torch.tensor(sequence, dtype=torch.long) for sequence in bare]
         return torch.stack([0.3 + self.weights[ids].sum() + self.bonus * (len(ids) // 3) for ids in tokens])
 
 
 def planted(tokenizer, bonus=0.0, seed=0):
     weights = torch.randn(len(tokenizer), generator=torch.Generator().manual_seed(seed))
-    kind = SimpleNamespace(model_type="planted")
-    model = SimpleNamespace(config=kind, device=torch.device("cpu"), dtype=torch.float32)
+    kind = SimpleNamespace(model_type="planted", max_position_embeddings=None)
+    kind.get_text_config = lambda: kind
+    embeddings = SimpleNamespace(weight=torch.empty(len(tokenizer), 1))
+    parts = dict(base_model=None, get_input_embeddings=lambda: embeddings)
+    model = SimpleNamespace(config=kind, **parts, device=torch.device("cpu"), dtype=torch.float32)
     return Planted(model, tokenizer, weights=weights, bonus=bonus)
 
 
@@ -322,7 +327,8 @@ def test_forwards_are_shared_and_counted(additive):
 def test_rows_and_sources_do_not_depend_on_each_other(additive):
     model, rollout, sources, table = additive
     few = torch.tensor([5, 1])
-    part = replace(rollout, **{name: value[few] for name, value in rollout.tensors().items()})
+    prompts = tuple(rollout.prompts[row] for row in few.tolist())
+    part = replace(rollout, **{name: value[few] for name, value in rollout.tensors().items()}, prompts=prompts)
     shap = sources["shap"]
     shap = replace(shap, credit=shap.credit[few], baseline=shap.baseline[few], gap=shap.gap[few])
     alone = faithfulness(model, part, {"shap": shap}, PARAMS)
@@ -380,8 +386,18 @@ def test_bad_input_raises(additive, tokenizer):
         faithfulness(model, rollout, {RANDOM: shap}, PARAMS)
     with pytest.raises(InputError, match="fresh is 1"):
         Draws(fresh=1)
-    with pytest.raises(InputError, match="other tokens than the policy's"):
-        faithfulness(replace(model, policy_tokenizer=tokenizer), rollout, {"shap": shap}, PARAMS)
+
+
+def test_credit_on_a_policys_letters_is_measured_on_the_reward_models_tokens(tokenizer):
+    """The truth, told letter by letter, is as faithful as on the tokens; its letters in another order are not."""
+    other, model = train_tokenizer(["zebra"], 262), planted(tokenizer)
+    letters = replace(model, policy_tokenizer=other)
+    rollout = text_rollout(TEXTS, other, letters)
+    shap = attribute(letters, rollout, ["shap"], PARAMS)["shap"]
+    turned = replace(shap, source="turned", credit=shap.credit.flip(1).masked_fill(~rollout.players, 0))
+    table = faithfulness(letters, rollout, {"shap": shap, "turned": turned}, PARAMS)
+    fit = table[table["measure"] == "surrogate_r2"].groupby("source")["value"].mean()
+    assert fit["shap"] == pytest.approx(1, abs=1e-4) and fit["turned"] < 0.9
 
 
 # ---------------------------------------------------------------------------------------------------- pure measures

@@ -37,7 +37,7 @@ SHAPE = {
 }
 PPO = PPOParams(rollouts=6, minibatch=6, micro_batch=6, max_new_tokens=10)
 P = 14
-TOKENIZER = SimpleNamespace(eos_token_id=0, pad_token_id=0)
+TOKENIZER = SimpleNamespace(eos_token_id=1, pad_token_id=0)
 LEARNERS = [
     {},
     {"trainable_layers": 1},
@@ -187,6 +187,7 @@ def test_operations_are_those_that_torch_counts(policy):
     params, rollout = run_params(**policy), made_up()
     work = {step.step: step.flops for step in cost.time(empty(params), params, P, ["shap"])}
     models, reader = real(params)
+    assert reader.has_head  # asked before operations are counted
     generator, learner = torch.Generator(), ppo.make_learner(models.policy, PPO, 0)
     prompts = rollout.queries, rollout.query_mask, Sampling(PPO.max_new_tokens, 1.0, (-1,), 0), generator
     readings = reader.readings(rollout)
