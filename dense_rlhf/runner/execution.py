@@ -258,8 +258,10 @@ def _scrubbing(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        told = None
         with suppress(OSError, ValueError):  # there is none, or it was cut short and has no page
             told = scrubbed(nbformat.read(path, as_version=4), workspace())
+        if told:
             write_text(path, nbformat.writes(nbformat.from_dict(told)) + "\n")
 
 
