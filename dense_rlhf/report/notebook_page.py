@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from nbformat import NotebookNode
 
 MATH = re.compile(r"(?P<code>```.*?```|`[^`\n]+`)|(?<!\\)(?P<mark>\$\$?)(?=\S)(?P<tex>.+?)(?<=\S)(?P=mark)", re.S)
+LEARNED = "## What we learned"
+HASH = re.compile(r"\b[0-9a-f]{40,64}\b")  # whole in the notebook
 LONGEST = 20_000  # characters of one printed output; the whole is in the notebook
 SPARE = 200_000  # characters of a page that are not outputs
 
@@ -50,6 +52,7 @@ def notebook_body(path: Path) -> tuple[Markup, Markup]:
         if cell.cell_type == "markdown":
             cell.source = mathml(cell.source)
     _settle(notebook)
+    notebook.cells = _arranged(notebook.cells)
     html, _ = _exporter().from_notebook_node(notebook)
     soup = BeautifulSoup(html, "html.parser")
     clean(soup)
@@ -87,6 +90,21 @@ def _settle(notebook: NotebookNode) -> None:
                 _leave_out(output, size)
                 room += size
         cell["outputs"] = [o for o in cell.get("outputs", ()) if o.get("text", "x").strip()]
+
+
+def _arranged(cells: list[NotebookNode]) -> list[NotebookNode]:
+    """What was learned right after the question; code that shows nothing joins the code after it."""
+    kinds = [cell.cell_type for cell in cells]
+    begun = kinds.index("code") if "code" in kinds else 0
+    learned = [n for n, cell in enumerate(cells) if kinds[n] == "markdown" and cell.source.startswith(LEARNED)]
+    if begun and learned and learned[0] > begun:
+        cells = cells[:begun] + cells[learned[0] :] + cells[begun : learned[0]]
+    arranged: list[NotebookNode] = []
+    for cell in cells:
+        if arranged and cell.cell_type == arranged[-1].cell_type == "code" and not arranged[-1].outputs:
+            cell.source = f"{arranged.pop().source}\n\n{cell.source}"
+        arranged.append(cell)
+    return arranged
 
 
 def overwritten(text: str) -> str:
@@ -136,6 +154,9 @@ def _dress(soup: BeautifulSoup) -> list[tuple[str, Markup]]:
         head["id"] = name if seen[name] == 1 else f"{name}-{seen[name]}"
     for table in soup.find_all("table"):
         _dress_table(soup, table)
+    for text in soup.find_all(string=HASH):
+        if text.find_parent("td"):
+            text.replace_with(HASH.sub(lambda found: f"{found[0][:12]}…", text))
     for image in soup.find_all("img"):
         if not image.get("alt", "").strip():
             image["alt"] = f"A figure without a description, in: {_section(image)}"

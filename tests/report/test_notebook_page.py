@@ -1,0 +1,52 @@
+"""A run's page: what was learned comes first, code that shows nothing does not stand alone, hashes are short."""
+
+import nbformat
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from dense_rlhf.report.notebook_page import notebook_body
+
+SHA = "f78a21cfcb46061048410df3c2455d427e43633787e4485147cf8672d7d496d2"
+
+
+def body(tmp_path, *cells):
+    path = tmp_path / "notebook.ipynb"
+    nbformat.write(new_notebook(cells=list(cells)), path)
+    return str(notebook_body(path)[0])
+
+
+def shows(source, html):
+    return new_code_cell(source, outputs=[new_output("display_data", {"text/html": html})])
+
+
+def test_what_was_learned_stands_after_the_question(tmp_path):
+    cells = (
+        new_markdown_cell("# A question"),
+        shows("first()", "<p>a table</p>"),
+        new_markdown_cell("## A step"),
+        shows("second()", "<p>a figure</p>"),
+        new_markdown_cell("## What we learned"),
+        shows("third()", "<p>the answer</p>"),
+    )
+    page = body(tmp_path, *cells)
+    places = [page.index(text) for text in ("A question", "What we learned", "the answer", "a table", "A step")]
+    assert places == sorted(places)
+
+
+def test_code_that_shows_nothing_joins_the_code_after_it(tmp_path):
+    silent = new_code_cell("import torch"), new_code_cell("seed = 0")
+    page = body(
+        tmp_path, new_markdown_cell("# Q"), *silent, shows("draw(seed)", "<p>a figure</p>"), new_code_cell("end()")
+    )
+    assert page.count("<summary>code</summary>") == 2
+    assert "import torch\n\nseed = 0\n\ndraw(seed)" in page and "end()" in page
+
+
+def test_a_notebook_without_code_or_answer_keeps_its_order(tmp_path):
+    assert body(tmp_path, new_markdown_cell("## What we learned"), new_markdown_cell("text")).count("text") == 1
+    page = body(tmp_path, new_code_cell("a = 1"), new_markdown_cell("## B"))
+    assert page.index("a = 1") < page.index("B</h2>")
+
+
+def test_hashes_in_tables_are_short(tmp_path):
+    page = body(tmp_path, shows("show()", f"<table><tr><td>policy: {SHA}</td></tr></table><p>{SHA}</p>"))
+    assert f"policy: {SHA[:12]}…" in page and f"<p>{SHA}</p>" in page
