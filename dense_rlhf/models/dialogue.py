@@ -165,7 +165,7 @@ class Frame(NamedTuple):
     before: str
     after: str
     special: bool  # the tokenizer adds its special tokens
-    strips: bool = False  # the template strips white space from a response
+    strips: tuple[bool, bool] = (False, False)  # the template strips white space before, after a response
 
 
 def frame(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> Frame:
@@ -174,14 +174,14 @@ def frame(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> Frame:
         return Frame(prompt, "", True)
     if not tokenizer.chat_template:
         return Frame(prompt_text(prompt), "", True)
-    parts = templated(tokenizer, (*prompt, Message("assistant", f" {SENTINEL} "))).split(SENTINEL)
+    bare, spaced = (templated(tokenizer, (*prompt, Message("assistant", f"{s}{SENTINEL}{s}"))) for s in ("", " "))
+    parts = bare.split(SENTINEL)
     if len(parts) != 2:
         advice = "wanted once; take another template"
         raise InputError(f"the chat template does not keep the response: it writes it {len(parts) - 1} times, {advice}")
     before, after = parts
-    if before.endswith(" ") and after.startswith(" "):
-        return Frame(before[:-1], after[1:], False)
-    return Frame(before, after, False, strips=True)
+    kept = spaced.startswith(f"{before} {SENTINEL}"), spaced.endswith(f"{SENTINEL} {after}")
+    return Frame(before, after, False, (not kept[0], not kept[1]))
 
 
 @dataclass(frozen=True)
@@ -204,8 +204,9 @@ class Reader:
         """
         prompt = messages_of(prompt)
         before, after, special, strips = self._frame(prompt)
-        kept = response.strip() if strips else response
-        if not isinstance(prompt, str) and special and kept[:1].strip():
+        kept = response.lstrip() if strips[0] else response
+        kept = kept.rstrip() if strips[1] else kept
+        if not isinstance(prompt, str) and special and not self.pair and kept[:1].strip():
             before += " "  # a reply that is written out after "Assistant:"
         try:
             sides = tokenise(self.tokenizer, before, kept, after, special, self.pair)

@@ -165,8 +165,8 @@ def test_a_length_that_decides_alone_has_an_answer():
     assert length_controlled(np.repeat([1.0, 0.0], 9), ours, theirs).mean() == pytest.approx(0.5, abs=1e-9)
 
 
-# alpaca_eval's published fits of weak models on its leaderboard, not among those on which the prior was tuned: what length,
-# difficulty and the model add to the log-odds; mean length; length-controlled win rate in per cent
+# alpaca_eval's published fits of weak models on its leaderboard, not among those on which the prior was tuned: what
+# length, difficulty and the model add to the log-odds; mean length; length-controlled win rate in per cent
 WEAK = {
     "alpaca-7b_concise": (2.099, 0.895, -3.882, 351, 4.47),
     "pythia-12b-mix-sft": (1.800, 0.972, -4.094, 913, 4.22),

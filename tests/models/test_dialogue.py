@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from dense_rlhf.attribution.explain import explain
 from dense_rlhf.config.params import PolicyParams, PPOParams, RewardParams
 from dense_rlhf.data import Dataset
-from dense_rlhf.models.dialogue import frame, messages_of, prompt_ids, turn_ends, without_refused
+from dense_rlhf.models.dialogue import Reader, frame, messages_of, prompt_ids, turn_ends, without_refused
 from dense_rlhf.models.language_models import load_policy
 from dense_rlhf.models.policy import PolicyWithValue
 from dense_rlhf.models.reward_model import longest_text
@@ -175,7 +175,33 @@ def test_a_template_that_strips_replies_strips_the_policys_too():
     strips = byte_level(chat_template=CHAT.replace("m['content']", "m['content'] | trim"))
     keeps = byte_level(chat_template=CHAT)
     prompt = (Message("user", "hi"),)
-    assert frame(strips, prompt).strips and not frame(keeps, prompt).strips
+    assert frame(strips, prompt).strips == (True, True) and frame(keeps, prompt).strips == (False, False)
+
+
+@pytest.mark.parametrize("trim, wanted", [("", " good film "), (" | trim", "good film"), (".rstrip()", " good film")])
+@pytest.mark.parametrize("around", [("", ""), (" [/INST] ", " </s>"), ("\n", "\n")])
+def test_white_space_of_a_template_is_not_taken_for_the_responses(around, trim, wanted):
+    """A reply is read as the template writes it, whatever stands beside it."""
+    before, after = (json.dumps(text) for text in around)
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }}{{ " + before + " }}"
+        "{% else %}{{ m.content" + trim + " }}{{ " + after + " }}{% endif %}{% endfor %}"
+    )
+    tokenizer = byte_level(chat_template=template)
+    reading, spans = Reader(tokenizer, ends=False).read((Message("user", "hi"),), " good film ")
+    text = "[INST] hi" + around[0] + wanted + around[1]
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": " good film "}]
+    assert tokenizer.apply_chat_template(turns, tokenize=False) == text
+    assert tokenizer.decode([*reading.prompt, *reading.response, *reading.suffix]) == text
+    assert "".join(" good film "[a:b] for a, b in spans) == wanted
+
+
+def test_a_dialogue_of_one_turn_is_a_pair_as_its_text_is():
+    tokenizer = byte_level(chat_template=CHAT)
+    reader = Reader(tokenizer, pair=True)
+    assert reader.read((Message("user", "hi"),), "good")[0] == reader.read("hi", "good")[0]
+    with pytest.raises(InputError, match="a dialogue of 3 turns is no pair"):
+        reader.read((Message("user", "a"), Message("assistant", "b"), Message("user", "c")), "good")
 
 
 # ---------------------------------------------------------------------------------------------------- reward models
