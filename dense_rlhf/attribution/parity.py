@@ -16,11 +16,14 @@ from dense_rlhf.types import Reading, Rollout
 
 def plain_scores(reward_model: RewardModel, reading: Reading) -> Callable[[np.ndarray], np.ndarray]:
     """A function from presence bits (m, k) of the response's tokens to scores (m,), each coalition its own text."""
-    tokens = np.array(reading.response, dtype=int)
+    whole, start = np.array(reward_model.whole(reading), dtype=int), len(reading.prompt)
 
     def scores(bits: np.ndarray) -> np.ndarray:
-        rows = [[*reading.prompt, *tokens[keep].tolist()] for keep in np.asarray(bits) > 0.5]
-        return reward_model.calibrate(reward_model.outputs(rows)).double().cpu().numpy()
+        keep = np.ones((len(bits), len(whole)), bool)
+        keep[:, start : start + len(reading.response)] = np.asarray(bits) > 0.5
+        segments = reading.segments and [np.array(reading.segments)[kept] for kept in keep]
+        outputs = reward_model.read_whole([whole[kept] for kept in keep], segments=segments)
+        return reward_model.calibrate(outputs).double().cpu().numpy()
 
     return scores
 
@@ -71,5 +74,7 @@ def _of_row(values: Callable, reward_model: RewardModel, rollout: Rollout, row: 
     reading = reward_model.readings(rollout)[row]
     credit = torch.zeros(rollout.mask.shape[1])
     own = values(plain_scores(reward_model, reading), len(reading.response), budget, seed)
-    credit[: len(own)] = torch.from_numpy(np.asarray(own, np.float32))
+    own = torch.from_numpy(np.asarray(own, float))
+    own = own if reading.spread is None else own @ reading.spread.to(own)
+    credit[: len(own)] = own.float()
     return credit

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from inspect import signature
 from typing import TYPE_CHECKING
 
 from dense_rlhf.attribution.kinds import Designed, Internal, share
@@ -90,8 +91,17 @@ def attribute(
 
 
 def available(reward_model: RewardModel, params: AttributionParams | None = None) -> list[str]:
-    """The sources that can explain this reward model: `log_ratio` needs a DPO policy, `rationale` a file."""
+    """The sources that can explain this reward model: `log_ratio` needs a DPO policy, `rationale` a file.
+
+    `attention` is read from some decoders; gradients need a model that takes embeddings in place of tokens.
+    """
+    from dense_rlhf.attribution.engine import PACKED
+
+    config = reward_model.model.config
+    no_embeddings = config.is_encoder_decoder or "inputs_embeds" not in signature(reward_model.model.forward).parameters
     missing = {"log_ratio": reward_model.implicit is None, "rationale": not (params and params.rationale_path)}
+    missing |= {"attention": config.model_type not in PACKED or not reward_model.has_head}
+    missing |= dict.fromkeys(("gradient_input", "integrated_gradients"), no_embeddings)
     return [source for source in SOURCES if not missing.get(source)]
 
 

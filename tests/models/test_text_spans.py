@@ -9,9 +9,17 @@ from conftest import PROMPTS, SENTENCES, TINY, jitter, make_rollout
 from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForSequenceClassification,
+)
 
 from dense_rlhf.attribution import attribute
+from dense_rlhf.attribution.parity import library_shap
+from dense_rlhf.attribution.sources import available
 from dense_rlhf.config.params import AttributionParams
 from dense_rlhf.models.dialogue import Reader
 from dense_rlhf.models.reward_model import RewardModel
@@ -412,3 +420,22 @@ def test_the_same_vocabulary_read_through_its_text_gives_the_same_credit(tokeniz
     ]
     direct, read = (attribute(one, rollout, ["shap"], AttributionParams())["shap"] for one in (reward_model, through))
     assert same and torch.allclose(direct.credit[same], read.credit[same], atol=1e-5)
+
+
+def test_the_shap_library_agrees_on_the_policys_tokens(tokenizer, reference, policy):
+    own = reader(TOKENIZERS["large"], tokenizer)
+    rollout = make_rollout(policy, reference, own, tokenizer, seed=4)
+    ours = attribute(own, rollout, ["shap"], AttributionParams())["shap"].credit
+    row = int(rollout.players.sum(-1).argmax())
+    assert own.readings(rollout)[row].spread is not None
+    theirs = library_shap(own, rollout, row, AttributionParams())
+    assert torch.allclose(theirs, ours[row], atol=1e-4) and theirs.any()
+
+
+def test_sources_that_a_model_cannot_give_are_not_available(tokenizer):
+    decoder = reader(TOKENIZERS["large"], tokenizer)
+    assert {"attention", "gradient_input"} <= set(available(decoder)) and "log_ratio" not in available(decoder)
+    sizes = dict(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=len(tokenizer), num_labels=1)
+    t5 = T5ForSequenceClassification(T5Config(**sizes, pad_token_id=1, eos_token_id=0, decoder_start_token_id=1))
+    missing = {"attention", "gradient_input", "integrated_gradients"}
+    assert not missing & set(available(replace(decoder, model=t5))) and "shap" in available(replace(decoder, model=t5))
