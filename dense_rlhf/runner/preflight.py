@@ -11,13 +11,14 @@ import huggingface_hub
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from dense_rlhf.attribution.sources import SOURCES, available
 from dense_rlhf.config.params import RewardParams, RunParams
 from dense_rlhf.config.study import StudyParams
 from dense_rlhf.data import Dataset, load_data
 from dense_rlhf.fingerprint import PACKAGE
 from dense_rlhf.models.dialogue import Reader, prompt_ids
 from dense_rlhf.models.language_models import check_head, load_tokenizer, smollm2_folder
-from dense_rlhf.models.reward_model import chosen_output, shares_tokens
+from dense_rlhf.models.reward_model import RewardModel, chosen_output, shares_tokens
 from dense_rlhf.models.train_reward_model import fresh_classifier, pair_ids
 from dense_rlhf.models.word_judge import check_words
 from dense_rlhf.runner import cost
@@ -62,6 +63,8 @@ def check(study: StudyParams, say: Callable[[str], None], budget: bool = True) -
         report.line("note", "settings", f"checked without what these change: {', '.join(study.settings)}")
     policy = read_policy(report, run)
     reward = read_reward(report, run.reward, policy)
+    if reward and reward.model:
+        _check_sources(report, study, reward)
     longest, typical = 0, 0.0
     for data in study.datasets:
         lengths = _check_data(report, replace(run, data=data), policy, reward)
@@ -176,6 +179,14 @@ def read_reward(report: Report, params: RewardParams, policy: EmptyModel) -> Emp
         report.attempt(field, "its weights", lambda: check_head(model, name))
         report.ok(field, f"{config.model_type}, {model.num_parameters():,} parameters")
     return EmptyModel(tokenizer, config, model)
+
+
+def _check_sources(report: Report, study: StudyParams, reward: EmptyModel) -> None:
+    """Whether the reward model can give the credit that the arms ask of it."""
+    able = set(available(RewardModel(reward.model, reward.tokenizer, suffix=()))) | {"log_ratio", "rationale"}
+    asked = sorted({source for shape in study.arms.values() for source in shape.sources} & {*SOURCES} - able)
+    bad = f"{', '.join(asked)} cannot be had of a {reward.config.model_type}; name other sources in arms"
+    report.demand(not asked, "arms", "ask for sources that the reward model can give", bad)
 
 
 def _scratch(report: Report, params: RewardParams, tokenizer: PreTrainedTokenizerBase) -> tuple:

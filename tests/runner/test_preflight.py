@@ -38,7 +38,8 @@ def folders(tmp_path, tokenizer):
         made = own or PreTrainedTokenizerFast(
             tokenizer_object=tokenizer.backend_tokenizer, eos_token="<eos>", pad_token="<pad>", chat_template=TEMPLATE
         )
-        getattr(transformers, architecture)(LlamaConfig(**SHAPE | changes)).save_pretrained(folder)
+        kind = getattr(transformers, architecture)
+        kind(kind.config_class(**SHAPE | changes)).save_pretrained(folder)
         made.save_pretrained(folder)
         return folder
 
@@ -127,6 +128,14 @@ def break_labels(folders):
     folders.write("reward", "LlamaForSequenceClassification", num_labels=2)
 
 
+def no_head(folders):
+    folders.write("reward", "LlamaForCausalLM", num_labels=1, tie_word_embeddings=False)
+
+
+def an_adapter(folders):
+    (folders.root / "reward" / "adapter_config.json").write_text("{}")
+
+
 def drop_weights(folders):
     (folders.root / "policy" / "model.safetensors").rename(folders.root / "policy" / "pytorch_model.bin")
 
@@ -154,6 +163,8 @@ def few_embeddings(folders):
     "harm, field, message",
     [
         (break_labels, "reward.name", "has 2 outputs, wanted one"),
+        (no_head, "reward.name", "lacks score.weight"),
+        (an_adapter, "reward.name", "is an adapter"),
         (drop_weights, "policy.name", "has no .safetensors among"),
         (break_config, "reward.name", "its config.json:"),
         (drop_tokenizer, "policy.name", "its tokenizer:"),
@@ -185,6 +196,14 @@ def test_another_vocabulary_is_read_as_text_and_no_critic(dry_run, folders):
     code, lines = dry_run("policy.critic=separate")
     assert any("in its own tokens" in line for line in lines["ok"])
     assert code == 2 and any("'separate' starts as the reward model" in line for line in lines["FAIL"])
+
+
+def test_a_source_that_the_reward_model_cannot_give_is_named(dry_run, folders):
+    asked = "arms.look.sources=[attention]"
+    assert dry_run(asked)[0] == 0
+    folders.write("reward", "GemmaForSequenceClassification", num_labels=1)
+    code, lines = dry_run(asked)
+    assert code == 2 and any("attention cannot be had of a gemma" in line for line in lines["FAIL"]), lines
 
 
 def test_a_template_that_writes_dates_is_noted(dry_run, folders, tokenizer):
