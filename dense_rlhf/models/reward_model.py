@@ -35,9 +35,10 @@ class RewardModel:
 
     def __post_init__(self):
         if self.suffix is None:
-            if self.policy_tokenizer is None and self.tokenizer.eos_token_id is None:
+            eos = self.tokenizer.eos_token_id
+            if self.policy_tokenizer is None and eos is None:
                 raise InputError("the reward model's tokenizer has no EOS to read at; give a suffix of token ids")
-            object.__setattr__(self, "suffix", (self.tokenizer.eos_token_id,))
+            object.__setattr__(self, "suffix", () if eos is None else (eos,))
 
     @property
     def budget(self) -> int:
