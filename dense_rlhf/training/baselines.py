@@ -83,6 +83,7 @@ class Run:
     kl_in_loss: bool = False  # the penalty; else in the rewards
     history: list[dict[str, float]] = field(default_factory=list)
     clocks: list[list[float]] = field(default_factory=list)
+    by_text: dict[str, Prompt] = field(default_factory=dict)  # the prompts, by the text that trl hands on
 
     @cached_property
     def learner(self) -> ppo.Learner:
@@ -98,7 +99,9 @@ class Run:
         """The prompts of all updates in order, rendered, `rollouts / group` an update."""
         params, tokenizer = self.recipe.ppo, self.task.tokenizer
         batches = prompt_batches(self.task.data.train_prompts, params.rollouts // self.group, self.recipe.seed)
-        return [render(p, tokenizer) for p in chain(*islice(batches, params.updates))]
+        asked = [(render(prompt, tokenizer), prompt) for prompt in chain(*islice(batches, params.updates))]
+        self.by_text |= dict(asked)
+        return [text for text, _ in asked]
 
     def collect(self, prompts: Sequence[str]) -> None:
         """End the last update, then `inner_loop.collect`; `group` neighbouring responses have one prompt."""
@@ -106,7 +109,8 @@ class Run:
             self.learner.schedule.step()
             self.learner.follow_kl(self.history[-1]["kl"], self.recipe.ppo)
         step = next(self.steps)
-        batch = collect(self.task, self.learner, self.recipe, prompts, step, self.kl_in_loss)
+        asked = [self.by_text.get(text, text) for text in prompts]
+        batch = collect(self.task, self.learner, self.recipe, asked, step, self.kl_in_loss)
         self.rollout, self.rewards = batch.rollout, batch.rewards
         self.clocks.append(batch.clock)
         self.history.append(measure(self.task, batch.rollout, step) | batch.metrics)

@@ -25,7 +25,7 @@ from dense_rlhf.training.baselines import BASELINES, best_of_n, leave_one_out_to
 from dense_rlhf.training.evaluate import evaluate
 from dense_rlhf.training.inner_loop import Recipe, train_policy
 from dense_rlhf.training.task import Task
-from dense_rlhf.types import InputError, LabelledText, RewardShape
+from dense_rlhf.types import InputError, LabelledText, Message, RewardShape
 
 PARAMS = PPOParams(updates=3, rollouts=8, max_new_tokens=6, minibatch=4, lr=1e-2)
 EXPLAIN = AttributionParams(lime_samples=8)
@@ -184,6 +184,20 @@ def test_trl_trains_on_our_rollouts(task, name, batches):
     assert torch.equal(first.responses, ours.responses)
     assert len(batches) == 3 and any(rollout.ended.any() for rollout, _ in batches)
     assert batches[0][0].query_mask.sum(-1).unique().numel() > 1
+
+
+def test_dialogues_come_back_from_trl_as_dialogues(task, monkeypatch):
+    """A reward model with a template of its own reads their turns, not the policy's rendering."""
+    dialogues = [(Message("user", f"film {n}"),) for n in range(8)]
+    chatty = replace(task, data=replace(task.data, train_prompts=dialogues))
+    run = baselines.Run(chatty, Recipe(SPARSE, PARAMS, EXPLAIN, 0), group=2)
+    asked = []
+    monkeypatch.setattr(baselines, "collect", lambda task, learner, recipe, prompts, *_: asked.extend(prompts) or 1 / 0)
+    texts = run.prompts()
+    assert all(isinstance(text, str) and text.startswith("\n\nHuman: film ") for text in texts)
+    with pytest.raises(ZeroDivisionError):
+        run.collect(texts[:4])
+    assert asked == [next(d for d in dialogues if f"{d[0].content}\n" in text) for text in texts[:4]]
 
 
 @pytest.mark.parametrize("name", SUMMED + TO_GO)
