@@ -1,5 +1,6 @@
 """One way to read a dialogue: what people's tokenizers, templates and folders bring along."""
 
+import copy
 import json
 
 import numpy as np
@@ -337,7 +338,7 @@ def test_eos_written_in_a_response_is_read_by_models_that_pool_at_it():
 @pytest.mark.parametrize("sampler", ["cache", "generate"])
 def test_every_token_that_ends_a_turn_ends_it(sampler, reference, tokenizer):
     """Those of the generation config; and what the chat template writes after a reply, where that is a token."""
-    lm, end = transformers.LlamaForCausalLM(reference.lm.config), 7
+    lm, end = transformers.LlamaForCausalLM(copy.deepcopy(reference.lm.config)), 7
     with torch.no_grad():
         for p in lm.parameters():
             p.zero_()
@@ -374,7 +375,7 @@ def test_ids_that_no_token_has_are_never_sampled(sampler, saved):
 @pytest.mark.parametrize("sampler", ["cache", "generate"])
 @pytest.mark.parametrize("fault", ["nan weight", "inf logit", "tiny temperature"])
 def test_probabilities_that_are_not_finite_are_one_line(sampler, fault, reference, tokenizer):
-    lm = transformers.LlamaForCausalLM(reference.lm.config).eval()
+    lm = transformers.LlamaForCausalLM(copy.deepcopy(reference.lm.config)).eval()
     lm.lm_head = torch.nn.Linear(16, len(tokenizer))
     if fault == "nan weight":
         torch.nn.init.constant_(lm.model.norm.weight, torch.nan)
@@ -387,7 +388,7 @@ def test_probabilities_that_are_not_finite_are_one_line(sampler, fault, referenc
 
 
 def test_a_prompt_beyond_the_policys_positions_is_one_line(reference, tokenizer):
-    lm = transformers.LlamaForCausalLM(reference.lm.config).eval()
+    lm = transformers.LlamaForCausalLM(copy.deepcopy(reference.lm.config)).eval()
     lm.config.max_position_embeddings = 12
     with pytest.raises(
         InputError, match="a prompt of .* tokens and ppo.max_new_tokens = 8 are more than the policy's 12"
@@ -398,7 +399,7 @@ def test_a_prompt_beyond_the_policys_positions_is_one_line(reference, tokenizer)
 
 
 def test_padding_that_ends_a_reply_is_refused(reference, tokenizer):
-    lm = transformers.LlamaForCausalLM(reference.lm.config).eval()
+    lm = transformers.LlamaForCausalLM(copy.deepcopy(reference.lm.config)).eval()
     lm.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.pad_token_id]
     with pytest.raises(InputError, match="padding token '<pad>' also ends a reply"):
         sample_responses(PolicyWithValue(lm), ["the film"], tokenizer, PPOParams(), torch.Generator())
