@@ -98,7 +98,9 @@ def _arranged(cells: list[NotebookNode]) -> list[NotebookNode]:
     begun = kinds.index("code") if "code" in kinds else 0
     learned = [n for n, cell in enumerate(cells) if kinds[n] == "markdown" and cell.source.startswith(LEARNED)]
     if begun and learned and learned[0] > begun:
-        cells = cells[:begun] + cells[learned[0] :] + cells[begun : learned[0]]
+        from nbformat.v4 import new_markdown_cell
+
+        cells = [*cells[:begun], *cells[learned[0] :], new_markdown_cell("## The run"), *cells[begun : learned[0]]]
     arranged: list[NotebookNode] = []
     for cell in cells:
         if arranged and cell.cell_type == arranged[-1].cell_type == "code" and not arranged[-1].outputs:
@@ -145,8 +147,9 @@ def _fewer_colours(png: str) -> str:
 
 def _dress(soup: BeautifulSoup) -> list[tuple[str, Markup]]:
     """Add missing anchors, captions, header scopes and alt texts; returns anchor and words of each heading."""
-    for link in soup.select("a.anchor-link"):
-        link.decompose()
+    for link in soup.select(":is(h1, h2, h3, h4, h5, h6) > a"):
+        if link.get_text() == "¶":  # nbconvert's own
+            link.decompose()
     seen: dict[str, int] = {}
     for head in soup.find_all(["h1", "h2", "h3"]):
         name = re.sub(r"\W+", "-", head.get_text()).strip("-") or "part"

@@ -28,8 +28,16 @@ def test_what_was_learned_stands_after_the_question(tmp_path):
         shows("third()", "<p>the answer</p>"),
     )
     page = body(tmp_path, *cells)
-    places = [page.index(text) for text in ("A question", "What we learned", "the answer", "a table", "A step")]
+    order = ("A question", "What we learned", "the answer", "The run", "a table", "A step")
+    places = [page.index(text) for text in order]
     assert places == sorted(places)
+
+
+def test_headings_have_no_sign_of_their_anchors(tmp_path):
+    path = tmp_path / "notebook.ipynb"
+    nbformat.write(new_notebook(cells=[new_markdown_cell("# A ¶ sign\n## Part [link](https://a.org)")]), path)
+    html, contents = map(str, notebook_body(path))
+    assert html.count("¶") == 1 and "¶" not in contents and "link" in html
 
 
 def test_code_that_shows_nothing_joins_the_code_after_it(tmp_path):
