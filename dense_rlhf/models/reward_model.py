@@ -234,12 +234,16 @@ def check_fits(model: PreTrainedModel, reading: Reading) -> None:
     if len(tokens) > longest_text(model):
         reads = f"{name} reads at most {longest_text(model)}; shorten the prompt or the response"
         raise InputError(f"prompt, response and end are {len(tokens)} tokens, {reads}")
-    try:
-        rows = model.get_input_embeddings().weight.shape[0]
-    except (AttributeError, NotImplementedError):  # a model that embeds characters
-        return
-    if max(tokens, default=0) >= rows:
+    if max(tokens, default=0) >= (rows := vocabulary_size(model)):
         raise InputError(f"{name} has {rows} embeddings, but the text has token {max(tokens)}; take its own tokenizer")
+
+
+def vocabulary_size(model: PreTrainedModel) -> float:
+    """Tokens that have an embedding; infinite for a model that hashes characters, as CANINE does."""
+    try:
+        return model.get_input_embeddings().weight.shape[0]
+    except (AttributeError, NotImplementedError):
+        return float("inf")
 
 
 def padded(
