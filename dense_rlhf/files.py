@@ -164,9 +164,9 @@ def seal(folder: Path) -> None:
 def damaged(folder: Path) -> Path | None:
     """The first file of a sealed folder that is missing, altered or new since; None if it is as it was sealed."""
     try:
-        kept, found = json.loads((folder / HASHES).read_bytes()), folder_hashes(folder)
-        names = sorted({*kept, *found})
-        return next((folder / name for name in names if kept.get(name) != found.get(name)), None)
+        kept, now = json.loads((folder / HASHES).read_bytes()), folder_hashes(folder)
+        names = sorted({*kept, *now})
+        return next((folder / name for name in names if kept.get(name) != now.get(name)), None)
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):  # no folder, or no JSON object
         return folder / HASHES
 

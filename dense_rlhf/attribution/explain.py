@@ -199,9 +199,9 @@ def _check_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pai
     if model.training:
         raise InputError(f"{name} is in training mode, its dropout would be explained too; call eval()")
     if pair is None and (getattr(model.config, "type_vocab_size", 0) or 0) > 1:
-        told = f"{name} can tell two segments apart; prompt and response are read as one text"
+        reads = f"{name} can tell two segments apart; prompt and response are read as one text"
         warnings.warn(
-            f"{told}. Say pair=True if it was trained on tokenizer(prompt, response), else pair=False", stacklevel=3
+            f"{reads}. Say pair=True if it was trained on tokenizer(prompt, response), else pair=False", stacklevel=3
         )
 
 

@@ -42,8 +42,8 @@ def _loader() -> type[yaml.SafeLoader]:
 
     class Loader(yaml.SafeLoader):
         yaml_implicit_resolvers = {
-            first: [(tag, pattern) for tag, pattern in found if not tag.endswith(":timestamp")]
-            for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+            first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+            for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
         }
 
     return Loader
@@ -89,9 +89,9 @@ def _from_yaml(text: str, comments: bool = True) -> object:
     try:
         loader = _loader()(text)
         node = loader.get_single_node()
-        if not comments and (behind := text[node.end_mark.index :] if node else text).strip():
+        if not comments and (rest := text[node.end_mark.index :] if node else text).strip():
             if node and (not isinstance(node, yaml.ScalarNode) or node.style):
-                raise ValueError(f"{behind.strip()!r} stands behind the value")
+                raise ValueError(f"{rest.strip()!r} follows the value")
             return text.strip()
         if node is None:
             return None
@@ -152,13 +152,13 @@ def parameter_cells(cells: typing.Iterable[str]) -> tuple[dict, dict]:
     own, passed = {}, {}
     for cell in cells:
         try:
-            found = {line.targets[0].id: ast.literal_eval(line.value) for line in ast.parse(cell).body}
+            assigned = {line.targets[0].id: ast.literal_eval(line.value) for line in ast.parse(cell).body}
         except (SyntaxError, ValueError, TypeError, AttributeError):  # it does more than assign plain values
             continue
         if cell.startswith("# Parameters"):
-            passed = found
-        elif "run_dir" in found:
-            own = found
+            passed = assigned
+        elif "run_dir" in assigned:
+            own = assigned
     return own, passed
 
 

@@ -112,9 +112,9 @@ def load_reviews(params: DataParams, rows: int | None = None) -> Dataset:
     for name, number in (("", train_counts), ("test ", test_counts)):
         counts.update({f"{name}prompts {reason}": n for reason, n in number.items()})
     if not train or not validation:
-        found = f"{len(train)} prompts to train and {len(validation)} to choose by, wanted some of each"
+        counted = f"{len(train)} prompts to train and {len(validation)} to choose by, wanted some of each"
         words = f"a prompt is the first data.prompt_words = {params.prompt_words} words of a text of twice as many"
-        raise InputError(f"{path}: {found}; {words}: {dict(train_counts)}")
+        raise InputError(f"{path}: {counted}; {words}: {dict(train_counts)}")
     texts = [review.text for review in splits["language_model"]]
     taught = {name: splits[name] for name in ("reward", "gold", "test")}
     prompts = dict(train_prompts=train, validation_prompts=validation, test_prompts=test)

@@ -116,9 +116,9 @@ def load_weights(kind: type, field: str, source: Path | str, **options) -> PreTr
         wanted = "wanted a folder or hub id that holds a model in safetensors"
         raise InputError(f"{field}: cannot load {str(source)!r} ({reason}); {wanted}") from error
     faults = {"lacks": info["missing_keys"], "has no place for": info["unexpected_keys"]}
-    if told := [f"{word} {', '.join(sorted(map(str, keys))[:3])}" for word, keys in faults.items() if keys]:
+    if problems := [f"{word} {', '.join(sorted(map(str, keys))[:3])}" for word, keys in faults.items() if keys]:
         wanted = f"wanted the weights of {type(model).__name__}, all and no others"
-        raise InputError(f"{field}: {str(source)!r} {' and '.join(told)}; {wanted}: save the model with its head")
+        raise InputError(f"{field}: {str(source)!r} {' and '.join(problems)}; {wanted}: save the model with its head")
     return model
 
 

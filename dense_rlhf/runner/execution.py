@@ -136,8 +136,8 @@ def _last_line(log: Path, begin: int) -> str:
     with open(log, encoding="utf-8", errors="replace") as file:
         file.seek(begin)
         lines = [line for line in file.read().splitlines() if line.strip()]
-    said = lines[-1] if lines else "it ended and logged nothing"
-    return said + f"; the disk of {log.parent} is full" * (shutil.disk_usage(log.parent).free < 2**16)
+    reason = lines[-1] if lines else "it ended and logged nothing"
+    return reason + f"; the disk of {log.parent} is full" * (shutil.disk_usage(log.parent).free < 2**16)
 
 
 def heartbeat(folder: Path) -> dict:
@@ -175,15 +175,15 @@ def guarded(parent: int) -> None:
     """Return in a child, the worker; the process itself stays to end all below it when the worker or `parent` ends."""
     import psutil
 
-    told, guard = {signal.SIGCHLD, signal.SIGTERM}, psutil.Process()
-    signal.pthread_sigmask(signal.SIG_BLOCK, told)
+    signals, guard = {signal.SIGCHLD, signal.SIGTERM}, psutil.Process()
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)  # what loses its parent becomes a child of the guard
     die_with_parent(parent, signal.SIGTERM)
     if not (worker := os.fork()):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, told)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
         return die_with_parent(guard.pid)
     code = 128 + signal.SIGTERM
-    while signal.sigwait(told) == signal.SIGCHLD:
+    while signal.sigwait(signals) == signal.SIGCHLD:
         if (ended := _reap()).keys() & {worker}:
             code = ended[worker]
             break
@@ -201,9 +201,9 @@ def _reap() -> dict[int, int]:
     """The exit codes of the children that have ended, by process."""
     codes = {}
     with suppress(ChildProcessError):
-        while (found := os.waitpid(-1, os.WNOHANG))[0]:
-            code = os.waitstatus_to_exitcode(found[1])
-            codes[found[0]] = code if code >= 0 else 128 - code
+        while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            code = os.waitstatus_to_exitcode(ended[1])
+            codes[ended[0]] = code if code >= 0 else 128 - code
     return codes
 
 
@@ -258,11 +258,11 @@ def _scrubbing(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        told = None
+        clean = None
         with suppress(OSError, ValueError):  # there is none, or it was cut short and has no page
-            told = scrubbed(nbformat.read(path, as_version=4), workspace())
-        if told:
-            write_text(path, nbformat.writes(nbformat.from_dict(told)) + "\n")
+            clean = scrubbed(nbformat.read(path, as_version=4), workspace())
+        if clean:
+            write_text(path, nbformat.writes(nbformat.from_dict(clean)) + "\n")
 
 
 def kernel_folder() -> tempfile.TemporaryDirectory:

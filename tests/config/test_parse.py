@@ -38,8 +38,8 @@ def test_a_setting_is_one_value_without_comments(text, value):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("'a' # b", "'# b' stands behind the value"),
-        ("[1] # b", "'# b' stands behind the value"),
+        ("'a' # b", "'# b' follows the value"),
+        ("[1] # b", "'# b' follows the value"),
         ("[old] data.csv", "text with signs that YAML reads goes in quotes"),
         ("010", "'010' is no number by tens"),
         ("1:30", "'1:30' is no number by tens"),

@@ -150,9 +150,9 @@ async def send(client: AsyncOpenAI, model: str, question: Question, params: Judg
 
 def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """A JSON object in which no key stands twice."""
-    if len(found := dict(pairs)) < len(pairs):
+    if len(fields := dict(pairs)) < len(pairs):
         raise ValueError("a key stands twice")
-    return found
+    return fields
 
 
 def _refusal(error: APIStatusError, params: JudgeParams, sent: dict) -> Outcome:
@@ -167,10 +167,10 @@ def _refusal(error: APIStatusError, params: JudgeParams, sent: dict) -> Outcome:
             reason = f"HTTP {status}: asked to wait {after:.0f} s, longer than judge.longest_wait"
             return Outcome(reason=reason, ends=True)
         return Outcome(reason=f"HTTP {status}", again=True, after=after)
-    told = error.response.text
-    if status in TOO_LONG or any(word in told for word in ("context_length", "context length", "content_filter")):
+    message = error.response.text
+    if status in TOO_LONG or any(word in message for word in ("context_length", "context length", "content_filter")):
         return Outcome(reason=f"HTTP {status}: the question is too long for this model, or its filter refuses it")
-    named = [name for name in sent if re.search(rf"\b{name}\b", told)]
+    named = [name for name in sent if re.search(rf"\b{name}\b", message)]
     change = [FORM[name] for name in named or sent]
     reason = f"HTTP {status}: the server refuses the form of the request; try {', or '.join(change)}"
     return Outcome(reason=reason if named else f"{reason}, or another {MODEL}", refused=bool(named), form=True)
