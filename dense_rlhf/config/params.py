@@ -249,6 +249,7 @@ class EvaluationParams:
     """How policies are evaluated."""
 
     prompts: Count = 300  # held-out prompts, one response each
+    margin: Positive = 0.1  # differences within it do not matter: log-odds of gold, or a share of the value loss
     seeds: Count = 3  # trainings of each arm, in ablations that train
     sst_path: Place | None = None  # trees of the Stanford Sentiment Treebank, if available
     toxic_path: Place | None = None  # a CSV of SemEval-2021 toxic spans, if available
