@@ -39,7 +39,10 @@ LEARNED = "learned"
 STRATEGIES = ("gp", "saas", "additive", "nei", "random", "sobol")
 OBJECTIVES = ("proxy", "gold", "penalised")
 TEMPERATURES = ("fixed", "shared", "each")
-LANDSCAPES = ("interior", "vertex", "face", "ridge", "tent", "flat")
+TUNING = ("interior", "vertex", "face", "ridge", "tent", "flat")
+REPORTED = """matern powers bump two_peaks scarcest saturating spike step log_ratio rippled one_source exclusive
+              tempered""".split()  # no setting of the search was chosen by these
+LANDSCAPES = (*TUNING, *REPORTED)
 PLAIN = (bool, int, float, str, list, tuple, type(None))  # what a parameters cell can hold
 
 Dtype = Literal["float32", "bfloat16"]
@@ -264,7 +267,7 @@ class DimensionParams:
     seeds: Count = 3  # of each search of a known function
     rival_trials: Several = 40  # at most, of saas, additive and nei, which are not the question
     rival_seeds: Whole = 1  # likewise
-    landscapes: Many[Literal[LANDSCAPES]] = LANDSCAPES  # known functions
+    landscapes: Many[Literal[LANDSCAPES]] = TUNING  # known functions
     strategies: Many[Literal[STRATEGIES]] = STRATEGIES  # that search them
     snr: Many[Positive] = (1.0,)  # sd of the function over sd of an observation's noise
     goal: Positive = 0.25  # regret that is low enough, in sd of the function
