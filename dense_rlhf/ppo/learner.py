@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dense_rlhf.config.params import PPOParams
-from dense_rlhf.masked import masked_sum, masked_whiten
+from dense_rlhf.masked import masked_mean, masked_sum, masked_whiten
 from dense_rlhf.models.language_models import within_memory
 from dense_rlhf.models.policy import PolicyWithValue, micro_batches
 from dense_rlhf.ppo.distributed import Alone
@@ -129,7 +129,10 @@ def update(learner: Learner, rollout: Rollout, rewards: Tensor, params: PPOParam
     learner.schedule.step()
     means = {name: sum(log[name] for log in logs) / len(logs) for name in logs[0]}
     explained = explained_variance(rollout.values, returns, rollout.mask)
-    return means | {"first_ratio_error": logs[0]["ratio_error"], "explained_variance": explained}
+    means |= {"first_ratio_error": logs[0]["ratio_error"], "explained_variance": explained}
+    to_go = gae(rewards, torch.zeros_like(rewards), rollout.mask, 1.0, 1.0)  # no bootstrap, which flatters a bad critic
+    means["value_error_mc"] = masked_mean((rollout.values - to_go).square(), rollout.mask).item()
+    return means | {"explained_variance_mc": explained_variance(rollout.values, to_go, rollout.mask)}
 
 
 SUMMED = ("policy_loss", "value_loss", "clipped", "entropy", "step_kl")
