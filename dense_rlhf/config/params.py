@@ -13,6 +13,7 @@ from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Literal, get_type_hints
 
+from dense_rlhf.config.benchmarks import DownstreamParams, JudgeParams
 from dense_rlhf.config.parse import parameter_cells, read_yaml
 from dense_rlhf.config.strict import (
     Count,
@@ -35,7 +36,8 @@ from dense_rlhf.config.strict import (
 )
 from dense_rlhf.types import NORMALISERS, InputError, RewardShape, check_removal, did_you_mean, nearest
 
-LEARNED = "learned"
+LEARNED, DRAWN = "learned", "drawn"  # weights: by the search's model, or the best of as many at random
+REGIMES = ("own", "common-step", "longer")
 STRATEGIES = ("gp", "saas", "additive", "nei", "random", "sobol")
 OBJECTIVES = ("proxy", "gold", "penalised")
 TEMPERATURES = ("fixed", "shared", "each")
@@ -111,6 +113,7 @@ class RewardParams:
     lr: Size = 3e-3  # scratch: learning rate
     window: Count = 48  # labels: tokens of a training snippet; pairs: the most tokens of a dialogue
     max_drop: Share = 0.6  # labels: each snippet loses a uniform share of its tokens, up to this
+    seed: Whole = 0  # scratch: of its weights and batches; a study adds the run's where it redraws the proxy
     token_budget: Count | None = None  # tokens in one forward pass; by default set by the device
     dtype: Dtype = "float32"  # of the weights when it scores and explains
     output: Whole | None = None  # which output is the score, from 0, of a finished model that has several
@@ -138,7 +141,7 @@ class AttributionParams:
     removal: Text = "drop"  # drop, attention_mask, or replace:TOKEN
     players: Literal["tokens", "words", "sentences"] = "tokens"  # are removed together and share their credit evenly
     rationale_path: Place | None = None  # rationale: a file of texts in which people marked words
-    seed: Whole = 0  # of permutations and samples
+    seed: Whole = 0  # of permutations and samples; a study adds the run's where it redraws the explainer
 
     def __post_init__(self):
         check_removal(self.removal)
@@ -146,10 +149,10 @@ class AttributionParams:
 
 @params("shape")
 class ShapeParams:
-    """An arm: sources, their weights (the word `learned` leaves them to the outer loop), and the normalisation."""
+    """An arm: sources, their weights (`learned` and `drawn` leave them to the outer loop), and the normalisation."""
 
     sources: Some[Text] = ("terminal",)  # registered sources, or my_module:my_source
-    weights: Many[Real] | Literal["learned"] = (1.0,)  # one a source, which sum to 1
+    weights: Many[Real] | Literal["learned", "drawn"] = (1.0,)  # one a source, which sum to 1
     normalise: Literal[NORMALISERS] = "softmax"  # how each source's credit becomes shares of the score
     temperature: Real | Many[Real] = 1.0  # of softmax; or a list, one a source
     features: Many[Text] = ()  # of tokens, that the weights depend on
@@ -157,12 +160,12 @@ class ShapeParams:
 
     def __post_init__(self):
         if self.is_learned and len(self.sources) < 2:
-            raise InputError("shape.weights is 'learned' for one source; wanted at least two sources")
+            raise InputError(f"shape.weights is {self.weights!r} for one source; wanted at least two sources")
         self.reward_shape()
 
     @property
     def is_learned(self) -> bool:
-        return self.weights == LEARNED
+        return self.weights in (LEARNED, DRAWN)
 
     def reward_shape(self) -> RewardShape:
         """The shape; with equal weights while they are still to be learned."""
@@ -213,7 +216,7 @@ class BOParams:
 
     trials: Several = 25  # mixtures that are tried
     initial: Whole = 5  # quasi-random points after the anchors, before the model chooses
-    updates: Count = 10  # PPO updates a trial
+    updates: Count = 10  # a trial's: the first of ppo.updates, on the same schedule
     anchors: Flag = True  # start with each source alone and with all in equal parts
     replicates: Count = 1  # trials of each anchor, which show how much another seed changes
     strategy: Literal[STRATEGIES] = "gp"  # how the next trial is chosen
@@ -286,43 +289,15 @@ class DimensionParams:
                 raise InputError(f"dimension.{name} is {list(getattr(self, name))}, wanted {wanted}")
 
 
-@params("judge")
-class JudgeParams:
-    """How an endpoint is asked to judge, and what that may cost."""
-
-    calls: Count = 4000  # requests, including those of earlier starts on the same record
-    tokens: Count = 4_000_000  # read and written, with earlier starts; requests under way when it is reached are extra
-    concurrency: Count = 4  # requests under way at once
-    timeout: Positive = 60.0  # seconds until an answer must be complete
-    attempts: Count = 5  # requests for one judgement, while the server is busy, fails or is silent
-    wait: Size = 1.0  # seconds at most before the second attempt; doubles with each; a random share of it is waited
-    longest_wait: Size = 60.0  # seconds; a server that asks for more patience than this is not asked again
-    temperature: Size | None = 0.0  # null: the server's own
-    reply_tokens: Count = 512  # a longer reply is cut, and is no judgement
-    limit_as: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"  # the request's field for reply_tokens
-
-
-@params("downstream")
-class DownstreamParams:
-    """AlpacaEval 2 and MT-Bench: who answers what, and how the answers are annotated."""
-
-    checkpoints: Many[Model] = ()  # folders of policies, judged next to the reference, which is `policy.name`
-    alpaca_path: Place | None = None  # a JSON list of instruction, output, generator; by default the hub's
-    alpaca_annotator: Model | None = "weighted_alpaca_eval_gpt4_turbo"  # its name, a folder, or endpoint; null: none
-    alpaca_instructions: Count | None = None  # the first n; by default all
-    mt_bench_path: Place | None = None  # a folder with MT-Bench's files; by default MT-Bench is left out
-    mt_bench_questions: Count | None = None  # the first n of each category
-    max_new_tokens: Count = 1024  # of an answer
-    temperature: Size = 0.7  # of answers to instructions; MT-Bench has its own, by category
-
-
 @params("")
 class RunParams:
     """What one notebook run is given."""
 
     arm: Text = "sparse"
     setting: Text = ""  # the study's name for what it varies; empty if it varies nothing
+    regime: Literal[REGIMES] = "own"  # the arm's own step size; shown beside it: the common one, or more updates
     seed: Whole = 0
+    step_sizes: Many[Positive] = ()  # of which notebook 11 chooses the arm's
     threads: Count | None = None  # of torch; by default the runner's share. Another number rounds differently
     data: DataParams = DataParams()
     policy: PolicyParams = PolicyParams()
@@ -339,11 +314,12 @@ class RunParams:
     @property
     def where(self) -> str:
         """What arms are compared within: the dataset, and the setting if there is one."""
-        return "-".join(filter(None, (self.data.short_name, self.setting)))
+        beside = "" if self.regime == "own" else self.regime
+        return "-".join(filter(None, (self.data.short_name, self.setting, beside)))
 
     def flat(self) -> dict[str, object]:
         """One level, `group_field`, plain YAML values: what papermill takes with `-f`."""
-        plain: dict[str, object] = {name: getattr(self, name) for name in SINGLE}
+        plain: dict[str, object] = {name: _lists(getattr(self, name)) for name in SINGLE}
         for group in GROUPS:
             for name, value in asdict(getattr(self, group)).items():
                 plain[f"{group}_{name}"] = _lists(value)
@@ -388,12 +364,12 @@ def _lists(value: object) -> object:
 
 
 GROUPS: dict[str, type] = {name: hint for name, hint in get_type_hints(RunParams).items() if is_dataclass(hint)}
-SINGLE = ("arm", "setting", "seed", "threads")
+SINGLE = ("arm", "setting", "regime", "seed", "step_sizes", "threads")
 FLAT = (*SINGLE, *(f"{group}_{field.name}" for group, cls in GROUPS.items() for field in fields(cls)))
 
 NOTEBOOKS = (
     *("01_reward_model", "02_attribution", "03_shaping", "04_ppo", "05_bayesian_optimisation"),
-    *("06_comparison", "07_overoptimisation", "08_critic", "09_verdicts"),
+    *("06_comparison", "07_overoptimisation", "08_critic", "09_verdicts", "11_step_size"),
 )
 ABLATIONS = tuple(  # run where a study names them
     f"ablations/{name}"

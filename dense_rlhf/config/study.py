@@ -20,6 +20,7 @@ from dense_rlhf.config.params import ABLATIONS, BENCHMARKS, GROUPS, NOTEBOOKS, D
 from dense_rlhf.config.parse import merge, parse_settings, read_yaml
 from dense_rlhf.config.strict import (
     Count,
+    Flag,
     Many,
     Positive,
     Some,
@@ -36,7 +37,7 @@ from dense_rlhf.files import content_key
 from dense_rlhf.types import InputError, did_you_mean
 
 KNOWN = NOTEBOOKS + ABLATIONS + BENCHMARKS  # in the order in which they run
-OPTIONS = ("seeds", "notebooks", "workers", "timeout_minutes")
+OPTIONS = ("seeds", "redraws", "step_sizes", "common_step", "longer", "notebooks", "workers", "timeout_minutes")
 STUDY_KEYS = ("study", "arms", "settings", *OPTIONS, "threads", "size", "sizes", *GROUPS)
 VARIED = tuple(name for name in GROUPS if name not in ("data", "shape"))  # what a setting can change
 PLACES = ("study", "workers", "timeout_minutes")  # what changes no run; any other setting makes a variant of the study
@@ -57,6 +58,10 @@ class StudyParams:
     datasets: Many[DataParams]
     run: RunParams  # what all runs share
     seeds: Many[Whole] = (0,)  # of the policies' trainings
+    redraws: Many[typing.Literal["proxy", "explainer", "search"]] = ("explainer",)  # by each seed, as PPO always is
+    step_sizes: Many[Positive] = ()  # each arm takes its best of them, ppo.lr among them; none: all have ppo.lr
+    common_step: Flag = False  # train every arm at ppo.lr too, to be shown beside
+    longer: dict[str, Count] = field(default_factory=dict)  # arms that are also trained for so many updates
     notebooks: Some[typing.Literal[KNOWN]] = NOTEBOOKS  # that run
     workers: Count = 1  # runs at a time; the cores are divided among them
     timeout_minutes: Positive = 240.0  # for one run
@@ -65,9 +70,34 @@ class StudyParams:
     def __post_init__(self):
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise InputError(f"seeds is {shown(list(self.seeds))}, wanted at least one, none twice")
-        for shape in [shape for shape in self.arms.values() if shape.is_learned]:
-            for run in self.comparisons:
+        for run in self.comparisons:
+            for shape in [shape for shape in self.arms.values() if shape.is_learned]:
                 run.bo.check(shape)
+                if run.bo.updates > (most := run.ppo.updates):
+                    raise InputError(
+                        f"bo.updates is {run.bo.updates}, wanted at most ppo.updates = {most}, whose first part a trial is"
+                    )
+            self._check_steps(run)
+            self._check_longer(run)
+        if "proxy" in self.redraws and self.run.reward.name != "scratch":
+            raise InputError(f"redraws names proxy, but {self.run.reward.name!r} is trained already; leave it out")
+
+    def _check_steps(self, run: RunParams) -> None:
+        sizes, wanted = self.step_sizes, {"04_ppo", "11_step_size"}
+        if sizes and (len(set(sizes)) != len(sizes) or len(sizes) < 2 or run.ppo.lr not in sizes):
+            need = f"wanted two or more that differ, among them ppo.lr = {run.ppo.lr:g}, the common one"
+            raise InputError(f"step_sizes is {list(sizes)}, {need}")
+        if sizes and not wanted <= set(self.notebooks):
+            raise InputError("step_sizes are tried in a notebook: notebooks must name 04_ppo and 11_step_size")
+        if self.common_step and not sizes:
+            raise InputError("common_step is true without step_sizes: ppo.lr is every arm's own; leave it out")
+
+    def _check_longer(self, run: RunParams) -> None:
+        for arm, updates in self.longer.items():
+            if arm not in self.arms:
+                raise InputError(f"longer.{arm} is no arm of the study{did_you_mean(arm, self.arms)}")
+            if updates <= run.ppo.updates:
+                raise InputError(f"longer.{arm} is {updates}, wanted more than ppo.updates = {run.ppo.updates}")
 
     @property
     def comparisons(self) -> list[RunParams]:

@@ -164,7 +164,6 @@ def load_reward_model(
     tokenizer: PreTrainedTokenizerBase,
     params: RewardParams,
     data_revision: str,
-    seed: int = 0,
     progress: Callable = iter,
 ) -> RewardModel:
     """The proxy of `params`: trained on its share of `examples` and cached by content, or loaded from the hub.
@@ -173,13 +172,13 @@ def load_reward_model(
     """
     if params.name != "scratch":
         return _hub_reward_model(params, tokenizer)
-    examples = share_of(examples, params.labels, seed)
+    examples = share_of(examples, params.labels, params.seed)
 
     def build(folder: Path) -> None:
         if isinstance(examples[0], PreferencePair):
-            model = train_on_pairs(examples, tokenizer, params, seed, folder)
+            model = train_on_pairs(examples, tokenizer, params, params.seed, folder)
         else:
-            model = train_on_labels(examples, tokenizer, params, seed, progress)
+            model = train_on_labels(examples, tokenizer, params, params.seed, progress)
         model.save_pretrained(folder)
 
     # parameters that its training does not use
@@ -189,7 +188,6 @@ def load_reward_model(
         "data": data_revision,
         "examples": content_key([asdict(example) for example in examples]),  # one file is read in several ways
         "params": learned,
-        "seed": seed,
         "vocabulary": sorted(tokenizer.get_vocab().items())[:: max(1, len(tokenizer) // 4096)],
         "torch": torch.__version__,
         "code": source_key("dense_rlhf.models.train_reward_model"),

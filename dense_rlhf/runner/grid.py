@@ -85,9 +85,8 @@ class _Grid:
     def _hopeless(self, job: Job) -> str:
         """Why a job whose upstream has ended cannot run; a comparison needs only one finished policy."""
         status = {name: self.ended[name]["status"] for name in job.upstream}
-        search = job.weights_from
-        if search and status[search] not in GOOD:
-            return f"needs {search}, which is {status[search]}"
+        if lost := [name for name in job.needs if status[name] not in GOOD]:
+            return f"needs {lost[0]}, which is {status[lost[0]]}"
         if job.reads and not any(status[name] in GOOD for name in job.reads):
             return f"needs a finished policy; none of {len(job.reads)} finished"
         return ""

@@ -151,6 +151,7 @@ def blank(job: Job, status: str, error: str) -> dict:
         "seed": job.params.seed,
         "status": status,
         "dataset": job.params.where,
+        "regime": job.params.regime,
         "error": error,
         "key": "",
         "started": time.time(),

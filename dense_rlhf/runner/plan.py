@@ -1,6 +1,6 @@
 """What a study runs, in which order, from which inputs, and why each run would run again.
 
-Order: reward model; everything that needs only it; policies with learned weights; the comparison.
+Order: reward model; everything that needs only it; what needs learned weights or a step size; the comparison.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from dense_rlhf.attribution import SOURCES
 from dense_rlhf.bayesopt.ledger import trial_seed
-from dense_rlhf.config.params import ABLATIONS, BENCHMARKS, RunParams, ShapeParams
+from dense_rlhf.config.params import ABLATIONS, BENCHMARKS, DRAWN, RunParams, ShapeParams
 from dense_rlhf.config.parse import module_file, named
 from dense_rlhf.config.study import StudyParams
 from dense_rlhf.data import DATASETS
@@ -28,6 +28,8 @@ from dense_rlhf.types import InputError
 COMPARING = ("06_comparison", "07_overoptimisation", "08_critic", "09_verdicts")  # notebooks that read all policies
 SHOWN_BY = ("view", "report", "runner", "evaluation")  # packages whose code changes what a page shows, and no training
 SHOWING = ("notebook", "source", "shown")  # inputs that can change while every training stays what it is
+LONG = {"05_bayesian_optimisation": -2, "11_step_size": -1}  # notebooks of many trainings, the longest first
+RESULTS = {"shape": "weights", "step_size": "step size"}  # metrics that other runs take, in words
 MOST = 5000  # runs of a study
 RENDERED = "rendered again: "  # begins a reason that repeats no training
 
@@ -41,11 +43,17 @@ class Job:
     stage: int
     params: RunParams
     weights_from: str | None = None  # the job whose search learns this one's weights
+    step_from: str | None = None  # the job that chooses this one's step size
     reads: tuple[str, ...] = ()  # the jobs whose finished runs it compares
 
     @property
+    def needs(self) -> tuple[str, ...]:
+        """The jobs without whose results this one cannot run."""
+        return tuple(filter(None, (self.weights_from, self.step_from)))
+
+    @property
     def upstream(self) -> tuple[str, ...]:
-        return (*filter(None, [self.weights_from]), *self.reads)
+        return (*self.needs, *self.reads)
 
 
 # ---------------------------------------------------------------------------------------------------- expansion
@@ -62,9 +70,11 @@ def check_names(study: StudyParams) -> None:
         if shape.is_learned and not {"04_ppo", "05_bayesian_optimisation"} <= set(study.notebooks):
             raise InputError(f"arms.{arm} learns its weights: notebooks must name 04_ppo and 05_bayesian_optimisation")
         most = max(run.bo.trials for run in study.comparisons) if shape.is_learned else 0
-        trials = [trial_seed(study.seeds[0], trial) for trial in range(most)]
+        trials = {trial_seed(seed, trial) for seed in search_seeds(study) for trial in range(most)}
         if known := [seed for seed in study.seeds if seed in trials]:
             raise InputError(f"seeds: {known[0]} is a trial's of the search for arms.{arm}; policies want fresh seeds")
+    if study.step_sizes and tuning_seed(study) in study.seeds:
+        raise InputError(f"seeds: {tuning_seed(study)} chooses the step sizes; policies want fresh seeds")
     for run in study.comparisons:
         check_features("bo.features", run.bo.features)
 
@@ -74,23 +84,23 @@ def expand(study: StudyParams) -> list[Job]:
 
     Raises `InputError` for more than `MOST`, and for names that make two runs of one name.
     """
-    per_arm = len(study.seeds) * ("04_ppo" in study.notebooks)
+    policies = len(study.seeds) * (len(study.arms) * (1 + study.common_step) + len(study.longer))
     compared = len(study.datasets) * max(1, len(study.settings))
-    if (number := compared * (len(study.notebooks) + len(study.arms) * per_arm)) > MOST:
+    if (number := compared * (len(study.notebooks) + policies * ("04_ppo" in study.notebooks))) > MOST:
         raise InputError(f"the study has {number:,} runs, wanted {MOST:,} at most; name fewer arms, seeds or settings")
     check_names(study)
     jobs: list[Job] = []
     for run in study.comparisons:
         several = [run.data.short_name] * (len(study.datasets) > 1) + [run.setting] * bool(run.setting)
-        prefix, base = "".join(f"{name}-" for name in several), replace(run, seed=study.seeds[0])
+        prefix, base = "".join(f"{name}-" for name in several), drawn(study, run, study.seeds[0])
         arms = [
             job
             for arm, shape in study.arms.items()
-            for job in _arm_jobs(study, replace(base, arm=arm, shape=shape), prefix)
+            for job in _arm_jobs(study, replace(run, arm=arm, shape=shape), prefix)
         ]
         policies = tuple(job.name for job in arms if job.notebook == "04_ppo")
         single = {"01_reward_model": 0, "02_attribution": 1, "03_shaping": 1}
-        single |= dict.fromkeys(COMPARING, 3) | dict.fromkeys(ABLATIONS + BENCHMARKS, 1)
+        single |= dict.fromkeys(COMPARING, 4) | dict.fromkeys(ABLATIONS + BENCHMARKS, 1)
         for notebook in [n for n in study.notebooks if n in single]:
             reads = policies if notebook in COMPARING else ()
             jobs.append(Job(prefix + Path(notebook).name, notebook, single[notebook], base, reads=reads))
@@ -98,17 +108,60 @@ def expand(study: StudyParams) -> list[Job]:
     if doubled := [name for name, times in Counter(job.name for job in jobs).items() if times > 1]:
         raise InputError(f"two runs would be called {doubled[0]}; give data (called) or settings other names")
     # long jobs first within a stage, so that no worker ends up alone with one
-    return sorted(jobs, key=lambda job: (job.stage, not job.notebook.startswith("05"), job.notebook[:2] < "04"))
+    return sorted(jobs, key=lambda job: (job.stage, LONG.get(job.notebook, 0), job.notebook[:2] < "04"))
+
+
+def drawn(study: StudyParams, params: RunParams, seed: int) -> RunParams:
+    """The parameters with what `study.redraws` names drawn by this seed."""
+    redrawn = {"proxy": "reward", "explainer": "attribution"}
+    groups = {group: getattr(params, group) for what, group in redrawn.items() if what in study.redraws}
+    groups = {name: replace(group, seed=group.seed + seed) for name, group in groups.items()}
+    return replace(params, seed=seed, **groups)
+
+
+def search_seeds(study: StudyParams) -> tuple[int, ...]:
+    """A search for each of these: the first seed's weights are all seeds' unless the search is redrawn."""
+    return study.seeds if "search" in study.redraws else study.seeds[:1]
+
+
+def tuning_seed(study: StudyParams) -> int:
+    """The seed of the trainings that choose a step size, which no policy and no trial has."""
+    return study.seeds[0] + 500
 
 
 def _arm_jobs(study: StudyParams, params: RunParams, prefix: str) -> list[Job]:
-    search = f"{prefix}05_bayesian_optimisation-{params.arm}" if params.shape.is_learned else None
-    jobs = [Job(search, "05_bayesian_optimisation", 1, params)] if search else []
-    if "04_ppo" in study.notebooks:
-        for seed in study.seeds:
-            name = f"{prefix}04_ppo-{params.arm}-seed{seed}"
-            jobs.append(Job(name, "04_ppo", 2 if search else 1, replace(params, seed=seed), search))
+    """The searches for an arm's weights, the choice of its step size, its policies."""
+    if params.shape.weights == DRAWN:
+        params = replace(params, bo=replace(params.bo, strategy="random"))
+    jobs, searches = [], dict.fromkeys(study.seeds)
+    if params.shape.is_learned:
+        for seed in search_seeds(study):
+            name = f"{prefix}05_bayesian_optimisation-{params.arm}" + f"-seed{seed}" * ("search" in study.redraws)
+            jobs.append(Job(name, "05_bayesian_optimisation", 1, drawn(study, params, seed)))
+            searches |= {other: name for other in study.seeds if other == seed or "search" not in study.redraws}
+    if "04_ppo" not in study.notebooks:
+        return jobs
+    stage, step, first = 1 + params.shape.is_learned, None, study.seeds[0]
+    if study.step_sizes:
+        tried = replace(drawn(study, params, first), seed=tuning_seed(study), step_sizes=study.step_sizes)
+        jobs.append(Job(step := f"{prefix}11_step_size-{params.arm}", "11_step_size", stage, tried, searches[first]))
+        stage += 1
+    for seed in study.seeds:
+        for regime, one in _regimes(study, drawn(study, params, seed)).items():
+            name = "-".join(filter(None, (params.arm, regime * (regime != "own"), f"seed{seed}")))
+            own = step if regime != "common-step" else None
+            jobs.append(Job(f"{prefix}04_ppo-{name}", "04_ppo", stage, one, searches[seed], own))
     return jobs
+
+
+def _regimes(study: StudyParams, params: RunParams) -> dict[str, RunParams]:
+    """One seed of an arm at its own step size and, where the study asks for it, at the common one or for longer."""
+    regimes = {"own": params}
+    if study.common_step:
+        regimes["common-step"] = replace(params, regime="common-step")
+    if updates := study.longer.get(params.arm):
+        regimes["longer"] = replace(params, regime="longer", ppo=replace(params.ppo, updates=updates))
+    return regimes
 
 
 def awaits(job: Job, jobs: Iterable[Job]) -> set[str]:
@@ -129,7 +182,7 @@ def runs_folder(study: StudyParams) -> Path:
 def describe(job: Job) -> str:
     """Its name, and for one with an arm the rewards."""
     shape: ShapeParams = job.params.shape
-    if job.notebook not in ("04_ppo", "05_bayesian_optimisation"):
+    if job.notebook not in ("04_ppo", *LONG):
         return job.name
     weights = shape.weights if isinstance(shape.weights, str) else "/".join(f"{w:g}" for w in shape.weights)
     return f"{job.name}  [{' + '.join(shape.sources)}: {weights}, {shape.normalise}]"
@@ -139,13 +192,22 @@ def describe(job: Job) -> str:
 
 
 def learned_params(job: Job, runs: Path) -> RunParams:
-    """The job's parameters, with what its search among `runs` has learned: `shape` of the search's metrics."""
-    if not job.weights_from:
-        return job.params
-    learned = RunFolder(runs / job.weights_from).load_json("metrics.json").get("shape")
-    if not learned:
-        raise InputError(f"{job.name} needs the weights of {job.weights_from}, which did not finish")
-    return replace(job.params, shape=ShapeParams(**asdict(job.params.shape) | learned))
+    """The job's parameters, with the weights that its search among `runs` has learned (`shape` of its metrics) and the
+    step size that was chosen for it (`step_size`)."""
+    params = job.params
+    if job.weights_from:
+        learned = _result(job, job.weights_from, "shape", runs)
+        params = replace(params, shape=ShapeParams(**asdict(params.shape) | learned))
+    if job.step_from:
+        params = replace(params, ppo=replace(params.ppo, lr=_result(job, job.step_from, "step_size", runs)))
+    return params
+
+
+def _result(job: Job, needed: str, name: str, runs: Path) -> object:
+    """One of the metrics of a job that this one needs."""
+    if not (result := RunFolder(runs / needed).load_json("metrics.json").get(name)):
+        raise InputError(f"{job.name} needs the {RESULTS[name]} of {needed}, which did not finish")
+    return result
 
 
 def inputs(job: Job, flat: dict, runs: Path) -> dict:

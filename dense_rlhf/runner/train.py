@@ -16,7 +16,7 @@ from dense_rlhf.config.strict import shown
 from dense_rlhf.config.study import StudyParams, load_study
 from dense_rlhf.files import finite, remove_checkpoints, write_json
 from dense_rlhf.runner.jobs import prepare
-from dense_rlhf.runner.plan import check_names, expand, runs_folder, threads_of
+from dense_rlhf.runner.plan import check_names, drawn, expand, runs_folder, threads_of
 from dense_rlhf.runs import RunFolder, provenance, python_path, workspace
 from dense_rlhf.types import InputError, RewardShape, did_you_mean
 
@@ -28,14 +28,15 @@ if TYPE_CHECKING:
 
 
 def one_run(study: StudyParams, arm: str, seed: int) -> RunParams:
-    """The parameters of one policy of a study. Raises `InputError` for an unknown or a learned arm."""
+    """The parameters of one policy of a study, at the step size ppo.lr. Raises `InputError` for an unknown or a
+    learned arm."""
     check_names(study)
     if _known(study, arm).is_learned:
         raise InputError(
             f"arms.{arm}.weights are learned by the outer loop; run the study, or give them: "
             f"--set 'arms.{arm}.weights=[0.5, 0.5]'"
         )
-    return replace(study.run, data=study.datasets[0], arm=arm, seed=seed, shape=study.arms[arm])
+    return drawn(study, replace(study.run, data=study.datasets[0], arm=arm, shape=study.arms[arm]), seed)
 
 
 def _known(study: StudyParams, arm: str) -> ShapeParams:

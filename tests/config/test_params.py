@@ -13,9 +13,15 @@ from dense_rlhf.config.study import load_study
 from dense_rlhf.runs import workspace
 from dense_rlhf.types import InputError, RewardShape
 
-STUDY = {"study": "x", "arms": {"sparse": {"sources": ["terminal"], "weights": [1.0]}}, "ppo": {"updates": 3}}
+STUDY = {
+    "study": "x",
+    "arms": {"sparse": {"sources": ["terminal"], "weights": [1.0]}},
+    "ppo": {"updates": 3},
+    "bo": {"updates": 3},
+}
 
 
+TRIED = "step_sizes=[1.0e-4, 2.0e-4]"
 LEARNS = "{sources: [shap, terminal], weights: learned}"
 
 
@@ -103,6 +109,21 @@ def test_notebook_globals_may_hold_other_things_but_no_misspelt_parameter():
         (["bo.initial=1", "bo.anchors=false"], "bo.initial is 1, wanted at least 2"),
         (["bo.updates=0"], "bo.updates is 0, wanted a whole number of at least 1"),
         (["bo.updates=3", "bo.stop_early=true"], "bo.updates is 3, wanted at least 4"),
+        ([f"arms.bo={LEARNS}", "bo.updates=4"], "bo.updates is 4, wanted at most ppo.updates = 3"),
+        (
+            ["step_sizes=[0.1, 0.2]"],
+            "step_sizes is [0.1, 0.2], wanted two or more that differ, among them ppo.lr = 0.0001",
+        ),
+        (["step_sizes=[1.0e-4]"], "step_sizes is [0.0001], wanted two or more"),
+        (["step_sizes=[1.0e-4, 1.0e-4]"], "wanted two or more that differ"),
+        (["step_sizes=[1.0e-4, -1.0]"], "step_sizes[1] is -1.0, wanted a number above 0"),
+        ([TRIED, "notebooks=[04_ppo]"], "notebooks must name 04_ppo and 11_step_size"),
+        ([TRIED, "seeds=[0, 500]"], "seeds: 500 chooses the step sizes"),
+        (["common_step=true"], "common_step is true without step_sizes"),
+        (["longer={sprase: 9}"], "longer.sprase is no arm of the study; did you mean sparse?"),
+        (["longer={sparse: 3}"], "longer.sparse is 3, wanted more than ppo.updates = 3"),
+        (["redraws=[prxy]"], "redraws[0] is 'prxy', wanted one of proxy, explainer, search; did you mean proxy?"),
+        (["redraws=[proxy]", "reward.name=some/model"], "redraws names proxy, but 'some/model' is trained already"),
         (["bo.replicates=0"], "bo.replicates is 0, wanted a whole number of at least 1"),
         (["bo.kl_weight=-0.1"], "bo.kl_weight is -0.1, wanted a number of at least 0"),
         (["bo.kl_weight=.nan"], "bo.kl_weight is nan, wanted a finite number"),
