@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 CONTROLS = {"uniform", "random", "shuffled"}
 SPARSE, CONTROL, DENSE = "sparse", "control", "dense"
 TABLES = {"test": "test prompts, used for no choice", "evaluation": "validation prompts, which searches also used"}
-OWN = ("arm", "seed", "threads", "shape", "run")  # parameters, by first word, in which paired runs may differ
+OWN = ("arm", "seed", "threads", "shape", "run", "bo")  # parameters, by first word, in which paired runs may differ
+STEP = "ppo_lr"  # so may this one: every arm has its own step size
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,8 @@ def kind(arm: str, sources: Sequence[str]) -> str:
 
 def _settings(run: RunFolder) -> object:
     """The parameters that must be equal for runs of one seed to be pairs; without parameters, the run's own folder."""
-    flat = {name: value for name, value in run.parameters().items() if name.split("_")[0] not in OWN}
+    given = run.parameters().items()
+    flat = {name: value for name, value in given if name.split("_")[0] not in OWN and name != STEP}
     return flat if run.file("params.yaml").exists() else str(run.path)
 
 
