@@ -73,12 +73,8 @@ class StudyParams:
         for run in self.comparisons:
             for shape in [shape for shape in self.arms.values() if shape.is_learned]:
                 run.bo.check(shape)
-                if run.bo.updates > (most := run.ppo.updates):
-                    raise InputError(
-                        f"bo.updates is {run.bo.updates}, wanted at most ppo.updates = {most}, whose first part a trial is"
-                    )
+            self._check_updates(run)
             self._check_steps(run)
-            self._check_longer(run)
         if "proxy" in self.redraws and self.run.reward.name != "scratch":
             raise InputError(f"redraws names proxy, but {self.run.reward.name!r} is trained already; leave it out")
 
@@ -92,12 +88,16 @@ class StudyParams:
         if self.common_step and not sizes:
             raise InputError("common_step is true without step_sizes: ppo.lr is every arm's own; leave it out")
 
-    def _check_longer(self, run: RunParams) -> None:
+    def _check_updates(self, run: RunParams) -> None:
+        whole, learns = run.ppo.updates, any(shape.is_learned for shape in self.arms.values())
+        if learns and run.bo.updates > whole:
+            need = f"wanted at most ppo.updates = {whole}: a trial is the first part of a training"
+            raise InputError(f"bo.updates is {run.bo.updates}, {need}")
         for arm, updates in self.longer.items():
             if arm not in self.arms:
                 raise InputError(f"longer.{arm} is no arm of the study{did_you_mean(arm, self.arms)}")
-            if updates <= run.ppo.updates:
-                raise InputError(f"longer.{arm} is {updates}, wanted more than ppo.updates = {run.ppo.updates}")
+            if updates <= whole:
+                raise InputError(f"longer.{arm} is {updates}, wanted more than ppo.updates = {whole}")
 
     @property
     def comparisons(self) -> list[RunParams]:
