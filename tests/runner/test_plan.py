@@ -7,13 +7,15 @@ import time
 
 import pytest
 import yaml
-from checkout import ROOT, make_checkout
+from checkout import ROOT, make_checkout, write_notebook
 
 from dense_rlhf.__main__ import main
 from dense_rlhf.config.study import RESERVED, load_study
+from dense_rlhf.evaluation.findings import findings
 from dense_rlhf.files import write_json
 from dense_rlhf.runner import grid, jobs, plan, train
-from dense_rlhf.runs import RunFolder, open_run
+from dense_rlhf.runs import RunFolder, finished_runs, open_run
+from dense_rlhf.statistics import t_interval
 from dense_rlhf.types import InputError
 
 ONE = "04_ppo-sparse-seed0"
@@ -167,6 +169,135 @@ def test_settings_under_the_name_of_a_finished_study_want_force(study, tmp_path,
     assert f"runs/s/{ONE} is finished, with other parameters" in capsys.readouterr().err
     assert contents(tmp_path / "runs") == before
     assert main([*again, "--force"]) == 0 and RunFolder(tmp_path / "runs/s" / ONE).parameters()["ppo_lr"] == 0.5
+
+
+# ---------------------------------------------------------------------------------------------------- step sizes
+
+STEPS = ["step_sizes=[1.0e-4, 0.5]", "notebooks=[04_ppo, 05_bayesian_optimisation, 06_comparison, 11_step_size]"]
+LEARNED = "arms.bo={sources: [shap, terminal], weights: learned}"
+
+
+@pytest.fixture
+def stepping(study, tmp_path, monkeypatch):
+    """Runs that write at once: a search leaves weights, notebook 11 a step size, a policy what it was given."""
+    runs = []
+
+    def launch(notebook, folder, limits, stop, keep):
+        runs.append(folder.name)
+        flat = RunFolder(folder).parameters()
+        learned = {"shape": {"weights": [0.25, 0.75]}} if notebook[:2] == "05" else {}
+        RunFolder(folder).save_metrics(learned, lr=flat["ppo_lr"], step_size=0.5, weights=flat["shape_weights"])
+        return "ok", ""
+
+    monkeypatch.setattr(jobs, "launch", launch)
+    for name in ("05_bayesian_optimisation", "11_step_size"):
+        write_notebook(tmp_path / "notebooks" / f"{name}.ipynb", "x = 1")
+    return study, runs
+
+
+def metrics(tmp_path, name):
+    return RunFolder(tmp_path / "runs" / "s" / name).load_json("metrics.json")
+
+
+def test_every_arm_takes_the_step_size_that_was_chosen_for_it_and_the_common_one_stands_beside(stepping, tmp_path):
+    study, runs = stepping
+    asked = (*STEPS, "common_step=true", LEARNED, "study=s")
+    assert set(statuses(study, *asked).values()) == {"ok"}
+    for arm in ("sparse", "uniform", "bo"):
+        own, common = (metrics(tmp_path, f"04_ppo-{arm}-{regime}seed0") for regime in ("", "common-step-"))
+        assert (own["lr"], common["lr"]) == (0.5, 1e-4)
+        record = RunFolder(tmp_path / "runs" / "s" / f"04_ppo-{arm}-common-step-seed0").record()
+        assert (record["dataset"], record["regime"]) == ("reviews-common-step", "common-step")
+        tried = RunFolder(tmp_path / "runs" / "s" / f"11_step_size-{arm}").parameters()
+        assert tried["step_sizes"] == [1e-4, 0.5] and tried["seed"] == 500 and tried["ppo_lr"] == 1e-4
+    assert metrics(tmp_path, "11_step_size-bo")["weights"] == [0.25, 0.75]  # what was learned, before the step
+    assert metrics(tmp_path, "04_ppo-bo-common-step-seed0")["weights"] == [0.25, 0.75]
+    assert set(statuses(study, *asked).values()) == {"cached"}
+    runs.clear()
+    statuses(study, "step_sizes=[1.0e-4, 0.5, 0.7]", *asked[1:])
+    assert "11_step_size-bo" in runs and "04_ppo-bo-seed0" in runs and not any("common-step" in name for name in runs)
+
+
+def test_another_step_size_trains_again_and_none_cancels(stepping, tmp_path, monkeypatch):
+    study, runs = stepping
+    statuses(study, *STEPS, "study=s")
+    write = jobs.launch
+
+    def otherwise(notebook, folder, *rest):
+        done = write(notebook, folder, *rest)
+        if folder.name == "11_step_size-sparse":
+            RunFolder(folder).save_metrics({"step_size": 1e-4})
+        return ("failed", "x") if folder.name == "11_step_size-uniform" else done
+
+    monkeypatch.setattr(jobs, "launch", otherwise)
+    runs.clear()
+    names = [job.name for job in plan.expand(load_study(study, [*STEPS, "study=s"]))]
+    made = statuses(study, *STEPS, "study=s", force=True, names=[name for name in names if name[:2] == "11"])
+    assert made == {"11_step_size-sparse": "ok", "11_step_size-uniform": "failed"}
+    made = statuses(study, *STEPS, "study=s", names=[name for name in names if name[:2] == "04"])
+    assert made == {ONE: "ok", "04_ppo-uniform-seed0": "cancelled"} and metrics(tmp_path, ONE)["lr"] == 1e-4
+
+
+def test_longer_trainings_have_more_updates_and_the_arms_own_step_size(stepping, tmp_path):
+    study, _ = stepping
+    statuses(study, *STEPS, "longer={sparse: 72}", "study=s")
+    flat = RunFolder(tmp_path / "runs" / "s" / "04_ppo-sparse-longer-seed0").parameters()
+    assert (flat["ppo_updates"], flat["ppo_lr"], flat["regime"]) == (72, 0.5, "longer")
+    assert RunFolder(tmp_path / "runs" / "s" / ONE).parameters()["ppo_updates"] == 24
+    assert not (tmp_path / "runs" / "s" / "04_ppo-uniform-longer-seed0").exists()
+
+
+def test_drawn_weights_are_the_best_of_as_many_at_random(stepping):
+    study, _ = stepping
+    arms = "arms.drawn={sources: [shap, terminal], weights: drawn}"
+    searches = {
+        job.params.arm: job.params.bo
+        for job in plan.expand(load_study(study, [*STEPS, LEARNED, arms]))
+        if job.notebook == "05_bayesian_optimisation"
+    }
+    assert (searches["bo"].strategy, searches["drawn"].strategy) == ("gp", "random")
+    assert searches["bo"].trials == searches["drawn"].trials
+
+
+# ---------------------------------------------------------------------------------------------------- seeds
+
+
+def test_a_seed_draws_what_the_study_says_and_arms_of_one_seed_share_it(stepping):
+    study, _ = stepping
+    given = [*STEPS[1:], LEARNED, "seeds=[3, 4]", "reward.seed=10"]
+    for redraws in ([], ["explainer"], ["proxy", "explainer", "search"]):
+        every = plan.expand(load_study(study, [*given, f"redraws={redraws}"]))
+        for job in [job for job in every if job.notebook == "04_ppo"]:
+            seed = job.params.seed
+            assert job.params.reward.seed == 10 + seed * ("proxy" in redraws)
+            assert job.params.attribution.seed == seed * ("explainer" in redraws)
+            search = {one.name: one for one in every}.get(job.weights_from)
+            assert search is None or search.params.seed == (seed if "search" in redraws else 3)
+        assert sum(job.notebook[:2] == "05" for job in every) == (2 if "search" in redraws else 1)
+
+
+@pytest.mark.parametrize("redraws, spread", [("[]", 0.0), ("[explainer]", 10), ("[proxy]", 100), ("[search]", 1000)])
+def test_what_is_redrawn_is_in_the_intervals_and_what_is_not_is_not(stepping, tmp_path, monkeypatch, redraws, spread):
+    """Planted: gold is 10 times the explainer's seed, 100 times the proxy's, 1000 times the search's."""
+    study, _ = stepping
+
+    def launch(notebook, folder, limits, stop, keep):
+        run, flat = RunFolder(folder), RunFolder(folder).parameters()
+        weight = 0.5 + flat["seed"] / 1000
+        run.save_metrics({"shape": {"weights": [weight, 1 - weight]}, "step_size": 0.5})
+        gold = 10 * flat["attribution_seed"] + 100 * flat["reward_seed"]
+        gold += 1e6 * (flat["shape_weights"][0] - 0.5) if flat["arm"] == "bo" and notebook[:2] == "04" else 0
+        run.file("evaluation.csv").write_text(
+            "gold,proxy,kl,win,reference_gold,reference_proxy\n" + f"{gold},1,1,1,0,0\n" * 2
+        )
+        return "ok", ""
+
+    monkeypatch.setattr(jobs, "launch", launch)
+    statuses(study, *STEPS[1:], LEARNED, "seeds=[1, 2, 3]", f"redraws={redraws}", "study=s")
+    (made,) = findings(finished_runs(tmp_path / "runs" / "s"))
+    wanted = t_interval([spread * seed for seed in (1, 2, 3)])
+    gold = made.arms["bo"].gold
+    assert gold.high - gold.low == pytest.approx(wanted.high - wanted.low, abs=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------- places
