@@ -21,7 +21,7 @@ PATHS = sorted((ROOT / "notebooks").rglob("*.ipynb"))
 
 @pytest.fixture(scope="module")
 def reviews(few_reviews):
-    left_out = [f"arms.{arm}=null" for arm in ("uniform", "shap", "shap-signed")]
+    left_out = [f"arms.{arm}=null" for arm in ("uniform", "shuffled", "shap", "shap-signed")]
     return run_study("params/reviews.yaml", "pytest_reviews", f"data.path={few_reviews}", *left_out)
 
 

@@ -214,6 +214,14 @@ def test_shipped_studies_can_be_planned_at_every_size(path, capsys):
         assert "nothing was started" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_no_signed_arm_stands_without_its_sizes_on_the_wrong_tokens(path):
+    """Where arms are compared: `shuffled` has the sizes and signs of `shap`, signed."""
+    study = load_study(path)
+    signed = {name for name, shape in study.arms.items() if shape.normalise == "signed"}
+    assert not signed or any(study.arms[name].sources == ("shuffled",) for name in signed)
+
+
 def test_every_ablation_has_a_smallest_size_and_says_how_long_it_takes():
     ablations = [path for path in STUDIES if path.parent.name == "ablations"]
     assert len(ablations) > 10

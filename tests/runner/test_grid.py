@@ -27,7 +27,7 @@ def test_expansion_is_datasets_times_arms_times_seeds_in_order():
     found = plan.expand(study)
     names = [job.name for job in found]
     assert len(names) == len(set(names))
-    assert sum("04_ppo" in name for name in names) == 2 * 5 * 3
+    assert sum("04_ppo" in name for name in names) == 2 * 6 * 3
     assert {job.params.seed for job in found if job.notebook == "04_ppo"} == {3, 4, 5}
     stage = {job.name: job.stage for job in found}
     for job in found:
@@ -42,7 +42,7 @@ def test_settings_are_compared_each_by_itself():
     assert len(found) == 2 * len(plan.expand(load_study(REVIEWS, ["seeds=[3]"])))
     for setting, price in (("low", 0.0), ("high", 1.0)):
         beside = found[f"{setting}-06_comparison"]
-        assert beside.params.where == f"reviews-{setting}" and len(beside.reads) == 5
+        assert beside.params.where == f"reviews-{setting}" and len(beside.reads) == 6
         assert all(
             found[name].params.ppo.kl_coef == price and found[name].params.setting == setting
             for name in (*beside.reads, f"{setting}-05_bayesian_optimisation-bo-shap")
