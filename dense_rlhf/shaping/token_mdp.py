@@ -1,4 +1,8 @@
-"""A token MDP small enough to enumerate: where reward shaping keeps the optimal policy, and where it does not."""
+"""A token MDP small enough to enumerate: what dense rewards that keep the sum change, and what they do not.
+
+Three questions: which response has the highest summed reward (`regret`), which one learning by return-to-go settles on
+(`settled`), and which way a policy that starts from uniform is pushed (`expected_advantage`).
+"""
 
 from __future__ import annotations
 
@@ -43,20 +47,28 @@ class TokenMDP:
         return np.broadcast_to(grid.mean(axes, keepdims=True), grid.shape).reshape(-1)
 
     def rewards(self) -> dict[str, np.ndarray]:
-        """Per-token rewards (V^T, T) that all sum to the score: sparse, uniform, prefix differences, Shapley values."""
-        T, n = self.length, len(self.scores)
-        sparse = np.zeros((n, T))
-        sparse[:, -1] = self.scores
+        """Per-token rewards (V^T, T) that all sum to the score, from the credit of each whole response.
+
+        Credit takes a token out by averaging over it, uniformly, whatever the policy. The rest of the score is spread
+        evenly, as the shape `signed` does; softmax is the paper's, at temperature 1.
+        """
+        T, scores = self.length, self.scores[:, None]
         means = np.stack([self.prefix_mean(self.scores, t) for t in range(T + 1)], 1)
-        prefix = np.diff(means, axis=1)
         shapley = np.stack([self._shapley(t) for t in range(T)], 1)
-        base = self.scores.mean() / T  # caused by no token: spread evenly, as the shape `signed` does
+        others = [tuple(t for t in range(T) if t != out) for out in range(T)]
+        left_out = scores - np.stack([self.coalition_value(rest) for rest in others], 1)
+        share = np.exp(shapley - shapley.max(1, keepdims=True))
         return {
-            "sparse": sparse,
-            "uniform": np.repeat(self.scores[:, None] / T, T, 1),
-            "prefix differences": prefix + base,
-            "Shapley": shapley + base,
+            "sparse": scores * (np.arange(T) == T - 1),
+            "uniform": np.repeat(scores / T, T, 1),
+            "prefix differences": self._signed(np.diff(means, axis=1)),
+            "Shapley": self._signed(shapley),
+            "softmax of Shapley": scores * share / share.sum(1, keepdims=True),
+            "leave-one-out": self._signed(left_out),
         }
+
+    def _signed(self, credit: np.ndarray) -> np.ndarray:
+        return credit + (self.scores - credit.sum(1))[:, None] / self.length
 
     def _shapley(self, player: int) -> np.ndarray:
         others, T, total = [t for t in range(self.length) if t != player], self.length, 0.0
@@ -72,12 +84,32 @@ class TokenMDP:
         best = self.scores[returns >= returns.max() - 1e-9]
         return float(self.scores.max() - best.min())
 
+    def settled(self, rewards: np.ndarray, gamma: float = 1.0) -> int:
+        """Index of the response on which learning by return-to-go settles: the fixed point of policy improvement.
+
+        Q(prefix, a) = E[sum over k >= t of gamma^(k - t) r_k | prefix, a], later tokens by the policy itself, so the
+        rewards of earlier tokens, which a also changes, do not count. Policies that are greedy in Q settle after T
+        improvements, from any start, last token first; so do small natural-gradient steps, pi exp(eta A), in the limit.
+        Ties go the worst way.
+        """
+        to_go, chosen = self._to_go(rewards, gamma), np.arange(len(rewards))
+        for t in reversed(range(self.length)):
+            q, ahead = (x.reshape(-1, self.vocabulary) for x in (to_go[chosen, t], chosen))
+            tied = q >= q.max(1, keepdims=True) - 1e-9
+            worst = np.where(tied, self.scores[ahead], np.inf).argmin(1)
+            chosen = ahead[np.arange(len(ahead)), worst]
+        return int(chosen[0])
+
+    def _to_go(self, rewards: np.ndarray, gamma: float) -> np.ndarray:
+        """Discounted rewards from each token on, (V^T, T + 1)."""
+        to_go = np.zeros((len(rewards), self.length + 1))
+        for t in reversed(range(self.length)):
+            to_go[:, t] = rewards[:, t] + gamma * to_go[:, t + 1]
+        return to_go
+
     def expected_advantage(self, rewards: np.ndarray, gamma: float, lam: float) -> np.ndarray:
         """E[GAE at t | the first t + 1 tokens] with the exact value function, (V^T, T)."""
-        T = self.length
-        to_go = np.zeros((len(rewards), T + 1))
-        for t in reversed(range(T)):
-            to_go[:, t] = rewards[:, t] + gamma * to_go[:, t + 1]
+        T, to_go = self.length, self._to_go(rewards, gamma)
         values = np.stack([self.prefix_mean(to_go[:, t], t) for t in range(T + 1)], 1)
         advantage, means = np.zeros(len(rewards)), []
         for t in reversed(range(T)):

@@ -17,7 +17,6 @@ from dense_rlhf.report import write as report
 from dense_rlhf.report.notebook_page import notebook_body
 from dense_rlhf.report.page import page as whole_page
 from dense_rlhf.runs import RunFolder
-from dense_rlhf.shaping import token_mdp
 from dense_rlhf.view import display
 from dense_rlhf.view.escape import esc
 
@@ -84,22 +83,6 @@ def test_executed_notebook_page(tmp_path):
 def test_heatmap_wants_a_value_for_each_token():
     with pytest.raises(ValueError):
         display.heat(["a", "b"], [1.0])
-
-
-def test_toy_rewards_sum_to_the_score_and_telescoping_keeps_the_gradient():
-    import numpy as np
-
-    mdp = token_mdp.TokenMDP(3, 3, np.random.default_rng(1).normal(size=27))
-    rewards = mdp.rewards()
-    true = mdp.expected_advantage(rewards["sparse"], 1.0, 1.0)
-    # by hand: Q - V of the finished response's score, at the first token
-    by_hand = mdp.prefix_mean(mdp.scores, 1) - mdp.scores.mean()
-    assert np.allclose(true[:, 0], by_hand)
-    for name, dense in rewards.items():
-        assert np.allclose(dense.sum(1), mdp.scores), name
-        assert mdp.regret(dense, 1.0) < 1e-9
-    assert token_mdp.cosine(mdp.expected_advantage(rewards["prefix differences"], 1.0, 0.5), true) > 0.999
-    assert token_mdp.cosine(mdp.expected_advantage(rewards["Shapley"], 1.0, 1.0), true) < 0.99
 
 
 @pytest.fixture
