@@ -1,79 +1,86 @@
 """The search for weights: ours next to its peers on functions whose best is known. One JSON object a line.
 
-    python benchmarks/bayesopt.py [--quick] [--d 4] [--snr 1] [--target interior face] [--peer random tpe]
-                                  [--seeds 20] [--trials 30] [--jobs 2] > benchmarks/bayesopt.jsonl
+    python benchmarks/bayesopt.py [--quick] [--group tuning reported measured] [--target interior face] [--d 4]
+                                  [--snr 1] [--peer random tpe] [--seeds 20] [--ax-seeds 3] [--trials 30] [--jobs 1]
+                                  > benchmarks/bayesopt.jsonl
 
-Functions on the simplex with standard deviation 1 (`dense_rlhf.bayesopt.known_functions`), another for each seed, seen
-through normal noise of sd 1 / `snr`. A seed's function and its noise, trial by trial, are the same for every method. A
-method that can use the standard error of an observation is given it: ours, gp on sobol, and ax. Regret is of the
-noise-free function, in its sd:
+Three groups of functions on the simplex, of standard deviation 1, another function for each seed, seen through normal
+noise of sd 1 / `snr`:
+
+    tuning    settings of our search may have been chosen by them (`dense_rlhf.bayesopt.known_functions`)
+    reported  none was (`dense_rlhf.bayesopt.reported_functions`)
+    measured  two tables of real mixtures with their own noise (`measured_mixtures.py`), searched among the measured
+
+A seed's function and its noise, trial by trial, are the same for every method. A method that can use the standard error
+of an observation is given it. Regret is of the noise-free function, in its sd:
 
     inference  at the point that is handed over
     simple     at the best point that was tried, which nobody knows
     flat       share of seeds in which a winner is claimed where there is none; no peer has a verdict: `theirs` is null
+    stopping   the same trials of ours under a rule of when to stop (`stopping_rules.py`), asked from the eighth: mean
+               regret where the rule stops, at the end if it never does; `stopped` is the share of seeds in which it
+               does, `after` the median trials of those, `within` the share of those whose regret is then at most a
+               quarter of the noise's sd, each for our rule and for the peer's
     proposal   median seconds of a proposal after 100 trials, one thread, d = 4
 
 `ours` and `theirs` are medians over seeds (`repeats`), ratio is theirs / ours (null where ours is 0); `difference` is
-the mean of theirs less ours of the same seed, `interval` its 95 % bootstrap interval over seeds.
+the mean of theirs less ours of the same seed, `interval` its 95 % bootstrap interval over seeds. A line of
+`bayesopt/functions` counts a group's functions by inference regret: `halved` where our median is at most half of the
+peer's, `not_above` where it is not above it, `better` and `worse` where the interval lies on one side of 0.
 
-    ours          `Search` as it comes: anchors, pairs, ensemble of Gaussian processes, incumbent
-    random        Dirichlet(1); hands over the best observation
-    sobol         Sobol points on the simplex; best observation
-    gp on sobol   the same points; our model's incumbent, so our lead over it comes from choosing the points
-    uniform       equal weights, no trial
-    ax            ax-platform, Ax's own choice of strategy (Sobol points, then a Gaussian process and log noisy expected
-                  improvement) under the equality constraint; hands over the tried point of the highest posterior mean,
-                  without its fallback to raw data. Its walk over the simplex, most of its time, burns in for 500 steps
-                  and takes 4 to each of its 1,024 starting points, not 10,000 and 32; `proposal` has both
-    tpe           optuna's TPESampler, multivariate, on d exponentials scaled to sum to one; best observation
-Peers come from pip into the user's cache, without what they depend on where this environment has it.
+    ours          `Search` as it comes
+    gp on sobol   Sobol points; our model's incumbent, so our lead over it comes from choosing the points
+    nei           `Search` with one Gaussian process and log noisy expected improvement after 5 Sobol points, as in the
+                  paper (arXiv 2504.16272)
+    the others    `simplex_peers.py`; Ax takes some 30 seconds a search and so has the first `--ax-seeds` seeds only
+
+Each search is a line of a journal in the cache, by all that it depends on: a benchmark that was cut short goes on, and
+a change of our model repeats no peer. `--no-ours` only fills the journal.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import json
+import logging
 import os
 import statistics
-import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from itertools import product
+from dataclasses import asdict, dataclass
+from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
+import simplex_peers as peers
+from measured_mixtures import MEASURED, MeasuredExperiment
+from stopping_rules import RULES, stops
 
 from dense_rlhf.bayesopt import audit
-from dense_rlhf.bayesopt.known_functions import LANDSCAPES
+from dense_rlhf.bayesopt.known_functions import TUNING
 from dense_rlhf.bayesopt.known_searches import Experiment
+from dense_rlhf.bayesopt.reported_functions import REPORTED
 from dense_rlhf.bayesopt.search import Search
 from dense_rlhf.bayesopt.space import Point, Space
-from dense_rlhf.files import cached_folder
+from dense_rlhf.files import Journal, cache_root, content_key
+from dense_rlhf.fingerprint import code_key, source_key
 from dense_rlhf.runs import provenance
 from dense_rlhf.statistics import bootstrap
 
-REQUIREMENTS = (
-    "ax-platform==1.3.1",
-    "plotly==7.1.0",
-    "narwhals==2.29.0",
-    "graphviz==0.21",
-    "sqlalchemy==2.1.9",
-    "optuna==5.0.0",
-    "colorlog==6.12.0",
-    "alembic==1.20.1",
-    "Mako==1.4.3",
-)
-SHORT_WALK = {"n_burnin": 500, "n_thinning": 4}
+GROUPS = {"tuning": tuple(TUNING), "reported": tuple(REPORTED), "measured": MEASURED}
+TARGETS = [name for names in GROUPS.values() for name in names]
 TIMED_AT = 100
+JUDGED_FROM = 8  # trials
 SDS, SHARE = "sd of the function", "share of seeds"
-UNITS = {"inference": SDS, "simple": SDS, "flat": SHARE, "proposal": "s"}
+UNITS = {"inference": SDS, "simple": SDS, "stopping": SDS, "flat": SHARE, "proposal": "s"}
 
-# ---------------------------------------------------------------------------------------------------- a run
+# ---------------------------------------------------------------------------------------------------- a search
 
 
 @dataclass(frozen=True)
@@ -85,112 +92,87 @@ class Case:
 
     @property
     def name(self) -> str:
-        return f"{self.target}, d {self.d}, snr {self.snr:g}, {self.trials} trials"
+        return f"{self.target}, d {self.d}, snr {self.snr:.3g}, {self.trials} trials"
+
+    def experiment(self, seed: int) -> Experiment:
+        if self.target in MEASURED:
+            return MeasuredExperiment(self.target, seed)
+        return Experiment(self.target, self.d, self.snr, seed)
 
 
-def ours(experiment: Experiment, trials: int) -> tuple[Point, bool | None]:
-    """The incumbent, and on a flat function whether the audit claims a winner."""
-    search = experiment.run(Search(Space(experiment.d), seed=experiment.seed), trials)
-    names = [f"source {i}" for i in range(experiment.d)]
-    claimed = audit.verdict(search, names).winner if experiment.landscape == "flat" else None
-    return search.incumbent()[0], claimed
+def searched(experiment: Experiment, strategy: str = "gp", **start) -> Search:
+    among = {"among": experiment.among} if isinstance(experiment, MeasuredExperiment) and AMONG else {}
+    return Search(Space(experiment.d), strategy, seed=experiment.seed, **start, **among)
 
 
-def drawn(experiment: Experiment, trials: int, strategy: str) -> Search:
-    space = Space(experiment.d)
-    return experiment.run(Search(space, strategy, initial=0, anchors=False, seed=experiment.seed), trials)
+AMONG = "among" in Search.__dataclass_fields__
 
 
-def random(experiment: Experiment, trials: int) -> Point:
-    drawn(experiment, trials, "random")
-    return experiment.best_observed()
-
-
-def sobol(experiment: Experiment, trials: int) -> Point:
-    drawn(experiment, trials, "sobol")
-    return experiment.best_observed()
+def ours(experiment: Experiment, trials: int) -> tuple[Point, dict]:
+    """The incumbent, and what the audit and the other rules say on the way."""
+    search, names, rows = searched(experiment), [f"source {i}" for i in range(experiment.d)], []
+    for n in range(1, trials + 1):
+        experiment.run(search, n)
+        if n >= JUDGED_FROM:
+            verdict = audit.verdict(search, names)
+            row = {"n": n, "regret": experiment.regret(search.incumbent()[0]), "expected": verdict.regret.expected}
+            rows.append(row | {"claimed": verdict.winner, "stops": stops(search, verdict)})
+    return search.incumbent()[0], {"rows": rows}
 
 
 def gp_on_sobol(experiment: Experiment, trials: int) -> Point:
-    return drawn(experiment, trials, "sobol").incumbent()[0]
+    return experiment.run(searched(experiment, "sobol", initial=0, anchors=False), trials).incumbent()[0]
 
 
-def uniform(experiment: Experiment, trials: int) -> Point:
-    experiment.points.append((1 / experiment.d,) * experiment.d)
-    return experiment.points[0]
+def nei(experiment: Experiment, trials: int) -> Point:
+    return experiment.run(searched(experiment, "nei", initial=5, anchors=False), trials).incumbent()[0]
 
 
-def ax_client(d: int, seed: int, trials: int, walk: dict | None = SHORT_WALK):
-    """Ax with d weights that sum to one; `walk` None is its default."""
-    from ax.service.ax_client import AxClient, ObjectiveProperties
-
-    names = [f"w{i}" for i in range(d)]
-    client = AxClient(random_seed=seed, verbose_logging=False)
-    client.create_experiment(
-        [{"name": name, "type": "range", "bounds": [0.0, 1.0], "value_type": "float"} for name in names],
-        objectives={"value": ObjectiveProperties(minimize=False)},
-        parameter_constraints=[f"{' + '.join(names)} == 1"],
-        choose_generation_strategy_kwargs={"num_trials": trials},
-    )
-    if walk:
-        options = {"model_gen_options": {"optimizer_kwargs": {"options": walk}}}
-        client.generation_strategy._nodes[-1].generator_specs[0].generator_gen_kwargs |= options
-    return client
+OURS: dict[str, Callable] = {"ours": ours, "gp on sobol": gp_on_sobol, "nei": nei}
+METHODS = OURS | peers.PEERS
 
 
-def ax(experiment: Experiment, trials: int) -> Point:
-    from ax.adapter.registry import Generators
-
-    client = ax_client(experiment.d, experiment.seed, trials)
-    for _ in range(trials):
-        weights, number = client.get_next_trial()
-        point = np.clip(list(weights.values()), 0, 1)
-        client.complete_trial(number, {"value": (experiment(tuple(point / point.sum())), 1 / experiment.snr)})
-    model = Generators.BOTORCH_MODULAR(experiment=client.experiment, data=client.experiment.lookup_data())
-    best = np.clip(list(model.model_best_point()[0].parameters.values()), 0, 1)
-    return tuple(best / best.sum())
+def quiet() -> None:
+    """Libraries' warnings and logs are no answer."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
 
 
-def tpe_study(seed: int):
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    return optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(multivariate=True, seed=seed))
-
-
-def tpe_point(asked, d: int) -> Point:
-    """Uniform on the simplex where the d numbers are uniform."""
-    exponentials = -np.log([asked.suggest_float(f"u{i}", 1e-6, 1 - 1e-6) for i in range(d)])
-    return tuple((exponentials / exponentials.sum()).tolist())
+@cache
+def code(method: str) -> str:
+    """Hash of what a method's result depends on beside the function that it searches."""
+    if method not in OURS:
+        return content_key([code_key(ast.parse(Path(peers.__file__).read_text())), peers.REQUIREMENTS])
+    files = [Path(__file__).with_name(name).read_text() for name in ("stopping_rules.py", "measured_mixtures.py")]
+    mine = [code_key(ast.parse(text)) for text in files] if method == "ours" else []
+    return content_key([source_key("dense_rlhf.bayesopt.search", "dense_rlhf.bayesopt.audit"), AMONG, mine])
 
 
-def tpe(experiment: Experiment, trials: int) -> Point:
-    study = tpe_study(experiment.seed)
-    for _ in range(trials):
-        asked = study.ask()
-        study.tell(asked, experiment(tpe_point(asked, experiment.d)))
-    return experiment.best_observed()
+def key(case: Case, method: str, seed: int) -> str:
+    """Of a result: the method, its code, and what it can see of the function: noisy values at 16 fixed points."""
+    experiment = case.experiment(seed)
+    seen = [round(experiment(point), 9) for point in Space(experiment.d).sobol(16, 1)]
+    return content_key([method, case.trials, seed, seen, np.round(experiment.truth.best, 6).tolist(), code(method)])
 
 
-PEERS: dict[str, Callable[[Experiment, int], Point]] = {
-    "random": random,
-    "sobol": sobol,
-    "gp on sobol": gp_on_sobol,
-    "uniform": uniform,
-    "ax": ax,
-    "tpe": tpe,
-}
+@cache
+def journal(path: Path) -> Journal:
+    return Journal(path)
+
+
+def result(path: Path, case: Case, method: str, seed: int) -> dict:
+    """Regrets of one method on one seed, from the journal at `path` where they are known."""
+    quiet()
+    return journal(path).get_or_make(key(case, method, seed), partial(run, case, method, seed))
 
 
 def run(case: Case, method: str, seed: int) -> dict:
-    """Regrets of one method on one seed."""
-    quiet()
-    experiment = Experiment(case.target, case.d, case.snr, seed)
-    method = ours if method == "ours" else PEERS[method]
-    handed_over = method(experiment, case.trials)
-    point, claimed = handed_over if method is ours else (handed_over, None)
+    experiment, start = case.experiment(seed), time.perf_counter()
+    handed_over = METHODS[method](experiment, case.trials)
+    point, more = handed_over if method == "ours" else (handed_over, {})
     simple = min(experiment.regret(tried) for tried in experiment.points)
-    return {"inference": experiment.regret(point), "simple": simple, "claimed": claimed}
+    about = asdict(case) | {"method": method, "seed": seed, "seconds": round(time.perf_counter() - start, 2)}
+    return about | {"inference": experiment.regret(point), "simple": simple} | more
 
 
 # ---------------------------------------------------------------------------------------------------- a case
@@ -210,24 +192,75 @@ def line(measure: str, case: str, peer: str | None, repeats: int, own: float, th
     print(json.dumps(found | more), flush=True)
 
 
-def compare(case: Case, peer: str, own: list[dict], theirs: list[dict]) -> None:
+def compare(case: Case, peer: str, own: list[dict], theirs: list[dict]) -> dict[str, bool]:
+    """A line of each regret; how the peer's inference regret stands to ours."""
+    stands = {}
     for measure in ("inference", "simple"):
-        a, b = (np.array([regrets[measure] for regrets in side]) for side in (own, theirs))
+        a, b = (np.array([regrets[measure] for regrets in side]) for side in (own[: len(theirs)], theirs))
         gap = bootstrap(b - a)
         more = {"difference": round(gap.mean, 4), "interval": [round(gap.low, 4), round(gap.high, 4)]}
-        line(measure, case.name, peer, len(a), float(np.median(a)), float(np.median(b)), **more)
+        mine, his = float(np.median(a)), float(np.median(b))
+        line(measure, case.name, peer, len(a), mine, his, **more)
+        half = mine <= his / 2
+        stands[measure] = {"halved": half, "not_above": mine <= his, "better": gap.low > 0, "worse": gap.high < 0}
+    return stands["inference"]
 
 
-def judge(case: Case, peers: list[str], seeds: range, pool: ProcessPoolExecutor) -> None:
-    """All methods on all seeds; each peer's lines as soon as it is through. On a flat function only ours is asked."""
-    if case.target == "flat":
-        peers = []
-    asked = {name: [pool.submit(run, case, name, seed) for seed in seeds] for name in ["ours", *peers]}
-    own = [future.result() for future in asked["ours"]]
-    for name in peers:
-        compare(case, name, own, [future.result() for future in asked[name]])
-    if case.target == "flat":
-        line("flat", case.name, None, len(own), float(np.mean([regrets["claimed"] for regrets in own])), None)
+def compare_rules(case: Case, own: list[dict], noise: float) -> None:
+    """When each rule stops our searches of a case, and how good their answer is then."""
+    ends = {rule: [stopped(of["rows"], rule) for of in own] for rule in RULES}
+    mean = {rule: float(np.mean([row["regret"] for row, _ in rows])) for rule, rows in ends.items()}
+    about = {rule: described(rows, noise) for rule, rows in ends.items()}
+    for rule in RULES[1:]:
+        more = {name: [about["ours"][name], about[rule][name]] for name in about[rule]}
+        line("stopping", case.name, rule, len(own), mean["ours"], mean[rule], **more)
+
+
+def stopped(rows: list[dict], rule: str) -> tuple[dict, bool]:
+    """The row at which a rule stops, and whether it does; else the last."""
+    return next(((row, True) for row in rows if row["stops"][rule]), (rows[-1], False))
+
+
+def described(ends: list[tuple[dict, bool]], noise: float) -> dict[str, float | None]:
+    rows = [row for row, does_stop in ends if does_stop]
+    within = [row["regret"] <= noise / 4 for row in rows]
+    more = [statistics.median(row["n"] for row in rows), round(statistics.mean(within), 2)] if rows else [None, None]
+    return {"stopped": round(len(rows) / len(ends), 2), "after": more[0], "within": more[1]}
+
+
+def judge(case: Case, names: list[str], seeds: dict[str, range], results: Callable) -> dict[str, dict[str, bool]]:
+    """All methods on all seeds, each peer's lines as soon as it is through; how each peer stands to ours.
+
+    On a flat function only ours is asked.
+    """
+    flat = case.target == "flat"
+    asked = {name: results(case, name, seeds[name]) for name in names if not flat or name == "ours"}
+    own, stands = list(asked.pop("ours", ())), {}
+    for name, theirs in asked.items():
+        theirs = list(theirs)
+        if own and theirs:
+            stands[name] = compare(case, name, own, theirs)
+    if own and flat:
+        line("flat", case.name, None, len(own), float(np.mean([of["rows"][-1]["claimed"] for of in own])), None)
+    elif own:
+        compare_rules(case, own, 1 / case.experiment(0).snr)
+    return stands
+
+
+def count(stands: dict[Case, dict[str, dict[str, bool]]]) -> None:
+    """A line for each group, d, snr and peer: how many of its functions stand how."""
+    rows = [
+        {"group": group, "peer": peer, "d": case.d, "snr": round(case.snr, 3), **how}
+        for case, by_peer in stands.items()
+        for peer, how in by_peer.items()
+        for group, names in GROUPS.items()
+        if case.target in names
+    ]
+    keys = ["group", "d", "snr", "peer"]
+    for about, of in pd.DataFrame(rows).groupby(keys, sort=False) if rows else ():
+        named = dict(zip(keys, about)) | {"functions": len(of)}
+        counts = {how: int(of[how].sum()) for how in ("halved", "not_above", "better", "worse")}
+        print(json.dumps({"benchmark": "bayesopt/functions"} | named | counts), flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------- seconds
@@ -247,7 +280,7 @@ def proposals(d: int, n: int, repeats: int) -> dict[str, Callable[[], Iterator[f
             search.observe(point, experiment(point), 1.0)
 
     def of_ax(walk: dict | None) -> Iterator[float]:
-        client, experiment = ax_client(d, 0, n + repeats, walk), Experiment("ridge", d, 1.0, 0)
+        client, experiment = peers.ax_client(d, 0, n + repeats, walk), Experiment("ridge", d, 1.0, 0)
         for point in Space(d).sobol(n, 0):
             _, number = client.attach_trial({f"w{i}": w for i, w in enumerate(point)})
             client.complete_trial(number, {"value": (experiment(point), 1.0)})
@@ -258,16 +291,21 @@ def proposals(d: int, n: int, repeats: int) -> dict[str, Callable[[], Iterator[f
             client.complete_trial(number, {"value": (experiment(tuple(weights.values())), 1.0)})
 
     def of_tpe() -> Iterator[float]:
-        study, experiment = tpe_study(0), Experiment("ridge", d, 1.0, 0)
+        study, experiment = peers.tpe_study(0), Experiment("ridge", d, 1.0, 0)
         for _ in range(n + repeats):
             start = time.perf_counter()
             asked = study.ask()
-            point = tpe_point(asked, d)
+            point = peers.tpe_point(asked, d)
             if len(experiment.values) >= n:
                 yield time.perf_counter() - start
             study.tell(asked, experiment(point))
 
-    return {"ours": of_search, "ax": lambda: of_ax(None), "ax, short walk": lambda: of_ax(SHORT_WALK), "tpe": of_tpe}
+    return {
+        "ours": of_search,
+        "ax": lambda: of_ax(None),
+        "ax, short walk": lambda: of_ax(peers.SHORT_WALK),
+        "tpe": of_tpe,
+    }
 
 
 def propose(method: str, d: int, n: int, repeats: int) -> list[float]:
@@ -275,26 +313,16 @@ def propose(method: str, d: int, n: int, repeats: int) -> list[float]:
     return list(proposals(d, n, repeats)[method]())
 
 
-def time_proposals(peers: list[str], n: int, repeats: int, pool: ProcessPoolExecutor) -> None:
+def time_proposals(names: list[str], n: int, repeats: int, pool: ProcessPoolExecutor) -> None:
     own = pool.submit(propose, "ours", 4, n, repeats).result()
     for name in proposals(4, n, repeats):
-        if name.split(",")[0] in peers:
+        if name.split(",")[0] in names:
             theirs = pool.submit(propose, name, 4, n, repeats).result()
             ends = statistics.median(own), statistics.median(theirs)
             line("proposal", f"d 4 after {n} trials", name, repeats, *ends, slowest=round(max(own), 3))
 
 
 # ---------------------------------------------------------------------------------------------------- all of it
-
-
-def peers_folder() -> Path:
-    """The peers, without what they depend on."""
-
-    def build(folder: Path) -> None:
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), *REQUIREMENTS]
-        subprocess.run(pip, check=True, stdout=sys.stderr)
-
-    return cached_folder("peers", {"requirements": REQUIREMENTS}, build)
 
 
 def start_worker(folder: str) -> None:
@@ -305,46 +333,61 @@ def start_worker(folder: str) -> None:
     sys.path.append(folder)
 
 
-def quiet() -> None:
-    """Libraries' warnings and logs are no answer."""
-    import logging
-
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-
-
 def selected() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="end within a minute: d 3, 2 seeds, 12 trials")
+    parser.add_argument("--group", nargs="+", default=list(GROUPS), choices=list(GROUPS))
+    parser.add_argument("--target", nargs="+", default=TARGETS, choices=TARGETS, metavar="FUNCTION")
     parser.add_argument("--d", type=int, nargs="+", default=[3, 4, 6])
     parser.add_argument("--snr", type=float, nargs="+", default=[2.0, 1.0, 0.5])
-    parser.add_argument("--target", nargs="+", default=list(LANDSCAPES), choices=list(LANDSCAPES))
-    parser.add_argument("--peer", nargs="*", default=list(PEERS), choices=list(PEERS))
+    parser.add_argument("--peer", nargs="*", default=list(METHODS)[1:], choices=list(METHODS)[1:])
+    parser.add_argument("--ours", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--ax-seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=0, help="to develop on others than those reported")
     parser.add_argument("--trials", type=int, default=30)
     parser.add_argument("--timed-at", type=int, default=TIMED_AT, help="trials before a timed proposal; 0: no timing")
     parser.add_argument("--jobs", type=int, default=1, help="processes, one thread each")
+    parser.add_argument("--journal", type=Path, default=cache_root() / "benchmarks" / "bayesopt.jsonl")
     asked = parser.parse_args()
     if asked.quick:
-        vars(asked).update(d=[3], snr=[1.0], target=["interior", "flat"], seeds=2, trials=12, timed_at=20)
+        quick = dict(
+            d=[3], snr=[1.0], target=["interior", "powers", "flat"], seeds=2, ax_seeds=1, trials=12, timed_at=0
+        )
+        vars(asked).update(quick)
     return asked
+
+
+def cases(asked: argparse.Namespace) -> Iterator[Case]:
+    wanted = [name for group in asked.group for name in GROUPS[group] if name in asked.target]
+    for snr in asked.snr:
+        for d in asked.d:
+            yield from (Case(name, d, snr, asked.trials) for name in wanted if name not in MEASURED)
+    for name in wanted:
+        if name in MEASURED:
+            experiment = MeasuredExperiment(name, 0)
+            yield Case(name, experiment.d, experiment.snr, asked.trials)
 
 
 def main() -> None:
     asked = selected()
     os.environ["OMP_NUM_THREADS"] = "1"  # of the workers
-    folder = str(peers_folder()) if {"ax", "tpe"} & set(asked.peer) else ""
-    seeds = range(asked.first_seed, asked.first_seed + asked.seeds)
-    ran = {"benchmark": "bayesopt/run", "threads": 1, "jobs": asked.jobs, "seeds": [seeds[0], seeds[-1]]}
-    print(json.dumps(ran | {"peers": REQUIREMENTS} | provenance()), flush=True)
+    folder = str(peers.wheels()) if {"ax", "tpe"} & set(asked.peer) else ""
+    names = ["ours"] * asked.ours + asked.peer
+    seeds = {name: range(asked.first_seed, asked.first_seed + asked.seeds) for name in names}
+    ran = {"benchmark": "bayesopt/run", "threads": 1, "jobs": asked.jobs, "seeds": [asked.first_seed, asked.seeds]}
+    print(json.dumps(ran | {"peers": peers.REQUIREMENTS} | provenance()), flush=True)
     context = get_context("spawn")
-    if asked.timed_at:
+    if asked.timed_at and asked.ours:
         with ProcessPoolExecutor(1, context, start_worker, (folder,)) as alone:
-            time_proposals(asked.peer, asked.timed_at, 3 if asked.quick else 10, alone)
+            time_proposals(asked.peer, asked.timed_at, 10, alone)
     with ProcessPoolExecutor(asked.jobs, context, start_worker, (folder,)) as pool:
-        for snr, d, target in product(asked.snr, asked.d, asked.target):
-            judge(Case(target, d, snr, asked.trials), asked.peer, seeds, pool)
+
+        def results(case: Case, name: str, seeds: range) -> Iterator[dict]:
+            return pool.map(partial(result, asked.journal, case, name), seeds)
+
+        seeds["ax"] = range(asked.first_seed, asked.first_seed + min(asked.ax_seeds, asked.seeds))
+        count({case: judge(case, names, seeds, results) for case in cases(asked)})
 
 
 if __name__ == "__main__":
