@@ -208,12 +208,13 @@ def remove_checkpoints(folder: Path, but: Path | None = None) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def cached_folder(kind: str, key: object, build: Callable[[Path], None]) -> Path:
+def cached_folder(kind: str, key: object, build: Callable[[Path], None], root: Path | None = None) -> Path:
     """The folder that `build` filled for this `key`, built on first use; two processes may race, one result stays.
 
-    One whose files are not those that were written is built again, with a warning.
+    It lies under `root`, by default the user's cache. One whose files are not those that were written is built again,
+    with a warning.
     """
-    folder = cache_root() / kind / content_key(key)
+    folder = (root or cache_root()) / kind / content_key(key)
     if os.path.lexists(folder) and (file := damaged(folder)):
         warnings.warn(f"{file} is not as it was written, so its folder is made anew", stacklevel=2)
         _remove_damaged(folder)

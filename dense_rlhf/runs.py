@@ -136,6 +136,11 @@ def workspace() -> Path:
     raise InputError("no notebooks/ and params/ here or above; run `dense-rlhf new FOLDER`, then work in it")
 
 
+def stages() -> Path:
+    """The folder of what all runs of the workspace share, by content: trainings, and policies' judged answers."""
+    return workspace() / "runs" / ".stages"
+
+
 def shipped(name: str) -> Path:
     """A file or folder of this repository: from the checkout, else the copy that setup.py put into the wheel."""
     return (PACKAGE.parent if _is_study(PACKAGE.parent) else PACKAGE / "shipped") / name

@@ -263,6 +263,20 @@ class RewardShape:
         return tuple(source for source, weight in zip(self.sources, self.weights) if weight > 0)
 
     @property
+    def effective(self) -> RewardShape:
+        """The shape without what changes no reward: sources without weight, equal slopes, idle temperatures."""
+        kept = [k for k, weight in enumerate(self.weights) if weight != 0]
+        given = [float(self.temperature_of(self.sources[k])) for k in kept] if self.normalise == "softmax" else [1.0]
+        return RewardShape(
+            tuple(self.sources[k] for k in kept),
+            tuple(self.weights[k] for k in kept),
+            self.normalise,
+            tuple(given) if len(set(given)) > 1 else given[0],
+            self.features if self.is_contextual else (),
+            tuple(self.slopes[k] for k in kept) if self.is_contextual else (),
+        )
+
+    @property
     def is_contextual(self) -> bool:
         """Whether the weights differ from token to token: two sources with weight have different slopes."""
         return len({row for row, weight in zip(self.slopes, self.weights) if weight > 0}) > 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Iterator
 from operator import itemgetter
 from typing import TypeVar
@@ -158,6 +159,15 @@ class PolicyWithValue(nn.Module):
                 sampler.get_parameter(name).copy_(weight.full_tensor() if isinstance(weight, DTensor) else weight)
             return sampler
         return self.lm
+
+
+def state_sha256(model: nn.Module) -> str:
+    """Hash of all weights and buffers that are saved, with their names, shapes and types."""
+    digest = hashlib.sha256()
+    for name, weight in model.state_dict().items():
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _cut(lm: PreTrainedModel, trainable: int) -> int:

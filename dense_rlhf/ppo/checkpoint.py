@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from dense_rlhf.files import check_sealed, read_json, remove_checkpoints, seal, write_folder, write_json
+from dense_rlhf.files import check_sealed, damaged, read_json, remove_checkpoints, seal, write_folder, write_json
 from dense_rlhf.ppo.learner import Diverged
 from dense_rlhf.types import InputError
 
@@ -148,6 +149,14 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict] | None:
         return None
     check_sealed(newest, f"remove {newest} to train from the start")
     return load_file(newest / "tensors.safetensors"), read_json(newest / "state.json")
+
+
+def discard_damaged(folder: Path) -> None:
+    """Remove the checkpoints in `folder`, with a warning, if the newest is not as it was written."""
+    newest = max(folder.glob("checkpoint-*"), default=None)
+    if newest and (file := damaged(newest)):
+        warnings.warn(f"{file} is not as it was written, so its policy is trained again", stacklevel=2)
+        remove_checkpoints(folder)
 
 
 def save_policy(policy: PolicyWithValue, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from dense_rlhf.config.params import PPOParams, RewardParams
 from dense_rlhf.files import cached_folder, content_key
 from dense_rlhf.fingerprint import source_key
 from dense_rlhf.models.dialogue import render
-from dense_rlhf.models.policy import PolicyWithValue
+from dense_rlhf.models.policy import PolicyWithValue, state_sha256
 from dense_rlhf.models.reward_model import RewardModel
 from dense_rlhf.ppo.rollout import appraise, scored
 from dense_rlhf.ppo.sampling import prompt_batches, sample_responses
@@ -40,6 +40,11 @@ class ImplicitReward:
     policy: PolicyWithValue
     reference: PolicyWithValue
     beta: float
+
+    @cached_property
+    def key(self) -> str:
+        """Hash of what it says of a text, for a given reference."""
+        return content_key([state_sha256(self.policy), self.beta])
 
     def __call__(self, rollout: Rollout) -> Tensor:
         """(B, T), beta times nats, of both policies at temperature 1; zero on EOS and padding."""
@@ -129,8 +134,8 @@ def load_implicit(
         save_model(policy, str(folder / "model.safetensors"))
 
     key = {
-        "reference": _weights_sha256(reference.lm),
-        "reward": _weights_sha256(reward_model.model),
+        "reference": state_sha256(reference.lm),
+        "reward": state_sha256(reward_model.model),
         "reading": [reward_model.suffix, reward_model.output, reward_model.pair],
         "prompts": content_key([render(prompt, tokenizer) for prompt in prompts]),
         "steps": params.dpo_steps,
@@ -149,11 +154,3 @@ def load_implicit(
 def unpadded(ids: Tensor, mask: Tensor) -> list[list[int]]:
     """Each row's kept tokens."""
     return [row[keep].tolist() for row, keep in zip(ids, mask)]
-
-
-def _weights_sha256(model: PreTrainedModel) -> str:
-    digest = hashlib.sha256()
-    for name, weight in model.state_dict().items():
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -16,18 +17,19 @@ from torch import Tensor
 from dense_rlhf import ppo
 from dense_rlhf.attribution import attribute
 from dense_rlhf.config.params import AttributionParams, PPOParams, RunParams
-from dense_rlhf.files import content_key
+from dense_rlhf.config.parse import module_file
+from dense_rlhf.files import content_key, lock, settled_sha256
 from dense_rlhf.fingerprint import source_key
 from dense_rlhf.models.policy import PolicyWithValue
 from dense_rlhf.models.reward_model import RewardModel
-from dense_rlhf.ppo.checkpoint import keep, resume, save_failure
+from dense_rlhf.ppo.checkpoint import discard_damaged, keep, resume, save_failure
 from dense_rlhf.ppo.distributed import Alone
 from dense_rlhf.ppo.rollout import response_texts
 from dense_rlhf.ppo.sampling import prompt_batches
 from dense_rlhf.ppo.warnings import Sign, diagnose
 from dense_rlhf.shaping.rewards import Shaped, shaped
 from dense_rlhf.training.task import Task, step_seed
-from dense_rlhf.types import Prompt, RewardShape, Rollout
+from dense_rlhf.types import InputError, Prompt, RewardShape, Rollout
 
 RANKS = 1_000_000_007  # between the sampling seeds of two processes
 
@@ -54,8 +56,13 @@ class Session:
     progress: Callable = iter
     watch: Callable[[dict], None] | None = None  # called with the metrics of each update
     folder: Path | None = None  # of checkpoints, and of the rollout of a training that diverged
+    stages: Path | None = None  # where all runs keep their trainings by content, in place of checkpoints in `folder`
     processes: Alone | None = None
     until: Callable[[list[dict]], bool] | None = None  # asked before each update, with all metrics, whether to stop
+
+    def __post_init__(self):
+        if self.stages and self.processes and self.processes.world > 1:
+            raise InputError(f"stages are shared by trainings of one process, this is of {self.processes.world}")
 
 
 @dataclass(frozen=True)
@@ -66,51 +73,79 @@ class TrainedPolicy:
     history: pd.DataFrame  # metrics, a row an update
     seconds: pd.DataFrame  # wall time, a row an update: sample, explain, learn
     warnings: list[Sign] = field(default_factory=list)
+    read: int = 0  # updates that were trained earlier, and read
+
+    @property
+    def about(self) -> dict[str, float]:
+        """For metrics: updates, how many of them were read, and the seconds of all when they were trained."""
+        parts = self.seconds.drop(columns="update", errors="ignore")
+        return {"updates": len(self.history), "read": self.read, "seconds": float(parts.to_numpy().sum())}
 
 
 def train_policy(task: Task, recipe: Recipe, session: Session = Session()) -> TrainedPolicy:
     """Inner loop: sample, explain, shape, improve. The same task and recipe give the same history on one machine.
 
-    A training that was cut short resumes from its checkpoint in `session.folder`. One that meets a number that is not
-    finite leaves its rollout there and raises `Diverged`. An early end is no part of a checkpoint.
+    A training that was cut short resumes from its checkpoint in `session.folder`. With `session.stages` it resumes from
+    any run's, and one that has ended is read; another process that is at the same training is waited for. One that
+    meets a number that is not finite leaves its rollout in `session.folder` and raises `Diverged`. An early end is no
+    part of a checkpoint.
     """
-    params, folder = recipe.ppo, session.folder
+    recipe = replace(recipe, shape=recipe.shape.effective)
+    with _checkpoints(task, recipe, session) as folder:
+        return _train(task, recipe, session, folder)
+
+
+@contextmanager
+def _checkpoints(task: Task, recipe: Recipe, session: Session) -> Iterator[Path | None]:
+    """The folder of a training's checkpoints: its own, or, locked for as long, the one that its runs share."""
+    if session.stages is None:
+        yield session.folder
+        return
+    folder = session.stages / "training" / training_key(task, recipe)
+    with lock(folder.with_name(f".{folder.name}.lock")):
+        discard_damaged(folder)
+        yield folder
+
+
+def _train(task: Task, recipe: Recipe, session: Session, folder: Path | None) -> TrainedPolicy:
+    params = recipe.ppo
     torch.manual_seed(recipe.seed)
     learner = ppo.make_learner(task.fresh_policy(), params, recipe.seed, session.processes)
     key = training_key(task, recipe)
     history, seconds = resume(folder, key, learner)
-    batches = islice(prompt_batches(task.data.train_prompts, params.rollouts, recipe.seed), len(history), None)
-    for step in session.progress(range(len(history), params.updates)):
+    read, batches = len(history), prompt_batches(task.data.train_prompts, params.rollouts, recipe.seed)
+    batches = islice(batches, read, None)
+    for step in session.progress(range(read, params.updates)):
         if session.until and session.until(history):
             break
         try:
             row, took = _improve(task, learner, recipe, next(batches), step)
         except ppo.Diverged as error:
-            raise save_failure(folder, step, error, learner.processes) from None
+            raise save_failure(session.folder, step, error, learner.processes) from None
         history.append(row)
         seconds.append({"update": step} | took)
         signs = [sign for sign in diagnose(history) if sign.update == step]
         for sign in signs:
-            warnings.warn(f"update {step}: {sign.text}", sign.kind, stacklevel=2)
+            warnings.warn(f"update {step}: {sign.text}", sign.kind, stacklevel=3)
         if session.watch:
             session.watch(row | took | {"warnings": ", ".join(sign.name for sign in signs)})
         if (step + 1) % params.checkpoint_every == 0 or step + 1 == params.updates:
             keep(folder, key, learner, history, seconds)
     policy = learner.processes.unwrap(learner.policy).eval()
-    return TrainedPolicy(policy, pd.DataFrame(history), pd.DataFrame(seconds), diagnose(history))
+    return TrainedPolicy(policy, pd.DataFrame(history), pd.DataFrame(seconds), diagnose(history), read)
 
 
 def training_key(task: Task, recipe: Recipe) -> str:
-    """What decides a training: a checkpoint of another is not resumed."""
+    """What decides a training: a checkpoint of another is not resumed. What changes no reward is no part of it."""
     code = source_key("dense_rlhf.training.inner_loop")
-    return content_key([asdict(recipe.shape), *fixed_settings(task, recipe), recipe.seed, code])
+    return content_key([asdict(recipe.shape.effective), *fixed_settings(task, recipe), recipe.seed, code])
 
 
 def fixed_settings(task: Task, recipe: Recipe) -> list:
     """What decides a training besides its shape, its seed and the code."""
-    settings = [asdict(part) for part in (replace(recipe.ppo, checkpoint_every=1), recipe.attribution, task.policy)]
-    proxy = task.reward_model.offset, task.reward_model.scale, str(task.reward_model.dtype)
-    return [*settings, task.revisions, proxy, [str(prompt) for prompt in task.data.train_prompts]]
+    named = [recipe.attribution.rationale_path, *map(module_file, recipe.shape.sources)]
+    files = [settled_sha256(Path(path)) for path in named if path and Path(path).is_file()]
+    return [asdict(replace(recipe.ppo, checkpoint_every=1)), asdict(recipe.attribution), files, task.key]
 
 
 def _improve(

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
 
 import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerBase
 
 from dense_rlhf import ppo
 from dense_rlhf.config.params import PolicyParams, PPOParams, RunParams
 from dense_rlhf.data import Dataset, load_data
+from dense_rlhf.files import cached_folder, content_key
+from dense_rlhf.fingerprint import source_key
 from dense_rlhf.models.dialogue import without_refused
 from dense_rlhf.models.language_models import LanguageModel, default_device, load_policy, within_memory
 from dense_rlhf.models.policy import PolicyWithValue, trainable_copy, value_probe
@@ -51,6 +58,16 @@ class Task:
         read = {"data": self.data, "policy": self.language_model, "reward": self.reward_model}
         return {name: part.revision for name, part in read.items()}
 
+    @cached_property
+    def key(self) -> str:
+        """Hash of all that is fixed; another number of threads, which rounds differently, is another task's."""
+        proxy, implicit, head = self.reward_model, self.reward_model.implicit, self.value_head or {}
+        read = [proxy.offset, proxy.scale, str(proxy.dtype), proxy.budget, proxy.suffix, proxy.output, proxy.pair]
+        tokens = [tokens_key(self.tokenizer), tokens_key(proxy.tokenizer), proxy.policy_tokenizer is None]
+        learned = [implicit and implicit.key, {name: x.tolist() for name, x in head.items()}]
+        texts = [[str(prompt) for prompt in self.data.train_prompts], self.gold.weights]
+        return content_key([self.revisions, asdict(self.policy), read, tokens, learned, texts, machine()])
+
     def fresh_policy(self) -> PolicyWithValue:
         """A copy of the reference whose trainable weights are those that `self.policy` names."""
         policy = trainable_copy(self.reference, self.policy, self.reward_model)
@@ -74,6 +91,19 @@ class Task:
             return ppo.appraise(policy, self.reference, responses, params.temperature, params.micro_batch)
 
 
+def machine() -> list:
+    """What decides how sums are rounded: threads, device, libraries."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return [torch.get_num_threads(), device, torch.__version__, transformers.__version__]
+
+
+def tokens_key(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of how a tokenizer reads texts and dialogues."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
+    return content_key([rules, tokenizer.chat_template, tokenizer.special_tokens_map])
+
+
 def load_task(params: RunParams, progress: Callable = iter) -> Task:
     """Read the data, load the policy, train or read the proxy reward model, calibrate it on the reference's responses.
 
@@ -95,13 +125,29 @@ def load_task(params: RunParams, progress: Callable = iter) -> Task:
 
 def _calibrated(task: Task, params: RunParams, progress: Callable) -> Task:
     """The task with what the reference's responses decide: unit of the score, start of the critic, implicit reward."""
-    size, prompts, reference = params.ppo.rollouts, task.data.train_prompts, task.reference
-    starts = range(0, min(CALIBRATION_BATCHES * size, len(prompts)), size)
-    batches = [task.scored_responses(reference, prompts[i : i + size], params.ppo, seed=i) for i in starts]
-    reward_model = task.reward_model.calibrated(torch.cat([batch.scores for batch in batches]))
     probed = params.policy.value_start == "score" and params.policy.critic != "separate"
-    value_head = value_probe(reference, reward_model, batches) if probed else None
+    read = _reference_scores(task, params.ppo, probed)
+    prompts, reward_model = task.data.train_prompts, task.reward_model.calibrated(read.pop("scores"))
     if params.reward.dpo_steps:
-        pairs = Pairs(reference, reward_model, task.tokenizer, params.ppo.max_new_tokens)
+        pairs = Pairs(task.reference, reward_model, task.tokenizer, params.ppo.max_new_tokens)
         reward_model = replace(reward_model, implicit=load_implicit(pairs, prompts, params.reward, progress))
-    return replace(task, reward_model=reward_model, value_head=value_head)
+    return replace(task, reward_model=reward_model, value_head=read or None)
+
+
+def _reference_scores(task: Task, params: PPOParams, probed: bool) -> dict[str, torch.Tensor]:
+    """`scores` (N,) of the reference's responses and, where `probed`, weights of a value head; cached by content."""
+    size, prompts, reference = params.rollouts, task.data.train_prompts, task.reference
+
+    def build(folder: Path) -> None:
+        starts = range(0, min(CALIBRATION_BATCHES * size, len(prompts)), size)
+        batches = [task.scored_responses(reference, prompts[i : i + size], params, seed=i) for i in starts]
+        read = {"scores": torch.cat([batch.scores for batch in batches])}
+        if probed:
+            read |= value_probe(reference, task.reward_model.calibrated(read["scores"]), batches)
+        save_file({name: x.cpu() for name, x in read.items()}, folder / "read.safetensors")
+
+    sampling = [size, params.max_new_tokens, params.temperature, params.sampler]
+    key = [task.key, sampling, probed, source_key("dense_rlhf.training.task")]
+    device = default_device()
+    read = load_file(cached_folder("calibration", key, build) / "read.safetensors")
+    return {name: x.to(device) for name, x in read.items()}

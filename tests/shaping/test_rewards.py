@@ -63,6 +63,29 @@ def test_any_credit_and_mixture_sums_to_the_scores(rollout, seed, size, normalis
     check_contract(shape_rewards(rollout, given_, shape), rollout)
 
 
+@given(st.integers(0, 1000), st.sampled_from(NORMALISERS), st.permutations([0.0, 0.0, 0.25, 0.75]), st.booleans())
+def test_what_changes_no_reward_is_no_part_of_the_effective_shape(rollout, seed, normalise, mixture, alone):
+    """Bit for bit: a training is known by its effective shape."""
+    generator = torch.Generator().manual_seed(seed)
+    credit = 0.1 + torch.rand(4, *rollout.mask.shape, generator=generator)
+    given_ = {name: plain(c, rollout, name) for name, c in zip("abcd", credit)}
+    mixture = tuple(float(w == 0.75) if alone else w for w in mixture)
+    slopes, temperature = tuple((1.5 * (w == 0),) for w in mixture), tuple(1.0 + w for w in mixture)
+    shape = RewardShape(tuple("abcd"), mixture, normalise, temperature, ("position",), slopes)
+    few = shape.effective
+    assert few.effective == few and len(few.sources) == (1 if alone else 2) and not few.slopes and all(few.weights)
+    for whole, part in zip(shaped(rollout, given_, shape), shaped(rollout, given_, few)):
+        assert torch.equal(whole, part) if isinstance(whole, torch.Tensor) else whole == part
+
+
+def test_slopes_that_differ_stay_in_the_effective_shape(rollout):
+    shape = RewardShape(tuple("abc"), (0.5, 0.0, 0.5), "signed", 2.0, ("position",), ((1.0,), (2.0,), (0.0,)))
+    few = RewardShape(("a", "c"), (0.5, 0.5), "signed", 1.0, ("position",), ((1.0,), (0.0,)))
+    assert shape.effective == few
+    weights = token_weights(rollout, shape)
+    assert torch.allclose(weights[..., [0, 2]], token_weights(rollout, few)) and not weights[..., 1].any()
+
+
 def test_one_hot_terminal_is_sparse_rlhf_bit_for_bit(attributions, rollout):
     sparse = torch.zeros_like(rollout.values)
     sparse[torch.arange(len(sparse)), rollout.mask.sum(-1) - 1] = rollout.scores

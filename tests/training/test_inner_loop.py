@@ -92,6 +92,75 @@ def test_a_checkpoint_of_another_training_is_not_resumed(task, tmp_path):
         pd.testing.assert_frame_equal(fresh, found, check_exact=True)
 
 
+ALONE = RewardShape(("shap",), (1.0,), temperature=0.5)
+NAMES = [  # of the same training
+    RewardShape(("shap", "terminal"), (1.0, 0.0), temperature=(0.5, 9.0)),
+    RewardShape(("lime", "shap"), (0.0, 1.0), "softmax", 0.5, ("position",), ((1.0,), (2.0,))),
+]
+
+
+def test_a_training_of_several_names_is_trained_once(task, tmp_path, monkeypatch):
+    alone, *others = (train_policy(task, Recipe(shape, PARAMS, EXPLAIN, 0)) for shape in (ALONE, *NAMES))
+    for other in others:
+        pd.testing.assert_frame_equal(alone.history, other.history, check_exact=True)
+    stages = Session(stages=tmp_path / "stages")
+    first = train_policy(task, Recipe(ALONE, PARAMS, EXPLAIN, 0), stages)
+    after = torch.get_rng_state()
+    monkeypatch.setattr("dense_rlhf.training.inner_loop._improve", None)
+    for shape in (ALONE, *NAMES):
+        read = train_policy(replace(task), Recipe(shape, PARAMS, EXPLAIN, 0), stages)
+        assert torch.equal(torch.get_rng_state(), after) and read.warnings == first.warnings
+        assert (first.read, read.read) == (0, PARAMS.updates) and first.about | {"read": read.read} == read.about
+        for name in ("history", "seconds"):
+            pd.testing.assert_frame_equal(getattr(first, name), getattr(read, name), check_exact=True)
+        pd.testing.assert_frame_equal(alone.history, read.history, check_exact=True)
+        assert all(map(torch.equal, alone.policy.state_dict().values(), read.policy.state_dict().values()))
+    for change in ({"seed": 1}, {"shape": SPARSE}, {"ppo": replace(PARAMS, lr=1e-3)}):
+        with pytest.raises(TypeError):
+            train_policy(task, replace(Recipe(ALONE, PARAMS, EXPLAIN, 0), **change), stages)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    with pytest.raises(TypeError):  # which would round differently
+        train_policy(replace(task), Recipe(ALONE, PARAMS, EXPLAIN, 0), stages)
+
+
+@pytest.mark.parametrize("name", ["tensors.safetensors", "state.json"])
+def test_a_damaged_stage_is_trained_again_with_a_warning(task, tmp_path, name):
+    few = Recipe(SPARSE, replace(PARAMS, updates=2), EXPLAIN, 0)
+    first = train_policy(task, few, Session(stages=tmp_path))
+    (path,) = tmp_path.glob(f"training/*/checkpoint-000002/{name}")
+    _flip(path)
+    with pytest.warns(UserWarning, match=f"{path} is not as it was written, so its policy is trained again"):
+        again = train_policy(task, few, Session(stages=tmp_path))
+    assert again.read == 0 and train_policy(task, few, Session(stages=tmp_path)).read == 2
+    pd.testing.assert_frame_equal(first.history, again.history, check_exact=True)
+
+
+def test_runs_that_want_the_same_training_at_once_wait_for_one(task, tmp_path):
+    torch.set_num_threads(1)  # a fork would lose the others
+    few, children = Recipe(SPARSE, replace(PARAMS, updates=3), EXPLAIN, 0), []
+    for number in range(3):
+        if not (child := os.fork()):
+            read = train_policy(task, few, Session(stages=tmp_path)).read
+            (tmp_path / f"read-{number}").write_text(str(read))
+            os._exit(0)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+    assert sorted(path.read_text() for path in tmp_path.glob("read-*")) == ["0", "3", "3"]
+
+
+def test_a_training_of_another_run_that_was_cut_short_goes_on(task, tmp_path):
+    few = Recipe(SPARSE, replace(PARAMS, updates=3, checkpoint_every=1), EXPLAIN, 0)
+    unbroken = train_policy(task, few)
+    with pytest.raises(KeyboardInterrupt):
+        cut = Session(
+            stages=tmp_path, until=lambda history: len(history) == 2 and (_ for _ in ()).throw(KeyboardInterrupt)
+        )
+        train_policy(task, few, cut)
+    resumed = train_policy(task, few, Session(stages=tmp_path))
+    assert resumed.read == 2
+    pd.testing.assert_frame_equal(unbroken.history, resumed.history, check_exact=True)
+
+
 def _flip(path):
     data = bytearray(path.read_bytes())
     data[-9] ^= 1  # in the last tensor, or in a number of the history

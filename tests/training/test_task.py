@@ -109,6 +109,27 @@ def test_evaluate_judges_one_response_a_prompt(task):
     pd.testing.assert_frame_equal(table, evaluate(task, task.reference, PROMPTS, PARAMS, seed=0), check_exact=True)
 
 
+def test_the_same_answers_are_judged_once_for_all_runs(task, tmp_path, monkeypatch):
+    fresh = evaluate(task, task.reference, PROMPTS, PARAMS, seed=0)
+    first = evaluate(task, task.reference, PROMPTS, PARAMS, 0, tmp_path)
+    steeper = replace(PARAMS, lr=0.5)  # is no part of an answer
+    with monkeypatch.context() as patch:
+        patch.setattr(Task, "rollout", None)
+        read = evaluate(replace(task), task.reference, PROMPTS, steeper, 0, tmp_path)
+    for table in (first, read):
+        pd.testing.assert_frame_equal(fresh, table, check_exact=True)
+    other = train_policy(task, Recipe(SPARSE, PARAMS, EXPLAIN, 0)).policy
+    for given in (
+        (other, PROMPTS, PARAMS, 0),
+        (task.reference, PROMPTS, PARAMS, 1),
+        (task.reference, PROMPTS[1:], PARAMS, 0),
+    ):
+        pd.testing.assert_frame_equal(evaluate(task, *given), evaluate(task, *given, tmp_path), check_exact=True)
+    assert len(list((tmp_path / "answers").iterdir())) == 4
+    judge = replace(task, gold=AdditiveJudge("gold", {"film": 1.0}))
+    assert evaluate(judge, task.reference, PROMPTS, PARAMS, 0, tmp_path)["gold"].tolist() != fresh["gold"].tolist()
+
+
 @pytest.mark.parametrize(
     "prompts", [[], None, "a single text", [None], [7]], ids=["none", "null", "text", "no text", "7"]
 )
