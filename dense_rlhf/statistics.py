@@ -59,6 +59,25 @@ class Difference(Interval):
     seeds: int  # of the side with fewer
     paired: bool
 
+    def p_above(self, bound: float) -> float:
+        """One-sided p of a true mean of at most `bound`; 1 if unknown."""
+        return self._p_beyond(self.mean - bound)
+
+    def p_below(self, bound: float) -> float:
+        """One-sided p of a true mean of at least `bound`; 1 if unknown."""
+        return self._p_beyond(bound - self.mean)
+
+    def _p_beyond(self, gap: float) -> float:
+        from scipy.special import stdtr
+
+        if self.df <= 0:
+            return 1.0
+        return float(stdtr(self.df, -gap / self.error)) if self.error > 0 else float(gap <= 0)
+
+    def p_within(self, margin: float) -> float:
+        """p of a true mean of at least `margin` either way: two one-sided tests, TOST (Schuirmann, 1987)."""
+        return max(self.p_above(-margin), self.p_below(margin))
+
 
 def _numbers(values: Sequence[float] | np.ndarray) -> np.ndarray:
     array = np.asarray(values, float)
@@ -190,7 +209,7 @@ def power(difference: float, error: float, df: float, alpha: float = ALPHA) -> f
     return float((ndtr(shift - reach) + ndtr(-shift - reach)).mean())
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=64)
 def _spreads(df: float, n: int = 2000) -> np.ndarray:
     """Estimated over true standard error: n equally likely ratios."""
     from scipy.special import gammaincinv
@@ -212,6 +231,41 @@ def detectable(measured: Difference, chance: float = 0.8, tests: int = 1) -> flo
     while power(high, 1.0, measured.df, alpha) < chance:
         high *= 2
     return measured.error * float(brentq(lambda x: power(x, 1.0, measured.df, alpha) - chance, 0, high))
+
+
+def power_within(margin: float, mean: float, error: float, df: float, alpha: float = ALPHA) -> float:
+    """Chance that two one-sided t tests show a true difference of `mean` to be smaller than `margin`."""
+    from scipy.special import ndtr, stdtrit
+
+    reach = stdtrit(df, 1 - alpha) * _spreads(df)
+    inside = ndtr((margin - mean) / error - reach) + ndtr((margin + mean) / error - reach) - 1
+    return float(np.maximum(inside, 0).mean())
+
+
+SIZES = (*range(2, 21), 25, 30, 40, 50, 75, 100, 150, 200, 300, 500, 1000)  # numbers of seeds that are looked at
+
+
+def seeds_needed(
+    measured: Difference, level: Callable[[int], float], margin: float | None = None, chance: float = 0.8
+) -> float:
+    """How many seeds, of `SIZES`, would decide with this chance, were the true difference and spread as measured.
+
+    Decide that there is a difference, or with `margin` that it is smaller; `level` gives the tests' level at a number
+    of seeds. Infinite where none of `SIZES` would do.
+    """
+    if measured.df <= 0:
+        return math.inf
+    for n in SIZES:
+        df, error = measured.df * (n - 1) / (measured.seeds - 1), measured.error * math.sqrt(measured.seeds / n)
+        if error == 0:
+            reached = 1.0 if (measured.mean != 0 if margin is None else abs(measured.mean) < margin) else 0.0
+        elif margin is None:
+            reached = power(measured.mean, error, df, level(n))
+        else:
+            reached = power_within(margin, measured.mean, error, df, level(n))
+        if reached >= chance:
+            return n
+    return math.inf
 
 
 # ---------------------------------------------------------------------------------------------------- over tasks

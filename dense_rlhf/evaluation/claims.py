@@ -1,37 +1,40 @@
-"""A verdict on each of the paper's claims, by a fixed rule from the runs: supported, contradicted or undecided.
+"""The paper's claims and the field's counter-claims, each asked of a study at equal updates and at equal KL.
 
-`RULE` describes what `judge` does, and is shown with every verdict.
+What decides is `rule.RULE`; the fourth claim is about enumerated games, and needs no seeds.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
-from dense_rlhf.evaluation.findings import CONTROL, DENSE, SPARSE, TABLES, Arm, Finding
-from dense_rlhf.statistics import ALPHA, Difference, detectable, holm
+from dense_rlhf.evaluation.results import CONTROL, DENSE, SPARSE, Arm, Finding
+from dense_rlhf.evaluation.rule import CONTRADICTED, SUPPORTED, UNDECIDED, Case, Comparison, decide, overall
+from dense_rlhf.evaluation.words import EQUAL_KL, UPDATES, Measure, p_value, signed, why
+from dense_rlhf.statistics import Difference
 
-SUPPORTED, CONTRADICTED, UNDECIDED = "supported", "contradicted", "undecided here"
-UPDATES, EQUAL_KL = "equal updates", "equal KL"
+NOT_ASKED, IDENTITY = "not asked", "an identity"  # in place of a verdict
 MANY, BUDGET = 4, 25  # sources and trials of the third claim
-
-RULE = (
-    "Each claim says that an arm differs from its rivals in one direction. An arm supports the claim if it differs in "
-    "that direction from every rival and every control of the study (uniform, random, shuffled: they ignore what the "
-    "tokens are), both at equal updates and at equal KL. It contradicts the claim if it differs in the opposite "
-    "direction from some rival, both at equal updates and at equal KL. Seeds are the unit: the test is Student's "
-    "paired t where a seed gave both arms the same prompts in the same order and the same start, otherwise Welch's; "
-    "intervals are at 95 %, tests two-sided. An arm's p is the largest of the tests that its answer needs, corrected "
-    f"over all arms and claims of the dataset (Holm); it must be below {ALPHA:g}. A claim is supported if at least one "
-    "arm supports it and none contradicts it, contradicted if at least one arm contradicts it and none supports it, "
-    "and undecided otherwise; one seed decides nothing. An identity is checked by enumeration. Learned weights come "
-    "from one search per arm, so the intervals do not cover variation between searches."
-)
+GOOD_CRITIC = 0.5  # explained variance of returns from which on the sixth claim calls a critic good
+EXACT = 1e-9  # score lost that is rounding
 
 
-Matchup = tuple[Arm, Sequence[str], Sequence[str]]  # an arm, its rivals, the controls that it has to beat
+class Matchup(NamedTuple):
+    """An arm, its rivals, and the controls that it has to beat as well; a control may be one that is missing."""
+
+    arm: Arm
+    rivals: Sequence[str]
+    controls: Sequence[str] = ()
+
+
+class Unasked(NamedTuple):
+    """Why a study says nothing of a claim."""
+
+    why: str
+    verdict: str = NOT_ASKED
 
 
 @dataclass(frozen=True)
@@ -40,285 +43,227 @@ class Question:
 
     key: str
     text: str
-    measure: str
-    unit: str
+    measures: tuple[Measure, ...]
     wanted: int
-    asks: Callable[[Finding], list[Matchup]]
-    late: str = ""  # a metric of training, over its second half; if empty, gold on held-out prompts
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Differences of one arm from another, at equal updates and at equal KL; None where the runs lack the data."""
-
-    rival: str
-    is_control: bool
-    updates: Difference | None
-    at_kl: Difference | None
-
-    @property
-    def differences(self) -> dict[str, Difference | None]:
-        return {UPDATES: self.updates, EQUAL_KL: self.at_kl}
-
-    def p(self, sign: int) -> float:
-        """The larger of the two p-values; 1 unless both differences have this sign."""
-        return max(d.p if d and d.mean * sign > 0 else 1.0 for d in self.differences.values())
-
-
-@dataclass(frozen=True)
-class Case:
-    """The evidence of one arm on one claim; `p` is corrected over all cases of the dataset."""
-
-    arm: str
-    comparisons: tuple[Comparison, ...]
-    wanted: int
-    p: float = 1.0
-    tests: int = 1  # how many cases p was corrected for
-    verdict: str = UNDECIDED
-
-    @property
-    def supports(self) -> float:
-        """p that the arm differs in the wanted direction from all rivals and controls."""
-        return max(comparison.p(self.wanted) for comparison in self.comparisons)
-
-    @property
-    def opposes(self) -> float:
-        """p that the arm differs in the opposite direction from at least one rival (Bonferroni)."""
-        rivals = [comparison.p(-self.wanted) for comparison in self.comparisons if not comparison.is_control]
-        return min(1.0, len(rivals) * min(rivals))
-
-    @property
-    def raw_p(self) -> float:
-        """Uncorrected p of the likelier answer; the other's is then 1."""
-        return min(self.supports, self.opposes)
-
-    @property
-    def seeds(self) -> int:
-        """Seeds of the comparison with the fewest."""
-        return min((d.seeds for d in self._known), default=0)
-
-    @property
-    def has_interval(self) -> bool:
-        """Whether any of the differences has an interval."""
-        return any(d.known for d in self._known)
-
-    @property
-    def _known(self) -> list[Difference]:
-        return [d for comparison in self.comparisons for d in comparison.differences.values() if d]
+    asks: Callable[[Finding], list[Matchup] | Unasked]
+    denies: bool = False  # the claim is that there is no such difference
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim of the paper with its verdict, the reason in words, and the evidence of each arm."""
+    """A claim with its verdict at equal updates or at equal KL, the reason in words, and the evidence of each arm."""
 
     key: str
     text: str
+    where: str  # `UPDATES`, `EQUAL_KL`, or empty if that makes no difference
     verdict: str
     why: str
-    unit: str = ""
     cases: tuple[Case, ...] = ()
 
 
 # ---------------------------------------------------------------------------------------------------- the questions
 
 
-def _controls(finding: Finding) -> list[str]:
-    return [arm.name for arm in finding.of_kind(CONTROL)]
+def _controls(finding: Finding, arm: Arm) -> list[str]:
+    """The controls of the study; for signed credit also `shuffled`, where it is missing."""
+    controls = finding.of_kind(CONTROL)
+    placebo = any("shuffled" in c.sources and c.normalise == arm.normalise for c in controls)
+    return [c.name for c in controls] + ["shuffled"] * (arm.normalise == "signed" and not placebo)
 
 
-def _dense(finding: Finding) -> list[Matchup]:
-    """Every dense arm against the sparse one, if there is one."""
-    rivals = [finding.baseline] if finding.baseline != "reference" else []
-    return [(arm, rivals, _controls(finding)) for arm in finding.of_kind(DENSE) if rivals]
+def _dense(finding: Finding) -> list[Matchup] | Unasked:
+    """Every dense arm, but for those that are another, against the sparse one."""
+    arms = [arm for arm in finding.of_kind(DENSE) if not arm.same_as]
+    if finding.baseline == "reference" or not arms:
+        return Unasked("no dense arm to compare with a sparse one")
+    return [Matchup(arm, [finding.baseline], _controls(finding, arm)) for arm in arms]
 
 
-def _learned(finding: Finding) -> list[Matchup]:
-    """Every arm with learned weights against the fixed weights that its search could have had."""
+def _learned(finding: Finding) -> list[Matchup] | Unasked:
+    """Every arm of a search that chose against the fixed weights that it could have had; random search is a control."""
     asked = []
-    for arm in (a for a in finding.arms.values() if a.trials):
-        fixed = [
-            other.name
-            for other in finding.arms.values()
-            if other.sources
-            and not other.trials
-            and set(other.sources) <= set(arm.sources)
-            and (other.kind == SPARSE or other.normalise == arm.normalise)
-        ]
-        asked += [(arm, fixed, _controls(finding))] if fixed else []
-    return asked
+    for arm in (a for a in finding.arms.values() if a.search and a.search.strategy != "random"):
+        others = [o for o in finding.arms.values() if o.sources and set(o.sources) <= set(arm.sources)]
+        others = [o for o in others if o.kind == SPARSE or o.normalise == arm.normalise]
+        drawn = [o.name for o in others if o.search and o.search.strategy == "random" and o.trials == arm.trials]
+        if fixed := [o.name for o in others if not o.search]:
+            asked.append(Matchup(arm, fixed, _controls(finding, arm) + drawn))
+    return asked or Unasked("no arm with learned weights to compare with fixed weights of its sources")
 
 
-def _wide(finding: Finding) -> list[Matchup]:
-    """Every arm with four or more learned weights against the learned ones with fewer, at as many trials."""
-    learned = [a for a in finding.arms.values() if a.trials >= BUDGET]
-    asked = []
+def _wide(finding: Finding) -> list[Matchup] | Unasked:
+    """Every arm of four or more learned weights against learned ones of fewer, at as many trials."""
+    learned, asked = [a for a in finding.arms.values() if a.trials >= BUDGET], []
     for arm in (a for a in learned if len(a.sources) >= MANY):
-        fewer = [o.name for o in learned if len(o.sources) < len(arm.sources) and o.trials == arm.trials]
-        asked += [(arm, fewer, [])] if fewer else []
+        fewer = [o for o in learned if len(o.sources) < len(arm.sources) and o.trials == arm.trials]
+        asked += [Matchup(arm, [o.name for o in fewer])] if fewer else []
+    if not asked:
+        none = f"no search over {MANY} or more sources to compare with one over fewer, both of {BUDGET} or more trials"
+        return Unasked(none)
+    compared = dict.fromkeys(name for m in asked for name in (m.arm.name, *m.rivals))
+    single = [name for name in compared if not _one_search_a_seed(finding.arms[name])]
+    if single:
+        few = "not one search for each seed, and the claim is about searches"
+        return Unasked(f"not decided: {', '.join(single)} {'has' if len(single) == 1 else 'have'} {few}", UNDECIDED)
     return asked
 
 
-GOLD = "gold after training", "log-odds"
-LOSS = "value loss, second half of training", "squared score"
+def _one_search_a_seed(arm: Arm) -> bool:
+    return bool(arm.search) and arm.search.number == len(arm.seeds) > 1
+
+
+def _attention(finding: Finding) -> list[Matchup] | Unasked:
+    """Every arm of attention's credit against arms of the same credit in a random order."""
+    controls = [c for c in finding.of_kind(CONTROL) if any("shuffled" in s and "attention" in s for s in c.sources)]
+    asked = []
+    for arm in finding.of_kind(DENSE):
+        placebos = [c.name for c in controls if c.normalise == arm.normalise]
+        if set(arm.sources) <= {"attention", "terminal"} and placebos:
+            asked.append(Matchup(arm, placebos))
+    return asked or Unasked("no arm of attention beside one of shuffled attention")
+
+
+def _cancelled(finding: Finding) -> list[Matchup] | Unasked:
+    """`_dense`, where lambda is 1 and the sparse arm's critic is good."""
+    asked = _dense(finding)
+    if isinstance(asked, Unasked):
+        return asked
+    flats = [flat for by_seed in finding.settings.values() for flat in by_seed.values() if isinstance(flat, dict)]
+    lambdas = {flat["ppo_lam"] for flat in flats if "ppo_lam" in flat}
+    if lambdas != {1} and lambdas != {1.0}:
+        return Unasked(f"lambda is {', '.join(f'{lam:g}' for lam in sorted(lambdas)) or 'not known'}, wanted 1")
+    column = MC_VARIANCE if MC_VARIANCE in finding.history else "explained_variance"
+    explained = list(finding.late(finding.baseline, column).values())
+    if not explained or (mean := sum(explained) / len(explained)) < GOOD_CRITIC:
+        share = f"{mean:.2f}" if explained else "an unknown share"
+        return Unasked(f"the sparse arm's critic explains {share} of the variance of returns, wanted {GOOD_CRITIC:g}")
+    return asked
+
+
+MC_VARIANCE = "explained_variance_mc"
+GOLD = Measure("gold", "log-odds", "gold")
+LOSS = Measure("value loss", "a ratio", "value_loss", log=True)
+MC_ERROR = Measure("the critic's error against returns-to-go", "a ratio", "value_error_mc", log=True)
 QUESTIONS = (
-    Question("1a", "Dense rewards cut the value loss", *LOSS, -1, _dense, "value_loss"),
-    Question("1b", "Dense rewards speed learning", *GOLD, 1, _dense),
-    Question("2", "Learned weights beat fixed ones downstream", *GOLD, 1, _learned),
-    Question("3", f"{MANY} sources degrade at {BUDGET} trials", *GOLD, -1, _wide),
+    Question("1a", "Dense rewards cut the value loss", (LOSS, MC_ERROR), -1, _dense),
+    Question("1b", "Dense rewards speed learning", (GOLD,), 1, _dense),
+    Question("2", "Learned weights beat fixed ones downstream", (GOLD,), 1, _learned),
+    Question("3", f"{MANY} sources degrade at {BUDGET} trials", (GOLD,), -1, _wide),
+    Question("5", "Attention's credit beats its shuffled placebo", (GOLD,), 1, _attention),
+    Question("6", "With lambda 1 and a good critic nothing is left to gain", (GOLD,), 1, _cancelled, denies=True),
 )
-IDENTITY = "Additive attributions keep the optimal policy"
-NOT_ASKED = {
-    "1a": "no dense arm to compare with a sparse one",
-    "1b": "no dense arm to compare with a sparse one",
-    "2": "no arm with learned weights to compare with fixed weights of its sources",
-    "3": f"no search over {MANY} or more sources to compare with one over fewer, both of {BUDGET} or more trials",
-}
+THESE = "These weights, from one search, beat fixed ones downstream"
 
 
-# ---------------------------------------------------------------------------------------------------- the rule
+def _text(question: Question, asked: list[Matchup]) -> str:
+    return THESE if question.key == "2" and not all(_one_search_a_seed(m.arm) for m in asked) else question.text
+
+
+# ---------------------------------------------------------------------------------------------------- the verdicts
 
 
 @lru_cache(maxsize=8)
 def judge(finding: Finding) -> tuple[Claim, ...]:
-    """All claims on one dataset, by `RULE`."""
-    asked = [(q, [_case(finding, q, *matchup) for matchup in q.asks(finding)]) for q in QUESTIONS]
-    tested = [case for _, cases in asked for case in cases if case.has_interval]
-    corrected = dict(zip(map(id, tested), holm([case.raw_p for case in tested])))
-    claims = []
-    for question, cases in asked:
-        decided = tuple(_decide(case, corrected.get(id(case), 1.0), len(tested)) for case in cases)
-        verdict = _overall([case.verdict for case in decided])
-        why = _why(question, decided, verdict)
-        claims.append(Claim(question.key, question.text, verdict, why, question.unit, decided))
-    return *claims, _identity(finding.shaping)
+    """All claims on one dataset, in the order of their keys."""
+    asked = {question: question.asks(finding) for question in QUESTIONS}
+    open_ = {(q, where): m for q, m in asked.items() if not isinstance(m, Unasked) for where in (UPDATES, EQUAL_KL)}
+    cases = [_case(finding, q, m, where) for (q, where), matchups in open_.items() for m in matchups]
+    decided = iter(decide(cases, len(finding.judged.get(finding.baseline, ()))))
+    claims = [Claim(q.key, q.text, "", u.verdict, f"{u.why}.") for q, u in asked.items() if isinstance(u, Unasked)]
+    for (question, where), matchups in open_.items():
+        own = tuple(next(decided) for _ in matchups)
+        verdict = overall([case.verdict for case in own])
+        reason = why(finding, own, question.measures, verdict)
+        verdict = _denied(verdict) if question.denies else verdict
+        claims.append(Claim(question.key, _text(question, matchups), where, verdict, reason, own))
+    return tuple(sorted([*claims, *_fourth(finding.shaping)], key=lambda claim: claim.key))
 
 
-def _case(finding: Finding, question: Question, arm: Arm, rivals: Sequence[str], controls: Sequence[str]) -> Case:
-    comparisons = []
-    for rival in (*sorted(rivals, key=lambda name: -finding.arms[name].gold.mean), *controls):
-        pair = arm.name, rival
-        updates = finding.compare_late(*pair, question.late) if question.late else finding.compare(*pair)
-        at_kl = finding.compare_at_kl(*pair, question.late or "gold")
-        comparisons.append(Comparison(rival, rival in controls, updates, at_kl))
-    return Case(arm.name, tuple(comparisons), question.wanted)
+def _denied(verdict: str) -> str:
+    """The verdict on "there is no such difference" from the one on the difference."""
+    return {UNDECIDED: UNDECIDED, SUPPORTED: CONTRADICTED}.get(verdict, SUPPORTED)
 
 
-def _decide(case: Case, p: float, tests: int) -> Case:
-    verdict = UNDECIDED
-    if case.has_interval and p < ALPHA:
-        verdict = SUPPORTED if case.supports < case.opposes else CONTRADICTED
-    return replace(case, p=p, tests=tests, verdict=verdict)
-
-
-def _overall(verdicts: Sequence[str]) -> str:
-    decided = set(verdicts) - {UNDECIDED}
-    return decided.pop() if len(decided) == 1 else UNDECIDED
-
-
-def _why(question: Question, cases: Sequence[Case], verdict: str) -> str:
-    """The reason for the verdict, with the numbers of the runs."""
-    if not cases:
-        return f"Not asked in this study: {NOT_ASKED[question.key]}."
-    if verdict != UNDECIDED:
-        named = "; ".join(_words(case, question) for case in cases if case.verdict == verdict)
-        return f"{sum(case.verdict == verdict for case in cases)} of {len(cases)} arms: {named}."
-    if {SUPPORTED, CONTRADICTED} <= {case.verdict for case in cases}:
-        return "The arms disagree: " + "; ".join(f"{c.arm} {c.verdict}" for c in cases if c.verdict != UNDECIDED) + "."
-    if not any(case.has_interval for case in cases):
-        return "One seed has no interval."
-    closest = min((case for case in cases if case.has_interval), key=lambda case: case.raw_p)
-    return f"Closest to a verdict: {_words(closest, question)}. {_open(closest)}{seen(closest, question.unit)}"
-
-
-def _words(case: Case, question: Question) -> str:
-    """An arm and its difference from its first rival."""
-    first = case.comparisons[0]
-    parts = [f"{signed(d)} at {where}" for where, d in first.differences.items() if d]
-    return (
-        f"{case.arm} less {first.rival} in {question.measure}: {', '.join(parts) or 'unknown'} ({question.unit}; "
-        f"{case.seeds} seed{'s' * (case.seeds != 1)}, p {number(case.p)} after Holm)"
+def _case(finding: Finding, question: Question, matchup: Matchup, where: str) -> Case:
+    arm, rivals, controls = matchup
+    rivals = sorted(rivals, key=lambda name: -finding.arms[name].gold.mean)
+    main, *more = question.measures
+    measures = [main, *(m for m in more if finding.history is not None and m.column in finding.history)]
+    comparisons = tuple(
+        Comparison(name, name not in rivals, measure.text, kl, difference)
+        for name in (*rivals, *controls)
+        for measure in measures
+        for kl, difference in _differences(finding, measure, (arm.name, name), where)
     )
+    return Case(arm.name, comparisons, question.wanted, main.margin(finding.margin))
 
 
-def _open(case: Case) -> str:
-    """The comparisons that keep an arm from supporting the claim."""
-    missing = [
-        f"{comparison.rival} at {where}"
-        for comparison in case.comparisons
-        for where, d in comparison.differences.items()
-        if d is None or d.mean * case.wanted <= 0 or d.p >= ALPHA
+def _differences(
+    finding: Finding, measure: Measure, pair: tuple[str, str], where: str
+) -> list[tuple[float | None, Difference | None]]:
+    """After equal updates one; at equal KL, with its level, one for each level that both reach, and for the lowest."""
+    scale, levels = (math.log if measure.log else float), finding.levels or (math.nan,)
+    if pair[1] not in finding.arms:
+        return [(None if where == UPDATES else levels[0], None)]
+    if where == UPDATES:
+        late = (measure.column, scale) if measure is not GOLD else None
+        return [(None, finding.compare_late(*pair, *late) if late else finding.compare(*pair))]
+    at = {kl: finding.compare_at_kl(*pair, measure.column, kl, scale) for kl in levels}
+    return [(kl, difference) for kl, difference in at.items() if difference or kl == levels[0]]
+
+
+# ---------------------------------------------------------------------------------------------------- the fourth claim
+
+
+def _fourth(shaping: Mapping) -> list[Claim]:
+    """What additive rewards keep, by enumeration of token MDPs in notebook 03."""
+    regret, lost = (_numbers(shaping.get(name)) for name in ("regret", "discounted_regret"))
+    games = shaping.get("games", "the")
+    settles = shaping.get("settles") or {}
+    by_learning = _numbers({name: row.get("lost") for name, row in settles.items() if isinstance(row, Mapping)})
+    shares = {name: f" in {row['share']:.0%} of games" for name, row in settles.items() if _numbers(row).get("share")}
+    played = next((row["games"] for row in settles.values() if "games" in row), games)
+    same = "Any reward that keeps each response's sum keeps the objective, an even spread included; no verdict"
+    known = f": checked on {games} games, at most {max(regret.values()):.1g} lost" if regret else ""
+    return [
+        Claim("4a", "Additive rewards keep the objective at gamma 1", "", IDENTITY, f"{same}{known}."),
+        _enumerated("4b", "Additive rewards keep the policy that learning settles on", by_learning, shares, played),
+        _enumerated("4c", "Additive rewards keep the best response at gamma 0.8", lost, {}, games),
     ]
-    return f"No significant difference, without correction, from: {', '.join(missing)}. " if missing else ""
 
 
-def seen(case: Case, unit: str) -> str:
-    """The difference from the first rival that this many seeds would have shown, at Holm's first step."""
-    rival, first = case.comparisons[0].rival, case.comparisons[0].updates
-    if first and first.df > 0 and first.error == first.mean == 0:
-        return f"{case.arm} and {rival} are the same in every seed."
-    least = detectable(first, tests=case.tests) if first else math.inf
-    if not math.isfinite(least):
-        return ""
-    return f"{case.seeds} seeds detect a difference of {number(least)} ({unit}) at equal updates with power 0.8."
+def _numbers(values: object) -> dict[str, float]:
+    """The numbers of a mapping but for sparse reward's, which is what they are held against."""
+    items = values.items() if isinstance(values, Mapping) else ()
+    return {name: float(v) for name, v in items if name != "sparse" and isinstance(v, (int, float))}
 
 
-def _identity(shaping: Mapping) -> Claim:
-    """The fourth claim, checked by enumerating every response: no seeds and no interval."""
-    regret = {name: r for name, r in (shaping.get("regret") or {}).items() if isinstance(r, (int, float))}
-    regret.pop("sparse", None)
-    if not regret:
-        return Claim("4", IDENTITY, UNDECIDED, "Not asked in this study: notebook 03 has not run.")
-    worst = max(regret, key=regret.get)
-    verdict = SUPPORTED if regret[worst] < 1e-9 else CONTRADICTED
-    lost = shaping.get("discounted_regret") or {}
-    cosine = shaping.get("cosine") or {}
-    measured = [name for name in regret if name in lost and name in cosine]
-    words = "{} loses {:.2f} at γ = 0.8, and its expected advantages have cosine {:.2f} with the true ones"
-    more = [words.format(name, lost[name], cosine[name]) for name in measured]
-    why = (
-        f"Score lost by the best response at γ = 1, mean over {shaping.get('games', 'the')} enumerated token MDPs: at "
-        f"most {regret[worst]:.1g} ({worst}). This does not cover γ < 1, or learning"
-    )
-    return Claim("4", IDENTITY, verdict, f"{why}{': ' * bool(more)}{'; '.join(more)}.")
+def _enumerated(key: str, text: str, lost: Mapping[str, float], shares: Mapping[str, str], games: object) -> Claim:
+    """Contradicted if some reward loses score; which do and which do not."""
+    if not lost:
+        return Claim(key, text, "", NOT_ASKED, "notebook 03 has not asked this.")
+    losing = sorted((name for name in lost if lost[name] > EXACT), key=lambda name: -lost[name])
+    losses = ", ".join(f"{name} {lost[name]:.3f}{shares.get(name, '')}" for name in losing)
+    kept = ", ".join(name for name in lost if name not in losing)
+    parts = [f"score lost on average over {games} games: {losses}"] * bool(losing) + [f"none by {kept}"] * bool(kept)
+    return Claim(key, text, "", CONTRADICTED if losing else SUPPORTED, "; ".join(parts) + ". Exact, without seeds.")
 
 
-# ---------------------------------------------------------------------------------------------------- words
+# ---------------------------------------------------------------------------------------------------- the evidence
+
+HEAD = ("claim", "at", "arm", "less", "difference", "seeds", "p, differs", "p, equal", "verdict")
 
 
-def number(value: float) -> str:
-    """A p or a difference of any size, with two significant digits if small, else two decimals."""
-    return f"{value:.2g}" if abs(value) < 0.1 else f"{value:.2f}"
-
-
-def signed(difference: Difference | None) -> str:
-    """A difference with its sign and interval; a dash if it is None."""
-    if difference is None:
-        return "–"
-    digits = 2 if max(abs(difference.mean), difference.high - difference.mean if difference.known else 0) >= 0.1 else 3
-    bounds = f"[{difference.low:+.{digits}f}, {difference.high:+.{digits}f}]" if difference.known else "[no interval]"
-    return f"{difference.mean:+.{digits}f} {bounds}"
-
-
-HEAD = ("claim", "arm", "less", UPDATES, EQUAL_KL, "Hedges' g", "pairs", "seeds", "p (Holm)", "verdict")
-
-
-def rows(claims: Sequence[Claim]) -> list[dict[str, str]]:
-    """One row of text for each pair of arm and rival (or control), with the columns `HEAD`."""
+def rows(judged: Sequence[Claim]) -> list[dict[str, str]]:
+    """One row of text for each comparison of an arm with a rival or control, with the columns `HEAD`."""
+    logs = {m.text: m.log for question in QUESTIONS for m in question.measures}
     cells = []
-    for key, case in [(claim.key, case) for claim in claims for case in claim.cases]:
-        for i, comparison in enumerate(case.comparisons):
-            updates, at_kl = comparison.updates, comparison.at_kl
-            either = updates or at_kl
-            rival = comparison.rival + " (control)" * comparison.is_control
-            g = "–" if updates is None or math.isnan(updates.g) else f"{updates.g:+.1f}"
-            pairs = "–" if either is None else "paired" if either.paired else "Welch"
-            answer = (number(case.p), case.verdict) if i == 0 else ("", "")
-            sides = key, case.arm, rival, signed(updates), signed(at_kl)
-            cells.append((*sides, g, pairs, str(case.seeds), *answer))
+    for claim, case in ((one, case) for one in judged for case in one.cases):
+        for i, c in enumerate(case.comparisons):
+            at = claim.where if c.kl is None or math.isnan(c.kl) else f"{c.kl:.1f} nats"
+            rival, d = c.rival + " (control)" * c.is_control, c.difference
+            seeds = "–" if d is None else f"{d.seeds} {'paired' if d.paired else 'Welch'}"
+            answer = (p_value(case.p_differs)[2:], p_value(case.p_equal)[2:], case.verdict) if i == 0 else ("", "", "")
+            key = claim.key if c.measure == case.comparisons[0].measure else f"{claim.key}, {c.measure}"
+            cells.append((key, at, case.arm, rival, signed(d, logs[c.measure]), seeds, *answer))
     return [dict(zip(HEAD, row)) for row in cells]
-
-
-def basis(finding: Finding) -> str:
-    """Seeds and prompts that all verdicts of a dataset rest on, in words."""
-    seeds = min(len(arm.seeds) for arm in finding.arms.values())
-    return f"{seeds} seed{'s' * (seeds > 1)}, {finding.prompts} held-out prompts each: {TABLES[finding.table]}."

@@ -1,4 +1,4 @@
-"""A study's results as plain values, from which indexes, comparison pages, claims and `summary.json` are made.
+"""A study's results read from its run folders: what indexes, comparison pages, claims and `summary.json` are made of.
 
 Reads only metrics, tables and parameters of run folders, never a notebook's outputs.
 """
@@ -6,161 +6,88 @@ Reads only metrics, tables and parameters of run folders, never a notebook's out
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
+from statistics import median
 from typing import TYPE_CHECKING
 
+from dense_rlhf.config.params import EvaluationParams
+from dense_rlhf.evaluation.results import CONTROL, DENSE, PARTS, SPARSE, Arm, Finding, Search
 from dense_rlhf.runs import RunFolder, histories
-from dense_rlhf.statistics import (
-    Difference,
-    Interval,
-    improvement,
-    interquartile_mean,
-    paired,
-    summarise,
-    values_at_kl,
-    welch,
-)
-from dense_rlhf.types import InputError
+from dense_rlhf.statistics import Difference, Interval, improvement, interquartile_mean, summarise
 
 if TYPE_CHECKING:
     import pandas as pd
 
 CONTROLS = {"uniform", "random", "shuffled"}
-SPARSE, CONTROL, DENSE = "sparse", "control", "dense"
-TABLES = {"test": "test prompts, used for no choice", "evaluation": "validation prompts, which searches also used"}
 OWN = ("arm", "seed", "threads", "shape", "run", "bo")  # parameters, by first word, in which paired runs may differ
+SEARCH = "05_bayesian_optimisation"
 STEP = "ppo_lr"  # so may this one: every arm has its own step size
 
 
-@dataclass(frozen=True)
-class Arm:
-    """Scores, intervals and costs of one arm on one dataset; gains are over the baseline on the same prompts."""
-
-    name: str
-    kind: str  # sparse, control or dense; reference: the untrained policy
-    seeds: tuple[int, ...]
-    gold: Interval
-    iqm: Interval
-    kl: Interval | None = None
-    win: Interval | None = None
-    win_lc: Interval | None = None  # win rate, corrected to responses of equal length
-    gain: Difference | None = None
-    gain_at_kl: Difference | None = None
-    improves: Interval | None = None
-    seconds: float | None = None  # of training, median over seeds
-    explain: float | None = None  # share of `seconds` spent explaining
-    search: float = 0.0  # seconds of the one search for its weights
-    trials: int = 0  # of that search; 0 if the weights are fixed
-    sources: tuple[str, ...] = ()
-    normalise: str = ""
-    path: tuple[float, ...] = ()  # gold while training, mean over seeds
-
-
-Judged = Mapping[str, Mapping[int, "pd.DataFrame"]]  # arm -> seed -> judgements by prompt
-
-
-@dataclass(frozen=True, eq=False)
-class Finding:
-    """All arms of one dataset, in the study's order, and the data to compare them."""
-
-    dataset: str
-    baseline: str
-    prompts: int
-    table: str  # one of `TABLES`, which the judgements are from
-    judged: Judged = field(repr=False)
-    history: pd.DataFrame | None = field(repr=False)
-    settings: Mapping[str, Mapping[int, object]] = field(repr=False)  # arm -> seed -> parameters except `OWN`
-    shaping: Mapping = field(repr=False, default_factory=dict)  # metrics of notebook 03
-    arms: dict[str, Arm] = field(default_factory=dict)
-
-    def of_kind(self, kind: str) -> list[Arm]:
-        """The arms of one kind, highest gold first."""
-        return sorted((arm for arm in self.arms.values() if arm.kind == kind), key=lambda arm: -arm.gold.mean)
-
-    def pairs(self, ours: str, theirs: str) -> bool:
-        """Whether a seed gives both arms the same prompts in the same order from the same start: all parameters except
-        the shape are equal. The reference has no training, and answered the same prompts."""
-        a, b = self.settings.get(ours, {}), self.settings.get(theirs, {})
-        both = [seed for seed in a if seed in b]
-        return "reference" in (ours, theirs) or bool(both) and all(a[seed] == b[seed] for seed in both)
-
-    def compare(self, ours: str, theirs: str, column: str = "gold") -> Difference | None:
-        """Held-out judgements of one arm less those of another; None if either has none."""
-        sides = [
-            {seed: float(t[column].mean()) for seed, t in self.judged.get(arm, {}).items() if column in t}
-            for arm in (ours, theirs)
-        ]
-        return self._test(ours, theirs, *sides)
-
-    def compare_late(self, ours: str, theirs: str, column: str) -> Difference | None:
-        """Difference of a training metric, averaged over the second half of training."""
-        return self._test(ours, theirs, *(self.late(arm, column) for arm in (ours, theirs)))
-
-    def late(self, arm: str, column: str) -> dict[int, float]:
-        """Mean of a metric over the second half of training, by seed, without seeds where it is NaN."""
-        if self.history is None or column not in self.history:
-            return {}
-        runs = self.history[(self.history["arm"] == arm) & (self.history["update"] >= self.history["update"].max() / 2)]
-        return {int(seed): float(value) for seed, value in runs.groupby("seed")[column].mean().dropna().items()}
-
-    def compare_at_kl(self, ours: str, theirs: str, column: str = "gold") -> Difference | None:
-        """Difference of a training metric at the largest KL that both arms of a seed reach; None if unknown."""
-        if self.history is None or not {"kl", "update", column} <= set(self.history):
-            return None
-        try:
-            values = values_at_kl(self.history, ours, theirs, column)
-            return (paired if self.pairs(ours, theirs) else welch)(*values)
-        except (InputError, LookupError):  # no seed in common, or only NaN
-            return None
-
-    def _test(self, ours: str, theirs: str, a: Mapping[int, float], b: Mapping[int, float]) -> Difference | None:
-        if not a or not b:
-            return None
-        both = [seed for seed in a if seed in b]
-        if self.pairs(ours, theirs) and both:
-            return paired([a[seed] for seed in both], [b[seed] for seed in both])
-        return welch(list(a.values()), list(b.values()))
-
-
 def findings(runs: Iterable[RunFolder], order: Sequence[str] = ()) -> list[Finding]:
-    """A finding per dataset on which one of the finished `runs` trained a policy; arms in `order`."""
-    by_dataset: dict[str, list[RunFolder]] = {}
+    """A finding per dataset on which one of the finished `runs` trained a policy; arms in `order`.
+
+    Trainings at the common step size, and longer ones, belong to the finding of their dataset.
+    """
+    by_dataset: dict[str, dict[str, list[RunFolder]]] = {}
     for run in runs:
-        by_dataset.setdefault(str(run.record().get("dataset")), []).append(run)
-    return [finding for name, group in by_dataset.items() if (finding := _finding(name, group, order))]
-
-
-def _finding(dataset: str, runs: list[RunFolder], order: Sequence[str]) -> Finding | None:
-    policies = [run for run in runs if _record(run).get("notebook") == "04_ppo" and run.file("evaluation.csv").exists()]
-    if not policies:
-        return None
-    name = "test" if all(run.file("test.csv").exists() for run in policies) else "evaluation"
-    judged, shapes = judgements(policies, name), {_record(run)["arm"]: _shape(run) for run in policies}
-    kinds = {arm: kind(arm, sources) for arm, (sources, _) in shapes.items()}
-    sparse = [arm for arm, what in kinds.items() if what == SPARSE]
-    baseline = "sparse" if "sparse" in sparse else sparse[0] if sparse else "reference"
-    settings: dict[str, dict[int, object]] = {}
-    for run in policies:
-        settings.setdefault(_record(run)["arm"], {})[_record(run)["seed"]] = _settings(run)
-    prompts = min(len(t) for by in judged.values() for t in by.values())
-    shaping = next((run.load_json("metrics.json") for run in runs if _record(run).get("notebook") == "03_shaping"), {})
-    finding = Finding(dataset, baseline, prompts, name, judged, _curves(policies, "history"), settings, shaping)
-    searches = {_record(r).get("arm"): r for r in runs if _record(r).get("notebook") == "05_bayesian_optimisation"}
-    seconds = _curves(policies, "seconds")
-    for arm in ["reference", *(a for a in order if a in kinds), *(a for a in kinds if a not in order)]:
-        about = _about(arm, shapes.get(arm), searches.get(arm)) | _cost(seconds, arm)
-        finding.arms[arm] = _arm(finding, arm, kinds.get(arm, "reference"), about)
-    return finding
+        regime = _regime(run)
+        dataset = str(_record(run).get("dataset")).removesuffix("" if regime == "own" else f"-{regime}")
+        by_dataset.setdefault(dataset, {}).setdefault(regime, []).append(run)
+    made = (_with_regimes(dataset, by_regime, order) for dataset, by_regime in by_dataset.items())
+    return [finding for finding in made if finding]
 
 
 def _record(run: RunFolder) -> dict:
     return run.record()
 
 
-def _shape(run: RunFolder) -> tuple[tuple[str, ...], str]:
-    """Sources and normalisation of the run's reward; without parameters, the arm's name is the source."""
-    flat = run.parameters()
-    return tuple(flat.get("shape_sources") or [_record(run).get("arm")]), str(flat.get("shape_normalise", ""))
+def _regime(run: RunFolder) -> str:
+    return str(_record(run).get("regime") or "own")
+
+
+def _with_regimes(dataset: str, runs: Mapping[str, list[RunFolder]], order: Sequence[str]) -> Finding | None:
+    finding = _finding(dataset, runs.get("own", []), order)
+    if finding is None:
+        return None
+    longer = [run for run in runs.get("longer", []) if run.file("history.csv").exists()]
+    curves = {name: _curves(longer, name) for name in ("history", "seconds")}
+    common = _finding(dataset, runs.get("common-step", []), order)
+    finding = replace(finding, longer=curves["history"], longer_seconds=curves["seconds"], common=common)
+    if finding.longer is not None and len(finding.levels) > 1:
+        for name, arm in finding.arms.items():
+            finding.arms[name] = replace(arm, **_at_levels(finding, name))
+    return finding
+
+
+def _finding(dataset: str, runs: Sequence[RunFolder], order: Sequence[str]) -> Finding | None:
+    """The finding of trainings in one regime."""
+    policies = [run for run in runs if _record(run).get("notebook") == "04_ppo" and run.file("evaluation.csv").exists()]
+    if not policies:
+        return None
+    name = "test" if all(run.file("test.csv").exists() for run in policies) else "evaluation"
+    judged, kinds = judgements(policies, name), {}
+    settings: dict[str, dict[int, dict | str]] = {}
+    for run in policies:
+        arm = _record(run)["arm"]
+        kinds.setdefault(arm, kind(arm, _sources(run)))
+        settings.setdefault(arm, {})[_record(run)["seed"]] = _settings(run)
+    sparse = [arm for arm, what in kinds.items() if what == SPARSE]
+    baseline = "sparse" if "sparse" in sparse else sparse[0] if sparse else "reference"
+    prompts = min(len(t) for by in judged.values() for t in by.values())
+    shaping = next((run.load_json("metrics.json") for run in runs if _record(run).get("notebook") == "03_shaping"), {})
+    curves = {"history": _curves(policies, "history"), "seconds": _curves(policies, "seconds")}
+    data = dict(judged=judged, settings=settings, shaping=shaping, margin=_margin(policies)) | curves
+    finding = Finding(dataset, baseline, prompts, name, **data)
+    about = {arm: _about(arm, runs, policies) | _cost(curves["seconds"], arm) for arm in kinds}
+    for arm in ["reference", *(a for a in order if a in kinds), *(a for a in kinds if a not in order)]:
+        finding.arms[arm] = _arm(finding, arm, kinds.get(arm, "reference"), about.get(arm, {}))
+    return finding
+
+
+def _sources(run: RunFolder) -> tuple[str, ...]:
+    """Sources of the run's reward; without parameters, the arm's name is the source."""
+    return tuple(run.parameters().get("shape_sources") or [_record(run).get("arm")])
 
 
 def kind(arm: str, sources: Sequence[str]) -> str:
@@ -170,11 +97,17 @@ def kind(arm: str, sources: Sequence[str]) -> str:
     return CONTROL if set(sources) <= CONTROLS | {"terminal"} else DENSE
 
 
-def _settings(run: RunFolder) -> object:
+def _settings(run: RunFolder) -> dict | str:
     """The parameters that must be equal for runs of one seed to be pairs; without parameters, the run's own folder."""
     given = run.parameters().items()
     flat = {name: value for name, value in given if name.split("_")[0] not in OWN and name != STEP}
     return flat if run.file("params.yaml").exists() else str(run.path)
+
+
+def _margin(policies: Sequence[RunFolder]) -> float:
+    """The strictest margin that the parameters state."""
+    stated = [run.parameters().get("evaluation_margin") for run in policies]
+    return min((float(margin) for margin in stated if margin is not None), default=EvaluationParams.margin)
 
 
 def judgements(runs: Iterable[RunFolder], table: str) -> dict[str, dict[int, pd.DataFrame]]:
@@ -189,19 +122,51 @@ def judgements(runs: Iterable[RunFolder], table: str) -> dict[str, dict[int, pd.
     return by_arm
 
 
-def _curves(policies: list[RunFolder], name: str) -> pd.DataFrame | None:
+def _curves(policies: Sequence[RunFolder], name: str) -> pd.DataFrame | None:
     """History or seconds of all policies; None if no run has any."""
     having = [run for run in policies if run.file(f"{name}.csv").exists()]
     return histories(having, name) if having else None
 
 
-def _about(arm: str, shape: tuple[tuple[str, ...], str] | None, search: RunFolder | None) -> dict:
-    sources, normalise = shape or ((), "")
-    about = {"sources": sources, "normalise": normalise}
-    if search is None:
-        return about
-    trials = int(search.parameters().get("bo_trials") or 1)
-    return about | {"search": _record(search).get("seconds") or 0.0, "trials": trials}
+# ---------------------------------------------------------------------------------------------------- arms
+
+
+def _about(arm: str, runs: Sequence[RunFolder], policies: Sequence[RunFolder]) -> dict:
+    """The rewards of an arm, its step size, and the searches for its weights."""
+    own = [run for run in policies if _record(run)["arm"] == arm]
+    flat, steps = own[0].parameters(), {run.parameters().get(STEP) for run in own}
+    rewards = tuple(_rewards(run) for run in sorted(own, key=lambda run: _record(run)["seed"]))
+    about = {"sources": _sources(own[0]), "normalise": str(flat.get("shape_normalise", "")), "rewards": rewards}
+    about["step"] = steps.pop() if len(steps) == 1 else None
+    about["run"] = median(_record(run).get("seconds") or 0.0 for run in own) or None
+    searches = [r for r in runs if (_record(r).get("notebook"), _record(r).get("arm")) == (SEARCH, arm)]
+    return about | ({"search": _search(searches)} if searches else {})
+
+
+def _rewards(run: RunFolder) -> tuple:
+    """What a policy was paid, in a form that is equal for equal rewards; empty if its parameters do not tell."""
+    flat = run.parameters()
+    weights, how = flat.get("shape_weights"), str(flat.get("shape_normalise", ""))
+    if not isinstance(weights, list) or flat.get("shape_features"):
+        return ()
+    paid = tuple(sorted((s, round(float(w), 9)) for s, w in zip(_sources(run), weights) if w > 0))
+    temperature = str(flat.get("shape_temperature")) if how == "softmax" and paid != (("terminal", 1.0),) else ""
+    return paid, temperature, how if paid != (("terminal", 1.0),) else ""
+
+
+def _search(runs: Sequence[RunFolder]) -> Search:
+    params, metrics = [run.parameters() for run in runs], [run.load_json("metrics.json") for run in runs]
+    even = []
+    for found in metrics:
+        alone = [s for s, weight in zip(found.get("sources") or (), found.get("weights") or ()) if weight > 0.999]
+        even += [float(ess) for s in alone if (ess := (found.get("ess") or {}).get(s)) is not None]
+    return Search(
+        number=len({_record(run).get("seed") for run in runs}),
+        trials=min(int(flat.get("bo_trials") or 1) for flat in params),
+        strategy=str(params[0].get("bo_strategy") or "gp"),
+        seconds=sum(_record(run).get("seconds") or 0.0 for run in runs),
+        even=tuple(even),
+    )
 
 
 def _arm(finding: Finding, name: str, what: str, about: Mapping) -> Arm:
@@ -211,19 +176,36 @@ def _arm(finding: Finding, name: str, what: str, about: Mapping) -> Arm:
     fields = {c: summarise({name: list(tables.values())}, c)[name] for c in columns}
     fields |= {"iqm": interquartile_mean([gold]), "path": _path(finding.history, name)}
     if name != finding.baseline:
-        at_kl = finding.compare_at_kl(name, finding.baseline) if what != "reference" else None
-        gain = finding.compare(name, finding.baseline)
-        fields |= {"gain": gain, "gain_at_kl": at_kl, "improves": improvement([gold], [rivals])}
-    return Arm(name, what, tuple(sorted(tables)), **fields, **about)
+        fields |= {"gain": finding.compare(name, finding.baseline), "improves": improvement([gold], [rivals])}
+        fields |= _at_levels(finding, name)
+    same = next(
+        (a.name for a in finding.arms.values() if about.get("rewards") and _is_same(finding, name, a, about)), ""
+    )
+    return Arm(name, what, tuple(sorted(tables)), same_as=same, **fields, **about)
+
+
+def _is_same(finding: Finding, name: str, other: Arm, about: Mapping) -> bool:
+    """Whether two arms paid the same in every seed, and their policies answered alike."""
+    ours, theirs = finding.judged[name], finding.judged[other.name]
+    if not all(about["rewards"]) or about["rewards"] != other.rewards or ours.keys() != theirs.keys():
+        return False
+    return all(ours[seed]["gold"].tolist() == theirs[seed]["gold"].tolist() for seed in ours)
+
+
+def _at_levels(finding: Finding, name: str) -> dict[str, Difference | None]:
+    """What an arm gains over the baseline at each of the KLs that arms are compared at."""
+    if name in (finding.baseline, "reference"):
+        return {}
+    gains = [finding.compare_at_kl(name, finding.baseline, level=level) for level in finding.levels]
+    return dict(zip(("gain_at_kl", "gain_far"), gains))
 
 
 def _cost(seconds: pd.DataFrame | None, arm: str) -> dict[str, float]:
     """Seconds of one training and the share spent explaining, if recorded."""
-    columns = ["sample", "explain", "learn"]
     rows = None if seconds is None else seconds[seconds["arm"] == arm]
-    if rows is None or rows.empty or not set(columns) <= set(rows):
+    if rows is None or rows.empty or not set(PARTS) <= set(rows):
         return {}
-    parts = rows.groupby("seed")[columns].sum()
+    parts = rows.groupby("seed")[list(PARTS)].sum()
     whole = parts.sum(axis=1)
     return {"seconds": float(whole.median()), "explain": float((parts["explain"] / whole.where(whole > 0)).median())}
 

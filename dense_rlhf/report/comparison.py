@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dense_rlhf.evaluation import claims
-from dense_rlhf.evaluation.claims import CONTRADICTED, EQUAL_KL, SUPPORTED, UNDECIDED, UPDATES, Claim, judge, signed
-from dense_rlhf.evaluation.findings import CONTROL, DENSE, Arm, Finding, across
+from dense_rlhf.evaluation.claims import Claim, judge
+from dense_rlhf.evaluation.findings import across
 from dense_rlhf.evaluation.overoptimisation import fits, law_table
+from dense_rlhf.evaluation.results import CONTROL, DENSE, Arm, Finding
+from dense_rlhf.evaluation.rule import CONTRADICTED, NO_DIFFERENCE, RULE, SUPPORTED, UNDECIDED, Case
+from dense_rlhf.evaluation.words import EQUAL_KL, UPDATES, basis, cost_at, identity, p_value, seeds_needed, signed
 from dense_rlhf.report.charts import forest
 from dense_rlhf.report.page import chip, draw, sections, table
 from dense_rlhf.runs import RunFolder
@@ -25,136 +28,190 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
 ROWS = 60  # of an ablation's table that its page shows; the file has all
-HELPED = "1b"  # the claim that answers the question: gold after training, of every dense arm
-ANSWERS = {SUPPORTED: "yes", CONTRADICTED: "no", UNDECIDED: "unclear"}
+HELPED = "1b"  # the claim that answers the question: gold of every dense arm
 METHOD = "mean over seeds with its 95 % t interval; a point without a bar has none"
+CLOCK = "Seconds to a KL, and of a training, are those of sampling, explaining and learning, by the clock."
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether dense rewards helped on one dataset: a word, a line, what it rests on, and each claim of the paper."""
+    """What one dataset says: a word, a line, what it rests on, and each claim."""
 
     answer: str  # yes, no, or unclear
     line: str
     grounds: dict[str, str]
-    claims: Sequence[Mapping[str, str]] = ()  # key, text, verdict, why
+    claims: Sequence[Mapping[str, str]] = ()  # key, text, where, verdict, why
 
 
 def verdict(finding: Finding) -> Verdict:
-    """Whether dense rewards helped, by the rule of `claims`; by how much, how sure, at what cost."""
-    listed = [{"key": c.key, "text": c.text, "verdict": c.verdict, "why": c.why} for c in judge(finding)]
-    if not finding.of_kind(DENSE):
+    """What was found of dense rewards on one dataset: which arm, how much, at which KL and cost, how sure."""
+    listed = [{name: getattr(c, name) for name in ("key", "text", "where", "verdict", "why")} for c in judge(finding)]
+    arms = finding.of_kind(DENSE)
+    if not arms:
         return Verdict("unclear", "No dense arm has finished.", {}, listed)
-    claim = next(c for c in judge(finding) if c.key == HELPED)
-    return Verdict(ANSWERS[claim.verdict], _line(finding, claim), _grounds(finding, claim), listed)
+    asked = {claim.where: claim for claim in judge(finding) if claim.key == HELPED}
+    if finding.baseline == "reference":
+        return Verdict("unclear", "No sparse arm has finished, so that nothing can be compared with it.", {}, listed)
+    arm = _leading(finding, asked)
+    grounds = {"Cost": _cost(finding, arm), "How sure": _sure(finding, arm, asked)}
+    if none := _what_no_arm_did(finding, asked):
+        grounds["What no arm is shown to do"] = none
+    if finding.common and (there := finding.common.arms.get(arm.name)) and there.gain:
+        step = f" ({there.step:g})" if there.step else ""
+        grounds["At one common step size"] = f"{arm.name} has gold {signed(there.gain)} over {finding.baseline}{step}."
+    if same := [text for other in finding.arms.values() if (text := identity(other))]:
+        grounds["The same under two names"] = " ".join(same)
+    return Verdict(_answer(asked), _line(finding, arm, asked), grounds, listed)
 
 
-def _line(finding: Finding, claim: Claim) -> str:
-    """The answer in one sentence."""
-    base = finding.baseline
-    named = ", ".join(case.arm for case in claim.cases if case.verdict == claim.verdict)
-    if claim.verdict == SUPPORTED:
-        return f"Dense rewards helped: {named} ended above {base} and every control, at equal updates and at equal KL."
-    if claim.verdict == CONTRADICTED:
-        return f"Dense rewards did not help: {named} ended below {base} at equal updates and at equal KL."
-    return f"It is undecided whether dense rewards helped: {_open(base, claim)}."
+def _answer(asked: Mapping[str, Claim]) -> str:
+    verdicts = [claim.verdict for claim in asked.values()]
+    return "yes" if SUPPORTED in verdicts else "no" if verdicts and UNDECIDED not in verdicts else "unclear"
 
 
-def _open(base: str, claim: Claim) -> str:
-    """Why there is no answer."""
-    if base == "reference":
-        return "no sparse arm has finished"
-    if not any(case.has_interval for case in claim.cases):
-        return "one seed says nothing about other seeds"
-    if decided := [f"{case.arm} {case.verdict}" for case in claim.cases if case.verdict != UNDECIDED]:
-        return f"the arms disagree ({', '.join(decided)})"
-    faster = [case.arm for case in claim.cases if (d := case.comparisons[0].updates) and d.low > 0]
-    hint = f"; at equal updates, each tested alone, {', '.join(faster)} ended above {base}" if faster else ""
-    return f"none of {len(claim.cases)} dense arms passes every comparison{hint}"
+def _leading(finding: Finding, asked: Mapping[str, Claim]) -> Arm:
+    """The dense arm with the highest gold among those that support the claim, at equal updates or else at equal KL;
+    without any, among all that are not another under a second name."""
+    for claim in asked.values():
+        if names := [case.arm for case in claim.cases if case.verdict == SUPPORTED]:
+            return max((finding.arms[name] for name in names), key=lambda arm: arm.gold.mean)
+    return next(arm for arm in finding.of_kind(DENSE) if not arm.same_as)
 
 
-def _grounds(finding: Finding, claim: Claim) -> dict[str, str]:
-    """By how much, how sure, at what cost: of the arm with the smallest p."""
-    best, n = _clearest(finding, claim), len(finding.of_kind(DENSE))
+def _line(finding: Finding, arm: Arm, asked: Mapping[str, Claim]) -> str:
+    """The arm with the highest gold in one sentence: how much at equal updates, at which KL, and at equal KL."""
     base = finding.arms[finding.baseline]
-    chosen = f", the dense arm (of {n}) with the smallest p," if n > 1 else ""
-    gain = f"{best.name}{chosen} has {signed(best.gain)} gold (log-odds) over {base.name} at {UPDATES}."
-    grounds = {"By how much": gain}
-    if best.gain_at_kl:
-        grounds["At equal KL"] = f"{signed(best.gain_at_kl)} gold over {base.name} at {EQUAL_KL}."
-    if controls := finding.of_kind(CONTROL):
-        gap = finding.compare(best.name, controls[0].name)
-        grounds["Over a control"] = f"{signed(gap)} gold over {controls[0].name}, the best control, at {UPDATES}."
-    return grounds | {"How sure": _sure(finding, claim, best), "At what cost": cost(best, base)}
+    if len(arm.seeds) < 2 or not arm.gain or not arm.gain.known:
+        chance = "one seed says nothing about other seeds" if len(arm.seeds) < 2 else "there is no interval"
+        return f"{arm.name} has gold {signed(arm.gain)} over {base.name} after equal updates, and {chance}."
+    at_updates, at_kl = (_case(asked, where, arm.name) for where in (UPDATES, EQUAL_KL))
+    verb, doubt = ("reaches", "") if at_updates and at_updates.verdict != UNDECIDED else ("has", UNDECIDED)
+    if at_updates and at_updates.verdict == NO_DIFFERENCE:
+        doubt = f"{NO_DIFFERENCE}, margin {finding.margin:g}"
+    text = (
+        f"{arm.name} {verb} gold {signed(arm.gain)} over {base.name} after equal updates{f' ({doubt})' * bool(doubt)}"
+    )
+    if arm.kl and base.kl:
+        text += f", at {arm.kl.mean:.1f} nats of KL against {base.kl.mean:.1f}"
+    return f"{text}; at equal KL {_at_kl(finding, at_kl)}."
 
 
-def _clearest(finding: Finding, claim: Claim) -> Arm:
-    """The dense arm with the smallest p; if none has an interval, the one with the highest gold."""
-    known = [case for case in claim.cases if case.has_interval]
+def _case(asked: Mapping[str, Claim], where: str, arm: str) -> Case | None:
+    return next((case for case in (asked[where].cases if where in asked else ()) if case.arm == arm), None)
+
+
+def _at_kl(finding: Finding, case: Case | None) -> str:
+    """What an arm's case says at equal KL, with its differences from the baseline."""
+    known = [] if case is None else [c for c in case.comparisons if c.rival == finding.baseline and c.difference]
     if not known:
-        return finding.of_kind(DENSE)[0]
-    return finding.arms[min(known, key=lambda c: (c.raw_p, -finding.arms[c.arm].gold.mean)).arm]
+        return "it is not known, for no KL is reached by both with every seed"
+    at = ", ".join(f"{signed(c.difference)} at {c.kl:.1f} nats" for c in known)
+    words = {SUPPORTED: "it is better too", CONTRADICTED: "it is worse", NO_DIFFERENCE: NO_DIFFERENCE}
+    margin = f", margin {finding.margin:g}" * (case.verdict == NO_DIFFERENCE)
+    beyond = [f"{kl:.1f}" for kl in finding.levels if kl > known[-1].kl]
+    short = f"; {finding.baseline} was not trained on to {beyond[0]} nats" if beyond else ""
+    return f"{words.get(case.verdict, 'it is undecided')} ({at}{margin}{short})"
 
 
-def _sure(finding: Finding, claim: Claim, best: Arm) -> str:
-    case = next((case for case in claim.cases if case.arm == best.name and case.has_interval), None)
-    if case is None:
-        return f"{claims.basis(finding)} No interval: that takes two seeds."
-    p = f"p {claims.number(case.p)} after Holm's correction of {case.tests} answers."
-    return f"{claims.basis(finding)} {p} {claims.seen(case, claim.unit)}"
+def _cost(finding: Finding, arm: Arm) -> str:
+    """What the arm costs, and what it and the baseline take to reach each KL that arms are compared at."""
+    base, text = finding.arms[finding.baseline], cost(arm, finding.arms[finding.baseline])
+    for level in finding.levels:
+        ours, theirs = (cost_at(finding, name, level) for name in (arm.name, base.name))
+        text += f" To {level:.1f} nats: {arm.name} {ours}; {base.name} {theirs}."
+    return f"{text} {CLOCK}"
+
+
+def _sure(finding: Finding, arm: Arm, asked: Mapping[str, Claim]) -> str:
+    cases = {where: case for where in (UPDATES, EQUAL_KL) if (case := _case(asked, where, arm.name))}
+    tested = {where: case for where, case in cases.items() if case.has_interval}
+    text = [f"At {where} {case.verdict}, {p_value(_p(case))} after Holm." for where, case in tested.items()]
+    text += [seeds_needed(case) for case in list(tested.values())[:1] if case.verdict == UNDECIDED]
+    return " ".join([basis(finding), *(text or ["No interval: that takes two seeds."])])
+
+
+def _p(case: Case) -> float:
+    return case.p_equal if case.verdict == NO_DIFFERENCE else case.p_differs
+
+
+def _what_no_arm_did(finding: Finding, asked: Mapping[str, Claim]) -> str:
+    """What the study asked of every dense arm and saw in none."""
+    controls = [arm.name for arm in finding.of_kind(CONTROL)]
+    beaten = " and ".join([finding.baseline, *(["every control"] if controls else [])])
+    missing = [where for where, claim in asked.items() if claim.verdict != SUPPORTED]
+    return f"To end above {beaten} at {' or at '.join(missing)}." if missing else ""
 
 
 def cost(arm: Arm, base: Arm) -> str:
     """What training the arm costs, compared with the baseline, in words."""
     if not arm.seconds:
-        return "unknown: the runs recorded no times."
-    text = f"a training takes {duration(arm.seconds)}, {arm.explain or 0:.0%} of it to explain"
+        return "Unknown: the runs recorded no times."
+    whole = (
+        f"A run takes {duration(arm.run)} by the clock, {duration(arm.seconds)} of it"
+        if arm.run
+        else f"A run spends {duration(arm.seconds)}"
+    )
+    text = f"{whole} training, {arm.explain or 0:.0%} of that explaining"
     if base.seconds:
-        text += f"; {arm.seconds / base.seconds:.1f} times that of {base.name}"
-    return text + (f"; learning the weights took {duration(arm.search)} more, once." if arm.search else ".")
+        text += f"; a training takes {arm.seconds / base.seconds:.1f} times that of {base.name}"
+    searches = arm.search and f"{arm.search.number} searches" if arm.search and arm.search.number > 1 else "one search"
+    return text + (f"; {searches} for the weights took {duration(arm.search.seconds)} more." if arm.search else ".")
 
 
 def verdict_html(answer: Verdict) -> Markup:
-    """The verdict with its grounds, and a table of the claims."""
-    rows = [(f"{c['key']}. {c['text']}", chip(c["verdict"]), c["why"]) for c in answer.claims]
-    listed = table("The paper's claims on this dataset", ("claim", "verdict", "why"), rows) if rows else ""
-    return draw("verdict", answer.answer, answer.line, answer.grounds, listed)
+    """What was found with its grounds, and the verdicts on the claims."""
+    by_claim: dict[tuple[str, str], dict[str, str]] = {}
+    for claim in answer.claims:
+        by_claim.setdefault((claim["key"], claim["text"]), {})[claim["where"]] = claim["verdict"]
+    rows = []
+    for (key, text), verdicts in by_claim.items():
+        both = (verdicts.get(UPDATES, verdicts.get("", "")), verdicts.get(EQUAL_KL, ""))
+        rows.append((f"{key}. {text}", *(chip(word) if word else "–" for word in both)))
+    listed = table("", ("claim", f"at {UPDATES}", f"at {EQUAL_KL}"), rows) if rows else ""
+    reasons = [(f"{c['key']}{', at ' * bool(c['where'])}{c['where']}", c["verdict"], c["why"]) for c in answer.claims]
+    return draw("verdict", answer.answer, answer.line, answer.grounds, listed, reasons)
 
 
 def claims_html(finding: Finding) -> Markup:
     """The rule, and every comparison that a verdict rests on."""
     rows = [row.values() for row in claims.rows(judge(finding))]
-    what = "gold in log-odds, value loss (1a) in squared scores; 95 % intervals over seeds"
-    listed = table(f"Every comparison: {what}", claims.HEAD, rows) if rows else ""
-    return draw("rule", claims.RULE, claims.basis(finding), listed)
+    what = "Gold in log-odds, value loss as a ratio; 95 % intervals over seeds"
+    return draw("rule", RULE, basis(finding), table(what, claims.HEAD, rows) if rows else "")
 
 
 # ---------------------------------------------------------------------------------------------------- a dataset
 
 
 def dataset_page(study: str, finding: Finding) -> tuple[Markup, Markup]:
-    """Body and contents of the comparison of all arms on one dataset."""
+    """Body and contents of the comparison of all arms on one dataset: the answer, figures, then tables."""
     ranked = sorted(finding.arms.values(), key=lambda arm: -arm.gold.mean)
-    trained = [arm for arm in ranked if arm.kind != "reference"]
-    gains = {arm.name: arm.gain for arm in trained if arm.gain}
-    at_kl = {arm.name: arm.gain_at_kl for arm in ranked if arm.gain_at_kl}
-    improves = {arm.name: arm.improves for arm in trained if arm.improves}
     base, seeds = finding.baseline, "95 % interval over seeds"
-    coin = f"Probability that a run scores higher than one of {base}; 0.5 is a coin"
-    none = part("paragraph", "No seed has the KL of both arms over time.")
-    at_largest = f"Gold over {base} at the largest KL that both reach, {seeds}"
+    trained = [arm for arm in ranked if arm.kind != "reference"]
+    beside = [arm for arm in finding.common.arms.values() if arm.gain] if finding.common else []
+    at = dict(zip(("gain_at_kl", "gain_far"), finding.levels))
+    none = part("paragraph", "No KL is reached by two arms with every seed.")
+    gains = {field: _known(trained, field) for field in ("gain", *at)}
+    figures = [forest(gains[field], f"{seeds}, at {level:.1f} nats") for field, level in at.items()]
     parts = [
         ("verdict", "Did dense rewards help?", verdict_html(verdict(finding))),
-        ("claims", "What the verdicts rest on", claims_html(finding)),
-        ("gold", "Gold score", forest({a.name: a.gold for a in ranked}, f"Gold score (log-odds), {METHOD}")),
-        ("gain", f"Gain over {base} at equal updates", forest(gains, f"Mean gold over {base}, same prompts, {seeds}")),
-        ("kl", f"Gain over {base} at equal KL", forest(at_kl, at_largest) or none),
-        ("improvement", "Probability of improvement", forest(improves, coin)),
+        ("gold", "Gold score", forest({a.name: a.gold for a in ranked}, f"Log-odds, {METHOD}")),
+        ("gain", f"Gain over {base} at equal updates", forest(gains["gain"], f"The same prompts, {seeds}")),
+        ("kl", f"Gain over {base} at equal KL", draw("joined", figures) if any(figures) else none),
+        ("common", "At one common step size", forest(_known(beside, "gain"), f"Gold over {base}, {seeds}")),
+        ("improvement", f"Probability of a higher score than {base}", forest(_known(trained, "improves"), COIN)),
         ("laws", "Over-optimisation", _laws(finding)),
-        ("numbers", "All numbers", _arm_table(finding.arms.values())),
+        ("numbers", "All numbers", _arm_tables(finding.arms.values())),
+        ("claims", "What the verdicts rest on", claims_html(finding)),
         ("seeds", "Each seed", _seed_table(finding)),
     ]
     return sections(f"{study}: all arms on {finding.dataset}", parts)
+
+
+COIN = "Of a run drawn from each, 95 % interval over seeds; 0.5 is a coin"
+
+
+def _known(arms: Iterable[Arm], field: str) -> dict[str, Interval]:
+    return {arm.name: value for arm in arms if (value := getattr(arm, field))}
 
 
 def _laws(finding: Finding) -> Markup | str:
@@ -166,23 +223,26 @@ def _laws(finding: Finding) -> Markup | str:
     return "" if laws.empty else table(f"{what}; 95 % t intervals over seeds", list(laws.columns), laws.values.tolist())
 
 
-COLUMNS = {"gold, mean": "gold", "gold, IQM": "iqm", "KL (nats)": "kl", "win rate": "win"}
-COLUMNS |= {"win rate, equal length": "win_lc", "gain": "gain", "gain at equal KL": "gain_at_kl"}
-COLUMNS |= {"P(improvement)": "improves"}  # heading: field of an arm
+COLUMNS = {"gold": "gold", "KL (nats)": "kl", "gain": "gain", "gain at a low KL": "gain_at_kl"}
+COLUMNS |= {"gain at a far KL": "gain_far"}  # heading: field of an arm
+MORE = {"IQM of gold": "iqm", "win rate": "win", "win rate, equal length": "win_lc", "P(higher)": "improves"}
 
 
-def _arm_table(arms: Iterable[Arm]) -> Markup:
-    rows = [
+def _arm_tables(arms: Iterable[Arm]) -> Markup:
+    """Scores and gains of every arm; beneath them wins and costs."""
+    arms = list(arms)
+    scores = [[a.name, *(draw("number", getattr(a, field)) for field in COLUMNS.values())] for a in arms]
+    others = [
         [
-            *(a.name, a.kind, len(a.seeds)),
-            *(draw("number", getattr(a, field)) for field in COLUMNS.values()),
+            *(a.name, len(a.seeds), *(draw("number", getattr(a, field)) for field in MORE.values())),
             duration(a.seconds) if a.seconds else "–",
-            "–" if a.explain is None else f"{a.explain:.0%}",
         ]
         for a in arms
     ]
-    what = "95 % intervals over seeds (IQM: from five seeds on); gold in log-odds, wins over the untrained reference"
-    return table(f"Every arm, with {what}", ("arm", "kind", "seeds", *COLUMNS, "training", "explaining"), rows)
+    head = ("arm", "seeds", *MORE, "training")
+    first = table("Gold in log-odds, 95 % intervals over seeds", ("arm", *COLUMNS), scores)
+    second = table(f"Wins over the untrained reference; IQM has an interval from five seeds on. {CLOCK}", head, others)
+    return draw("joined", [first, second])
 
 
 def _seed_table(finding: Finding) -> Markup:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from dense_rlhf.config.params import ABLATIONS, BENCHMARKS
-from dense_rlhf.evaluation.findings import Finding
+from dense_rlhf.evaluation.results import Finding
 from dense_rlhf.report.charts import spark
 from dense_rlhf.report.comparison import Verdict, verdict, verdict_html
 from dense_rlhf.report.page import chip, draw, link, sections, table

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dense_rlhf.config.params import RunParams
-from dense_rlhf.evaluation.findings import Arm, Finding
+from dense_rlhf.evaluation.results import Arm, Finding
 from dense_rlhf.report.charts import forest
 from dense_rlhf.report.comparison import METHOD
 from dense_rlhf.report.page import draw, table

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 from dense_rlhf.config.params import ABLATIONS, BENCHMARKS
 from dense_rlhf.config.study import StudyParams
-from dense_rlhf.evaluation.findings import Finding, findings
+from dense_rlhf.evaluation.findings import findings
+from dense_rlhf.evaluation.results import Finding
 from dense_rlhf.files import content_key, file_sha256, read_json, write_json, write_text
 from dense_rlhf.report import pages_key
 from dense_rlhf.report.charts import thumbnail
