@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -83,13 +83,15 @@ def search_shape(
 ) -> tuple[RewardShape, Search]:
     """Outer loop: propose a shape, train a policy from the reference, observe its `objective` on held-out prompts.
 
-    A value's standard error is over prompts and responses; how PPO varies between seeds is not in it. The weights of
-    `recipe.shape` are ignored; updates are `bo.updates`. Any number of processes may search on one `ledger` (see
+    A trial is the first `bo.updates` updates of `recipe`'s training, on its schedule. A value's standard error is over
+    prompts and responses, without what prompts add to all weights alike; how PPO varies between seeds is not in it. The
+    weights of `recipe.shape` are ignored. Any number of processes may search on one `ledger` (see
     `dense_rlhf.bayesopt.ledger`): each resumes from it and returns when all trials have ended. Returns the incumbent's
     shape and the search; the incumbent's policy is saved in the folder `policy` next to the ledger.
-    Raises `InputError` for the ledger of another search.
+    Raises `InputError` for the ledger of another search, and for trials longer than the training.
     """
-    recipe = replace(recipe, ppo=replace(recipe.ppo, updates=bo.updates))
+    if bo.updates > recipe.ppo.updates:
+        raise InputError(f"bo.updates is {bo.updates}, wanted at most ppo.updates = {recipe.ppo.updates}")
     shape, seed = recipe.shape, recipe.seed
     empty = partial(Search, search_space(shape, bo), bo.strategy, bo.initial, bo.anchors, bo.replicates, seed)
     about = {"search": _search_key(task, recipe, bo, objective), "sources": list(shape.sources)}
@@ -126,7 +128,11 @@ class Trials:
         """The policy of a trial, trained from the reference with the shape at its point and its seed."""
         shape = shape_at(self.recipe.shape, self.bo, row["point"])
         recipe = replace(self.recipe, shape=shape, seed=row["seed"])
-        return train_policy(self.task, recipe, Session(folder=self._folder(row), until=until))
+
+        def ends(history: list[dict]) -> bool:
+            return len(history) == self.bo.updates or until is not None and until(history)
+
+        return train_policy(self.task, recipe, Session(folder=self._folder(row), until=ends))
 
     def run(self, row: dict) -> tuple[dict, TrainedPolicy | None]:
         """Train and judge one trial: its event in the ledger, and its policy."""
@@ -143,19 +149,34 @@ class Trials:
         ess = {name.removeprefix("ess/"): mean for name, mean in means.items() if name.startswith("ess/")}
         about = {"updates": len(proxy), "history": proxy, "rung": proxy[rung - 1], "ess": ess}
         if len(proxy) == self.bo.updates:
-            return {"event": "observed"} | self.judge(trained.policy, row["seed"]) | about, trained
+            return {"event": "observed"} | self.judge(trained.policy) | about, trained
         value, error = halfway.predict(about["rung"])
         about |= {"value": value, "standard_error": error, "correlation": halfway.correlation}
         return {"event": "stopped"} | about, trained
 
-    def judge(self, policy: PolicyWithValue, seed: int) -> dict[str, float | None]:
-        """The value of a policy, its standard error over prompts, and the means of proxy, gold and KL."""
-        judged = evaluate(self.task, policy, self.objective.prompts, self.recipe.ppo, seed)
+    def judge(self, policy: PolicyWithValue) -> dict[str, float | None]:
+        """The value of a policy, its standard error, and the means of proxy, gold and KL.
+
+        All weights answer the same prompts with the same sampler seeds, so what is common to them cannot mislead the
+        search: the share of the variance over prompts that the reference's answers have too is no part of the error.
+        """
+        judged, values = self._judged(policy)
+        common = np.corrcoef(values, self._before)[0, 1] if values.std() and self._before.std() else 0.0
+        error = float(values.std(ddof=1) * math.sqrt((1 - common) / len(values)))
+        means = dict(judged[["proxy", "gold", "kl"]].mean())
+        return {"value": float(values.mean()), "standard_error": error or None} | means
+
+    @cached_property
+    def _before(self) -> np.ndarray:
+        """The objective of the reference's answers, a number a prompt."""
+        return self._judged(self.task.reference)[1]
+
+    def _judged(self, policy: PolicyWithValue) -> tuple[pd.DataFrame, np.ndarray]:
+        judged = evaluate(self.task, policy, self.objective.prompts, self.recipe.ppo, self.recipe.seed)
         values = np.asarray(self.objective.values(judged), dtype=float)
         if values.shape != (len(judged),):
             raise InputError(f"the objective gave shape {values.shape}, wanted a number for each of {len(judged)}")
-        error, means = float(values.std(ddof=1) / len(values) ** 0.5), dict(judged[["proxy", "gold", "kl"]].mean())
-        return {"value": float(values.mean()), "standard_error": error or None} | means
+        return judged, values
 
     def ended(self, row: dict, trained: TrainedPolicy | None) -> None:
         """Delete a recorded trial's checkpoints; save its policy if its point is the incumbent."""

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 from dataclasses import fields, replace
+from functools import partial
 
 import kill_points
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from conftest import PROMPTS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import pearsonr
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dense_rlhf import ppo
@@ -51,6 +53,12 @@ def search(task, ledger, bo=BO, shape=MIXED, params=PARAMS, prompts=PROMPTS[:4],
 def unbroken(task, tmp_path_factory):
     path = tmp_path_factory.mktemp("search") / "trials.jsonl"
     return search(task, path), path
+
+
+def begun(task, shape, seed):
+    """The first two updates of a training of three."""
+    session = Session(until=lambda history: len(history) == 2)
+    return train_policy(task, Recipe(shape, PARAMS, EXPLAIN, seed), session)
 
 
 def proposals(path):
@@ -163,13 +171,12 @@ def test_the_ledger_holds_what_a_trial_was_and_how_to_repeat_it(task, unbroken):
     assert found.values == [row["value"] for row in rows] and found.errors == [row["standard_error"] for row in rows]
     assert found.points[:4] == Space(3).anchors() and shape == replace(MIXED, weights=found.incumbent()[0])
     row = rows[5]
-    trained = train_policy(
-        task, Recipe(replace(MIXED, weights=row["point"]), replace(PARAMS, updates=2), EXPLAIN, row["seed"])
-    )
-    judged = evaluate(task, trained.policy, PROMPTS[:4], PARAMS, row["seed"])
+    trained = begun(task, replace(MIXED, weights=row["point"]), row["seed"])
+    judged, before = (evaluate(task, policy, PROMPTS[:4], PARAMS, 1) for policy in (trained.policy, task.reference))
     scores = judged["proxy"].to_numpy(dtype=float)
     assert row["value"] == pytest.approx(sum(scores) / 4, rel=1e-12)
-    assert row["standard_error"] == pytest.approx(math.sqrt(sum((scores - scores.mean()) ** 2) / 3 / 4), rel=1e-12)
+    own = 1 - pearsonr(scores, before["proxy"].to_numpy(dtype=float)).statistic  # what other weights do not share
+    assert row["standard_error"] == pytest.approx(math.sqrt(own * sum((scores - scores.mean()) ** 2) / 3 / 4), rel=1e-9)
     for name in ("proxy", "gold", "kl"):
         assert row[name] == pytest.approx(judged[name].mean(), rel=1e-6)
     history = trained.history
@@ -177,6 +184,27 @@ def test_the_ledger_holds_what_a_trial_was_and_how_to_repeat_it(task, unbroken):
     paid = {source for source, weight in zip(MIXED.sources, row["point"]) if weight}
     assert row["ess"] == {source: history[f"ess/{source}"].mean() for source in paid}
     assert rows[0]["ess"].keys() == {"shap"}
+
+
+def test_a_trial_is_the_first_part_of_the_whole_training(task, unbroken, tmp_path):
+    row = trials(unbroken[1])[0]
+    whole = train_policy(task, Recipe(replace(MIXED, weights=row["point"]), PARAMS, EXPLAIN, row["seed"])).history
+    assert row["history"] == whole["proxy"].tolist()[:2] and len(whole) == 3
+    with pytest.raises(InputError, match="bo.updates is 4, wanted at most ppo.updates = 3"):
+        search(task, tmp_path / "trials.jsonl", replace(BO, updates=4))
+
+
+def test_what_all_weights_share_on_the_same_prompts_is_no_part_of_the_error(task, tmp_path):
+    """A value that the reference's answers have too says nothing of the weights; one of their own says all."""
+    shared, own = np.array([0.0, 1.0, 2.0, 3.0]), iter(range(99))
+
+    def values(judged, scale):
+        return shared + scale * np.roll([1.0, -1.0, 1.0, -1.0], next(own)) * np.arange(1.0, 5.0)
+
+    for scale, low, high in ((0.0, 0.0, 1e-6), (1e-3, 1e-6, 0.1), (10.0, 5.0, 30.0)):
+        path = tmp_path / f"{scale}.jsonl"
+        search(task, path, replace(BO, trials=2, updates=1), values=partial(values, scale=scale))
+        assert all(low <= (row["standard_error"] or 0.0) <= high for row in trials(path)), scale
 
 
 def test_another_objective_another_value(task, unbroken, tmp_path):
@@ -207,7 +235,7 @@ def test_a_trial_of_no_number_or_one_that_diverged_is_recorded_and_not_observed(
         return train_policy(task, recipe, session)
 
     monkeypatch.setattr("dense_rlhf.training.outer_loop.train_policy", diverges)
-    numbers = itertools.chain([1.0, math.nan], itertools.repeat(2.0))
+    numbers = itertools.chain([1.0, 1.5, math.nan], itertools.repeat(2.0))  # the second is the reference's
     path = tmp_path / "trials.jsonl"
     _, found = search(task, path, replace(BO, updates=1), values=lambda judged: [0.0, 1.0, 2.0, next(numbers)])
     rows = trials(path)
@@ -268,6 +296,7 @@ def test_a_ledger_of_other_settings_raises_and_of_fewer_trials_goes_on(task, unb
         {"prompts": PROMPTS[1:5]},
         {"bo": replace(BO, objective="gold")},
         {"params": replace(PARAMS, lr=1e-3)},
+        {"params": replace(PARAMS, updates=9)},
         {"task": replace(task, policy=params.PolicyParams(trainable_layers=1))},
     ]
     for other in others:
@@ -276,7 +305,7 @@ def test_a_ledger_of_other_settings_raises_and_of_fewer_trials_goes_on(task, unb
     assert unbroken[1].read_bytes() == before
     path = tmp_path / "trials.jsonl"
     append_line(path, read_ledger(unbroken[1])[0])
-    search(task, path, replace(BO, trials=3), params=replace(PARAMS, checkpoint_every=7, updates=9))
+    search(task, path, replace(BO, trials=3), params=replace(PARAMS, checkpoint_every=7))
     assert proposals(path) == proposals(unbroken[1])[:3]
 
 
@@ -292,7 +321,7 @@ def test_the_incumbents_policy_is_kept_and_found_again(task, unbroken):
     kept = json.loads((path.parent / "policy" / "trial.json").read_text())
     row = trials(path)[kept["trial"]]
     assert tuple(kept["point"]) == row["point"] == found.incumbent()[0] and kept["seed"] == row["seed"]
-    trained = train_policy(task, Recipe(shape, replace(PARAMS, updates=2), EXPLAIN, row["seed"]))
+    trained = begun(task, shape, row["seed"])
     read = AutoModelForCausalLM.from_pretrained(path.parent / "policy").state_dict()
     wanted = {name: w for name, w in weights_of(trained.policy).items() if name in read}
     assert len(wanted) > 10 and all(torch.equal(read[name], w) for name, w in wanted.items())
@@ -371,6 +400,7 @@ def test_until_ends_a_training_and_leaves_it_the_same(task, tmp_path):
 
 
 EARLY = BOParams(trials=16, initial=4, updates=4, stop_early=True, strategy="sobol")  # 3 anchors
+LONG = replace(PARAMS, updates=4)
 
 
 def staged(monkeypatch, rung, end):
@@ -386,8 +416,9 @@ def staged(monkeypatch, rung, end):
         return TrainedPolicy(weight, pd.DataFrame(rows), pd.DataFrame())
 
     def judge(task, policy, prompts, params, seed):
-        spread = np.array([-0.1, 0.1, -0.2, 0.2])
-        return pd.DataFrame({"proxy": end(policy) + spread, "gold": 0.0, "kl": 0.0})
+        spread, before = np.array([-0.1, 0.1, -0.2, 0.2]), np.array([1.0, 1.0, -1.0, -1.0])  # share nothing
+        proxy = before if policy is task.reference else end(policy) + spread
+        return pd.DataFrame({"proxy": proxy, "gold": 0.0, "kl": 0.0})
 
     monkeypatch.setattr("dense_rlhf.training.outer_loop.train_policy", train)
     monkeypatch.setattr("dense_rlhf.training.outer_loop.evaluate", judge)
@@ -401,7 +432,7 @@ def test_a_stopped_trial_is_worth_what_halfway_predicts(task, tmp_path, monkeypa
 
     lengths = staged(monkeypatch, lambda w: w, end)
     path = tmp_path / "trials.jsonl"
-    _, found = search(task, path, EARLY, PAIR)
+    _, found = search(task, path, EARLY, PAIR, LONG)
     rows, stopped = trials(path), 0
     for i, row in enumerate(rows):
         before = [r for r in rows[:i] if r["status"] == "observed"]
@@ -425,11 +456,11 @@ def test_a_stopped_trial_is_worth_what_halfway_predicts(task, tmp_path, monkeypa
 def test_a_stopped_incumbent_is_trained_to_its_end(task, tmp_path, monkeypatch):
     lengths = staged(monkeypatch, lambda w: w, lambda w: 2 * w)
     path = tmp_path / "trials.jsonl"
-    search(task, path, EARLY, PAIR)
+    search(task, path, EARLY, PAIR, LONG)
     stopped = next(row for row in trials(path) if row["status"] == "stopped")
     monkeypatch.setattr(Search, "incumbent", lambda found: (stopped["point"], 0.0, 1.0))
     del lengths[:]
-    search(task, path, EARLY, PAIR)
+    search(task, path, EARLY, PAIR, LONG)
     assert lengths == [4] and json.loads((tmp_path / "policy" / "trial.json").read_text())["trial"] == stopped["trial"]
 
 
@@ -437,13 +468,13 @@ def test_a_stopped_incumbent_is_trained_to_its_end(task, tmp_path, monkeypatch):
 def test_nothing_stops_where_nothing_is_predicted(task, tmp_path, monkeypatch, case):
     blind = case == "halfway tells nothing"
     staged(monkeypatch, lambda w: math.cos(40 * w) if blind else w, lambda w: w)
-    search(task, tmp_path / "trials.jsonl", EARLY if blind else replace(EARLY, stop_early=False), PAIR)
+    search(task, tmp_path / "trials.jsonl", EARLY if blind else replace(EARLY, stop_early=False), PAIR, LONG)
     assert {row["status"] for row in trials(tmp_path / "trials.jsonl")} == {"observed"}
 
 
 def test_anchors_are_never_stopped_for_their_repeats_tell_the_noise(task, tmp_path, monkeypatch):
     staged(monkeypatch, lambda w: w, lambda w: 2 * w)
-    search(task, tmp_path / "trials.jsonl", replace(EARLY, replicates=3), PAIR)
+    search(task, tmp_path / "trials.jsonl", replace(EARLY, replicates=3), PAIR, LONG)
     rows = trials(tmp_path / "trials.jsonl")
     assert rows[7]["point"] == (0.0, 1.0) and Halfway.of(rows[:7]).stops(0.0)
     assert {row["status"] for row in rows[:9]} == {"observed"} and any(row["status"] == "stopped" for row in rows[9:])
