@@ -95,14 +95,15 @@ def test_contextual_weights_are_searched_beside_static_ones_and_trained_again(co
 def test_trials_are_counted_against_sources_on_known_functions(dimension):
     run = dimension[0]["dimension"]
     metrics, searches = run.load_json("metrics.json"), read_ledger(run.file("searches.jsonl"))
-    assert len(searches) == len({line["key"] for line in searches}) == 8  # face by three strategies, flat by gp
+    assert len(searches) == len({line["key"] for line in searches}) == 14  # two by three strategies, flat by gp
     assert {line["strategy"] for line in searches if line["landscape"] == "flat"} == {"gp"}
     assert {method: set(by_size) for method, by_size in metrics["needed"].items()} == {
         method: {"2", "3"} for method in ("gp", "sobol", "gp on sobol")
     }
     rows = run.load_table("searches")
-    face = rows[(rows["landscape"] == "face") & (rows["method"] == "gp")].groupby("d")["regret"].mean()
-    assert {int(d): at["mean"] for d, at in metrics["regret"]["gp"].items()} == pytest.approx(dict(face))
+    powers = rows[(rows["landscape"] == "powers") & (rows["method"] == "gp")].groupby("d")["regret"].mean()
+    assert {int(d): at["mean"] for d, at in metrics["regret"]["gp"].items()} == pytest.approx(dict(powers))
+    assert metrics["group"] == "reported" and set(run.load_table("calibration")["group"]) == {"reported", "tuning"}
 
 
 def test_more_sources_are_searched_and_trained_again(dimension):

@@ -14,6 +14,7 @@ import pandas as pd
 
 from dense_rlhf.bayesopt import audit
 from dense_rlhf.bayesopt.known_functions import Landscape, landscape
+from dense_rlhf.bayesopt.reported_functions import REPORTED
 from dense_rlhf.bayesopt.search import Search
 from dense_rlhf.bayesopt.space import Point, Space
 from dense_rlhf.config.params import DimensionParams
@@ -131,7 +132,8 @@ def _answers(search: Search, experiment: Experiment) -> list[dict]:
 
 
 def run_searches(planned: Sequence[Case], ledger: Path, progress: Callable = iter) -> pd.DataFrame:
-    """`search_known` of every case, with landscape, d, snr, seed, and `function`: the landscape of one seed.
+    """`search_known` of every case, with landscape, d, snr, seed, `function`: the landscape of one seed, and `group`:
+    "reported", or "tuning" for functions that settings of the search may have been chosen by.
 
     Each search is a line of `ledger`, so a comparison that was interrupted resumes after the last line.
     """
@@ -139,6 +141,7 @@ def run_searches(planned: Sequence[Case], ledger: Path, progress: Callable = ite
     for case in progress(planned):
         line = journal.get_or_make(content_key([asdict(case), CHECKPOINTS, code]), partial(_timed, case))
         about = {name: line[name] for name in ("landscape", "d", "snr", "seed")}
+        about["group"] = "reported" if case.landscape in REPORTED else "tuning"
         tables.append(pd.DataFrame(line["rows"]).assign(**about, function=f"{case.landscape}{case.seed}"))
     return pd.concat(tables, ignore_index=True)
 
@@ -195,3 +198,16 @@ def gain(rows: pd.DataFrame, n: int, ours: str, theirs: str) -> Interval:
     """Regret of method `theirs` less that of `ours` after n trials of the same functions, for one snr, over all d."""
     table = rows[rows["n"] == n].pivot(index=["d", "function"], columns="method", values="regret")
     return t_interval((table[theirs] - table[ours]).dropna())
+
+
+def calibration(rows: pd.DataFrame, bins: int = 5) -> pd.DataFrame:
+    """Mean expected and true regret of audits, in `bins` of equally many by the expected one, and all together.
+
+    Columns expected, regret, low and high (95 % t interval of the true mean over audits, as if independent), audits.
+    """
+    ranks = rows["expected"].rank(method="first")
+    places = np.ceil(ranks / len(rows) * min(bins, len(rows)))
+    means = [of for _, of in rows.groupby(places)] + [rows]
+    truth = [t_interval(of["regret"], (0, math.inf)) for of in means]
+    about = [{"expected": of["expected"].mean(), "audits": len(of)} for of in means]
+    return pd.DataFrame([row | {"regret": t.mean, "low": t.low, "high": t.high} for row, t in zip(about, truth)])

@@ -9,6 +9,7 @@ from dense_rlhf.bayesopt.known_functions import LANDSCAPES, landscape
 from dense_rlhf.bayesopt.known_searches import (
     Case,
     Experiment,
+    calibration,
     cases,
     common,
     curve,
@@ -24,7 +25,7 @@ from dense_rlhf.config.params import DimensionParams
 from dense_rlhf.files import read_ledger
 from dense_rlhf.types import InputError
 
-SMALL = DimensionParams(d=(2, 3), trials=6, seeds=1, landscapes=("face", "flat"), strategies=("gp", "sobol"))
+SMALL = DimensionParams(d=(2, 3), trials=6, seeds=1, landscapes=("powers", "flat"), strategies=("gp", "sobol"))
 
 
 @pytest.fixture(scope="module")
@@ -152,8 +153,22 @@ def test_methods_are_shown_where_all_were_asked():
 
 def test_flat_functions_have_no_regret_and_functions_are_named_by_seed(searched):
     found, _ = searched
-    assert found.loc[found["landscape"] != "flat", "function"].unique().tolist() == ["face0"]
-    assert set(found["function"]) == {"face0", "flat0"}
+    assert found.loc[found["landscape"] != "flat", "function"].unique().tolist() == ["powers0"]
+    assert set(found["function"]) == {"powers0", "flat0"}
+
+
+def test_a_searched_function_belongs_to_one_group(searched):
+    groups = searched[0].groupby("landscape")["group"].unique().map(list).to_dict()
+    assert groups == {"powers": ["reported"], "flat": ["tuning"]}
+
+
+def test_an_expected_regret_is_compared_with_the_true_one_by_its_size():
+    audits = pd.DataFrame({"expected": [0.1, 0.4, 0.2, 0.3], "regret": [0.2, 0.8, 0.4, 0.6]})
+    found = calibration(audits, bins=2)
+    assert found["expected"].tolist() == pytest.approx([0.15, 0.35, 0.25]) and found["audits"].tolist() == [2, 2, 4]
+    np.testing.assert_allclose(found["regret"], 2 * found["expected"])
+    assert (found["low"] < found["regret"]).all() and (found["regret"] < found["high"]).all()
+    assert calibration(audits[:1])["regret"].tolist() == [0.2, 0.2]  # a single audit has no interval
 
 
 def test_every_method_meets_the_same_noise():
