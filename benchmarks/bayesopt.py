@@ -17,9 +17,9 @@ of an observation is given it. Regret is of the noise-free function, in its sd:
     inference  at the point that is handed over
     simple     at the best point that was tried, which nobody knows
     flat       share of seeds in which a winner is claimed where there is none; no peer has a verdict: `theirs` is null
-    stopping   the same trials of ours under a rule of when to stop (`stopping_rules.py`), asked from the eighth: mean
-               regret where the rule stops, at the end if it never does; `stopped` is the share of seeds in which it
-               does, `after` the median trials of those, `within` the share of those whose regret is then at most a
+    stopping   the same trials of ours under a rule of when to stop (`stopping_rules.py`), asked after every second one:
+               mean regret where the rule stops, at the end if it never does; `stopped` is the share of seeds in which
+               it does, `after` the median trials of those, `within` the share of those whose regret is then at most a
                quarter of the noise's sd, each for our rule and for the peer's
     proposal   median seconds of a proposal after 100 trials, one thread, d = 4
 
@@ -42,6 +42,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import inspect
 import json
 import logging
 import os
@@ -76,7 +77,7 @@ from dense_rlhf.statistics import bootstrap
 GROUPS = {"tuning": tuple(TUNING), "reported": tuple(REPORTED), "measured": MEASURED}
 TARGETS = [name for names in GROUPS.values() for name in names]
 TIMED_AT = 100
-JUDGED_FROM = 8  # trials
+JUDGED = range(8, 1000, 2)  # trials after which the audit and other rules are asked, and after the last
 SDS, SHARE = "sd of the function", "share of seeds"
 UNITS = {"inference": SDS, "simple": SDS, "stopping": SDS, "flat": SHARE, "proposal": "s"}
 
@@ -113,7 +114,7 @@ def ours(experiment: Experiment, trials: int) -> tuple[Point, dict]:
     search, names, rows = searched(experiment), [f"source {i}" for i in range(experiment.d)], []
     for n in range(1, trials + 1):
         experiment.run(search, n)
-        if n >= JUDGED_FROM:
+        if n in JUDGED or n == trials:
             verdict = audit.verdict(search, names)
             row = {"n": n, "regret": experiment.regret(search.incumbent()[0]), "expected": verdict.regret.expected}
             rows.append(row | {"claimed": verdict.winner, "stops": stops(search, verdict)})
@@ -145,7 +146,8 @@ def code(method: str) -> str:
         return content_key([code_key(ast.parse(Path(peers.__file__).read_text())), peers.REQUIREMENTS])
     files = [Path(__file__).with_name(name).read_text() for name in ("stopping_rules.py", "measured_mixtures.py")]
     mine = [code_key(ast.parse(text)) for text in files] if method == "ours" else []
-    return content_key([source_key("dense_rlhf.bayesopt.search", "dense_rlhf.bayesopt.audit"), AMONG, mine])
+    calls = [inspect.getsource(of) for of in (OURS[method], searched)]
+    return content_key([source_key("dense_rlhf.bayesopt.search", "dense_rlhf.bayesopt.audit"), calls, mine])
 
 
 def key(case: Case, method: str, seed: int) -> str:

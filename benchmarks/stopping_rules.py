@@ -21,7 +21,7 @@ from dense_rlhf.bayesopt import audit
 from dense_rlhf.bayesopt.search import Search, noise_variance
 
 RULES = ("ours", "bounds", "prb")
-POINTS, DRAWS = 512, 1024
+POINTS, DRAWS = 192, 1024  # Sobol points that stand for the simplex; joint draws
 RISK = 0.025  # of the model, and again of the estimate, at Wilson's setting
 
 
