@@ -26,7 +26,9 @@ of an observation is given it. Regret is of the noise-free function, in its sd:
 `ours` and `theirs` are medians over seeds (`repeats`), ratio is theirs / ours (null where ours is 0); `difference` is
 the mean of theirs less ours of the same seed, `interval` its 95 % bootstrap interval over seeds. A line of
 `bayesopt/functions` counts a group's functions by inference regret: `halved` where our median is at most half of the
-peer's, `not_above` where it is not above it, `better` and `worse` where the interval lies on one side of 0.
+peer's, `not_above` where it is not above it, `better` and `worse` where the interval lies on one side of 0. One of
+`bayesopt/calibration` has the mean regret that our audits expected and the true one: ratio is true / expected, `early`
+means fewer than four trials a number of a point.
 
     ours          `Search` as it comes
     gp on sobol   Sobol points; our model's incumbent, so our lead over it comes from choosing the points
@@ -230,8 +232,8 @@ def described(ends: list[tuple[dict, bool]], noise: float) -> dict[str, float | 
     return {"stopped": round(len(rows) / len(ends), 2), "after": more[0], "within": more[1]}
 
 
-def judge(case: Case, names: list[str], seeds: dict[str, range], results: Callable) -> dict[str, dict[str, bool]]:
-    """All methods on all seeds, each peer's lines as soon as it is through; how each peer stands to ours.
+def judge(case: Case, names: list[str], seeds: dict[str, range], results: Callable) -> tuple[list[dict], dict]:
+    """All methods on all seeds, each peer's lines as soon as it is through; our results, and how each peer stands.
 
     On a flat function only ours is asked.
     """
@@ -246,23 +248,30 @@ def judge(case: Case, names: list[str], seeds: dict[str, range], results: Callab
         line("flat", case.name, None, len(own), float(np.mean([of["rows"][-1]["claimed"] for of in own])), None)
     elif own:
         compare_rules(case, own, 1 / case.experiment(0).snr)
-    return stands
+    return own, stands
 
 
-def count(stands: dict[Case, dict[str, dict[str, bool]]]) -> None:
-    """A line for each group, d, snr and peer: how many of its functions stand how."""
-    rows = [
-        {"group": group, "peer": peer, "d": case.d, "snr": round(case.snr, 3), **how}
-        for case, by_peer in stands.items()
-        for peer, how in by_peer.items()
-        for group, names in GROUPS.items()
-        if case.target in names
-    ]
-    keys = ["group", "d", "snr", "peer"]
-    for about, of in pd.DataFrame(rows).groupby(keys, sort=False) if rows else ():
-        named = dict(zip(keys, about)) | {"functions": len(of)}
-        counts = {how: int(of[how].sum()) for how in ("halved", "not_above", "better", "worse")}
-        print(json.dumps({"benchmark": "bayesopt/functions"} | named | counts), flush=True)
+def sum_up(judged: dict[Case, tuple[list[dict], dict]]) -> None:
+    """Lines by group, d and snr: how many functions stand how to each peer, and the expected and true regret."""
+    stands, audits = [], []
+    for case, (own, by_peer) in judged.items():
+        group = next(group for group, names in GROUPS.items() if case.target in names)
+        about = {"group": group, "d": case.d, "snr": "own" if case.target in MEASURED else case.snr}
+        stands += [about | {"peer": peer} | how for peer, how in by_peer.items()]
+        rows = [row for of in own for row in of["rows"] if case.target != "flat"]
+        audits += [about | {"early": row["n"] < audit.EARLIEST * case.d} | row for row in rows]
+    for measure, rows, more in (("functions", stands, "peer"), ("calibration", audits, "early")):
+        for about, of in pd.DataFrame(rows).groupby(["group", "d", "snr", more], sort=False) if rows else ():
+            named = dict(zip(("group", "d", "snr", more), about)) | {
+                "functions" if more == "peer" else "audits": len(of)
+            }
+            numbers = of[["halved", "not_above", "better", "worse"]].sum() if more == "peer" else means(of)
+            print(json.dumps({"benchmark": f"bayesopt/{measure}"} | named | dict(numbers), default=int), flush=True)
+
+
+def means(audits: pd.DataFrame) -> dict[str, float]:
+    expected, regret = audits["expected"].mean(), audits["regret"].mean()
+    return {"expected": round(expected, 4), "true": round(regret, 4), "ratio": round(regret / expected, 2)}
 
 
 # ---------------------------------------------------------------------------------------------------- seconds
@@ -389,7 +398,7 @@ def main() -> None:
             return pool.map(partial(result, asked.journal, case, name), seeds)
 
         seeds["ax"] = range(asked.first_seed, asked.first_seed + min(asked.ax_seeds, asked.seeds))
-        count({case: judge(case, names, seeds, results) for case in cases(asked)})
+        sum_up({case: judge(case, names, seeds, results) for case in cases(asked)})
 
 
 if __name__ == "__main__":
