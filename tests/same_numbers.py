@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-ASIDE = ("seconds", "revisions", "processor", "commit", "trained")  # parts of a name that stands for no result
+ASIDE = ("seconds", "revisions", "processor", "commit")  # parts of a name that stands for no result
 
 
 def numbers(value, name=""):

@@ -10,7 +10,7 @@ import sys
 import nbformat
 import pytest
 from conftest import ROOT, reviews_file
-from whole_runs import check_pages, run_study
+from whole_runs import check_pages, make_workspace, run_study
 
 from dense_rlhf.bayesopt.ledger import trials
 from dense_rlhf.config.params import NOTEBOOKS
@@ -100,7 +100,8 @@ def test_policies_leave_history_and_judgements(reviews):
         assert (history["first_ratio_error"] < 1e-4).all() and abs(history["kl"].iloc[0]) < 1e-4
         assert {"proxy", "gold", "value_loss", "explained_variance", "entropy"} <= set(history)
         assert {"proxy", "gold", "kl", "reference_gold", "win", "win_lc"} <= set(judged) and len(judged) == 16
-        metrics = run.load_json("metrics.json")
+        trained, metrics = run.load_json("trained.json"), run.load_json("metrics.json")
+        assert trained["updates"] == len(history) and trained["read"] in (0, len(history)) and trained["seconds"] > 0
         assert metrics["revisions"].keys() == {"data", "policy", "reward"} and metrics["warnings"] == []
 
 
@@ -123,7 +124,7 @@ def test_same_parameters_give_the_same_metrics(reviews, tmp_path):
         "-k",
         "python3",
     ]
-    subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
+    subprocess.run(command, check=True, cwd=make_workspace(), capture_output=True)  # where nothing was trained yet
     again = RunFolder(tmp_path)
     for name in ("history.csv", "evaluation.csv", "metrics.json"):
         assert again.file(name).read_bytes() == run.file(name).read_bytes(), name

@@ -368,7 +368,7 @@ SINGLE = ("arm", "setting", "regime", "seed", "step_sizes", "threads")
 FLAT = (*SINGLE, *(f"{group}_{field.name}" for group, cls in GROUPS.items() for field in fields(cls)))
 
 NOTEBOOKS = (
-    *("01_reward_model", "02_attribution", "03_shaping", "04_ppo", "05_bayesian_optimisation"),
+    *("01_reward_model", "02_attribution", "03_shaping", "04_one_update", "04_ppo", "05_bayesian_optimisation"),
     *("06_comparison", "07_overoptimisation", "08_critic", "09_verdicts", "11_step_size"),
 )
 ABLATIONS = tuple(  # run where a study names them

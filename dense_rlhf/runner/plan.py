@@ -99,7 +99,7 @@ def expand(study: StudyParams) -> list[Job]:
             for job in _arm_jobs(study, replace(run, arm=arm, shape=shape), prefix)
         ]
         policies = tuple(job.name for job in arms if job.notebook == "04_ppo")
-        single = {"01_reward_model": 0, "02_attribution": 1, "03_shaping": 1}
+        single = {"01_reward_model": 0, "02_attribution": 1, "03_shaping": 1, "04_one_update": 1}
         single |= dict.fromkeys(COMPARING, 4) | dict.fromkeys(ABLATIONS + BENCHMARKS, 1)
         for notebook in [n for n in study.notebooks if n in single]:
             reads = policies if notebook in COMPARING else ()
@@ -173,6 +173,14 @@ def threads_of(job: Job, jobs: list[Job], workers: int) -> int:
     """A job's share of the cores among those of its stage that run at once."""
     at_once = min(workers, sum(other.stage == job.stage for other in jobs))
     return max(1, len(os.sched_getaffinity(0)) // at_once)
+
+
+def updates_of(job: Job) -> int:
+    """PPO updates of a job's trainings, if it can read none of them from another's."""
+    run = job.params
+    of_search, of_steps = run.bo.trials * run.bo.updates, len(run.step_sizes) * run.ppo.updates
+    trained = {"04_ppo": run.ppo.updates, "05_bayesian_optimisation": of_search, "11_step_size": of_steps}
+    return trained.get(job.notebook, 0)
 
 
 def runs_folder(study: StudyParams) -> Path:
