@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -22,6 +23,7 @@ from dense_rlhf.models.reward_model import RewardModel, chosen_output, shares_to
 from dense_rlhf.models.train_reward_model import fresh_classifier, pair_ids
 from dense_rlhf.models.word_judge import check_words
 from dense_rlhf.runner import cost
+from dense_rlhf.runner.plan import expand, updates_of
 from dense_rlhf.types import InputError, PreferencePair, Prompt, one_line
 
 ROWS = 1000  # of a hub dataset that are read
@@ -317,17 +319,20 @@ def _say_time(report: Report, study: StudyParams, models: cost.Models, typical: 
     run, devices, hours, seen = study.run, cost.DEVICES, dict.fromkeys(cost.DEVICES, 0.0), set()
     report.say(f"\ntime of an update, at prompts of {typical:.0f} tokens and responses of {run.ppo.max_new_tokens}\n")
     report.say(f"  {'':32s}{'PFLOP':>10s}" + "".join(f"{device.name + ' s':>14s}" for device in devices))
-    for shape in study.arms.values():
+    updates = Counter()
+    for job in expand(study):
+        updates[job.params.arm] += updates_of(job)
+    for arm, shape in study.arms.items():
         steps = cost.time(models, run, typical, shape.sources)
-        updates = len(study.seeds) * run.ppo.updates + (run.bo.trials * run.bo.updates if shape.is_learned else 0)
         for device in devices:
-            hours[device] += updates * sum(step.seconds(device) for step in steps) / 3600
+            hours[device] += updates[arm] * sum(step.seconds(device) for step in steps) / 3600
         for step in steps:
             name = f"explain {' + '.join(shape.sources)}" if step.step == "explain" else step.step
             if name not in seen:
                 seen.add(name)
                 seconds = "".join(f"{step.seconds(device):14.1f}" for device in devices)
                 report.say(f"  {name:32s}{step.flops / 1e15:10.4f}{seconds}")
-    report.say(f"  {'all updates of all arms':42s}" + "".join(f"{hour:12.1f} h" for hour in hours.values()))
+    total = f"all {sum(updates.values()):,} updates of all arms"
+    report.say(f"  {total:42s}" + "".join(f"{hour:12.1f} h" for hour in hours.values()))
     speeds = "; ".join(map(str, devices))
     report.say(f"  at the share of the vendor's numbers that one H200 reached, and a core's assumed: {speeds}")

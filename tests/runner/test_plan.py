@@ -259,6 +259,12 @@ def test_drawn_weights_are_the_best_of_as_many_at_random(stepping):
     assert searches["bo"].trials == searches["drawn"].trials
 
 
+def test_the_updates_of_a_plan_are_those_of_policies_searches_and_step_sizes(stepping):
+    asked = [*STEPS, LEARNED, "common_step=true", "longer={sparse: 72}", "seeds=[0, 1]", "bo.trials=8", "bo.updates=6"]
+    total = sum(map(plan.updates_of, plan.expand(load_study(stepping[0], asked))))
+    assert total == 2 * (3 * 2 * 24 + 72) + 8 * 6 + 3 * 2 * 24
+
+
 # ---------------------------------------------------------------------------------------------------- seeds
 
 
