@@ -97,9 +97,10 @@ def judge_against_reference(
     seed: int,
     stages: Path | None = None,
 ) -> pd.DataFrame:
-    """`evaluate`, with columns on the reference's answers to the same prompts: reference_gold, reference_proxy, win,
+    """`evaluate`, with columns on the reference's answers to the same prompts: `reference_` and each score's name, win,
     and with at least five prompts win_lc, the win at equal length."""
     judged, before = (evaluate(task, p, prompts, params, seed, stages) for p in (policy, task.reference))
     win = win_rate(judged["gold"], before["gold"])
     known = {"win_lc": length_controlled(win, judged["response"], before["response"])} if len(win) >= FEWEST else {}
-    return judged.assign(reference_gold=before["gold"], reference_proxy=before["proxy"], win=win, **known)
+    scores = before.drop(columns=["prompt", "response", "kl"]).add_prefix("reference_")
+    return judged.join(scores).assign(win=win, **known)

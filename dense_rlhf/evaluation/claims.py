@@ -83,10 +83,11 @@ def _learned(finding: Finding) -> list[Matchup] | Unasked:
     """Every arm of a search that chose against the fixed weights that it could have had; random search is a control."""
     asked = []
     for arm in (a for a in finding.arms.values() if a.search and a.search.strategy != "random"):
-        others = [o for o in finding.arms.values() if o.sources and set(o.sources) <= set(arm.sources)]
-        others = [o for o in others if o.kind == SPARSE or o.normalise == arm.normalise]
-        drawn = [o.name for o in others if o.search and o.search.strategy == "random" and o.trials == arm.trials]
-        if fixed := [o.name for o in others if not o.search]:
+        mixed = [o for o in finding.arms.values() if o.sources and set(o.sources) <= set(arm.sources)]
+        alike = [o for o in mixed if o.kind == SPARSE or o.normalise == arm.normalise]
+        searched = [o for o in alike if o.search and o.trials == arm.trials and set(o.sources) == set(arm.sources)]
+        drawn = [o.name for o in searched if o.search.strategy == "random"]
+        if fixed := [o.name for o in alike if not o.search]:
             asked.append(Matchup(arm, fixed, _controls(finding, arm) + drawn))
     return asked or Unasked("no arm with learned weights to compare with fixed weights of its sources")
 
@@ -132,15 +133,16 @@ def _cancelled(finding: Finding) -> list[Matchup] | Unasked:
     lambdas = {flat["ppo_lam"] for flat in flats if "ppo_lam" in flat}
     if lambdas != {1} and lambdas != {1.0}:
         return Unasked(f"lambda is {', '.join(f'{lam:g}' for lam in sorted(lambdas)) or 'not known'}, wanted 1")
-    column = MC_VARIANCE if MC_VARIANCE in finding.history else "explained_variance"
-    explained = list(finding.late(finding.baseline, column).values())
+    late = finding.late(finding.baseline, "explained_variance_mc") or finding.late(
+        finding.baseline, "explained_variance"
+    )
+    explained = list(late.values())
     if not explained or (mean := sum(explained) / len(explained)) < GOOD_CRITIC:
         share = f"{mean:.2f}" if explained else "an unknown share"
         return Unasked(f"the sparse arm's critic explains {share} of the variance of returns, wanted {GOOD_CRITIC:g}")
     return asked
 
 
-MC_VARIANCE = "explained_variance_mc"
 GOLD = Measure("gold", "log-odds", "gold")
 LOSS = Measure("value loss", "a ratio", "value_loss", log=True)
 MC_ERROR = Measure("the critic's error against returns-to-go", "a ratio", "value_error_mc", log=True)
@@ -169,14 +171,28 @@ def judge(finding: Finding) -> tuple[Claim, ...]:
     open_ = {(q, where): m for q, m in asked.items() if not isinstance(m, Unasked) for where in (UPDATES, EQUAL_KL)}
     cases = [_case(finding, q, m, where) for (q, where), matchups in open_.items() for m in matchups]
     decided = iter(decide(cases, len(finding.judged.get(finding.baseline, ()))))
-    claims = [Claim(q.key, q.text, "", u.verdict, f"{u.why}.") for q, u in asked.items() if isinstance(u, Unasked)]
+    claims = [
+        Claim(q.key, q.text, "", u.verdict, f"{u.why[0].upper()}{u.why[1:]}.")
+        for q, u in asked.items()
+        if isinstance(u, Unasked)
+    ]
     for (question, where), matchups in open_.items():
         own = tuple(next(decided) for _ in matchups)
         verdict = overall([case.verdict for case in own])
-        reason = why(finding, own, question.measures, verdict)
+        reason = why(own, question.measures, verdict) + _explained(finding, question, own)
         verdict = _denied(verdict) if question.denies else verdict
         claims.append(Claim(question.key, _text(question, matchups), where, verdict, reason, own))
     return tuple(sorted([*claims, *_fourth(finding.shaping)], key=lambda claim: claim.key))
+
+
+def _explained(finding: Finding, question: Question, cases: Sequence[Case]) -> str:
+    """For the value loss: what each critic explains of the returns-to-go, however much they vary."""
+    names = dict.fromkeys(name for case in cases for name in (case.arm, *(c.rival for c in case.comparisons)))
+    late = {
+        name: list(finding.late(name, "explained_variance_mc").values()) for name in names if LOSS in question.measures
+    }
+    shares = ", ".join(f"{name} {sum(known) / len(known):.2f}" for name, known in late.items() if known)
+    return f" Explained variance of returns-to-go, late in training: {shares}." if shares else ""
 
 
 def _denied(verdict: str) -> str:
@@ -208,8 +224,8 @@ def _differences(
     if where == UPDATES:
         late = (measure.column, scale) if measure is not GOLD else None
         return [(None, finding.compare_late(*pair, *late) if late else finding.compare(*pair))]
-    at = {kl: finding.compare_at_kl(*pair, measure.column, kl, scale) for kl in levels}
-    return [(kl, difference) for kl, difference in at.items() if difference or kl == levels[0]]
+    low, *further = [(kl, finding.compare_at_kl(*pair, measure.column, kl, scale)) for kl in levels]
+    return [low, *(at for at in further if at[1])]
 
 
 # ---------------------------------------------------------------------------------------------------- the fourth claim
@@ -217,36 +233,28 @@ def _differences(
 
 def _fourth(shaping: Mapping) -> list[Claim]:
     """What additive rewards keep, by enumeration of token MDPs in notebook 03."""
-    regret, lost = (_numbers(shaping.get(name)) for name in ("regret", "discounted_regret"))
-    games = shaping.get("games", "the")
-    settles = shaping.get("settles") or {}
-    by_learning = _numbers({name: row.get("lost") for name, row in settles.items() if isinstance(row, Mapping)})
-    shares = {name: f" in {row['share']:.0%} of games" for name, row in settles.items() if _numbers(row).get("share")}
-    played = next((row["games"] for row in settles.values() if "games" in row), games)
-    same = "Any reward that keeps each response's sum keeps the objective, an even spread included; no verdict"
-    known = f": checked on {games} games, at most {max(regret.values()):.1g} lost" if regret else ""
+    regret = [r for r in (shaping.get("regret") or {}).values() if isinstance(r, (int, float))]
+    identity = "Any reward that keeps each response's sum keeps the objective, an even spread included; no verdict"
+    checked = f": at most {max(regret):.1g} lost on {shaping.get('games', 'the')} games" if regret else ""
+    below = f" at gamma {shaping['gamma']:g}" if isinstance(shaping.get("gamma"), (int, float)) else " below gamma 1"
     return [
-        Claim("4a", "Additive rewards keep the objective at gamma 1", "", IDENTITY, f"{same}{known}."),
-        _enumerated("4b", "Additive rewards keep the policy that learning settles on", by_learning, shares, played),
-        _enumerated("4c", "Additive rewards keep the best response at gamma 0.8", lost, {}, games),
+        Claim("4a", "Additive rewards keep the objective at gamma 1", "", IDENTITY, f"{identity}{checked}."),
+        _enumerated("4b", "Additive rewards keep the policy that learning settles on", shaping.get("settles")),
+        _enumerated("4c", f"Additive rewards keep the best response{below}", shaping.get("discounted")),
     ]
 
 
-def _numbers(values: object) -> dict[str, float]:
-    """The numbers of a mapping but for sparse reward's, which is what they are held against."""
-    items = values.items() if isinstance(values, Mapping) else ()
-    return {name: float(v) for name, v in items if name != "sparse" and isinstance(v, (int, float))}
-
-
-def _enumerated(key: str, text: str, lost: Mapping[str, float], shares: Mapping[str, str], games: object) -> Claim:
-    """Contradicted if some reward loses score; which do and which do not."""
-    if not lost:
-        return Claim(key, text, "", NOT_ASKED, "notebook 03 has not asked this.")
-    losing = sorted((name for name in lost if lost[name] > EXACT), key=lambda name: -lost[name])
-    losses = ", ".join(f"{name} {lost[name]:.3f}{shares.get(name, '')}" for name in losing)
-    kept = ", ".join(name for name in lost if name not in losing)
-    parts = [f"score lost on average over {games} games: {losses}"] * bool(losing) + [f"none by {kept}"] * bool(kept)
-    return Claim(key, text, "", CONTRADICTED if losing else SUPPORTED, "; ".join(parts) + ". Exact, without seeds.")
+def _enumerated(key: str, text: str, by_reward: Mapping | None) -> Claim:
+    """Contradicted if some reward loses score on enumerated games; which do and which do not. Sparse is the measure."""
+    given = {name: row for name, row in (by_reward or {}).items() if name != "sparse" and isinstance(row, Mapping)}
+    if not given:
+        return Claim(key, text, "", NOT_ASKED, "Notebook 03 has not asked this.")
+    losing = sorted((name for name, row in given.items() if row["lost"] > EXACT), key=lambda n: -given[n]["lost"])
+    losses = ", ".join(f"{name} {given[name]['lost']:.3f} (in {given[name]['share']:.0%} of games)" for name in losing)
+    kept = ", ".join(name for name in given if name not in losing)
+    games = next(iter(given.values()))["games"]
+    parts = [f"Score lost, mean of {games} games: {losses}"] * bool(losing) + [f"None lost by {kept}"] * bool(kept)
+    return Claim(key, text, "", CONTRADICTED if losing else SUPPORTED, ". ".join(parts) + ". Exact, without seeds.")
 
 
 # ---------------------------------------------------------------------------------------------------- the evidence

@@ -85,6 +85,7 @@ class Finding:
     longer_seconds: pd.DataFrame | None = field(repr=False, default=None)
     common: Finding | None = field(repr=False, default=None)  # the same arms at one common step size
     margin: float = EvaluationParams.margin  # a difference that does not matter, as the parameters state it
+    _crossed: dict = field(init=False, repr=False, default_factory=dict)  # what `at` has computed
 
     def of_kind(self, kind: str) -> list[Arm]:
         """The arms of one kind, highest gold first."""
@@ -132,11 +133,13 @@ class Finding:
 
         Of the arm's longer trainings, if it has some and not every seed's own training reaches the level.
         """
-        own = _crossings(self.history, self.seconds, arm, level)
-        if self.longer is None or len(own) == len(self.judged[arm]):
-            return own
-        on = _crossings(self.longer, self.longer_seconds, arm, level)
-        return on if len(on) > len(own) else own
+        if (arm, level) not in self._crossed:
+            rows = _crossings(self.history, self.seconds, arm, level)
+            if self.longer is not None and len(rows) < len(self.judged[arm]):
+                on = _crossings(self.longer, self.longer_seconds, arm, level)
+                rows = on if len(on) > len(rows) else rows
+            self._crossed[arm, level] = rows
+        return self._crossed[arm, level]
 
     def compare_at_kl(
         self, ours: str, theirs: str, column: str = "gold", level: float | None = None, scale: Callable = float

@@ -97,8 +97,16 @@ class Case:
         much as the margin."""
         rivals, everyone = self._by_name(controls=False), self._by_name(controls=True)
         worse = max(c.p_less(-self.wanted, self.margin) for group in rivals for c in group)
-        better = [max(c.p_less(self.wanted, self.margin) for c in group) for group in everyone]
-        return min(1.0, max(worse, len(everyone) * min(better)))
+        return min(1.0, max(worse, len(everyone) * min(map(self._no_better, everyone))))
+
+    def _no_better(self, group: Sequence[Comparison]) -> float:
+        """p that the arm is not better than one rival or control by as much as the margin."""
+        return max(c.p_less(self.wanted, self.margin) for c in group)
+
+    @property
+    def nearest(self) -> tuple[Comparison, ...]:
+        """The comparisons with the rival or control that the arm is least better than."""
+        return tuple(min(self._by_name(controls=True), key=self._no_better))
 
     @property
     def differs(self) -> float:

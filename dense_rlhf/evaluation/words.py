@@ -64,15 +64,15 @@ def plural(n: float, word: str) -> str:
 # ---------------------------------------------------------------------------------------------------- a case
 
 
-def why(finding: Finding, cases: Sequence[Case], measures: Sequence[Measure], verdict: str) -> str:
+def why(cases: Sequence[Case], measures: Sequence[Measure], verdict: str) -> str:
     """The reason for the verdict of `rule.overall` on some arms, with the numbers of the runs."""
     logs = {m.text: m.log for m in measures}
     if verdict == UNDECIDED:
-        return _undecided(finding, cases, logs)
+        return _undecided(cases, logs)
     kinds = [kind for kind in (verdict, CONTRADICTED, NO_DIFFERENCE) if any(c.verdict == kind for c in cases)]
     parts = []
     for kind in dict.fromkeys(kinds):
-        named = "; ".join(_case(finding, case, logs) for case in cases if case.verdict == kind)
+        named = "; ".join(_case(case, logs) for case in cases if case.verdict == kind)
         parts.append(f"{LEADS[kind]}, {_share(cases, kind)}: {named}")
     open_ = [case.arm for case in cases if case.verdict == UNDECIDED]
     return ". ".join(parts + [f"Undecided: {', '.join(open_)}"] * bool(open_)) + "."
@@ -82,31 +82,30 @@ def _share(cases: Sequence[Case], kind: str) -> str:
     return f"{sum(case.verdict == kind for case in cases)} of {plural(len(cases), 'arm')}"
 
 
-def _case(finding: Finding, case: Case, logs: Mapping[str, bool]) -> str:
-    """An arm and its differences from its first rival, and from the control or rival that is nearest."""
+def _case(case: Case, logs: Mapping[str, bool]) -> str:
+    """An arm less its first rival, and less the rival or control that it is least better than."""
     first = [c for c in case.comparisons if c.rival == case.comparisons[0].rival]
-    differences = ", ".join(compared(c, logs) for c in first)
-    text = f"{case.arm} less {first[0].rival}: {differences}"
-    others = [c for c in case.comparisons if c.rival != first[0].rival and c.difference]
-    if case.verdict == SUPPORTED and others:
-        nearest = min(others, key=lambda c: c.difference.mean * case.wanted)
-        text += f"; less {nearest.rival}, the nearest of the others, {compared(nearest, logs)}"
+    text = f"{case.arm} less {_compared(first, logs)}"
+    if case.verdict in (SUPPORTED, NO_DIFFERENCE) and case.nearest[0].rival != first[0].rival:
+        control = ", a control" * case.nearest[0].is_control
+        text += f"; least over {_compared(case.nearest, logs)}{control}"
     p = case.p_equal if case.verdict == NO_DIFFERENCE else case.p_differs
-    margin = f", margin {_margin(case, first[0], logs)}" if case.verdict == NO_DIFFERENCE else ""
+    share = f"{math.expm1(case.margin):.0%}" if logs[first[0].measure] else f"{case.margin:g}"
+    margin = f", margin {share}" * (case.verdict == NO_DIFFERENCE)
     return f"{text} ({plural(case.seeds, 'seed')}{margin}, {p_value(p)} after Holm)"
 
 
-def _margin(case: Case, comparison: Comparison, logs: Mapping[str, bool]) -> str:
-    return f"{math.expm1(case.margin):.0%}" if logs[comparison.measure] else f"{case.margin:g}"
+def _compared(comparisons: Sequence[Comparison], logs: Mapping[str, bool]) -> str:
+    """A rival, and the differences from it: of what, and where."""
+    texts = []
+    for measure in dict.fromkeys(c.measure for c in comparisons):
+        of_measure = [(c, signed(c.difference, logs[measure])) for c in comparisons if c.measure == measure]
+        at = [f"{text} at {c.kl:.1f} nats" if c.kl and not math.isnan(c.kl) else text for c, text in of_measure]
+        texts.append(f"{measure} {', '.join(at)}")
+    return f"{comparisons[0].rival}: {', '.join(texts)}"
 
 
-def compared(comparison: Comparison, logs: Mapping[str, bool]) -> str:
-    """A difference, of what, and where."""
-    where = "" if comparison.kl is None or math.isnan(comparison.kl) else f" at {comparison.kl:.1f} nats"
-    return f"{comparison.measure} {signed(comparison.difference, logs[comparison.measure])}{where}"
-
-
-def _undecided(finding: Finding, cases: Sequence[Case], logs: Mapping[str, bool]) -> str:
+def _undecided(cases: Sequence[Case], logs: Mapping[str, bool]) -> str:
     """The arm nearest to an answer, what keeps it from one, and how many seeds would give it."""
     unknown = [case for case in cases if case.verdict == UNDECIDED]
     tested = [case for case in unknown if case.has_interval]
@@ -115,7 +114,7 @@ def _undecided(finding: Finding, cases: Sequence[Case], logs: Mapping[str, bool]
         return "One seed has no interval." if one else "The runs do not have the numbers: no path of KL, or no metric."
     closest = min(tested, key=lambda case: min(case.differs, case.equals))
     open_ = f" Undecided: {', '.join(case.arm for case in unknown)}." if len(cases) > 1 else ""
-    return f"Nearest to an answer: {_case(finding, closest, logs)}. {_missing(closest)}{seeds_needed(closest)}{open_}"
+    return f"Nearest to an answer: {_case(closest, logs)}. {_missing(closest)}{seeds_needed(closest)}{open_}"
 
 
 def _missing(case: Case) -> str:
