@@ -6,6 +6,7 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # before any import of torc
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(worker[2:]) % len(cores)]})
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before any import of huggingface_hub: unit tests use no network
+os.environ["DENSE_RLHF_SERVER"] = ""  # no study of a test starts a server; whole runs share one, `whole_runs.server`
 
 import csv
 import math
@@ -107,6 +108,14 @@ def reviews_file(path, every):
 @pytest.fixture(scope="session")
 def few_reviews(tmp_path_factory):
     return reviews_file(tmp_path_factory.mktemp("reviews") / "reviews.csv", every=10)
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """Runs that the test starts are forks of the server that all tests of this process share."""
+    from whole_runs import server
+
+    monkeypatch.setenv("DENSE_RLHF_SERVER", server())
 
 
 @pytest.fixture(scope="session")

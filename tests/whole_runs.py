@@ -1,15 +1,19 @@
 """Whole studies at smoke size, through the runner that users call, and what every one of their pages must be."""
 
+import atexit
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 
 from bs4 import BeautifulSoup
 from conftest import ROOT
 
+from dense_rlhf.runner.execution import preloaded
+from dense_rlhf.runner.kernels import SERVER
 from dense_rlhf.runs import RunFolder, python_path
 
 _WORKSPACES = []  # are removed when the tests end
@@ -24,12 +28,20 @@ def make_workspace() -> Path:
     return folder
 
 
+@cache
+def server() -> str:
+    """The path of the one server of this process of tests, from which whole runs are forked."""
+    started = preloaded()
+    atexit.register(started.end)
+    return started.path
+
+
 def run_study(file, name, *settings):
     """Run a study at smoke size under another name: its run folders by job, and its folder of reports."""
     folder = make_workspace()
     options = [part for setting in ("size=smoke", f"study={name}", *settings) for part in ("--set", setting)]
     command = [sys.executable, "-m", "dense_rlhf", "run", file, *options]
-    environment = os.environ | {"PYTHONPATH": python_path()}
+    environment = os.environ | {"PYTHONPATH": python_path(), SERVER: server()}
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return {path.name: RunFolder(path) for path in (folder / "runs" / name).iterdir()}, folder / "reports" / name

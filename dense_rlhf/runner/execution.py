@@ -1,8 +1,9 @@
 """One run in a process of its own: started, watched, ended with all its children, and checked before it counts as ok.
 
-    runner -> guard (`python -m dense_rlhf execute`) -> worker, forked from it -> kernel -> what a cell starts
+    runner -> guard (`python -m dense_rlhf execute`) -> worker, forked from it -> kernel, too -> what a cell starts
 
-Each dies with the one above it, whatever killed that one; the guard ends all below it, detached processes too.
+Each dies with the one above it, whatever killed that one; the guard ends all below it, detached processes too. Where
+`kernels` has a server, the guard is a fork of it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,16 @@ from threading import Event, Thread
 
 from dense_rlhf.config.parse import read_yaml
 from dense_rlhf.files import read_json, write_json, write_text
+from dense_rlhf.runner.kernels import (
+    PARENT,
+    SERVER,
+    THREADS,
+    Forked,
+    Server,
+    SpareKernel,
+    call_this_process,
+    die_with_parent,
+)
 from dense_rlhf.runs import RunFolder, python_path, workspace
 from dense_rlhf.types import InputError
 from dense_rlhf.view.escape import scrubbed
@@ -31,10 +42,9 @@ from dense_rlhf.view.escape import scrubbed
 HEARTBEAT = ".heartbeat"  # touched by the worker while it lives; holds the number of the running cell
 BEAT = 2.0  # seconds
 SILENT = 5 * BEAT  # then a run does not answer: its worker is gone, or its kernel stopped
-PARENT = "DENSE_RLHF_PARENT"
 PATIENCE = 5.0  # seconds in which a guard ends what is below it
 KERNEL_DIED = 70  # exit code of a worker whose kernel died; that of one ended by signal N is 128 + N
-PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+PR_SET_CHILD_SUBREAPER = 36
 PLACE = 80  # bytes of a folder's path; those of the sockets in it add 20, and the system takes 107
 NEVER = 10**6  # seconds: the run's own limit decides
 
@@ -46,13 +56,6 @@ class Limits:
     threads: int  # of the CPU
     seconds: float
     gpus: str | None = None  # its CUDA_VISIBLE_DEVICES; None: this process's own
-
-
-def die_with_parent(parent: int, by: int = signal.SIGKILL) -> None:
-    """Get a signal when `parent`, the process that started this one, ends; exit at once if it has ended already."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, by)
-    if os.getppid() != parent:
-        os._exit(KERNEL_DIED)
 
 
 # ---------------------------------------------------------------------------------------------------- the runner's side
@@ -68,16 +71,8 @@ def launch(
     log, deadline = folder / "log.txt", time.monotonic() + limits.seconds
     with open(log, "a", encoding="utf-8") as file:
         begin = file.tell()
-        child = subprocess.Popen(
-            [sys.executable, "-m", "dense_rlhf", "execute", notebook, str(folder)],
-            cwd=workspace(),
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=file,
-            env=_environment(limits),
-            start_new_session=True,
-            pass_fds=keep,
-        )
+        over = lambda: stop is not None and stop.is_set() or time.monotonic() > deadline  # noqa: E731
+        child = _start(["dense_rlhf", "execute", notebook, str(folder)], limits, (file.fileno(), *keep), over)
     try:
         while child.poll() is None:
             if stop is not None and stop.is_set():
@@ -90,21 +85,52 @@ def launch(
     return _outcome(child.returncode, _last_line(log, begin))
 
 
+def _start(
+    arguments: list[str], limits: Limits, files: tuple[int, ...], over: Callable[[], bool]
+) -> Forked | subprocess.Popen:
+    """`python -m` with these arguments: a fork of the server, where there is one; else a new process.
+
+    `files`: its output, and what it holds open. Where the server fails, a line on standard error says so.
+    """
+    environment, folder = _environment(limits), str(workspace())
+    if environment.get(SERVER):
+        try:
+            return Forked(arguments, environment, folder, files, over)
+        except OSError as error:
+            os.environ[SERVER] = ""  # no other run tries, and this is said once
+            print(f"runs are not preloaded any more: the server fails ({error})", file=sys.stderr, flush=True)
+    return subprocess.Popen(
+        [sys.executable, "-m", *arguments],
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        stdout=files[0],
+        stderr=files[0],
+        env=environment,
+        start_new_session=True,
+        pass_fds=files[1:],
+    )
+
+
+def preloaded() -> Server:
+    """A server for the runs of this process, which would have this environment."""
+    return Server(_environment(Limits(1, 0)), kernel_folder())
+
+
 def _environment(limits: Limits) -> dict[str, str]:
-    """Threads and GPUs are fixed before torch loads; the worker runs this very package."""
-    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(limits.threads))
+    """Threads and GPUs are fixed before torch computes; the worker runs this very package."""
+    threads = dict.fromkeys(THREADS, str(limits.threads))
     quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     quiet |= {"PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8:backslashreplace"}  # whatever the locale
     gpus = {} if limits.gpus is None else {"CUDA_VISIBLE_DEVICES": limits.gpus}
     return os.environ | threads | quiet | gpus | {"PYTHONPATH": python_path(), PARENT: str(os.getpid())}
 
 
-def _wait(child: subprocess.Popen, seconds: float) -> None:
+def _wait(child: Forked | subprocess.Popen, seconds: float) -> None:
     with suppress(subprocess.TimeoutExpired):
         child.wait(seconds)
 
 
-def _end(child: subprocess.Popen) -> None:
+def _end(child: Forked | subprocess.Popen) -> None:
     """Have the guard end all below it; if it does not, kill what can be found. A kernel has a group of its own."""
     import psutil
 
@@ -181,7 +207,9 @@ def guarded(parent: int) -> None:
     die_with_parent(parent, signal.SIGTERM)
     if not (worker := os.fork()):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+        call_this_process("dense-worker")
         return die_with_parent(guard.pid)
+    call_this_process("dense-guard")
     code = 128 + signal.SIGTERM
     while signal.sigwait(signals) == signal.SIGCHLD:
         if (ended := _reap()).keys() & {worker}:
@@ -222,6 +250,7 @@ def execute_notebook(notebook: str, folder: Path) -> None:
 
     Raises what papermill raises, and `InputError` where a cell called `exit()`, which papermill takes for a success.
     """
+    kernel = SpareKernel()  # before papermill has threads
     import papermill
     from traitlets.config import Config
 
@@ -241,7 +270,7 @@ def execute_notebook(notebook: str, folder: Path) -> None:
             progress_bar=False,
             cwd=str(workspace()),
             config=Config({"KernelManager": manager}),
-            kernel_manager_class=_manager(),
+            kernel_manager_class=_manager(kernel),
             on_cell_start=_beating(folder),
             start_timeout=NEVER,
             iopub_timeout=NEVER,
@@ -277,15 +306,24 @@ def kernel_folder() -> tempfile.TemporaryDirectory:
         raise InputError(f"no place for a kernel's sockets {place}: {error.strerror}; {wanted}") from error
 
 
-def _manager() -> type:
-    """A manager whose kernels are this very Python, whatever Jupyter has by that name, and end with this process."""
+def _manager(kernel: SpareKernel) -> type:
+    """A manager whose kernel is this fork of this process, whatever Jupyter has by that name."""
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
+    from jupyter_client.provisioning import LocalProvisioner
+
+    class Spare(LocalProvisioner):
+        async def launch_kernel(self, cmd: list[str], env: dict[str, str], **_) -> dict:
+            kernel.start(cmd, env)
+            self.process, self.pid, self.pgid = kernel, kernel.pid, kernel.pid
+            return self.connection_info
 
     class Kernels(AsyncKernelManager):
-        kernel_spec = KernelSpec(
-            argv=[sys.executable, "-m", __name__, "-f", "{connection_file}"], display_name="Python 3", language="python"
-        )
+        kernel_spec = KernelSpec(argv=["-f", "{connection_file}"], display_name="Python 3", language="python")
+
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.provisioner = Spare(kernel_spec=self.kernel_spec, parent=self)
 
     return Kernels
 
@@ -315,10 +353,3 @@ def unfinished(notebook) -> str:
         if cell.source.strip() and (cell.execution_count is None or errors):
             return f"code cell {number}"
     return ""
-
-
-if __name__ == "__main__":  # the kernel
-    from ipykernel import kernelapp
-
-    die_with_parent(int(os.environ["JPY_PARENT_PID"]))
-    kernelapp.launch_new_instance()

@@ -16,6 +16,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from threading import Event
 
+from dense_rlhf.runner.execution import preloaded
+from dense_rlhf.runner.kernels import SERVER
 from dense_rlhf.runs import gpus, python_path, workspace
 from dense_rlhf.types import InputError
 
@@ -38,16 +40,29 @@ class Threads:
 
 
 class Local(Threads):
-    """Threads of this process; each call is also given the `gpus` of its slot and an event `stop`."""
+    """Threads of this process; each call is also given the `gpus` of its slot and an event `stop`.
+
+    Its runs are forks of one server, which starts with the first and ends with the executor. Those of other executors
+    are not: each may be on another machine.
+    """
 
     def __init__(self, workers: int):
         super().__init__(workers)
-        self.slots = SimpleQueue()
+        self.slots, self.server = SimpleQueue(), None
         for share in shares(list(gpus()), workers):
             self.slots.put(share)
 
     def submit(self, call: Callable, *args) -> Future:
+        if self.server is None and SERVER not in os.environ:
+            self.server = preloaded()
+            os.environ[SERVER] = self.server.path
         return self.pool.submit(self._in_slot, call, args)
+
+    def __exit__(self, *error) -> None:
+        super().__exit__(*error)
+        if self.server:
+            os.environ.pop(SERVER, None)
+            self.server.end()
 
     def _in_slot(self, call: Callable, args: tuple):
         share = self.slots.get()

@@ -68,7 +68,7 @@ def long_and_bare(place: Path) -> dict[str, str]:
     return bare | {"TMPDIR": str(folder), "COLUMNS": "1"}
 
 
-def test_a_notebook_keeps_no_secret(prepared, monkeypatch):
+def test_a_notebook_keeps_no_secret(prepared, forked, monkeypatch):
     """Neither one that a cell prints, nor one in an error."""
     monkeypatch.setenv("DB_PASS", "hunter2-and-more")
     folder = prepared("import os; print(os.environ['DB_PASS'], os.getcwd())", "raise ValueError(os.environ['DB_PASS'])")
@@ -124,7 +124,10 @@ def gone(pid: int, seconds: float = 8.0) -> bool:
     return not alive
 
 
-def test_a_detached_child_ends_with_its_run(prepared, tmp_path):
+@pytest.mark.parametrize("start", ["forked", "alone"])
+def test_a_detached_child_ends_with_its_run(start, prepared, tmp_path, request):
+    if start == "forked":
+        request.getfixturevalue("forked")
     assert launch("n", prepared(DETACHES), Limits(1, 60)) == ("ok", "")
     assert gone(int((tmp_path / "child").read_text()), 0)
 

@@ -92,7 +92,7 @@ def test_a_cluster_that_cannot_start_is_one_line(monkeypatch):
 
 def runs_on(node, checkout) -> bool:
     """Whether the slow run is a descendant of this node's raylet."""
-    worker = next(process for process in processes(checkout, " execute ") if process.cmdline()[-1].endswith("seed1"))
+    worker = next(process for process in processes(checkout, "dense-worker") if process.cmdline()[-1].endswith("seed1"))
     return node.all_processes["raylet"][0].process.pid in {parent.pid for parent in worker.parents()}
 
 
@@ -118,5 +118,5 @@ def test_an_interrupt_cancels_submitted_jobs(checkout):
     until(lambda: attempts(checkout).get("1") == 1)
     runner.send_signal(signal.SIGINT)
     assert "interrupted" in runner.communicate(timeout=60)[0] and runner.returncode == 130
-    until(lambda: not processes(checkout, "execute"), 60)
+    until(lambda: not processes(checkout, "dense-"), 60)
     assert ended(checkout).get("1") in ("cancelled", "killed", None)

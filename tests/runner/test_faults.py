@@ -224,6 +224,6 @@ def test_an_output_that_cannot_be_written(line, code, told, folder):
     assert (done.returncode, done.stderr) == (code, told)
 
 
-def test_kills_lose_nothing_and_nothing_unfinished_is_called_ok():
+def test_kills_lose_nothing_and_nothing_unfinished_is_called_ok(forked):
     hits, wrong = kill_runs(len(TARGETS))
     assert hits >= len(TARGETS) and wrong == []

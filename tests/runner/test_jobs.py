@@ -264,7 +264,7 @@ def test_a_record_names_processor_and_gpus(visible, names, wanted, tmp_path, mon
 # ---------------------------------------------------------------------------------------------------- real kernels
 
 
-def test_a_kernel_that_died_or_left_cells_out_is_not_ok(study, tmp_path):
+def test_a_kernel_that_died_or_left_cells_out_is_not_ok(study, tmp_path, forked):
     """papermill calls the second a success."""
     job = plan.expand(load_study(study))[0]
     for source, status, said in (
@@ -277,7 +277,7 @@ def test_a_kernel_that_died_or_left_cells_out_is_not_ok(study, tmp_path):
         assert not (tmp_path / "runs" / "s" / job.name / ".heartbeat").exists()
 
 
-def test_an_interrupt_ends_all_at_once_and_is_recorded(study, tmp_path):
+def test_an_interrupt_ends_all_at_once_and_is_recorded(study, tmp_path, forked):
     write_notebook(tmp_path / "notebooks" / "01_reward_model.ipynb", "import time; time.sleep(600)")
     folder = tmp_path / "runs" / "s" / REWARD
     runner = command(tmp_path, "run", "params/s.yaml")
@@ -290,7 +290,7 @@ def test_an_interrupt_ends_all_at_once_and_is_recorded(study, tmp_path):
     assert processes(tmp_path) == [] and state(folder, "") == ("cancelled", "interrupted")
 
 
-def test_two_runners_share_a_study_and_nothing_runs_twice(study, tmp_path):
+def test_two_runners_share_a_study_and_nothing_runs_twice(study, tmp_path, forked):
     for name in STUDY["notebooks"]:
         cells = (
             COUNTS,
@@ -348,7 +348,7 @@ def test_gpus_are_divided_before_torch_loads(monkeypatch, faked, study):
     assert sorted(seen) == ["4", "7"]
 
 
-def test_threads_and_gpus_reach_the_run(study, tmp_path):
+def test_threads_and_gpus_reach_the_run(study, tmp_path, forked):
     write_notebook(
         tmp_path / "notebooks" / "01_reward_model.ipynb",
         "import json, os, pathlib\n"

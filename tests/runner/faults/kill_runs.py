@@ -21,7 +21,7 @@ from checkout import JUDGED, command, make_checkout
 
 from dense_rlhf.runs import RunFolder, altered
 
-TARGETS = {"runner": "", "worker": " execute ", "kernel": "dense_rlhf.runner.execution"}
+TARGETS = {"runner": "", "worker": "dense-worker", "kernel": "dense-kernel"}  # names of processes
 STUDY = {
     "notebooks": ["04_ppo", "05_bayesian_optimisation", "06_comparison"],
     "workers": 2,
@@ -52,13 +52,13 @@ NOTEBOOKS = {
 }
 
 
-def processes(folder: Path, target: str = "") -> list[psutil.Process]:
-    """The processes that work in this checkout."""
+def processes(folder: Path, name: str = "") -> list[psutil.Process]:
+    """The processes that work in this checkout, or those of a name; a fork has the command line of another."""
     found = []
     for process in psutil.process_iter():
         try:
-            if process.environ().get("PYTHONPATH", "").startswith(str(folder)) and process.status() != "zombie":
-                found += [process] if target in " ".join(process.cmdline()) else []
+            if process.cwd() == str(folder) and process.status() != "zombie":
+                found += [process] if name in process.name() else []
         except psutil.Error:
             continue
     return found
