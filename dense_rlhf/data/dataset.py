@@ -11,7 +11,8 @@ from dense_rlhf.types import InputError, LabelledText, PreferencePair, Prompt
 
 @dataclass(frozen=True)
 class Dataset:
-    """The texts of one study. `reward` teaches the proxy, `gold` the held-out judge; neither sees the other's rows.
+    """The texts of one study. `reward` teaches the proxy, `gold` the held-out judge, `second` another judge where there
+    are labels left for one; none sees the others' rows.
 
     Searches choose weights on `validation_prompts`; `test_prompts`, from the rows in `test`, choose nothing.
     """
@@ -26,6 +27,7 @@ class Dataset:
     language_model: list[str] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)  # rows read, kept in each split, left out by reason
     test_prompts: list[Prompt] = field(default_factory=list)
+    second: list[LabelledText] = field(default_factory=list)  # no second judge where it lacks one of the labels
 
     @property
     def is_pairwise(self) -> bool:
@@ -34,6 +36,8 @@ class Dataset:
     def check(self, where: str) -> None:
         """Raise `InputError`, which names `where` they come from, for texts that nothing could be learned from."""
         kind = PreferencePair if self.reward and self.is_pairwise else LabelledText
+        if not all(isinstance(row, LabelledText) for row in self.second):
+            raise InputError(f"{where}: split 'second' wants only LabelledText; leave it empty where there is none")
         for name in ("reward", "gold", "test"):
             rows = getattr(self, name)
             if not rows or not all(isinstance(row, kind) for row in rows):

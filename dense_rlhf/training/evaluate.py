@@ -29,7 +29,7 @@ def evaluate(
     seed: int,
     stages: Path | None = None,
 ) -> pd.DataFrame:
-    """One response to each prompt, judged: columns prompt, response, proxy (sd), gold (log-odds), kl (nats).
+    """One response to each prompt: the columns of `judged`, proxy in sd, and kl (nats).
 
     With `stages`, where all runs keep what they share, a policy of the same weights answers the same prompts once.
     Raises `InputError` as `check_prompts` does.
@@ -75,8 +75,8 @@ def check_prompts(prompts: Sequence[Prompt]) -> None:
 
 
 def judged(task: Task, prompts: Sequence[Prompt], responses: Responses) -> pd.DataFrame:
-    """The responses with their scores by both judges: columns prompt, response, proxy and gold."""
+    """The responses with their scores: columns prompt, response, proxy, and those of `Task.judge`."""
     texts = response_texts(responses, task.tokenizer)
     asked = [str(p) if isinstance(p, str) else p[-1].content for p in prompts]
-    gold = [task.gold.score(text) for text in texts]
-    return pd.DataFrame({"prompt": asked, "response": texts, "proxy": responses.scores.cpu(), "gold": gold})
+    scores = {"proxy": responses.scores.cpu()} | task.judge(texts)
+    return pd.DataFrame({"prompt": asked, "response": texts} | scores)

@@ -194,11 +194,11 @@ def explain_and_shape(reward_model: RewardModel, rollout: Rollout, recipe: Recip
 
 def measure(task: Task, rollout: Rollout, step: int) -> dict[str, float]:
     """Training metrics of one batch, before the update that it causes."""
-    texts = response_texts(rollout, task.tokenizer)
+    judged = task.judge(response_texts(rollout, task.tokenizer))
     return {
         "update": step,
         "proxy": rollout.scores.mean().item(),
-        "gold": sum(map(task.gold.score, texts)) / len(texts),
+        **{name: sum(scores) / len(scores) for name, scores in judged.items()},
         "kl": ppo.sequence_kl(rollout).mean().item(),
         "length": rollout.mask.sum(-1).float().mean().item(),
     }

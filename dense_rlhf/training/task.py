@@ -19,10 +19,11 @@ from dense_rlhf.files import cached_folder, content_key
 from dense_rlhf.fingerprint import source_key
 from dense_rlhf.models.dialogue import without_refused
 from dense_rlhf.models.language_models import LanguageModel, default_device, load_policy, within_memory
+from dense_rlhf.models.learned_judge import LearnedJudge
 from dense_rlhf.models.policy import PolicyWithValue, trainable_copy, value_probe
 from dense_rlhf.models.reward_model import RewardModel
 from dense_rlhf.models.train_reward_model import load_reward_model
-from dense_rlhf.models.word_judge import AdditiveJudge, load_gold_judge, load_lexicon
+from dense_rlhf.models.word_judge import AdditiveJudge, load_gold_judge, load_lexicon, repetition
 from dense_rlhf.ppo.rollout import scored
 from dense_rlhf.training.dpo import Pairs, load_implicit
 from dense_rlhf.types import Prompt, Responses, Rollout
@@ -47,6 +48,7 @@ class Task:
     lexicon: AdditiveJudge
     policy: PolicyParams
     value_head: dict[str, torch.Tensor] | None = None  # initial weights of a shared critic, if not zero
+    second: LearnedJudge | None = None  # where the dataset has labels for one
 
     @property
     def tokenizer(self):
@@ -66,7 +68,18 @@ class Task:
         tokens = [tokens_key(self.tokenizer), tokens_key(proxy.tokenizer), proxy.policy_tokenizer is None]
         learned = [implicit and implicit.key, {name: x.tolist() for name, x in head.items()}]
         texts = [[str(prompt) for prompt in self.data.train_prompts], self.gold.weights]
+        texts.append(self.second and self.second.steps)
         return content_key([self.revisions, asdict(self.policy), read, tokens, learned, texts, machine()])
+
+    def judge(self, texts: Sequence[str]) -> dict[str, list[float]]:
+        """What held-out judges say of each text: `gold`, `distinct` (gold with each word counted once) and, where there
+        is a second judge, `second`, all log-odds; `repetition`, the share of words that occur earlier in the text."""
+        judgements = {
+            "gold": [self.gold.score(text) for text in texts],
+            "distinct": [self.gold.distinct_score(text) for text in texts],
+            "repetition": [repetition(text) for text in texts],
+        }
+        return judgements if self.second is None else judgements | {"second": self.second.scores(texts)}
 
     def fresh_policy(self) -> PolicyWithValue:
         """A copy of the reference whose trainable weights are those that `self.policy` names."""
@@ -120,6 +133,8 @@ def load_task(params: RunParams, progress: Callable = iter) -> Task:
     dataset = without_refused(dataset, {"the reward model": reward_model.tokenizer})
     gold = load_gold_judge(dataset.gold, revision)
     task = Task(dataset, language_model, reference, reward_model, gold, load_lexicon(), params.policy)
+    if len({review.label for review in dataset.second}) == 2:
+        task = replace(task, second=LearnedJudge(dataset.second, tokenizer, revision, params.reward.steps))
     return _calibrated(task, params, progress)
 
 

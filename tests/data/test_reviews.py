@@ -48,8 +48,11 @@ def default():
 
 def test_reviews_share_no_text_between_splits(default):
     parts = [default.reward, default.gold, default.test]
+    taught_second = {r.text.casefold() for r in default.second}
+    assert len(taught_second) == len(default.second) > 4000
     texts = [r.text.casefold() for part in parts for r in part] + [t.casefold() for t in default.language_model]
     assert len(texts) == len(set(texts)) > 20_000
+    assert not taught_second & {r.text.casefold() for part in parts for r in part}  # its labels are its own
     starts = {" ".join(t.split(" ")[:8]) for t in texts}  # a prompt may open a review elsewhere, but hardly ever
     assert sum(p.casefold() in starts for p in default.train_prompts) < 0.01 * len(default.train_prompts)
 

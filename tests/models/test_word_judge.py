@@ -8,7 +8,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
 from dense_rlhf.models import word_judge
-from dense_rlhf.models.word_judge import WORD, AdditiveJudge, train_gold_judge
+from dense_rlhf.models.word_judge import WORD, AdditiveJudge, repetition, train_gold_judge
 from dense_rlhf.types import LabelledText, PreferencePair
 
 WORDS = {"good": 1.5, "bad": -2.0, "naïve": 0.7, "日本": 3.0, "don't": -0.25, "é": 0.1, "film": 0.0}
@@ -18,6 +18,20 @@ def test_a_judge_adds_up_its_words_and_ignores_others():
     judge = AdditiveJudge("j", WORDS)
     assert judge.score("Good, GOOD but bad; unknown film") == pytest.approx(1.0)
     assert judge.score("goodness ungood") == 0
+
+
+def test_repeating_a_good_word_raises_gold_alone():
+    judge, plain, again = AdditiveJudge("j", WORDS), "a good film", "Good good, GOOD good good film"
+    assert judge.score(again) == pytest.approx(5 * judge.score(plain)) and repetition(again) == pytest.approx(4 / 6)
+    assert judge.distinct_score(again) == judge.distinct_score(plain) == judge.score(plain)
+    assert repetition(plain) == repetition("") == repetition("?!") == 0
+
+
+@given(st.lists(st.sampled_from([*WORDS, "unknown"]), max_size=9))
+def test_distinct_score_is_that_of_each_word_once(words):
+    judge = AdditiveJudge("j", WORDS)
+    assert judge.distinct_score(" ".join(words)) == pytest.approx(judge.score(" ".join(set(words))))
+    assert repetition(" ".join(words)) == pytest.approx(1 - len(set(words)) / max(len(words), 1) if words else 0)
 
 
 @given(st.lists(st.one_of(st.sampled_from([*WORDS, " ", ", ", "🙂", "Good"]), st.text(max_size=4)), max_size=8))

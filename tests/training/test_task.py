@@ -36,6 +36,26 @@ def task(tokenizer, reference, reward_model):
     return Task(data, language_model, reference, reward_model, judge, judge, PolicyParams())
 
 
+def test_every_judged_table_shows_repetition_and_a_second_judge_where_there_is_one(task, tokenizer):
+    class Second:
+        steps = 1
+
+        def scores(self, texts):
+            return [float(len(text)) for text in texts]
+
+    judged = evaluate(task, task.reference, PROMPTS[:4], PARAMS, 0)
+    assert [*judged] == ["prompt", "response", "proxy", "gold", "distinct", "repetition", "kl"]
+    both = replace(task, second=Second())
+    assert (
+        evaluate(both, task.reference, PROMPTS[:4], PARAMS, 0)["second"].tolist()
+        == judged["response"].str.len().tolist()
+    )
+    assert both.key != task.key
+    assert {"gold", "distinct", "repetition", "second"} <= set(
+        train_policy(both, Recipe(SPARSE, PARAMS, EXPLAIN, 0)).history
+    )
+
+
 # ---------------------------------------------------------------------------------------------------- inner loop
 
 
