@@ -82,6 +82,8 @@ def _finding(dataset: str, runs: Sequence[RunFolder], order: Sequence[str]) -> F
     about = {arm: _about(arm, runs, policies) | _cost(curves["seconds"], arm) for arm in kinds}
     for arm in ["reference", *(a for a in order if a in kinds), *(a for a in kinds if a not in order)]:
         finding.arms[arm] = _arm(finding, arm, kinds.get(arm, "reference"), about.get(arm, {}))
+    for arm in finding.arms.values():
+        finding.arms[arm.name] = replace(arm, same_as=_same_as(finding, arm))
     return finding
 
 
@@ -184,12 +186,19 @@ def _arm(finding: Finding, name: str, what: str, about: Mapping) -> Arm:
     return Arm(name, what, tuple(sorted(tables)), same_as=same, **fields, **about)
 
 
-def _is_same(finding: Finding, name: str, other: Arm, about: Mapping) -> bool:
-    """Whether two arms paid the same in every seed, and their policies answered alike."""
-    ours, theirs = finding.judged[name], finding.judged[other.name]
-    if not all(about["rewards"]) or about["rewards"] != other.rewards or ours.keys() != theirs.keys():
-        return False
-    return all(ours[seed]["gold"].tolist() == theirs[seed]["gold"].tolist() for seed in ours)
+def _same_as(finding: Finding, arm: Arm) -> str:
+    """The arm of fixed weights, before this one if its own are fixed too, that paid the same in every seed, and whose
+    policies answered alike; empty if there is none."""
+    ours, names = finding.judged[arm.name], [*finding.arms]
+    for other in finding.arms.values():
+        earlier = arm.search or names.index(other.name) < names.index(arm.name)
+        alike = all(arm.rewards) and arm.rewards and arm.rewards == other.rewards
+        if other.name == arm.name or other.search or not earlier or not alike:
+            continue
+        theirs = finding.judged[other.name]
+        if all(ours[seed]["gold"].tolist() == theirs[seed]["gold"].tolist() for seed in ours):
+            return other.name
+    return ""
 
 
 def _at_levels(finding: Finding, name: str) -> dict[str, Difference | None]:
