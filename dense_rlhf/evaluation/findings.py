@@ -180,10 +180,7 @@ def _arm(finding: Finding, name: str, what: str, about: Mapping) -> Arm:
     if name != finding.baseline:
         fields |= {"gain": finding.compare(name, finding.baseline), "improves": improvement([gold], [rivals])}
         fields |= _at_levels(finding, name)
-    same = next(
-        (a.name for a in finding.arms.values() if about.get("rewards") and _is_same(finding, name, a, about)), ""
-    )
-    return Arm(name, what, tuple(sorted(tables)), same_as=same, **fields, **about)
+    return Arm(name, what, tuple(sorted(tables)), **fields, **about)
 
 
 def _same_as(finding: Finding, arm: Arm) -> str:
