@@ -65,3 +65,20 @@ def test_rules_stop_where_the_posterior_leaves_no_regret():
     assert not probable(mean[::-1], sure, 2, 0.1)  # the best is a point that was not tried
     short = Search(Space(2), "random", points=search.points[:4], values=search.values[:4], errors=search.errors[:4])
     assert not bounds(mean, np.sqrt(sure.diagonal()), 2, short)
+
+
+def test_measured_mixtures_are_searched_among_what_was_measured(tmp_path, monkeypatch):
+    import measured_mixtures
+
+    (tmp_path / "config.json").write_text('{"default_goal": "minimize"}')
+    (tmp_path / "data.csv").write_text("1,0,0,0,5\n0,1,0,0,1\n0,1,0,0,3\n0,0,1,0,4\n0.1,0.2,0.3,0.4,6\n")
+    monkeypatch.setattr(measured_mixtures, "wheel_member", lambda wheel, sha, member: tmp_path / Path(member).name)
+    measured_mixtures.table.cache_clear()
+    experiment = measured_mixtures.MeasuredExperiment("photo_wf3", 0)
+    means = np.array([5, 2, 4, 6])  # the second composition was measured twice
+    assert experiment.snr == pytest.approx(np.std(means) / np.sqrt(2))  # 1 and 3, one degree of freedom
+    assert experiment.truth.best == (0, 1, 0, 0) and experiment.regret((0, 0.9, 0.1, 0)) == 0
+    assert experiment.regret((0.9, 0, 0.1, 0)) == pytest.approx(3 / np.std(means))
+    values = [experiment((0.05, 0.9, 0.05, 0)) for _ in range(2)]
+    assert experiment.points == [(0, 1, 0, 0)] * 2 and values[0] != values[1]
+    measured_mixtures.table.cache_clear()
