@@ -29,6 +29,7 @@ SHARES = (0.1, 0.3, 0.5, 0.7, 0.9, 0.97)  # of the variance that is signal
 TOLERANCE = 0.25, 0.05  # negligible regret: a share of one observation's sd, and of the posterior's range
 EARLIEST = 4  # trials a number of a point, before which the model is too sure to call anything converged
 JUMP, OFTEN = 0.25, 0.25  # oscillation: the weight moved in one step, and the share of such steps
+BEATEN = 0.95  # probability of being better from which on the incumbent counts as better than a plain mixture
 EVEN = 0.95  # ESS/T from which credit is an even spread in all but name
 PER_DIMENSION = 6  # trials a number of a point that a model needs
 FEW = 6  # pairs, below which a rank correlation has no interval
@@ -110,14 +111,9 @@ def noise_parts(search: Search) -> pd.DataFrame:
 def leave_one_out(search: Search) -> pd.DataFrame:
     """Each observation predicted from all others: columns observed, mean, sd (of an observation) and z.
 
-    Hyper-parameters are kept, so they were fitted to it too. Closed form (Rasmussen & Williams, 2006, eq. 5.12), by
-    botorch. Not for an ensemble whose noise is unknown, as its members then differ in it.
+    Hyper-parameters are kept, so they were fitted to it too.
     """
-    from botorch.cross_validation import loo_cv
-
-    posterior, values = loo_cv(search.model()).posterior, np.array(search.values)
-    kind = "mixture_" if hasattr(posterior, "mixture_mean") else ""
-    mean, variance = (getattr(posterior, kind + part).detach().numpy().ravel() for part in ("mean", "variance"))
+    (mean, variance), values = search.model().leave_one_out(), np.array(search.values)
     sd = np.sqrt(variance)
     return pd.DataFrame({"observed": values, "mean": mean, "sd": sd, "z": (values - mean) / sd})
 
@@ -233,11 +229,12 @@ class Verdict:
     tolerance: float
     noise: float  # standard deviation of one observation
     more: int  # trials
+    unbeaten: tuple[str, ...] = ()  # of `plain_mixtures`: those that the incumbent is not shown to be better than
 
     @property
     def winner(self) -> bool:
-        """Whether a winner is claimed."""
-        return self.kind != FLAT
+        """Whether a winner is claimed: better than equal weights, sparse and each source, at `BEATEN`."""
+        return self.kind != FLAT and not self.unbeaten
 
 
 def verdict(search: Search, names: Sequence[str], unit: str = "") -> Verdict:
@@ -255,7 +252,9 @@ def verdict(search: Search, names: Sequence[str], unit: str = "") -> Verdict:
     more = max(0, math.ceil(n * ((short.expected / tolerance) ** 2 - 1)), EARLIEST * search.space.size - n)
     more = more if more < 10 else 5 * math.ceil(more / 5)  # a rough law deserves no more digits
     kind = FLAT if p >= LEVEL else MORE if more else CONVERGED
-    wordless = Verdict(kind, "", p, short, tolerance, noise, more)
+    chances = beats(search, names)
+    unbeaten = tuple(chances["against"][chances["probability"] < BEATEN])  # it may be one of them itself: NaN
+    wordless = Verdict(kind, "", p, short, tolerance, noise, more, unbeaten)
     return replace(wordless, text=_in_words(wordless, search, names, f" {unit}" if unit else ""))
 
 
@@ -266,7 +265,8 @@ def _in_words(verdict: Verdict, search: Search, names: Sequence[str], unit: str)
     small = short.expected <= verdict.tolerance
     gain = f"the best weights are expected to gain another {short.expected:.2g}{unit}, {'within ' if small else ''}"
     early = f", which {n} trials of {search.space.size} numbers are too few to trust" * small
-    apart = f"The weights can be told apart ({test}). {_compared(search, names)}"
+    level = f", but the incumbent not from {', '.join(verdict.unbeaten)}: no winner is claimed" * bool(verdict.unbeaten)
+    apart = f"The weights can be told apart ({test}){level}. {_compared(search, names)}"
     unrepeated = " No point was tried twice: what another seed changes is not counted." * (not search.noise().degrees)
     scatter = f"One observation scatters by {verdict.noise:.2g}{unit} (sd)"
     spread = f"over all weights the posterior mean moves by {short.spread:.2g}"

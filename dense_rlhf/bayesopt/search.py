@@ -15,11 +15,13 @@ from dense_rlhf.bayesopt.space import Point, Space
 from dense_rlhf.types import InputError, is_number
 
 if TYPE_CHECKING:
-    from botorch.models.model import Model
     from torch import Tensor
 
+    from dense_rlhf.bayesopt.surrogate import Surrogate
+
 SAMPLES = 128  # of the posterior, in the acquisition function
-RESTARTS = 3
+RESTARTS = 5
+PROSPECTS = 48  # of the pool
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,10 @@ class Noise:
 class Search:
     """Maximise a noisy function over a `Space`: `suggest`, evaluate, `observe`, repeat.
 
-    First come the `anchors`, each `replicates` times, and `initial` scrambled Sobol points, the first of which, after
-    the anchors, take the weights of `Space.pairs`; then one of `STRATEGIES`: the knowledge gradient of an ensemble of
-    Gaussian processes (`gp`; `saas` and `additive` with other models), log noisy expected improvement of one process
-    (`nei`), or points that need no model.
+    First come the `anchors`, each `replicates` times, and `initial` scrambled Sobol points; then one of `STRATEGIES`:
+    the knowledge gradient of an ensemble of Gaussian processes (`gp`; `saas` and `additive` with other models), log
+    noisy expected improvement of one process (`nei`, the paper's, which starts without anchors as the paper does), or
+    points that need no model. With `among`, only those points are tried.
     There is no hidden state: the same settings, observations and pending points give the same suggestion, so a search
     is resumed by observing its record again.
     """
@@ -46,19 +48,24 @@ class Search:
     space: Space
     strategy: str = "gp"
     initial: int = 5
-    anchors: bool = True
+    anchors: bool | None = None  # None: for every strategy but `nei`
     replicates: int = 1
     seed: int = 0
     points: list[Point] = field(default_factory=list)
     values: list[float] = field(default_factory=list)
     errors: list[float | None] = field(default_factory=list)
-    _fitted: tuple[int, Model] | None = field(default=None, repr=False, compare=False)
+    among: Sequence[Point] | None = None
+    _fitted: tuple[int, Surrogate] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self):
         if self.strategy not in STRATEGIES:
             raise InputError(f"strategy is {self.strategy!r}, wanted one of {', '.join(STRATEGIES)}")
         if self.initial < 0 or self.replicates < 1:
             raise InputError(f"initial is {self.initial}, replicates {self.replicates}; wanted at least 0 and 1")
+        if self.anchors is None:
+            self.anchors = self.strategy != "nei"
+        for point in self.among or ():
+            self.space.check(point)
 
     def observe(self, point: Point, value: float, error: float | None = None) -> None:
         """Record one evaluation and, where known, its standard error.
@@ -76,45 +83,59 @@ class Search:
 
     @property
     def start(self) -> list[Point]:
-        """The points tried before any model is asked: anchors, pairs, Sobol points."""
-        spread = self.space.sobol(self.initial, self.seed)
-        if not self.anchors:
-            return spread
-        pairs = zip(self.space.pairs(self.seed), spread)
-        pairs = [self.space.settled(pair + point[self.space.d :]) for pair, point in pairs]
-        return self.space.anchors() * self.replicates + pairs + spread[len(pairs) :]
+        """The points tried before any model is asked: anchors, then Sobol points."""
+        anchors = self.space.anchors() * self.replicates if self.anchors else []
+        return [self._admitted(point) for point in anchors + self.space.sobol(self.initial, self.seed)]
 
     def suggest(self, pending: Sequence[Point] = ()) -> Point:
         """The point to try next while `pending` ones run or have failed; a Sobol point below two observations."""
         n, start = len(self.points) + len(pending), self.start
         strategy = self.strategy if len(self.values) > 1 else "sobol"
-        return start[n] if n < len(start) else STRATEGIES[strategy](self, list(pending))
+        return start[n] if n < len(start) else self._admitted(STRATEGIES[strategy](self, list(pending)))
+
+    def _admitted(self, point: Point) -> Point:
+        """The nearest point that may be tried."""
+        if self.among is None or point in self.among:
+            return point
+        unit = self.space.to_unit(self.among)
+        return tuple(self.among[int(np.square(unit - self.space.to_unit([point])).sum(1).argmin())])
 
     def incumbent(self) -> tuple[Point, float, float]:
         """The evaluated point with the highest posterior mean, that mean, and its standard deviation.
 
-        Not the best observed value, which rewards lucky noise. Raises `InputError` below two observations.
+        Not the best observed value, which rewards lucky noise; nor a point whose own observations lie two standard
+        errors below the model's mean, unless all do. Raises `InputError` below two observations.
         """
         mean, sd = self.posterior(self.points)
-        best = int(mean.argmax())
+        values, noise = np.array(self.values), noise_variance(self)
+        same = np.array([[a == b for b in self.points] for a in self.points])
+        own, error = same @ values / same.sum(1), np.sqrt(same @ noise) / same.sum(1)
+        contradicted = mean - own > 2 * error
+        best = int(np.where(contradicted & ~contradicted.all(), -np.inf, mean).argmax())
         return self.points[best], float(mean[best]), float(sd[best])
 
     def posterior(self, points: Sequence[Point]) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation (N,) of the noise-free function at `points` (N, size)."""
-        mean, covariance = self.joint(points)
-        return mean, np.sqrt(covariance.diagonal())
+        mean, _, variance = self.moments(points, points[:1])
+        return mean, np.sqrt(variance)
 
     def joint(self, points: Sequence[Point]) -> tuple[np.ndarray, np.ndarray]:
-        """Mean (N,) and covariance (N, N) of the noise-free function at `points`; for an ensemble, of its mixture."""
-        import torch
+        """Mean (N,) and covariance (N, N) of the noise-free function at `points`."""
+        return self.moments(points, points)[:2]
 
+    def moments(self, points: Sequence[Point], among: Sequence[Point]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Mean (N,) at `points`, covariance (N, M) with `among`, variance (N,), of the noise-free function."""
+        return self.model().moments(self._tensor(points), self._tensor(among))
+
+    def kinds(self) -> dict[str, float]:
+        """How much the data speak for each kind of surface: the posterior shares of an ensemble's kernels.
+
+        Raises `InputError` for a strategy whose model is no ensemble.
+        """
         model = self.model()
-        with torch.no_grad():
-            posterior = model.posterior(torch.from_numpy(self.space.to_unit(points)))
-            mean = posterior.mean.reshape(-1, len(points)).numpy()
-            covariance = posterior.distribution.covariance_matrix.reshape(-1, len(points), len(points)).numpy()
-        apart = mean - mean.mean(0)
-        return mean.mean(0), covariance.mean(0) + apart.T @ apart / len(mean)
+        if not hasattr(model, "kinds"):
+            raise InputError(f"strategy {self.strategy!r} has a model of one kind; wanted gp, random or sobol")
+        return model.kinds()
 
     def noise(self) -> Noise:
         """Variance of one observation: pooled over repeated points, and at least the mean squared standard error.
@@ -134,28 +155,32 @@ class Search:
         between = max(float(scatter - np.mean([squares[i] for i in repeated])), 0.0)
         return Noise(within + between, between, degrees)
 
-    def model(self) -> Model:
-        """The strategy's Gaussian process, fitted to all observations."""
+    def model(self) -> Surrogate:
+        """The strategy's model, fitted to all observations."""
         if len(self.values) < 2:
             raise InputError(f"{len(self.values)} observations cannot fit a model; wanted at least 2")
         if self._fitted is None or self._fitted[0] != len(self.values):
             from dense_rlhf.bayesopt import surrogate
 
             model = surrogate.MODELS.get(self.strategy, surrogate.Ensemble)
-            self._fitted = len(self.values), model(*self._tensors(), self.seed)
+            self._fitted = len(self.values), model(*self._observed(), self.seed)
         return self._fitted[1]
 
-    def _tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _observed(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Unit points (N, size), values (N, 1) and, if known, their variances (N, 1)."""
         import torch
 
-        X = torch.from_numpy(self.space.to_unit(self.points))
-        Y = torch.tensor(self.values, dtype=torch.float64)[:, None]
+        X, Y = self._tensor(self.points), torch.tensor(self.values, dtype=torch.float64)[:, None]
         noise = self.noise()
         if noise.variance is None:
             return X, Y, None
         own = [noise.variance - noise.between if e is None else e**2 for e in self.errors]
         return X, Y, torch.tensor(own, dtype=torch.float64)[:, None] + noise.between
+
+    def _tensor(self, points: Sequence[Point]) -> Tensor:
+        import torch
+
+        return torch.from_numpy(self.space.to_unit(points))
 
 
 # ---------------------------------------------------------------------------------------------------- strategies
@@ -163,47 +188,56 @@ class Search:
 
 def noise_variance(search: Search) -> np.ndarray:
     """The noise variance of each observation (N,) in the search's model."""
-    model = search.model()
-    variance = model.likelihood.noise * model.outcome_transform.stdvs.squeeze(-1) ** 2
-    return np.broadcast_to(variance.detach().numpy().reshape(-1, variance.shape[-1]).mean(0), len(search.values))
+    return search.model().noise
 
 
 def _most_telling(search: Search, pending: list[Point]) -> Point:
-    """The point of a pool whose observation should raise the highest posterior mean over tried points the most.
+    """The point of a pool whose observation should raise the highest posterior mean the most.
 
-    The knowledge gradient over the tried points and the candidate (Scott et al., 2011):
-    E[max_i (mean_i + step_i z)], z normal, by Gauss-Hermite quadrature. Expected improvement asks where the function
-    may be high; this asks how good the incumbent will be after one more noisy observation, so it may repeat a point.
+    The knowledge gradient (Scott et al., 2011): E[max_i (mean_i + step_i z)], z normal, by Gauss-Hermite quadrature;
+    i runs over the tried points, the candidate, and the `PROSPECTS` of the pool, which later trials may try. Expected
+    improvement asks where the function may be high; this asks how good the answer will be after one more noisy
+    observation, so it may repeat a point.
     """
-    pool = _pool(search, search.seed * 1000 + len(search.points) + len(pending))
+    pool = search.among or _pool(search, search.seed * 1000 + len(search.points) + len(pending))
     tried = list(dict.fromkeys([*pending, *search.points]))
-    points = tried + [point for point in dict.fromkeys(pool) if point not in tried]
-    mean, covariance = search.joint(points)
+    points = tried + [point for point in dict.fromkeys(map(tuple, pool)) if point not in set(tried)]
+    goals = [*range(len(tried)), *_prospects(search, points, len(tried))]
+    mean, covariance, variance = search.moments(points, [points[i] for i in goals])
     noise, running = noise_variance(search).mean(), len(set(pending))
     for i in range(running):  # will be observed: its value does not change how much
-        covariance = covariance - np.outer(covariance[i], covariance[i]) / (covariance[i, i] + noise)
-    step = covariance / np.sqrt(covariance.diagonal() + noise)  # of each mean, when a column is observed 1 sd higher
+        share = covariance[:, i] / (variance[i] + noise)
+        covariance, variance = covariance - np.outer(share, covariance[i]), variance - share * covariance[:, i]
+    scale = np.sqrt(variance.clip(min=0) + noise)
+    step, own = covariance.T / scale, variance / scale  # of each mean, when a point is observed 1 sd higher
     nodes, shares = np.polynomial.hermite_e.hermegauss(15)
-    others = (mean[: len(tried), None, None] + step[: len(tried), :, None] * nodes).max(0)
-    best = np.maximum(others, mean[:, None] + step.diagonal()[:, None] * nodes) @ (shares / shares.sum())
+    highest = [np.maximum((mean[goals, None] + step * z).max(0), mean + own * z) for z in nodes]
+    best = (shares / shares.sum()) @ highest
     return points[running + int(best[running:].argmax())]
 
 
+def _prospects(search: Search, points: list[Point], n: int) -> list[int]:
+    """Places, from `n` on, of the `PROSPECTS` points with the highest posterior means, and of each member's highest."""
+    means = search.model().means(search._tensor(points[n:]))
+    highest = np.argsort(-means.mean(0))[:PROSPECTS]
+    return (n + np.union1d(highest, means.argmax(1))).tolist()
+
+
 def _most_promising(search: Search, pending: list[Point]) -> Point:
-    """The point of the highest log noisy expected improvement (Ament et al., 2023), climbed to from a pool's best."""
+    """The point of the highest log noisy expected improvement (Ament et al., 2023), climbed to from Sobol points."""
     import torch
     from botorch.acquisition.logei import qLogNoisyExpectedImprovement
     from botorch.sampling import SobolQMCNormalSampler
 
     space, seed = search.space, search.seed * 1000 + len(search.points) + len(pending)
-    X, running = (torch.from_numpy(space.to_unit(points)) for points in (search.points, pending))
-    pool = torch.from_numpy(space.to_unit(_pool(search, seed)))[:, None]
+    X, running = search._tensor(search.points), search._tensor(pending)
+    pool = search._tensor(space.sobol(512, seed))[:, None]
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # numerical chatter of the inner optimiser
         torch.manual_seed(seed)
         sampler = SobolQMCNormalSampler(torch.Size([SAMPLES]), seed=seed)
         options = dict(X_pending=running if pending else None, prune_baseline=True)
-        acquisition = qLogNoisyExpectedImprovement(search.model(), X, sampler, **options)
+        acquisition = qLogNoisyExpectedImprovement(search.model().model, X, sampler, **options)
         tops = [_climbed(acquisition, pool, space, ends) for ends in product((0.0, 1.0), repeat=len(space.switches))]
     return space.from_unit(max(tops, key=lambda top: float(top[1]))[0][0].numpy())
 
@@ -231,16 +265,17 @@ def _climbed(acquisition: Callable, pool: Tensor, space: Space, ends: Sequence[f
 
 
 def _pool(search: Search, seed: int) -> list[Point]:
-    """Candidates: Sobol points, anchors, mixtures of few sources, mixtures of the best tried points, points around the
-    best of them, and the best without some sources."""
+    """Candidates: Sobol points, anchors, mixtures of few sources, mixtures of the five best tried points, points around
+    the two best of them, and the five without some sources."""
     space, rng = search.space, np.random.default_rng(seed)
-    mean, _ = search.posterior(search.points)
-    best = space.to_unit(search.points)[np.argsort(-mean)[:5]]
+    tried = list(dict.fromkeys(search.points))
+    best = space.to_unit(tried)[np.argsort(-search.posterior(tried)[0])[:5]]
     everywhere = space.sobol(256, seed) + space.anchors()
     few = rng.random((128, space.size))
     few[:, : space.d] = rng.dirichlet(np.ones(space.d), 128) * _subsets(rng, 128, space.d)
     between = rng.dirichlet(np.full(len(best), 0.5), 64) @ best
-    around = best[0] + rng.uniform(0, 0.3, (64, 1)) * (space.to_unit(space.sobol(64, seed + 1)) - best[0])
+    leaders = best[rng.integers(0, min(2, len(best)), 64)]
+    around = leaders + rng.uniform(0, 0.3, (64, 1)) * (space.to_unit(space.sobol(64, seed + 1)) - leaders)
     without = best[rng.integers(0, len(best), 32)]
     without[:, : space.d] *= _subsets(rng, 32, space.d)
     rows = np.concatenate([few, between, around, without])
