@@ -19,7 +19,7 @@ study = load_study(Path("params/reviews.yaml"))
 for job in (every := plan.expand(study)):
     folder = plan.runs_folder(study) / job.name
     jobs.prepare(job, folder, plan.threads_of(job, every, study.workers))
-    (folder / "metrics.json").write_text(json.dumps({"shape": {"weights": [0.5, 0.5]}, "step_size": 1e-4}))
+    (folder / "metrics.json").write_text(json.dumps({"shape": {"weights": [0.5, 0.5]}, "step_size": 5e-4}))
     jobs.finish(job, folder, "ok", "", 0.0)
 """
 

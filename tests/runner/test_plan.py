@@ -146,8 +146,8 @@ def test_settings_make_a_variant_whose_name_does_not_depend_on_their_order():
     assert name() == name("workers=3", "timeout_minutes=9") == name("size=full") == "reviews"
     assert name("size=smoke", "study=mine") == "mine"
     assert name("size=smoke").startswith("reviews-size-smoke-")
-    assert name("ppo.lr=1.0", "ppo.lam=0.5") == name("ppo.lam=0.5", "ppo.lr=1.0") != name("ppo.lam=0.5")
-    assert name("ppo.lr=0.5") == name("ppo.lr=0.1", "ppo.lr=0.5") != name("ppo.lr=5.0")
+    assert name("ppo.clip=1.0", "ppo.lam=0.5") == name("ppo.lam=0.5", "ppo.clip=1.0") != name("ppo.lam=0.5")
+    assert name("ppo.clip=0.5") == name("ppo.clip=0.1", "ppo.clip=0.5") != name("ppo.clip=5.0")
     assert name("arms={}", "arms.x.sources=[shap]") != name("arms.x.sources=[shap]")
 
 
