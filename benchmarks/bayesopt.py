@@ -104,11 +104,8 @@ class Case:
 
 
 def searched(experiment: Experiment, strategy: str = "gp", **start) -> Search:
-    among = {"among": experiment.among} if isinstance(experiment, MeasuredExperiment) and AMONG else {}
-    return Search(Space(experiment.d), strategy, seed=experiment.seed, **start, **among)
-
-
-AMONG = "among" in Search.__dataclass_fields__
+    among = experiment.among if isinstance(experiment, MeasuredExperiment) else None
+    return Search(Space(experiment.d), strategy, seed=experiment.seed, among=among, **start)
 
 
 def ours(experiment: Experiment, trials: int) -> tuple[Point, dict]:

@@ -21,14 +21,15 @@ from dense_rlhf.bayesopt import audit
 from dense_rlhf.bayesopt.search import Search, noise_variance
 
 RULES = ("ours", "bounds", "prb")
-POINTS, DRAWS = 192, 1024  # Sobol points that stand for the simplex; joint draws
+POINTS, DRAWS = 192, 1024  # points that stand for all; joint draws
 RISK = 0.025  # of the model, and again of the estimate, at Wilson's setting
 
 
 def stops(search: Search, verdict: audit.Verdict) -> dict[str, bool]:
     """Whether each of `RULES` would stop the search as it stands; `verdict` is its audit."""
     tried = list(dict.fromkeys(search.points))
-    mean, covariance = search.joint(tried + search.space.sobol(POINTS, search.seed))
+    everywhere = search.among[:: max(1, len(search.among) // POINTS)] if search.among else None
+    mean, covariance = search.joint([*tried, *(everywhere or search.space.sobol(POINTS, search.seed))])
     return {
         "ours": verdict.kind == audit.CONVERGED,
         "bounds": bounds(mean, np.sqrt(covariance.diagonal().clip(0)), len(tried), search),
