@@ -53,6 +53,7 @@ def notebook_body(path: Path) -> tuple[Markup, Markup]:
             cell.source = mathml(cell.source)
     _settle(notebook)
     notebook.cells = _arranged(notebook.cells)
+    _gather_messages(notebook.cells)
     html, _ = _exporter().from_notebook_node(notebook)
     soup = BeautifulSoup(html, "html.parser")
     clean(soup)
@@ -107,6 +108,18 @@ def _arranged(cells: list[NotebookNode]) -> list[NotebookNode]:
             cell.source = f"{arranged.pop().source}\n\n{cell.source}"
         arranged.append(cell)
     return arranged
+
+
+def _gather_messages(cells: list[NotebookNode]) -> None:
+    """All that was written to stderr in one place, after the last code."""
+    from nbformat.v4 import new_output
+
+    texts, last = [], next((cell for cell in reversed(cells) if cell.cell_type == "code"), None)
+    for cell in cells:
+        texts += [o.text.rstrip() for o in cell.get("outputs", ()) if o.get("name") == "stderr"]
+        cell["outputs"] = [o for o in cell.get("outputs", ()) if o.get("name") != "stderr"]
+    if texts and last is not None:
+        last.outputs.append(new_output("stream", name="stderr", text="\n".join(texts)))
 
 
 def overwritten(text: str) -> str:

@@ -58,3 +58,15 @@ def test_a_notebook_without_code_or_answer_keeps_its_order(tmp_path):
 def test_hashes_in_tables_are_short(tmp_path):
     page = body(tmp_path, shows("show()", f"<table><tr><td>policy: {SHA}</td></tr></table><p>{SHA}</p>"))
     assert f"policy: {SHA[:12]}…" in page and f"<p>{SHA}</p>" in page
+
+
+def test_messages_are_one_fold_at_the_end(tmp_path):
+    def noisy(text):
+        messages = [new_output("stream", name="stderr", text=f"{text}{i}\n") for i in range(3)]
+        return new_code_cell(
+            text, outputs=[*messages, new_output("display_data", {"text/html": f"<p>shown {text}</p>"})]
+        )
+
+    page = body(tmp_path, noisy("a"), noisy("b"), new_markdown_cell("text after"))
+    assert page.count("<summary>messages</summary>") == 1 and "a0\na1\na2\nb0" in page
+    assert page.index("<summary>messages") > page.index("shown b")
