@@ -65,7 +65,7 @@ def trace(search: Search) -> pd.DataFrame:
 
 
 def phases(search: Search) -> list[str]:
-    """How each trial came about: "anchor", "quasi-random" (pairs and Sobol points), or "chosen" by the model."""
+    """How each trial came about: "anchor", "quasi-random" (Sobol points), or "chosen" by the model."""
     planned, anchors, kinds = Counter(search.start), set(search.space.anchors()), []
     later = "chosen" if search.strategy in CHOOSING else "quasi-random"
     for point in search.points:
