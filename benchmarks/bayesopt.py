@@ -72,7 +72,7 @@ from dense_rlhf.bayesopt.reported_functions import REPORTED
 from dense_rlhf.bayesopt.search import Search
 from dense_rlhf.bayesopt.space import Point, Space
 from dense_rlhf.files import Journal, cache_root, content_key
-from dense_rlhf.fingerprint import code_key, source_key
+from dense_rlhf.fingerprint import code_key
 from dense_rlhf.runs import provenance
 from dense_rlhf.statistics import bootstrap
 
@@ -140,13 +140,15 @@ def quiet() -> None:
 
 @cache
 def code(method: str) -> str:
-    """Hash of what a method's result depends on beside the function that it searches."""
+    """Hash of the code that makes a method's result, beside the function that it searches; imports are not followed."""
+    here, package = Path(__file__).parent, Path(audit.__file__).parent
     if method not in OURS:
         return content_key([code_key(ast.parse(Path(peers.__file__).read_text())), peers.REQUIREMENTS])
-    files = [Path(__file__).with_name(name).read_text() for name in ("stopping_rules.py", "measured_mixtures.py")]
-    mine = [code_key(ast.parse(text)) for text in files] if method == "ours" else []
+    files = [package / name for name in ("search.py", "surrogate.py", "space.py")]
+    if method == "ours":
+        files += [package / "audit.py", here / "stopping_rules.py", here / "measured_mixtures.py"]
     calls = [inspect.getsource(of) for of in (OURS[method], searched)]
-    return content_key([source_key("dense_rlhf.bayesopt.search", "dense_rlhf.bayesopt.audit"), calls, mine])
+    return content_key([[code_key(ast.parse(file.read_text())) for file in files], calls])
 
 
 def key(case: Case, method: str, seed: int) -> str:
