@@ -18,6 +18,7 @@ from torch import Tensor
 
 MEMBERS = 24  # posterior draws of the hyperparameters in an ensemble
 CANDIDATES = 768  # prior draws from which they start
+PARTICLES, ENOUGH = 48, 24  # draws on the way, where few of the prior fit, and the effective ones among them
 SLICES = 6  # slice-sampling steps of each
 DTYPE = torch.float64
 JITTER = 1e-6  # of the values' variance
@@ -169,25 +170,51 @@ def posterior_draws(log_likelihood: Callable[[Tensor], Tensor], size: int, seed:
     """Draws (MEMBERS, size) of a standard normal prior times a likelihood, a function of (R, size) to (R,).
 
     Prior draws are chosen by their likelihood, then moved by elliptical slice sampling (Murray, Adams & MacKay, 2010),
-    which has no step size to tune. They depend on `seed` alone; torch's global generator is not used.
+    which has no step size to tune. Where too few of them fit, the likelihood is raised to powers that rise to 1, with
+    a choice and moves at each (Del Moral, Doucet & Jasra, 2006). The draws depend on `seed` alone; torch's global
+    generator is not used.
     """
     g = torch.Generator().manual_seed(seed)
-    normal, uniform = partial(torch.randn, generator=g, dtype=DTYPE), partial(torch.rand, generator=g, dtype=DTYPE)
-    z = normal(CANDIDATES, size)
+    z, power = torch.randn(CANDIDATES, size, generator=g, dtype=DTYPE), 0.0
     value = torch.cat([log_likelihood(part) for part in z.split(128)])
-    chosen = torch.multinomial((value - value.max()).exp(), MEMBERS, True, generator=g)
+    while (step := _step(value, 1 - power)) < 1 - power:
+        chosen, power = _chosen(step * value, PARTICLES, g), power + step
+        z, value = _moved(log_likelihood, power, z[chosen], value[chosen], g)
+    chosen = _chosen(step * value, MEMBERS, g)
     z, value = z[chosen], value[chosen]
     for _ in range(SLICES):
-        old, other, level = z.clone(), normal(MEMBERS, size), value + uniform(MEMBERS).log()
-        angle, moving = 2 * math.pi * uniform(MEMBERS), torch.arange(MEMBERS)
-        low, high = angle - 2 * math.pi, angle
-        while len(moving):
-            z[moving] = (old * angle.cos()[:, None] + other * angle.sin()[:, None])[moving]
-            value[moving] = log_likelihood(z[moving])
-            moving = moving[value[moving] <= level[moving]]
-            low, high = torch.where(angle < 0, angle, low), torch.where(angle < 0, high, angle)
-            angle = low + uniform(MEMBERS) * (high - low)
+        z, value = _moved(log_likelihood, 1.0, z, value, g)
     return z
+
+
+def _chosen(log_weights: Tensor, n: int, g: torch.Generator) -> Tensor:
+    return torch.multinomial((log_weights - log_weights.max()).exp(), n, True, generator=g)
+
+
+def _step(value: Tensor, most: float) -> float:
+    """The largest step of the power, up to `most`, that leaves `ENOUGH` effective draws."""
+    steps = torch.cat([torch.tensor([most], dtype=DTYPE), most * torch.logspace(-0.1, -6, 60, dtype=DTYPE)])
+    weights = (steps[:, None] * (value - value.max())).exp()
+    effective = weights.sum(1).square() / weights.square().sum(1)
+    return float(steps[int((effective >= ENOUGH).int().argmax())]) if (effective >= ENOUGH).any() else float(steps[-1])
+
+
+def _moved(
+    log_likelihood: Callable[[Tensor], Tensor], power: float, z: Tensor, value: Tensor, g: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Each row of `z` (R, size) moved by elliptical slice sampling, with its log-likelihood, which is raised."""
+    uniform, old, z, value = partial(torch.rand, generator=g, dtype=DTYPE), z, z.clone(), value.clone()
+    other = torch.randn(z.shape, generator=g, dtype=DTYPE)
+    level = power * value + uniform(len(z)).log()
+    angle, moving = 2 * math.pi * uniform(len(z)), torch.arange(len(z))
+    low, high = angle - 2 * math.pi, angle
+    while len(moving):
+        z[moving] = (old * angle.cos()[:, None] + other * angle.sin()[:, None])[moving]
+        value[moving] = log_likelihood(z[moving])
+        moving = moving[power * value[moving] <= level[moving]]
+        low, high = torch.where(angle < 0, angle, low), torch.where(angle < 0, high, angle)
+        angle = low + uniform(len(z)) * (high - low)
+    return z, value
 
 
 class Process:

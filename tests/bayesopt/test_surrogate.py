@@ -1,9 +1,12 @@
 """What is believed of a noisy function of mixtures."""
 
 import numpy as np
+import pytest
 import torch
+from scipy.spatial.distance import cdist
+from scipy.stats import norm
 
-from dense_rlhf.bayesopt.surrogate import MEMBERS, Ensemble, plain, posterior_draws
+from dense_rlhf.bayesopt.surrogate import KINDS, MEMBERS, Ensemble, _covariance, _prior_variance, plain, posterior_draws
 
 DTYPE = torch.float64
 
@@ -22,10 +25,8 @@ def sharp(X):
 
 
 def error(model, X, wanted):
-    with torch.no_grad():
-        found = model.posterior(X)
-    mean = found.mixture_mean if hasattr(found, "mixture_mean") else found.mean
-    return float((mean.reshape(-1) - wanted).square().mean().sqrt())
+    mean, *_ = model.moments(X, X[:1])
+    return float(np.sqrt(np.square(mean - wanted.numpy()).mean()))
 
 
 def test_draws_have_the_moments_of_a_posterior_in_closed_form():
@@ -67,45 +68,71 @@ def test_what_no_quadratic_form_says_is_believed_where_values_say_it():
     assert error(Ensemble(X, Y, variance, 0), there, wave(there)) < 0.15
 
 
-def test_a_member_is_the_gaussian_process_of_its_hyperparameters():
-    """By numpy, from the formula in the docstring (Rasmussen & Williams, 2006, eqs. 2.23 and 2.24)."""
+def kernel(z, p, q):
+    """By numpy, from the formulas in the docstring of `Ensemble`; `z` is one of its rows for three weights."""
+    shares = np.cumsum(list(KINDS.values())) / sum(KINDS.values())
+    kind = list(KINDS)[int(np.searchsorted(shares, norm.cdf(z[0])))]
+    a, b = np.exp(1.5 * z[1] - 1 if "rough" in kind else z[1]), np.exp(z[2])
+    if kind == "few directions":
+        form = 0.55 * z[7:16].reshape(3, 3)
+        return a * ((p @ form.T) @ (q @ form.T).T) ** 2 + b
+    change = {"rough in roots": np.sqrt, "rough in logarithms": lambda w: np.log(w + 0.03) / 2}.get(kind, np.array)
+    lengths = 0.9 * np.exp(0.6 * z[3] + 0.4 * z[4:7])
+    r = cdist(change(p) / lengths, change(q) / lengths)
+    s = np.sqrt(5) * r
+    rough = (1 + s + s**2 / 3) * np.exp(-s)
+    return a * (p @ q.T) ** 2 + b * (np.exp(-(r**2) / 2) if kind == "smooth" else rough)
+
+
+def test_each_kind_of_kernel_is_its_formula():
+    z = torch.randn(60, 16, dtype=DTYPE, generator=torch.Generator().manual_seed(0))
+    X, Z = (torch.from_numpy(np.random.default_rng(i).dirichlet(np.ones(3), n)) for i, n in ((0, 6), (1, 4)))
+    ours = _covariance(z, X, Z)
+    for i, row in enumerate(z.numpy()):
+        np.testing.assert_allclose(ours[i], kernel(row, X.numpy(), Z.numpy()), rtol=1e-6)
+    np.testing.assert_allclose(_prior_variance(z, X), _covariance(z, X, X).diagonal(dim1=1, dim2=2), rtol=1e-6)
+
+
+def test_moments_are_those_of_the_mixture_of_the_members():
+    """Of the Gaussian process of each row (Rasmussen & Williams, 2006, eqs. 2.23 and 2.24), by numpy."""
     X, Y, variance = observed(sharp, 9, 3, 3.0)
     there = torch.from_numpy(np.random.default_rng(1).dirichlet(np.ones(3), 5))
     model = Ensemble(X, Y, variance, 0)
-    with torch.no_grad():
-        found = model.posterior(there)
-    x, z = X.numpy(), there.numpy()
-    centre, scale = Y.mean().item(), Y.std().item()
-    kinds = model.covar_module.theta[:, 0] > 0
-    assert 0 < kinds.sum() < MEMBERS  # at this noise nine values leave both
-    for i in (int(kinds.int().argmax()), int(kinds.int().argmin())):
-        theta = model.covar_module.theta[i].numpy()
-        (a, b), lengths, form = np.exp(theta[1:3]), np.exp(theta[3:6]), theta[6:].reshape(3, 3)
-
-        def k(p, q, few=theta[0] > 0, a=a, b=b, lengths=lengths, form=form):
-            if few:
-                return a * ((p @ form.T) @ (q @ form.T).T) ** 2 + b
-            apart = (((p[:, None] - q[None]) / lengths) ** 2).sum(-1)
-            return a * (p @ q.T) ** 2 + b * np.exp(-apart / 2)
-
-        noisy = k(x, x) + 3.0**2 / scale**2 * np.eye(9)
-        mean = k(z, x) @ np.linalg.solve(noisy, (Y.numpy()[:, 0] - centre) / scale)
-        covariance = k(z, z) - k(z, x) @ np.linalg.solve(noisy, k(x, z))
-        np.testing.assert_allclose(found.mean[i, :, 0], centre + scale * mean, rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(found.variance[i, :, 0], scale**2 * covariance.diagonal(), rtol=1e-3, atol=1e-5)
+    x, p, centre, scale = X.numpy(), there.numpy(), Y.mean().item(), Y.std().item()
+    assert sum(share > 0 for share in model.kinds().values()) > 2  # at this noise nine values leave several
+    means, covariances = [], []
+    for z in model.z.numpy():
+        noisy = kernel(z, x, x) + (3.0 / scale) ** 2 * np.eye(9)
+        gain = np.linalg.solve(noisy, kernel(z, x, p)).T
+        means.append(centre + gain @ (Y.numpy()[:, 0] - centre))
+        covariances.append(scale**2 * (kernel(z, p, p) - gain @ kernel(z, x, p)))
+    mean, covariance, variances = model.moments(there, there)
+    whole = np.mean(covariances, 0) + np.cov(np.array(means).T, bias=True)
+    np.testing.assert_allclose(mean, np.mean(means, 0), rtol=1e-4)
+    np.testing.assert_allclose(covariance, whole, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(variances, whole.diagonal(), rtol=1e-3)
+    np.testing.assert_allclose(model.means(there), means, rtol=1e-4)
 
 
-def test_noise_that_nobody_told_is_found():
+def test_the_data_choose_the_kind():
+    """A narrow peak speaks against the quadratic form of few directions, which a sharp ridge speaks for."""
+
+    def peak(X):
+        return 6 * torch.exp(-(X - 1 / 3).square().sum(-1) / 0.02)
+
+    shares = [Ensemble(*observed(function, 40, 3, 0.3), 0).kinds() for function in (peak, sharp)]
+    assert all(sum(share.values()) == pytest.approx(1) for share in shares)
+    assert shares[0]["few directions"] < 0.05 and shares[1]["few directions"] > 0.6
+
+
+def test_noise_is_estimated_where_it_is_not_known():
     for sd in (0.05, 1.0):
         X, Y, _ = observed(sharp, 60, 3, sd)
-        model = Ensemble(X, Y, None, 0)
-        noise = float((model.likelihood.noise.mean() * Y.var()).detach())
-        assert 0.6 * sd < noise**0.5 < 1.6 * sd
+        assert 0.6 * sd < Ensemble(X, Y, None, 0).noise.mean() ** 0.5 < 1.6 * sd
 
 
 def test_few_and_noisy_values_leave_the_members_apart():
     X, Y, variance = observed(lambda X: 0 * X[:, 0], 6, 3, 1.0)
-    with torch.no_grad():
-        found = Ensemble(X, Y, variance, 0).posterior(X)
-    assert float(found.mixture_mean.std()) < 2 * float(found.mixture_variance.sqrt().mean())
-    assert float(found.mean.std(0).mean()) > 0.05
+    model = Ensemble(X, Y, variance, 0)
+    mean, _, variances = model.moments(X, X)
+    assert mean.std() < 2 * np.sqrt(variances).mean() and model.means(X).std(0).mean() > 0.05
