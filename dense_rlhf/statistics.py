@@ -217,22 +217,6 @@ def _spreads(df: float, n: int = 2000) -> np.ndarray:
     return np.sqrt(gammaincinv(df / 2, (np.arange(n) + 0.5) / n) * 2 / df)
 
 
-def detectable(measured: Difference, chance: float = 0.8, tests: int = 1) -> float:
-    """The smallest true difference that this many seeds detect with this chance; infinite for one seed.
-
-    Takes the measured standard error as the true one. With several `tests` the level is that of Holm's first step.
-    """
-    from scipy.optimize import brentq
-
-    if measured.df <= 0:
-        return math.inf
-    alpha = ALPHA / tests
-    high = 1.0
-    while power(high, 1.0, measured.df, alpha) < chance:
-        high *= 2
-    return measured.error * float(brentq(lambda x: power(x, 1.0, measured.df, alpha) - chance, 0, high))
-
-
 def power_within(margin: float, mean: float, error: float, df: float, alpha: float = ALPHA) -> float:
     """Chance that two one-sided t tests show a true difference of `mean` to be smaller than `margin`."""
     from scipy.special import ndtr, stdtrit

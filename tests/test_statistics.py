@@ -17,7 +17,6 @@ from dense_rlhf.statistics import (
     arm_table,
     at_kl,
     bootstrap,
-    detectable,
     difference,
     difference_at_kl,
     hedges_g,
@@ -27,6 +26,8 @@ from dense_rlhf.statistics import (
     over_seeds,
     paired,
     power,
+    power_within,
+    seeds_needed,
     summarise,
     t_interval,
     welch,
@@ -70,7 +71,8 @@ def test_one_seed_has_no_interval():
     assert all(not i.known and i.low == -math.inf and i.high == math.inf for i in found)
     assert str(found[0]) == "2.00 [no interval]"
     for gap in found[2:]:
-        assert gap.p == 1 and gap.df == 0 and gap.seeds == 1 and math.isnan(gap.g) and detectable(gap) == math.inf
+        assert gap.p == 1 and gap.df == 0 and gap.seeds == 1 and math.isnan(gap.g)
+        assert gap.p_above(-9) == gap.p_within(9) == 1 and seeds_needed(gap, lambda n: 0.05) == math.inf
 
 
 @given(few, few)
@@ -222,13 +224,40 @@ def test_power_of_no_effect_is_the_level_and_grows_with_the_effect():
     assert all(a < b for a, b in pairwise(power(x, 1, 3) for x in (0, 1, 2, 4)))
 
 
-@pytest.mark.parametrize("seeds", [2, 3, 10])
-@pytest.mark.parametrize("tests", [1, 6])
-def test_what_is_detectable_is_seen_with_its_power(seeds, tests):
-    found = paired(RNG.normal(0, 1, seeds), RNG.normal(0, 1, seeds))
-    x = detectable(found, tests=tests)
-    assert power(x, found.error, found.df, 0.05 / tests) == pytest.approx(0.8, abs=1e-6)
-    assert detectable(found, tests=12) > x
+@pytest.mark.parametrize("bound", [-0.4, 0.0, 0.7])
+def test_one_sided_tests_are_scipys(bound):
+    a, b = RNG.normal(0.3, 1, 6), RNG.normal(0, 2, 6)
+    for gap, test in ((paired(a, b), stats.ttest_rel), (welch(a, b), stats.ttest_ind)):
+        more = {} if gap.paired else {"equal_var": False}
+        above, below = (test(a, b + bound, alternative=side, **more).pvalue for side in ("greater", "less"))
+        assert (gap.p_above(bound), gap.p_below(bound)) == pytest.approx((above, below))
+        assert gap.p_within(0.7) == max(gap.p_above(-0.7), gap.p_below(0.7))
+    same = paired([1.0, 1.0], [0.5, 0.5])
+    assert (same.p_within(0.6), same.p_within(0.5), same.p_within(0.4)) == (0.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize("seeds, mean, margin", [(3, 0.0, 3.0), (5, 0.5, 2.0), (10, -0.5, 1.5)])
+def test_power_of_a_bound_is_the_share_of_simulated_studies_that_bound(seeds, mean, margin):
+    gaps = RNG.normal(mean, 1, (REPEATS, seeds))
+    sides = [
+        stats.ttest_1samp(gaps, m, axis=1, alternative=s).pvalue for m, s in ((-margin, "greater"), (margin, "less"))
+    ]
+    seen = np.mean(np.maximum(*sides) < 0.05)
+    assert power_within(margin, mean, 1 / math.sqrt(seeds), seeds - 1) == pytest.approx(seen, abs=0.03)
+
+
+@pytest.mark.parametrize("margin", [None, 2.0])
+def test_the_seeds_that_are_needed_are_the_fewest(margin):
+    gap = paired(*(np.array([1.5, 0.7, 1.2, 0.9]), np.array([0.0, 0.3, -0.4, 0.6])))
+    spread, n = gap.error * 2, seeds_needed(gap, lambda seeds: 0.01, margin)
+    here = [
+        power(gap.mean, spread / math.sqrt(k), k - 1, 0.01)
+        if margin is None
+        else power_within(margin, gap.mean, spread / math.sqrt(k), k - 1, 0.01)
+        for k in (n - 1, n)
+    ]
+    assert here[0] < 0.8 <= here[1] and 4 < n < 21
+    assert seeds_needed(gap, lambda seeds: 0.01, margin=gap.mean / 2) == math.inf
 
 
 def test_the_interquartile_mean_covers_where_it_gives_an_interval():

@@ -278,9 +278,7 @@ def test_other_studies_are_computed_again_too(tmp_path):
     ours = {(c.key, c.where): c.verdict for c in judge(made) if c.cases}
     assert recompute_verdicts.verdicts(study.folder) == ours
     assert {key for key, _ in ours} == {"1a", "1b", "2", "3", "6"} and len(set(ours.values())) > 1
-    assert (
-        not made.compare("shap", "sparse").paired and made.margin == 0.1
-    )  # the strictest that is stated, by default 0.1
+    assert not made.compare("shap", "sparse").paired and made.margin == 0.2
 
 
 # ---------------------------------------------------------------------------------------------------- the page
