@@ -11,6 +11,7 @@ if (__name__ == "__main__" or sys.argv[0].endswith("dense-rlhf")) and signal.get
 import argparse
 import os
 import shlex
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -55,13 +56,24 @@ def _run(arguments: argparse.Namespace) -> int:
     records = _records(arguments, study, names)
     statuses = [record["status"] for record in records]
     print("\n".join([*failures(records, study.study, _again(arguments)), summary(statuses)]), flush=True)
+    written = _show_reports(study, jobs, records)
+    return 0 if written and set(statuses) <= set(GOOD) else 1
+
+
+def _show_reports(study, jobs: list, records: list[dict]) -> bool:
+    """Render the reports, print what all took and where they are; whether that could be done."""
+    from dense_rlhf.runner.console import spent
+    from dense_rlhf.runner.plan import runs_folder
+
+    began = time.monotonic()
     try:
-        print(f"open {_reports(study, jobs, records)}")
+        index = _reports(study, jobs, records)
     except Exception as error:  # from pandas, nbconvert or jinja; the runs are kept
         reason = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
         print(f"the reports could not be written: {one_line(reason)}", file=sys.stderr)
-        return 1
-    return 0 if set(statuses) <= set(GOOD) else 1
+        return False
+    print("\n".join([*spent(records, runs_folder(study), time.monotonic() - began), f"open {index}"]))
+    return True
 
 
 def _spare(arguments: argparse.Namespace, folder: Path, why: dict[str, str]) -> None:

@@ -8,12 +8,13 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from dense_rlhf.runner.jobs import BAD, STATES, state
 from dense_rlhf.runner.plan import Job, act, describe
-from dense_rlhf.runs import GOOD
+from dense_rlhf.runs import GOOD, RunFolder
 from dense_rlhf.types import InputError, did_you_mean
 
 
@@ -91,6 +92,30 @@ def tally(statuses: Iterable[str]) -> list[str]:
 
 def summary(statuses: list[str]) -> str:
     return f"{len(statuses)} runs: {', '.join(tally(statuses)) or 'none chosen'}"
+
+
+def spent(records: Iterable[dict], folder: Path, pages: float) -> list[str]:
+    """What the runs that were just made took, in a line: in cells, training, starting and ending; and the pages."""
+    ran = [record for record in records if record["status"] == "ok"]
+    cells, trained = (sum(of(RunFolder(folder / record["job"])) for record in ran) for of in (_in_cells, _trained))
+    total = sum(record["seconds"] for record in ran)
+    around = f"{total:.0f} s of runs: {cells:.0f} s in cells, {total - cells:.0f} s to start and end them"
+    return [f"{around}; {trained:.0f} s trained policies of 04_ppo; pages took {pages:.0f} s"] if ran else []
+
+
+def _in_cells(run: RunFolder) -> float:
+    """The seconds that papermill noted for the cells of an executed notebook; 0 where it cannot be read."""
+    with suppress(InputError, LookupError, TypeError, AttributeError):
+        return sum(cell["metadata"]["papermill"]["duration"] or 0 for cell in run.load_json("notebook.ipynb")["cells"])
+    return 0.0
+
+
+def _trained(run: RunFolder) -> float:
+    """The seconds of a policy's training, if all of it was done in this run."""
+    with suppress(InputError, LookupError, TypeError):
+        about = run.load_json("trained.json")
+        return 0.0 if about["read"] else about["seconds"]
+    return 0.0
 
 
 def states(jobs: list[Job], folder: Path, why: dict[str, str]) -> tuple[list[str], bool]:

@@ -69,16 +69,21 @@ def launch(
     `stop` ends it as `cancelled`; `keep` are files that it holds open, such as locks.
     """
     log, deadline = folder / "log.txt", time.monotonic() + limits.seconds
+
+    def over() -> tuple[str, str] | None:
+        """How it ends, where it must not go on."""
+        if stop is not None and stop.is_set():
+            return "cancelled", "interrupted"
+        if time.monotonic() > deadline:
+            return "timeout", f"not finished after {limits.seconds / 60:.0f} minutes"
+
     with open(log, "a", encoding="utf-8") as file:
         begin = file.tell()
-        over = lambda: stop is not None and stop.is_set() or time.monotonic() > deadline  # noqa: E731
         child = _start(["dense_rlhf", "execute", notebook, str(folder)], limits, (file.fileno(), *keep), over)
     try:
         while child.poll() is None:
-            if stop is not None and stop.is_set():
-                return "cancelled", "interrupted"
-            if time.monotonic() > deadline:
-                return "timeout", f"not finished after {limits.seconds / 60:.0f} minutes"
+            if end := over():
+                return end
             _wait(child, 0.2)
     finally:  # also on an interrupt: no kernel is left behind
         _end(child)
@@ -86,7 +91,7 @@ def launch(
 
 
 def _start(
-    arguments: list[str], limits: Limits, files: tuple[int, ...], over: Callable[[], bool]
+    arguments: list[str], limits: Limits, files: tuple[int, ...], over: Callable[[], object]
 ) -> Forked | subprocess.Popen:
     """`python -m` with these arguments: a fork of the server, where there is one; else a new process.
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -54,8 +55,9 @@ class Local(Threads):
 
     def submit(self, call: Callable, *args) -> Future:
         if self.server is None and SERVER not in os.environ:
-            self.server = preloaded()
-            os.environ[SERVER] = self.server.path
+            with suppress(InputError):  # each run says so itself
+                self.server = preloaded()
+                os.environ[SERVER] = self.server.path
         return self.pool.submit(self._in_slot, call, args)
 
     def __exit__(self, *error) -> None:

@@ -166,6 +166,7 @@ class Server:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
+                cwd="/",
                 start_new_session=True,
                 pass_fds=[listener.fileno()],
             )
@@ -189,7 +190,7 @@ class Forked:
         environment: Mapping[str, str],
         folder: str,
         files: Sequence[int],
-        over: Callable[[], bool],
+        over: Callable[[], object],
     ):
         self.returncode = None
         self.server = socket.socket(socket.AF_UNIX)
@@ -203,7 +204,7 @@ class Forked:
             self.server.close()
             raise
 
-    def _process(self, over: Callable[[], bool]) -> int:
+    def _process(self, over: Callable[[], object]) -> int:
         """Its process id, when the server has imported and forked."""
         while not select.select([self.server], [], [], 0.1)[0]:
             if over():
@@ -276,8 +277,7 @@ def unfit() -> str:
     """Why this process must not be forked; empty if it may."""
     if (threads := len(os.listdir("/proc/self/task"))) > 1:
         return f"{threads} threads run after the imports"
-    files = os.listdir("/proc/self/fd")
-    for name in files:
+    for name in os.listdir("/proc/self/fd"):
         with suppress(OSError):
             if "nvidia" in os.readlink(f"/proc/self/fd/{name}"):
                 return "an import opened the GPU"

@@ -366,7 +366,7 @@ def test_a_terminal_has_one_line_and_a_pipe_has_lines(study, faked, monkeypatch,
     assert Screen().terminal
     assert main(["run", str(study)]) == 0
     out = capsys.readouterr().out
-    assert "\r\x1b[K5/5 · 0 running · 5 ok" in out and out.count("\n") == 3 and "min left)" in out
+    assert "\r\x1b[K5/5 · 0 running · 5 ok" in out and out.count("\n") == 4 and "min left)" in out
     monkeypatch.setattr("sys.stdout.isatty", lambda: False, raising=False)
     assert main(["run", str(study), "--force"]) == 0
     out = capsys.readouterr().out

@@ -6,6 +6,7 @@ import signal
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from checkout import command, make_checkout, write_notebook
 from kill_runs import left_behind, processes
@@ -126,11 +127,11 @@ def test_a_server_ends_with_its_runner(end, tmp_path, monkeypatch):
     while not (forks := processes(tmp_path, "dense-kernel")) and time.monotonic() < until:
         time.sleep(0.05)
     (kernel,) = forks
-    chain = [process.name() for process in kernel.parents()[:4]]
-    assert chain == ["dense-worker", "dense-guard", "dense-keeper", "dense-server"]
+    chain = kernel.parents()[:4]
+    assert [one.name() for one in chain] == ["dense-worker", "dense-guard", "dense-keeper", "dense-server"]
     runner.send_signal(end)
     runner.communicate()
-    assert left_behind(tmp_path) == []
+    assert left_behind(tmp_path) == [] and not psutil.wait_procs(chain, timeout=5)[1]
 
 
 def test_a_server_knows_no_module_of_this_package(checkout, light):

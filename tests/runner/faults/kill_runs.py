@@ -8,6 +8,7 @@ finished before a kill was not run again, and all artefacts equal those of an un
 """
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -57,7 +58,7 @@ def processes(folder: Path, name: str = "") -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         try:
-            if process.cwd() == str(folder) and process.status() != "zombie":
+            if process.pid != os.getpid() and process.cwd() == str(folder) and process.status() != "zombie":
                 found += [process] if name in process.name() else []
         except psutil.Error:
             continue
