@@ -175,20 +175,39 @@ def test_views_change_without_scripts(site, browser):
 
 
 def test_the_first_page_answers(site):
-    """Whether dense rewards helped, by how much, how sure, at what cost; failures before it."""
+    """What was found, at what cost, how sure, what no arm did, then the claims; failures before it."""
     text = BeautifulSoup((site / "index.html").read_text(), "html.parser").main.get_text(" ")
     wanted = (
         "Failures",
         "Did dense rewards help",
-        "By how much",
-        "At equal KL",
-        "Over a control",
+        "over sparse after equal updates",
+        "Cost",
         "How sure",
-        "At what cost",
+        "What no arm",
     )
     places = [text.index(what) for what in wanted]
     assert places == sorted(places)
-    assert re.search(r", the dense arm \(of 3\) with the smallest p, has [+-]0\.\d\d \[", text)
-    assert "2 seeds, 60 held-out" in text and "with power 0.8" in text
-    assert text.count("undecided here") >= 5 and "1b. Dense rewards speed learning" in text
-    assert re.search(r"\d% of it to explain; 1\.4 times that of sparse", text)
+    assert re.search(r"shap-signed \w+ gold [+-]0\.\d\d \[.* at \d\.\d nats of KL against \d\.\d; at equal KL", text)
+    assert "2 seeds, 60 held-out" in text and "(chance 0.8)" in text
+    assert text.count("undecided") >= 4 and "1b. Dense rewards speed learning" in text
+    assert "a training takes 1.4 times that of sparse" in text and "To end above sparse and every control" in text
+
+
+@pytest.mark.parametrize("name", ["index.html", "made/index.html", "made/comparison-reviews.html"])
+def test_a_phone_shows_the_answer_without_scrolling_sideways(name, site, browser):
+    watched = Watched(browser, viewport={"width": 390, "height": 800})
+    watched.open(site / name)
+    assert watched.page.evaluate("document.documentElement.scrollWidth") <= 390
+    table = watched.page.locator(".verdict + .wide").first
+    assert table.evaluate("box => box.scrollWidth <= box.clientWidth + 1")
+
+
+def test_print_shows_the_reasons_and_all_columns(site, browser):
+    """What is folded on the screen is on paper, and no table is wider than it."""
+    watched = Watched(browser, viewport={"width": 670, "height": 900})
+    watched.open(site / "made" / "comparison-reviews.html")
+    reasons = watched.page.locator(".reasons").first
+    assert not reasons.is_visible()
+    watched.page.emulate_media(media="print")
+    assert reasons.bounding_box()["height"] > 50
+    assert watched.page.evaluate("document.documentElement.scrollWidth") <= 680
