@@ -194,15 +194,17 @@ def noise_variance(search: Search) -> np.ndarray:
 def _most_telling(search: Search, pending: list[Point]) -> Point:
     """The point of a pool whose observation should raise the highest posterior mean the most.
 
-    The knowledge gradient (Scott et al., 2011): E[max_i (mean_i + step_i z)], z normal, by Gauss-Hermite quadrature;
-    i runs over the tried points, the candidate, and the `PROSPECTS` of the pool, which later trials may try. Expected
-    improvement asks where the function may be high; this asks how good the answer will be after one more noisy
-    observation, so it may repeat a point.
+    The knowledge gradient (Scott et al., 2011): E[max_i (mean_i + step_i z)], z normal, by Gauss-Hermite quadrature.
+    Expected improvement asks where the function may be high; this asks how good the answer will be after one more
+    noisy observation, so it may repeat a point. i runs over the points that can be the answer: the tried ones and the
+    candidate, and at every other trial also the `PROSPECTS` of the pool, which later trials may try. Without them the
+    search stays where it is; with them at each trial it never settles.
     """
     pool = search.among or _pool(search, search.seed * 1000 + len(search.points) + len(pending))
     tried = list(dict.fromkeys([*pending, *search.points]))
     points = tried + [point for point in dict.fromkeys(map(tuple, pool)) if point not in set(tried)]
-    goals = [*range(len(tried)), *_prospects(search, points, len(tried))]
+    later = _prospects(search, points, len(tried)) if (len(search.points) + len(pending)) % 2 else []
+    goals = [*range(len(tried)), *later]
     mean, covariance, variance = search.moments(points, [points[i] for i in goals])
     noise, running = noise_variance(search).mean(), len(set(pending))
     for i in range(running):  # will be observed: its value does not change how much

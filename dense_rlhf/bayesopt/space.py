@@ -89,17 +89,6 @@ class Space:
         rows = [*np.eye(self.d), np.full(self.d, 1 / self.d)][: self.d + (self.d > 1)]
         return [self.from_unit(np.concatenate([row, np.full(len(self.bounds), 0.5)])) for row in rows]
 
-    def pairs(self, seed: int) -> list[Point]:
-        """Weights of two sources in equal parts, none if there are only two; `seed` decides the order.
-
-        Sources come in turn, so that any first few pairs are balanced. With the vertices they are Scheffe's (1958)
-        simplex lattice, which shows every interaction of two sources.
-        """
-        order, half = np.random.default_rng(seed).permutation(self.d), 0.5 * np.eye(self.d)
-        both = [(i, (i + step) % self.d) for step in range(1, self.d // 2 + 1) for i in range(self.d)]
-        unique = dict.fromkeys(tuple(sorted(order[list(pair)].tolist())) for pair in both)
-        return [tuple((half[i] + half[j]).tolist()) for i, j in unique] if self.d > 2 else []
-
     def sobol(self, n: int, seed: int) -> list[Point]:
         """`n` scrambled Sobol points; gaps between sorted coordinates are uniform on the simplex."""
         from scipy.stats import qmc

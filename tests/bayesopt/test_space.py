@@ -84,11 +84,3 @@ def test_a_space_that_cannot_be_searched_raises(asked, said):
 def test_a_point_of_another_space_raises(point):
     with pytest.raises(InputError):
         MIXED.check(point)
-
-
-@given(st.integers(3, 7), st.integers(0, 99))
-def test_pairs_are_all_pairs_and_the_first_spare_no_source(d, seed):
-    pairs = [tuple(np.flatnonzero(pair)) for pair in Space(d).pairs(seed)]
-    assert sorted(pairs) == [(i, j) for i in range(d) for j in range(i + 1, d)]
-    assert set(sum(pairs[:d], ())) == set(range(d)) and {w for pair in Space(d).pairs(seed) for w in pair} == {0, 0.5}
-    assert not Space(2).pairs(seed)  # the centroid
