@@ -217,7 +217,7 @@ class BOParams:
     trials: Several = 25  # mixtures that are tried
     initial: Whole = 5  # quasi-random points after the anchors, before the model chooses
     updates: Count = 10  # a trial's: the first of ppo.updates, on the same schedule
-    anchors: Flag = True  # start with each source alone and with all in equal parts
+    anchors: Flag | None = None  # start with each source alone and all in equal parts; by default all but nei do
     replicates: Count = 1  # trials of each anchor, which show how much another seed changes
     strategy: Literal[STRATEGIES] = "gp"  # how the next trial is chosen
     objective: Literal[OBJECTIVES] = "proxy"  # of held-out responses; penalised: proxy less kl_weight times the KL
@@ -231,8 +231,8 @@ class BOParams:
     slope: Positive = 2.0  # slopes are searched from minus this to this
 
     def __post_init__(self):
-        if self.initial < 2 and not self.anchors:
-            raise InputError(f"bo.initial is {self.initial}, wanted at least 2 where bo.anchors is false")
+        if self.initial < 2 and (self.anchors is False or self.anchors is None and self.strategy == "nei"):
+            raise InputError(f"bo.initial is {self.initial}, wanted at least 2 where a search starts without anchors")
         if self.updates < 4 and self.stop_early:
             raise InputError(f"bo.updates is {self.updates}, wanted at least 4 where bo.stop_early is true")
         low, high = self.temperature_low, self.temperature_high
