@@ -30,9 +30,13 @@ def position_ids(mask: Tensor) -> Tensor:
 
 def allowed(logits: Tensor, *barred: int) -> Tensor:
     """Logits (..., V) with some tokens ruled out, for the sampler and the loss alike: padding, ids without a token."""
-    out = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
-    out[list(barred)] = True
-    return logits.masked_fill(out, torch.finfo(logits.dtype).min)  # finite: its p log p is 0
+    out = torch.tensor(barred, dtype=torch.long, device=logits.device)
+    return logits.index_fill(-1, out, torch.finfo(logits.dtype).min)  # finite: its p log p is 0
+
+
+def tempered(logits: Tensor, temperature: float) -> Tensor:
+    """Logits in float32, divided by the temperature; at 1 without a copy of them."""
+    return logits.float() if temperature == 1 else logits.float() / temperature
 
 
 class PolicyWithValue(nn.Module):
@@ -78,19 +82,23 @@ class PolicyWithValue(nn.Module):
     def pad_id(self) -> int:
         return self.lm.config.pad_token_id
 
-    def forward(self, texts: Responses, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, texts: Responses, temperature: float, entropies: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Log-probabilities (nats), values and entropies (B, T) of the responses, zero where there is no token.
 
         The one forward for old, new and reference log-probabilities; only tokens of responses reach the LM head.
-        `texts.trunk`, if given, is this policy's and is not computed again.
+        Entropies, a pass over all logits, can be left out. `texts.trunk`, if given, is this policy's and is not
+        computed again.
         """
         (ids, at), acts = texts.rows(), texts.mask
         with self._autocast(ids.device):
             states = _at(self._states(ids, texts.trunk), at)  # (B, T, hidden), before each token is emitted
-            logprobs, entropy = self._read_out(states[acts], texts.responses[acts], temperature)
+            logprobs, *entropy = self._read_out(states[acts], texts.responses[acts], temperature, entropies)
             values = self._values(states, ids, at)
         place = torch.zeros_like(acts, dtype=logprobs.dtype)
-        return (place.masked_scatter(acts, logprobs), values.masked_fill(~acts, 0), place.masked_scatter(acts, entropy))
+        read = [place.masked_scatter(acts, x) for x in (logprobs, *entropy)]
+        return read[0], values.masked_fill(~acts, 0), read[1] if entropies else None
 
     def states(self, texts: Responses) -> Tensor:
         """What a shared value head reads, (N, hidden) float32, of every token of the responses in turn."""
@@ -125,15 +133,17 @@ class PolicyWithValue(nn.Module):
         with torch.autocast(states.device.type, enabled=False):
             return self.value_head(states.float()).squeeze(-1)
 
-    def _read_out(self, states: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and entropies (N,) of `targets` (N,) after `states` (N, hidden)."""
+    def _read_out(self, states: Tensor, targets: Tensor, temperature: float, entropies: bool) -> tuple[Tensor, ...]:
+        """Log-probabilities, and entropies where asked for, (N,) of `targets` (N,) after `states` (N, hidden)."""
         pad_id = self.pad_id
 
-        def part(states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-            logp = F.log_softmax(allowed(_logits(self.lm, states).float() / temperature, pad_id), -1)
+        def part(states: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+            logp = F.log_softmax(allowed(tempered(_logits(self.lm, states), temperature), pad_id), -1)
+            read = (logp.gather(-1, targets[:, None]).squeeze(-1),)
+            if not entropies:
+                return read
             with torch.no_grad(), torch.autocast(logp.device.type, enabled=False):  # reported, never trained on
-                entropy = -torch.linalg.vecdot(logp.exp(), logp)
-            return logp.gather(-1, targets[:, None]).squeeze(-1), entropy
+                return *read, -torch.linalg.vecdot(logp.exp(), logp)
 
         size = max(1, LOGITS // self.lm.config.vocab_size)
         if len(states) <= size:
@@ -205,7 +215,7 @@ def _logits(lm: PreTrainedModel, states: Tensor) -> Tensor:
     """Logits (N, V) of states (N, hidden) by the model's own forward: some scale or cap the output of their head."""
     part = copy.copy(lm)
     part._modules = dict(lm._modules, **{lm.base_model_prefix: _Precomputed()})
-    return type(lm).forward(part, inputs_embeds=states[None], use_cache=False).logits[0]
+    return type(lm).forward(part, inputs_embeds=states[None], use_cache=False).logits.squeeze(0)
 
 
 class _Precomputed(nn.Module):

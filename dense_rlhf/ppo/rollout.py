@@ -43,7 +43,7 @@ def _read(policy: PolicyWithValue, texts: Responses, temperature: float, micro_b
     values = torch.zeros_like(logprobs)
     for rows, part in micro_batches(texts, torch.arange(len(logprobs), device=logprobs.device), micro_batch):
         T = part.mask.shape[1]
-        logprobs[rows, :T], values[rows, :T], _ = policy(part, temperature)
+        logprobs[rows, :T], values[rows, :T], _ = policy(part, temperature, entropies=False)
     return logprobs, values
 
 

@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicLayer
 
 from dense_rlhf.config.params import PPOParams
 from dense_rlhf.models.dialogue import messages_of, prompt_ids, turn_ends
-from dense_rlhf.models.policy import PolicyWithValue, allowed, position_ids
+from dense_rlhf.models.policy import PolicyWithValue, allowed, position_ids, tempered
 from dense_rlhf.models.reward_model import longest_text, padded
 from dense_rlhf.types import InputError, Prompt, Responses
 
@@ -65,15 +65,14 @@ def sample(
     T, pad_id, eos = sampling.max_new_tokens, sampling.pad_id, torch.tensor(sampling.eos_ids, device=queries.device)
     responses = torch.full((len(queries), T), pad_id, device=queries.device)
     rows, alive = torch.arange(len(queries), device=queries.device), torch.ones_like(query_mask[:, 0])
-    (cache, logits), mask = _prefill(lm, queries, query_mask), query_mask
+    (cache, logits), mask = _prefill(lm, queries, query_mask, T), query_mask
     for t in range(T):
         at = torch.rand(len(queries), 1, generator=generator, device=generator.device, dtype=torch.float64)
         at = at.to(queries.device)[rows]
-        shares = allowed(logits.float() / sampling.temperature, pad_id, *sampling.barred).softmax(-1)
-        token = _draw(shares, at)
+        token, sound = _draw(allowed(tempered(logits, sampling.temperature), pad_id, *sampling.barred).softmax(-1), at)
         responses[rows, t] = token = torch.where(alive, token, pad_id)
         alive = alive & ~torch.isin(token, eos)
-        going, sound = torch.stack([alive.sum(), shares.isfinite().all()]).tolist()
+        going, sound = torch.stack([alive.sum(), sound]).tolist()
         if not sound:
             raise InputError(f"{NOT_FINITE} for token {t} of the responses; {LOOK_AT}")
         if not going or t == T - 1:
@@ -93,8 +92,35 @@ def _read(lm: PreTrainedModel, ids: Tensor, mask: Tensor, cache: DynamicCache) -
     return lm(input_ids=ids, **tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
 
 
-def _prefill(lm: PreTrainedModel, queries: Tensor, query_mask: Tensor) -> tuple[DynamicCache, Tensor]:
-    """Key-value cache of left-padded prompts, and logits (B, V) after them; read in groups of similar length."""
+class _Roomy(DynamicLayer):
+    """A layer's keys and values with room for those of more tokens: written in place, where all would be copied."""
+
+    def __init__(self, states: tuple[Tensor, Tensor], more: int):
+        super().__init__()
+        self.lazy_initialization(*states)
+        self.rooms = [F.pad(x, (0, 0, 0, more)) for x in states]
+        self._show(states[0].shape[2])
+
+    def _show(self, length: int) -> None:
+        self.keys, self.values = (room[:, :, :length] for room in self.rooms)
+
+    def update(self, keys: Tensor, values: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
+        start, more = self.keys.shape[2], keys.shape[2]
+        for room, states in zip(self.rooms, (keys, values)):
+            room.narrow(2, start, more).copy_(states)  # raises where there is no room
+        self._show(start + more)
+        return self.keys, self.values
+
+    def batch_select_indices(self, kept: Tensor) -> None:
+        self.rooms = [room[kept] for room in self.rooms]
+        self._show(self.keys.shape[2])
+
+
+def _prefill(lm: PreTrainedModel, queries: Tensor, query_mask: Tensor, more: int) -> tuple[DynamicCache, Tensor]:
+    """Key-value cache of left-padded prompts with room for `more` tokens, and logits (B, V) after the prompts.
+
+    They are read in groups of similar length.
+    """
     lengths, whole = query_mask.sum(-1), DynamicCache(config=lm.config)
     if any(
         type(layer) is not DynamicLayer for layer in whole.layers
@@ -108,7 +134,7 @@ def _prefill(lm: PreTrainedModel, queries: Tensor, query_mask: Tensor) -> tuple[
     for i, parts in enumerate(zip(*(cache.layers for cache in caches))):
         sides = [part.keys for part in parts], [part.values for part in parts]
         padded = (torch.cat([_left_padded(x, queries.shape[1]) for x in side]) for side in sides)
-        whole.update(*(states[order.argsort()] for states in padded), i)
+        whole.layers[i : i + 1] = [_Roomy(tuple(states[order.argsort()] for states in padded), more)]
     return whole, torch.cat(logits)[order.argsort()]
 
 
@@ -117,10 +143,14 @@ def _left_padded(states: Tensor, width: int) -> Tensor:
     return F.pad(states, (0, 0, width - states.shape[2], 0))
 
 
-def _draw(probabilities: Tensor, at: Tensor) -> Tensor:
-    """One index a row of (N, V), where the distribution function exceeds `at` (N, 1); a third of multinomial's time."""
-    cdf = probabilities.double().cumsum(-1)
-    return torch.searchsorted(cdf, at * cdf[:, -1:], right=True).squeeze(-1)  # right: never one of probability zero
+def _draw(probabilities: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+    """One index a row of (N, V), where the distribution function exceeds `at` (N, 1), and whether all are finite.
+
+    A third of multinomial's time.
+    """
+    cdf = probabilities.cumsum(-1, dtype=torch.float64)
+    total = cdf[:, -1:]
+    return torch.searchsorted(cdf, at * total, right=True).squeeze(-1), total.isfinite().all()  # right: none of zero
 
 
 def until_eos(responses: Tensor, eos_ids: Sequence[int]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -20,7 +21,7 @@ from dense_rlhf.runner.execution import Limits
 from dense_rlhf.runner.executors import Local
 from dense_rlhf.runner.jobs import BAD, blank, cancel, finish, finished, held_by, run_job
 from dense_rlhf.runner.plan import Job, awaits, expand, runs_folder, threads_of
-from dense_rlhf.runs import GOOD, RunFolder, finished_runs, workspace
+from dense_rlhf.runs import GOOD, RunFolder, finished_runs, stages, workspace
 from dense_rlhf.types import InputError
 
 PATIENCE = 1.0  # seconds until a job that another process runs is looked at again
@@ -167,11 +168,13 @@ def run_grid(
 ) -> list[dict]:
     """Run every job, or those in `names`, as many at a time as the executor takes; a failure stops nothing else.
 
-    With `force` finished jobs run again; after `max_failures` nothing more is started. Returns the records in order of
-    name.
+    With `force` finished jobs run again, and nothing that runs share is read. After `max_failures` nothing more is
+    started. Returns the records in order of name.
     """
     jobs, folder = expand(study), runs_folder(study)
     _forget_stale(folder, {job.name for job in jobs})
+    if force:
+        shutil.rmtree(stages(), ignore_errors=True)
     chosen = {job.name for job in jobs} if names is None else set(names)
     with executor or Local(study.workers) as where:
         grid = _Grid(jobs, chosen, folder, study, where, screen or Screen(), force, max_failures)

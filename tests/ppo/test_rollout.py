@@ -9,6 +9,7 @@ import torch
 from conftest import DEVICE, PROMPTS, TINY, jitter, make_rollout
 from torch.nn import functional as F
 from transformers import MistralConfig, MistralForCausalLM
+from transformers.cache_utils import DynamicLayer
 
 from dense_rlhf.models.dialogue import render
 from dense_rlhf.models.policy import position_ids
@@ -166,6 +167,25 @@ def test_how_prompts_are_read_together_changes_no_sample(reference, tokenizer, s
     wanted = draw(reference.lm, tokenizer, 5, PROMPTS * 5)
     monkeypatch.setattr(sampling, "PREFILL", size)
     assert all(torch.equal(a, b) for a, b in zip(wanted, draw(reference.lm, tokenizer, 5, PROMPTS * 5)))
+
+
+def test_a_cache_with_room_holds_what_one_that_grows_holds():
+    generator, grows = torch.Generator().manual_seed(0), DynamicLayer()
+
+    def states(rows, tokens):
+        return tuple(torch.randn(rows, 2, tokens, 4, generator=generator) for _ in range(2))
+
+    prompts = states(3, 5)
+    grows.update(*prompts)
+    roomy = sampling._Roomy(prompts, 4)
+    for kept in ([0, 1, 2], [2, 0], [0, 1], [1]):
+        for cache in (grows, roomy):
+            cache.batch_select_indices(torch.tensor(kept))
+        new = states(len(kept), 1)
+        assert all(map(torch.equal, grows.update(*new), roomy.update(*new)))
+        assert roomy.get_seq_length() == grows.get_seq_length()
+    with pytest.raises(RuntimeError):  # no room is left
+        roomy.update(*states(1, 1))
 
 
 @pytest.mark.parametrize("compact", [0.0, 1.0])

@@ -15,7 +15,7 @@ from dense_rlhf.config.params import ShapeParams
 from dense_rlhf.config.study import load_study
 from dense_rlhf.files import append_line, lock
 from dense_rlhf.runner import grid, jobs, plan
-from dense_rlhf.runs import RunFolder, finished_runs, workspace
+from dense_rlhf.runs import RunFolder, finished_runs, stages, workspace
 from dense_rlhf.statistics import t_interval
 from dense_rlhf.types import InputError
 
@@ -261,3 +261,12 @@ def test_metrics_hold_no_nan(tmp_path):
     RunFolder(tmp_path).save_metrics({"a": float("nan"), "b": [1.0, float("inf")]}, c={"arm": t_interval([2.0])})
     interval = {"mean": 2.0, "low": None, "high": None}
     assert RunFolder(tmp_path).load_json("metrics.json") == {"a": None, "b": [1.0, None], "c": {"arm": interval}}
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_force_forgets_what_runs_share(tmp_path, monkeypatch, force):
+    make_checkout(tmp_path, {"study": "s", "arms": {"a": {"sources": ["terminal"]}}}, {})
+    monkeypatch.chdir(tmp_path)
+    (stages() / "training" / "key").mkdir(parents=True)
+    grid.run_grid(load_study(tmp_path / "params" / "s.yaml"), executor=grid.Local(1), names=[], force=force)
+    assert stages().exists() == (not force)
