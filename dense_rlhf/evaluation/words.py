@@ -9,6 +9,7 @@ from typing import NamedTuple
 from dense_rlhf.evaluation.results import TABLES, Arm, Finding
 from dense_rlhf.evaluation.rule import CONTRADICTED, NO_DIFFERENCE, SUPPORTED, UNDECIDED, Case, Comparison
 from dense_rlhf.statistics import Difference
+from dense_rlhf.view.live import duration
 
 UPDATES, EQUAL_KL = "equal updates", "equal KL"
 LEADS = {
@@ -38,6 +39,7 @@ def number(value: float) -> str:
 
 
 def p_value(p: float) -> str:
+    """A p with its letter."""
     return "p < 0.001" if p < 0.001 else f"p {number(p)}"
 
 
@@ -53,11 +55,8 @@ def signed(difference: Difference | None, log: bool = False) -> str:
     return f"{difference.mean:+.{digits}f} {bounds}"
 
 
-def duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
-
-
 def plural(n: float, word: str) -> str:
+    """A rounded number of things."""
     return f"{n:.0f} {word}{'s' * (round(n) != 1)}"
 
 
