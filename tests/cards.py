@@ -12,6 +12,7 @@ from pathlib import Path
 from dense_rlhf.config.params import DataParams, RewardParams
 from dense_rlhf.data import REVIEW_SHARES, REVIEWS_MEMBER, REVIEWS_WHEEL, load_data
 from dense_rlhf.fingerprint import PACKAGE
+from dense_rlhf.models.learned_judge import SHAPE
 
 DOCS = Path(__file__).parent.parent / "docs"
 CARDS = (DOCS / "data_card.md", DOCS / "model_card.md")
@@ -74,7 +75,12 @@ def proxy() -> dict[str, object]:
     }
 
 
-NUMBERS = {"origin": origin, "splits": splits, "policy": policy, "proxy": proxy}
+def second() -> dict[str, object]:
+    shape = ", ".join(str(SHAPE[part]) for part in ("layers", "heads", "hidden"))
+    return {"layers, heads, width": shape, "labels": len(load_data(DataParams()).second)}
+
+
+NUMBERS = {"origin": origin, "splits": splits, "policy": policy, "proxy": proxy, "second": second}
 
 
 def filled(text: str) -> str:
