@@ -170,8 +170,11 @@ def awaits(job: Job, jobs: Iterable[Job]) -> set[str]:
 
 
 def threads_of(job: Job, jobs: list[Job], workers: int) -> int:
-    """A job's share of the cores among those of its stage that run at once."""
-    at_once = min(workers, sum(other.stage == job.stage for other in jobs))
+    """A job's share of the cores: before the reward model's has ended all are its own, then as many share them as can.
+
+    So all trainings round alike, and an arm that learned another's weights is that arm, at any stage.
+    """
+    at_once = min(workers, sum((other.stage == 0) == (job.stage == 0) for other in jobs))
     return max(1, len(os.sched_getaffinity(0)) // at_once)
 
 

@@ -265,6 +265,14 @@ def test_the_updates_of_a_plan_are_those_of_policies_searches_and_step_sizes(ste
     assert total == 2 * (3 * 2 * 24 + 72) + 8 * 6 + 3 * 2 * 24
 
 
+def test_all_trainings_have_as_many_threads_whatever_their_stage(stepping, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(4))
+    every = plan.expand(load_study(stepping[0], [*STEPS, LEARNED]))
+    assert len({job.stage for job in every if plan.updates_of(job)}) == 3
+    assert {plan.threads_of(job, every, 4) for job in every if plan.updates_of(job)} == {1}
+    assert {plan.threads_of(job, every, 1) for job in every} == {4}
+
+
 # ---------------------------------------------------------------------------------------------------- seeds
 
 
