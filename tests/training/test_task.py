@@ -18,7 +18,7 @@ from dense_rlhf.training.baselines import best_of_n
 from dense_rlhf.training.evaluate import evaluate
 from dense_rlhf.training.inner_loop import Recipe, train_policy
 from dense_rlhf.training.outer_loop import Objective
-from dense_rlhf.training.task import Task
+from dense_rlhf.training.task import Task, _reference_scores
 from dense_rlhf.types import InputError, LabelledText, RewardShape
 
 PARAMS = PPOParams(updates=3, rollouts=4, max_new_tokens=6, minibatch=2, lr=1e-2)
@@ -127,6 +127,23 @@ def test_evaluate_judges_one_response_a_prompt(task):
     assert table["gold"].tolist() == [task.gold.score(text) for text in table["response"]]
     assert table["kl"].abs().max() < 1e-5 and table["proxy"].nunique() > 1
     pd.testing.assert_frame_equal(table, evaluate(task, task.reference, PROMPTS, PARAMS, seed=0), check_exact=True)
+
+
+def test_the_scores_of_the_reference_are_sampled_once(task, tmp_path, monkeypatch):
+    monkeypatch.setenv("DENSE_RLHF_CACHE", str(tmp_path))
+    alone, probed = (_reference_scores(task, PARAMS, probe) for probe in (False, True))
+    assert len(alone["scores"]) == len(PROMPTS) and torch.equal(alone["scores"], probed["scores"])
+    monkeypatch.setattr(Task, "scored_responses", None)
+    again = _reference_scores(replace(task), replace(PARAMS, lr=0.5), True)
+    assert again.keys() == {"scores", "weight", "bias"} and all(
+        torch.equal(again[name], probed[name]) for name in again
+    )
+    for other, params in (
+        (task, replace(PARAMS, temperature=0.5)),
+        (replace(task, data=replace(task.data, train_prompts=PROMPTS[1:])), PARAMS),
+    ):
+        with pytest.raises(TypeError):
+            _reference_scores(other, params, True)
 
 
 def test_the_same_answers_are_judged_once_for_all_runs(task, tmp_path, monkeypatch):
