@@ -23,7 +23,9 @@ def executed(name, *settings):
 
 contextual, dimension, baselines, settings = map(executed, ("contextual", "dimension", "baselines", "ppo"))
 human = executed("human", f"attribution.rationale_path={RATIONALES}")
-labels = executed("reward_model", "notebooks=[04_ppo, 06_comparison]", "arms.sparse=null", "arms.uniform=null")
+labels = executed(
+    "reward_model", "notebooks=[04_ppo, 06_comparison]", *(f"arms.{a}=null" for a in ("sparse", "uniform", "shuffled"))
+)
 
 
 @pytest.fixture(scope="module")

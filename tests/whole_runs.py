@@ -13,7 +13,7 @@ from bs4 import BeautifulSoup
 from conftest import ROOT
 
 from dense_rlhf.runner.execution import preloaded
-from dense_rlhf.runner.kernels import SERVER
+from dense_rlhf.runner.kernels import SERVER, Forked
 from dense_rlhf.runs import RunFolder, python_path
 
 _WORKSPACES = []  # are removed when the tests end
@@ -33,6 +33,8 @@ def server() -> str:
     """The path of the one server of this process of tests, from which whole runs are forked."""
     started = preloaded()
     atexit.register(started.end)
+    with open(os.devnull, "w") as nothing:  # wait until it has imported, or the limit of the first run is spent on it
+        Forked(["this"], os.environ | {SERVER: started.path}, "/", [nothing.fileno()], lambda: False).wait()
     return started.path
 
 
