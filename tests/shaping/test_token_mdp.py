@@ -110,6 +110,13 @@ def test_discounting_changes_the_objective_of_every_dense_reward_but_an_even_one
     assert min(lost_at[name] for name in ("prefix differences", "Shapley", "leave-one-out")) > 0
 
 
+@pytest.mark.parametrize("lam", [0.0, 0.5])
+def test_with_exact_values_lambda_changes_no_expected_advantage(lam):
+    mdp = game((3, 3))
+    for rewards in mdp.rewards().values():
+        assert np.allclose(mdp.expected_advantage(rewards, 1.0, lam), mdp.expected_advantage(rewards, 1.0, 1.0))
+
+
 @given(st.integers(0, 99), st.sampled_from([1.0, 0.8]))
 def test_rewards_that_are_each_tokens_own_settle_on_the_best_discounted_sum(seed, gamma):
     """Where a reward depends on the prefix alone the game is Markov, and settling is optimal."""
