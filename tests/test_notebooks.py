@@ -73,6 +73,7 @@ def test_what_the_notebooks_measured(reviews):
     assert len(found) == len(set(found)) and {"shap", "attention", "shuffled", "random"} <= set(found)
     shaping = runs["03_shaping"].load_json("metrics.json")
     assert shaping["residual"] < 1e-4 and max(shaping["regret"].values()) < 1e-9
+    assert shaping["settles"]["uniform"]["share"] == 0 < shaping["settles"]["Shapley"]["lost"]
     search = runs["05_bayesian_optimisation-bo-shap"]
     metrics = search.load_json("metrics.json")
     assert abs(sum(metrics["weights"]) - 1) < 1e-6 and metrics["shape"]["weights"] == metrics["weights"]
@@ -86,6 +87,7 @@ def test_four_notebooks_compare_the_finished_policies(reviews):
     names = "06_comparison", "07_overoptimisation", "08_critic", "09_verdicts"
     compared, exploited, critic, verdicts = (runs[name].load_json("metrics.json") for name in names)
     assert set(compared["gold"]) == {"reference", "sparse", "bo-shap"} and exploited["gold_peaks"] == 0
+    assert set(exploited["gains"]) == {"proxy", "gold", "second", "distinct", "repetition"}
     assert set(critic["value_loss"]) == set(critic["seconds"]) == {"sparse", "bo-shap"}
     assert {row["key"] for row in verdicts["claims"]} == {"1a", "1b", "2", "3", "4a", "4b", "4c", "5", "6"}
     saved = {"arms": "06_comparison", "laws": "07_overoptimisation", "verdicts": "09_verdicts", "claims": "09_verdicts"}
