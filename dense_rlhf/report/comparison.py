@@ -53,7 +53,8 @@ def verdict(finding: Finding) -> Verdict:
     if finding.baseline == "reference":
         return Verdict("unclear", "No sparse arm has finished, so that nothing can be compared with it.", {}, listed)
     arm = _leading(finding, asked)
-    grounds = {"Cost": _cost(finding, arm), "How sure": _sure(finding, arm, asked)}
+    grounds = _over_a_control(_case(asked, UPDATES, arm.name))
+    grounds |= {"Cost": _cost(finding, arm), "How sure": _sure(finding, arm, asked)}
     if none := _what_no_arm_did(finding, asked):
         grounds["What no arm is shown to do"] = none
     if finding.common and (there := finding.common.arms.get(arm.name)) and there.gain:
@@ -108,9 +109,18 @@ def _at_kl(finding: Finding, case: Case | None) -> str:
     at = ", ".join(f"{signed(c.difference)} at {c.kl:.1f} nats" for c in known)
     words = {SUPPORTED: "it is better too", CONTRADICTED: "it is worse", NO_DIFFERENCE: NO_DIFFERENCE}
     margin = f", margin {finding.margin:g}" * (case.verdict == NO_DIFFERENCE)
-    beyond = [f"{kl:.1f}" for kl in finding.levels if kl > known[-1].kl]
-    short = f"; {finding.baseline} was not trained on to {beyond[0]} nats" if beyond else ""
+    far = finding.levels[-1]
+    behind = [n for n in (case.arm, finding.baseline) if len(finding.at(n, far)) < len(finding.judged[n])]
+    short = f"; {' and '.join(behind)} did not get to {far:.1f} nats with every seed" if far > known[-1].kl else ""
     return f"{words.get(case.verdict, 'it is undecided')} ({at}{margin}{short})"
+
+
+def _over_a_control(case: Case | None) -> dict[str, str]:
+    """What an arm gains over the control that it gains least over."""
+    known = [c for c in (case.comparisons if case else ()) if c.is_control and c.difference]
+    nearest = min(known, key=lambda c: c.difference.mean, default=None)
+    words = f"{signed(nearest.difference)} gold over {nearest.rival}, after equal updates." if nearest else ""
+    return {"Over the nearest control": words} if words else {}
 
 
 def _cost(finding: Finding, arm: Arm) -> str:

@@ -240,6 +240,7 @@ def test_a_planted_truth_is_told(finding):
     assert told.answer == "yes" and told.line.startswith("shap-signed reaches gold +0.2")
     assert "over sparse after equal updates, at 6.7 nats of KL against 2.0; at equal KL no difference that" in told.line
     assert "at 1.9 nats, " in told.line and "at 6.4 nats, margin 0.1)" in told.line
+    assert told.grounds["Over the nearest control"].startswith("+0.2")
     assert "To 6.4 nats: shap-signed 24 updates, 60 s; sparse 78 updates, 3 min." in told.grounds["Cost"]
     assert told.grounds["What no arm is shown to do"] == "To end above sparse and every control at equal KL."
     assert "bo-shap is shap" in told.grounds["The same under two names"]
