@@ -164,10 +164,11 @@ class Finding:
     @property
     def drawn_once(self) -> list[str]:
         """What all seeds share, so that no interval covers another draw of it."""
-        known = [s for by_seed in self.settings.values() if len(by_seed) > 1 for s in [list(by_seed.values())]]
-        known = [given for given in known if all(isinstance(flat, dict) for flat in given)]
+        by_arm = [list(by_seed.values()) for by_seed in self.settings.values() if len(by_seed) > 1]
+        by_arm = [flats for flats in by_arm if all(isinstance(flat, dict) for flat in flats)]
         names = {"reward_seed": "the reward model", "attribution_seed": "the explainer's samples"}
-        once = [words for n, words in names.items() if known and all(len({f.get(n) for f in g}) == 1 for g in known)]
+        drawn = {n: [{flat.get(n) for flat in flats} for flats in by_arm] for n in names}
+        once = [names[n] for n, seeds in drawn.items() if seeds and all(len(values) == 1 for values in seeds)]
         searched = any(arm.search and arm.search.number == 1 < len(arm.seeds) for arm in self.arms.values())
         return once + ["the search for weights"] * searched
 
