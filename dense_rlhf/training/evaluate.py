@@ -15,7 +15,7 @@ from dense_rlhf.files import cached_folder, write_text
 from dense_rlhf.fingerprint import source_key
 from dense_rlhf.models.policy import PolicyWithValue, state_sha256
 from dense_rlhf.ppo.rollout import response_texts
-from dense_rlhf.training.task import Task, step_seed
+from dense_rlhf.training.task import Task, machine, step_seed
 from dense_rlhf.types import InputError, Prompt, Responses
 
 HELD_OUT = 50_000  # a step no training reaches: from it on, held-out responses have their seeds
@@ -39,7 +39,7 @@ def evaluate(
         return _evaluated(task, policy, prompts, params, seed)
     sampling = [getattr(params, name) for name in SAMPLED_BY]
     asked = [[str(prompt) for prompt in prompts], sampling, seed, source_key("dense_rlhf.training.evaluate")]
-    key = [task.key, state_sha256(policy), *asked]
+    key = [task.key, state_sha256(policy), *asked, machine()]
     answers = partial(_evaluated, task, policy, prompts, params, seed)
     return _read(cached_folder("answers", key, lambda folder: _write(answers(), folder), stages))
 

@@ -28,7 +28,7 @@ from dense_rlhf.ppo.rollout import response_texts
 from dense_rlhf.ppo.sampling import prompt_batches
 from dense_rlhf.ppo.warnings import Sign, diagnose
 from dense_rlhf.shaping.rewards import Shaped, shaped
-from dense_rlhf.training.task import Task, step_seed
+from dense_rlhf.training.task import Task, machine, step_seed
 from dense_rlhf.types import InputError, Prompt, RewardShape, Rollout
 
 RANKS = 1_000_000_007  # between the sampling seeds of two processes
@@ -101,7 +101,7 @@ def _checkpoints(task: Task, recipe: Recipe, session: Session) -> Iterator[Path 
     if session.stages is None:
         yield session.folder
         return
-    folder = session.stages / "training" / training_key(task, recipe)
+    folder = session.stages / "training" / content_key([training_key(task, recipe), machine()])
     with lock(folder.with_name(f".{folder.name}.lock")):
         discard_damaged(folder)
         yield folder
@@ -137,8 +137,8 @@ def _train(task: Task, recipe: Recipe, session: Session, folder: Path | None) ->
 
 def training_key(task: Task, recipe: Recipe) -> str:
     """What decides a training: a checkpoint of another is not resumed. What changes no reward is no part of it."""
-    code = source_key("dense_rlhf.training.inner_loop")
-    return content_key([asdict(recipe.shape.effective), *fixed_settings(task, recipe), recipe.seed, code])
+    recipe, code = replace(recipe, shape=recipe.shape.effective), source_key("dense_rlhf.training.inner_loop")
+    return content_key([asdict(recipe.shape), *fixed_settings(task, recipe), recipe.seed, code])
 
 
 def fixed_settings(task: Task, recipe: Recipe) -> list:

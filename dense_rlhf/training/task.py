@@ -62,14 +62,14 @@ class Task:
 
     @cached_property
     def key(self) -> str:
-        """Hash of all that is fixed; another number of threads, which rounds differently, is another task's."""
+        """Hash of all that is fixed; `machine` is not."""
         proxy, implicit, head = self.reward_model, self.reward_model.implicit, self.value_head or {}
-        read = [proxy.offset, proxy.scale, str(proxy.dtype), proxy.budget, proxy.suffix, proxy.output, proxy.pair]
+        read = [proxy.offset, proxy.scale, str(proxy.dtype), proxy.token_budget, proxy.suffix, proxy.output, proxy.pair]
         tokens = [tokens_key(self.tokenizer), tokens_key(proxy.tokenizer), proxy.policy_tokenizer is None]
         learned = [implicit and implicit.key, {name: x.tolist() for name, x in head.items()}]
         texts = [[str(prompt) for prompt in self.data.train_prompts], self.gold.weights]
         texts.append(self.second and self.second.steps)
-        return content_key([self.revisions, asdict(self.policy), read, tokens, learned, texts, machine()])
+        return content_key([self.revisions, asdict(self.policy), read, tokens, learned, texts])
 
     def judge(self, texts: Sequence[str]) -> dict[str, list[float]]:
         """What held-out judges say of each text: `gold`, `distinct` (gold with each word counted once) and, where there
@@ -105,7 +105,7 @@ class Task:
 
 
 def machine() -> list:
-    """What decides how sums are rounded: threads, device, libraries."""
+    """What decides how sums are rounded, and so which tokens are drawn: threads, device, libraries."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return [torch.get_num_threads(), device, torch.__version__, transformers.__version__]
 
@@ -162,7 +162,7 @@ def _reference_scores(task: Task, params: PPOParams, probed: bool) -> dict[str, 
         save_file({name: x.cpu() for name, x in read.items()}, folder / "read.safetensors")
 
     sampling = [size, params.max_new_tokens, params.temperature, params.sampler]
-    key = [task.key, sampling, probed, source_key("dense_rlhf.training.task")]
+    key = [task.key, sampling, probed, source_key("dense_rlhf.training.task"), machine()]
     device = default_device()
     read = load_file(cached_folder("calibration", key, build) / "read.safetensors")
     return {name: x.to(device) for name, x in read.items()}
