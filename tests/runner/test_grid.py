@@ -52,7 +52,7 @@ def test_settings_are_compared_each_by_itself():
 
 def test_learned_weights_want_the_search():
     with pytest.raises(InputError, match="learns its weights"):
-        plan.expand(load_study(REVIEWS, ["notebooks=[04_ppo]"]))
+        plan.expand(load_study(REVIEWS, ["notebooks=[04_ppo]", "step_sizes=[]"]))
 
 
 @pytest.fixture
