@@ -153,7 +153,7 @@ def cost_at(finding: Finding, arm: str, level: float) -> str:
 def identity(arm: Arm) -> str:
     """What an arm is under another name, or in all but name; empty if it is only itself."""
     if arm.search and arm.same_as:
-        even = f", which at ESS/T {min(arm.search.even):.2f} is an even spread in all but name" * _is_even(arm)
+        even = f", which at ESS/T {min(arm.search.even):.2f} is an even spread in all but name" if _is_even(arm) else ""
         return f"{arm.name} is {arm.same_as}: its search put all weight there{even}."
     if arm.same_as:
         return f"{arm.name} is {arm.same_as} under another name."

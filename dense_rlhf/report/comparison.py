@@ -46,13 +46,17 @@ class Verdict:
 def verdict(finding: Finding) -> Verdict:
     """What was found of dense rewards on one dataset: which arm, how much, at which KL and cost, how sure."""
     listed = [{name: getattr(c, name) for name in ("key", "text", "where", "verdict", "why")} for c in judge(finding)]
-    arms = finding.of_kind(DENSE)
+    dense = finding.of_kind(DENSE)
+    arms = [arm for arm in dense if not arm.same_as]
     if not arms:
-        return Verdict("unclear", "No dense arm has finished.", {}, listed)
+        line = (
+            " ".join(["No arm is dense but in name.", *map(identity, dense)]) if dense else "No dense arm has finished."
+        )
+        return Verdict("unclear", line, {}, listed)
     asked = {claim.where: claim for claim in judge(finding) if claim.key == HELPED}
     if finding.baseline == "reference":
         return Verdict("unclear", "No sparse arm has finished, so that nothing can be compared with it.", {}, listed)
-    arm = _leading(finding, asked)
+    arm = _leading(finding, asked) or arms[0]
     grounds = _over_a_control(_case(asked, UPDATES, arm.name))
     grounds |= {"Cost": _cost(finding, arm), "How sure": _sure(finding, arm, asked)}
     if none := _what_no_arm_did(finding, asked):
@@ -70,13 +74,12 @@ def _answer(asked: Mapping[str, Claim]) -> str:
     return "yes" if SUPPORTED in verdicts else "no" if verdicts and UNDECIDED not in verdicts else "unclear"
 
 
-def _leading(finding: Finding, asked: Mapping[str, Claim]) -> Arm:
-    """The dense arm with the highest gold among those that support the claim, at equal updates or else at equal KL;
-    without any, among all that are not another under a second name."""
+def _leading(finding: Finding, asked: Mapping[str, Claim]) -> Arm | None:
+    """The dense arm with the highest gold among those that support the claim, at equal updates or else at equal KL."""
     for claim in asked.values():
         if names := [case.arm for case in claim.cases if case.verdict == SUPPORTED]:
             return max((finding.arms[name] for name in names), key=lambda arm: arm.gold.mean)
-    return next(arm for arm in finding.of_kind(DENSE) if not arm.same_as)
+    return None
 
 
 def _line(finding: Finding, arm: Arm, asked: Mapping[str, Claim]) -> str:

@@ -201,6 +201,13 @@ def test_an_arm_that_is_another_is_asked_once():
     assert claim_on(finding, "2").verdict == NO_DIFFERENCE
 
 
+def test_a_study_whose_only_dense_arm_turned_out_sparse_says_so():
+    finding = made(BASE | {"bo-shap": BASE["sparse"]}, searches={"bo-shap": search()})
+    finding.arms["bo-shap"] = replace(finding.arms["bo-shap"], same_as="sparse")
+    assert claim_on(finding).verdict == NOT_ASKED
+    assert "bo-shap is sparse: its search put all weight there" in verdict(finding).line
+
+
 def test_without_a_sparse_arm_nothing_is_compared():
     finding = made({"reference": about(0.0), "shap": about(2.0)}, baseline="reference")
     assert claim_on(finding).verdict == NOT_ASKED and not claim_on(finding).cases
