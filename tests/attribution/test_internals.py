@@ -342,7 +342,7 @@ def test_load_task_teaches_only_where_it_is_asked(reference, reward_model, token
     monkeypatch.setattr(
         "dense_rlhf.training.task.load_reward_model", lambda *args, **options: replace(reward_model, implicit=None)
     )
-    monkeypatch.setattr("dense_rlhf.training.task.load_gold_judge", lambda *args: None)
+    monkeypatch.setattr("dense_rlhf.training.task.load_gold_judge", lambda *args: SimpleNamespace(weights={}))
     monkeypatch.setattr(
         "dense_rlhf.training.task.load_implicit", lambda pairs, *_: asked.append(pairs.reward_model.scale) or len
     )
