@@ -332,13 +332,13 @@ def test_dpo_without_a_preference_raises(reference, tokenizer):
         dpo.train_dpo(reference.lm, [], tokenizer, 2, 0.5, 0)
 
 
-def test_load_task_teaches_only_where_it_is_asked(reference, reward_model, tokenizer, monkeypatch):
+def test_load_task_teaches_only_where_it_is_asked(reference, reward_model, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("DENSE_RLHF_CACHE", str(tmp_path))
     asked = []
     data = Dataset("made", "r0", [], [], PROMPTS * 4, [], [])
     monkeypatch.setattr("dense_rlhf.training.task.load_data", lambda params: data)
-    monkeypatch.setattr(
-        "dense_rlhf.training.task.load_policy", lambda params: SimpleNamespace(model=reference.lm, tokenizer=tokenizer)
-    )
+    shipped = SimpleNamespace(model=reference.lm, tokenizer=tokenizer, revision="p0")
+    monkeypatch.setattr("dense_rlhf.training.task.load_policy", lambda params: shipped)
     monkeypatch.setattr(
         "dense_rlhf.training.task.load_reward_model", lambda *args, **options: replace(reward_model, implicit=None)
     )
