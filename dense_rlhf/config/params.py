@@ -314,8 +314,8 @@ class RunParams:
     @property
     def where(self) -> str:
         """What arms are compared within: the dataset, and the setting if there is one."""
-        beside = "" if self.regime == "own" else self.regime
-        return "-".join(filter(None, (self.data.short_name, self.setting, beside)))
+        regime = "" if self.regime == "own" else self.regime
+        return "-".join(filter(None, (self.data.short_name, self.setting, regime)))
 
     def flat(self) -> dict[str, object]:
         """One level, `group_field`, plain YAML values: what papermill takes with `-f`."""

@@ -159,9 +159,9 @@ def _rewards(run: RunFolder) -> tuple:
 def _search(runs: Sequence[RunFolder]) -> Search:
     params, metrics = [run.parameters() for run in runs], [run.load_json("metrics.json") for run in runs]
     even = []
-    for found in metrics:
-        alone = [s for s, weight in zip(found.get("sources") or (), found.get("weights") or ()) if weight > 0.999]
-        even += [float(ess) for s in alone if (ess := (found.get("ess") or {}).get(s)) is not None]
+    for result in metrics:
+        alone = [s for s, weight in zip(result.get("sources") or (), result.get("weights") or ()) if weight > 0.999]
+        even += [float(ess) for s in alone if (ess := (result.get("ess") or {}).get(s)) is not None]
     return Search(
         number=len({_record(run).get("seed") for run in runs}),
         trials=min(int(flat.get("bo_trials") or 1) for flat in params),

@@ -240,10 +240,9 @@ def check_fits(model: PreTrainedModel, reading: Reading) -> None:
 
 def vocabulary_size(model: PreTrainedModel) -> float:
     """Tokens that have an embedding; infinite for a model that hashes characters, as CANINE does."""
-    try:
-        return model.get_input_embeddings().weight.shape[0]
-    except (AttributeError, NotImplementedError):
+    if hasattr(model.config, "num_hash_buckets"):
         return float("inf")
+    return model.get_input_embeddings().weight.shape[0]
 
 
 def padded(

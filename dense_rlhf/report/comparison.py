@@ -113,8 +113,8 @@ def _at_kl(finding: Finding, case: Case | None) -> str:
     words = {SUPPORTED: "it is better too", CONTRADICTED: "it is worse", NO_DIFFERENCE: NO_DIFFERENCE}
     margin = f", margin {finding.margin:g}" * (case.verdict == NO_DIFFERENCE)
     far = finding.levels[-1]
-    behind = [n for n in (case.arm, finding.baseline) if len(finding.at(n, far)) < len(finding.judged[n])]
-    short = f"; {' and '.join(behind)} did not get to {far:.1f} nats with every seed" if far > known[-1].kl else ""
+    slower = [n for n in (case.arm, finding.baseline) if len(finding.at(n, far)) < len(finding.judged[n])]
+    short = f"; {' and '.join(slower)} did not get to {far:.1f} nats with every seed" if far > known[-1].kl else ""
     return f"{words.get(case.verdict, 'it is undecided')} ({at}{margin}{short})"
 
 
@@ -200,7 +200,7 @@ def dataset_page(study: str, finding: Finding) -> tuple[Markup, Markup]:
     ranked = sorted(finding.arms.values(), key=lambda arm: -arm.gold.mean)
     base, seeds = finding.baseline, "95 % interval over seeds"
     trained = [arm for arm in ranked if arm.kind != "reference"]
-    beside = [arm for arm in finding.common.arms.values() if arm.gain] if finding.common else []
+    common = [arm for arm in finding.common.arms.values() if arm.gain] if finding.common else []
     at = dict(zip(("gain_at_kl", "gain_far"), finding.levels))
     none = part("paragraph", "No KL is reached by two arms with every seed.")
     gains = {field: _known(trained, field) for field in ("gain", *at)}
@@ -210,7 +210,7 @@ def dataset_page(study: str, finding: Finding) -> tuple[Markup, Markup]:
         ("gold", "Gold score", forest({a.name: a.gold for a in ranked}, f"Log-odds, {METHOD}")),
         ("gain", f"Gain over {base} at equal updates", forest(gains["gain"], f"The same prompts, {seeds}")),
         ("kl", f"Gain over {base} at equal KL", draw("joined", figures) if any(figures) else none),
-        ("common", "At one common step size", forest(_known(beside, "gain"), f"Gold over {base}, {seeds}")),
+        ("common", "At one common step size", forest(_known(common, "gain"), f"Gold over {base}, {seeds}")),
         ("improvement", f"Probability of a higher score than {base}", forest(_known(trained, "improves"), COIN)),
         ("laws", "Over-optimisation", _laws(finding)),
         ("numbers", "All numbers", _arm_tables(finding.arms.values())),
