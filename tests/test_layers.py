@@ -9,7 +9,7 @@ import pytest
 
 from dense_rlhf.fingerprint import PACKAGE, imports, modules
 
-ORDER = """types masked files fingerprint statistics config runs data shaping bayesopt view models attribution ppo
+ORDER = """types files fingerprint statistics config runs data shaping bayesopt view models attribution ppo
            training evaluation report runner __main__""".split()
 ENTRIES = 20  # of the package's folder, so that a newcomer takes it in at a glance
 GRAPH = {name: imports(name, typing=True) for name in modules()}

@@ -24,8 +24,8 @@ from dense_rlhf.attribution.coalitions import distinct
 from dense_rlhf.attribution.engine import coalition_scores
 from dense_rlhf.attribution.removal import player_groups
 from dense_rlhf.config.params import AttributionParams
-from dense_rlhf.masked import effective_share, masked_softmax
 from dense_rlhf.models.reward_model import RewardModel
+from dense_rlhf.shaping.masked import effective_share, masked_softmax
 from dense_rlhf.types import Attribution, InputError, Reading, Rollout
 
 if TYPE_CHECKING:

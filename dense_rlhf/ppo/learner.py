@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from dense_rlhf.config.params import PPOParams
-from dense_rlhf.masked import masked_mean, masked_sum, masked_whiten
 from dense_rlhf.models.language_models import within_memory
 from dense_rlhf.models.policy import PolicyWithValue, micro_batches
 from dense_rlhf.ppo.distributed import Alone
@@ -29,6 +28,7 @@ from dense_rlhf.ppo.losses import (
     token_rewards,
     value_loss,
 )
+from dense_rlhf.shaping.masked import masked_mean, masked_sum, masked_whiten
 from dense_rlhf.types import InputError, Rollout
 
 

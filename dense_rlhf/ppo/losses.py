@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dense_rlhf.config.params import PPOParams
-from dense_rlhf.masked import masked_mean, masked_sum, masked_var, masked_whiten
+from dense_rlhf.shaping.masked import masked_mean, masked_sum, masked_var, masked_whiten
 from dense_rlhf.types import InputError, Rollout
 
 # ---------------------------------------------------------------------------------------------------- rewards

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dense_rlhf.masked import effective_share, masked_mean, masked_softmax, masked_sum
 from dense_rlhf.shaping.features import features
+from dense_rlhf.shaping.masked import effective_share, masked_mean, masked_softmax, masked_sum
 from dense_rlhf.types import Attribution, InputError, RewardShape, Rollout
 
 

@@ -27,12 +27,12 @@ from torch import Tensor
 
 from dense_rlhf import ppo
 from dense_rlhf.config.params import PPOParams
-from dense_rlhf.masked import masked_whiten
 from dense_rlhf.models.dialogue import render
 from dense_rlhf.models.language_models import default_device
 from dense_rlhf.models.policy import PolicyWithValue
 from dense_rlhf.ppo.sampling import prompt_batches
 from dense_rlhf.ppo.warnings import diagnose
+from dense_rlhf.shaping.masked import masked_whiten
 from dense_rlhf.training.dpo import BATCH, QUIET, Pairs, train_dpo, unpadded
 from dense_rlhf.training.evaluate import HELD_OUT, check_prompts, judged
 from dense_rlhf.training.inner_loop import Recipe, TrainedPolicy, collect, measure

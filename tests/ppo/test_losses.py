@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from dense_rlhf import ppo
 from dense_rlhf.config.params import PPOParams
-from dense_rlhf.masked import masked_whiten
+from dense_rlhf.shaping.masked import masked_whiten
 from dense_rlhf.types import InputError
 
 PARAMS = PPOParams(updates=1, rollouts=6, max_new_tokens=8, minibatch=6, lr=1e-2, kl_coef=0.1)

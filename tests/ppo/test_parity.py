@@ -15,8 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from dense_rlhf import ppo
 from dense_rlhf.config.params import PPOParams
-from dense_rlhf.masked import masked_whiten
 from dense_rlhf.models.policy import PolicyWithValue
+from dense_rlhf.shaping.masked import masked_whiten
 from dense_rlhf.types import Rollout
 
 PAD, EOS = 0, 1

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_types import tiny_rollout
 
-from dense_rlhf.masked import masked_mean
 from dense_rlhf.shaping.features import FEATURES, features
+from dense_rlhf.shaping.masked import masked_mean
 from dense_rlhf.types import InputError
 
 

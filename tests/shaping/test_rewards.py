@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from dense_rlhf.attribution import SOURCES, attribute
 from dense_rlhf.config.params import AttributionParams
-from dense_rlhf.masked import effective_share
 from dense_rlhf.shaping.features import FEATURES, features
+from dense_rlhf.shaping.masked import effective_share
 from dense_rlhf.shaping.rewards import dense_reward, shape_rewards, shaped, token_weights
 from dense_rlhf.types import NORMALISERS, Attribution, InputError, RewardShape
 

@@ -5,7 +5,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dense_rlhf.masked import effective_share, masked_mean, masked_softmax, masked_sum, masked_var, masked_whiten
+from dense_rlhf.shaping.masked import (
+    effective_share,
+    masked_mean,
+    masked_softmax,
+    masked_sum,
+    masked_var,
+    masked_whiten,
+)
 from dense_rlhf.types import InputError
 
 
