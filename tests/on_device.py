@@ -36,7 +36,7 @@ class OnDevice(TorchFunctionMode):
         drawn = getattr(kwargs.get("generator"), "device", None)
         if function not in TO_NUMPY and drawn != torch.device("cpu"):
             return function(*args, **kwargs)
-        found = function(*(x.cpu() if isinstance(x, torch.Tensor) else x for x in args), **kwargs)
+        result = function(*(x.cpu() if isinstance(x, torch.Tensor) else x for x in args), **kwargs)
         if function in TO_NUMPY:
-            return found
-        return args[0].data.copy_(found) if function.__name__.endswith("_") else found.to(self.device)
+            return result
+        return args[0].data.copy_(result) if function.__name__.endswith("_") else result.to(self.device)

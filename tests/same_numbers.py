@@ -24,18 +24,18 @@ def numbers(value, name=""):
 
 def differences(before: Path, after: Path) -> list[str]:
     """A line for each number that one folder has and the other has not, or has as another."""
-    found = []
+    differences = []
     jobs = {path.parent.name for folder in (before, after) for path in folder.glob("*/metrics.json")}
     for job in sorted(jobs):
         sides = [folder / job / "metrics.json" for folder in (before, after)]
         if missing := [str(side) for side in sides if not side.exists()]:
-            found.append(f"{job}: no {missing[0]}")
+            differences.append(f"{job}: no {missing[0]}")
             continue
         old, new = (numbers(json.loads(side.read_text())) for side in sides)
-        found += [
+        differences += [
             f"{job}{name}: {old.get(name)} -> {new.get(name)}" for name in old | new if old.get(name) != new.get(name)
         ]
-    return found
+    return differences
 
 
 if __name__ == "__main__":

@@ -15,10 +15,10 @@ def executed(name, *settings):
     """A fixture: what the ablation leaves, run whole."""
 
     @pytest.fixture(scope="module")
-    def found(few_reviews):
+    def study(few_reviews):
         return run_study(f"params/ablations/{name}.yaml", f"pytest_{name}", f"data.path={few_reviews}", *settings)
 
-    return found
+    return study
 
 
 contextual, dimension, baselines, settings = map(executed, ("contextual", "dimension", "baselines", "ppo"))
@@ -87,9 +87,9 @@ def test_contextual_weights_are_searched_beside_static_ones_and_trained_again(co
     metrics, results = run.load_json("metrics.json"), run.load_table("results").set_index("arm")
     assert {"reference", "sparse", "uniform", "shap-signed", "static", "contextual", "mirrored"} == set(results.index)
     tried = {size: trials(run.path / name / "trials.jsonl") for name, size in (("static", 2), ("contextual", 3))}
-    assert all(len(found) == 6 and {len(t["point"]) for t in found} == {size} for size, found in tried.items())
+    assert all(len(tries) == 6 and {len(t["point"]) for t in tries} == {size} for size, tries in tried.items())
     fresh = {line["seed"] for line in read_ledger(run.file("trainings.jsonl"))}
-    assert not fresh & {t["seed"] for found in tried.values() for t in found} and set(metrics["slopes"]) == {"position"}
+    assert not fresh & {t["seed"] for tries in tried.values() for t in tries} and set(metrics["slopes"]) == {"position"}
     low = metrics["gain"]["static"]["proxy"]["low"]  # null where one seed has no interval
     assert metrics["real"] <= metrics["told_apart"] == (low is not None and low > 0)
 

@@ -175,8 +175,8 @@ def search(folder, given):
 
 def journal(folder, given):
     def read():
-        found = Journal(folder / "lines.jsonl")
-        return [found.get_or_make(key, lambda name=key: {"value": ord(name) / 8})["value"] for key in "abc"]
+        journal = Journal(folder / "lines.jsonl")
+        return [journal.get_or_make(key, lambda name=key: {"value": ord(name) / 8})["value"] for key in "abc"]
 
     return read
 
@@ -187,8 +187,8 @@ def judgements(folder, given):
         append_line(folder / "record.jsonl", line)
 
     def read():
-        found = Record(folder / "record.jsonl")
-        return [(key, found.values[key]) for key in sorted(found.values)]
+        record = Record(folder / "record.jsonl")
+        return [(key, record.values[key]) for key in sorted(record.values)]
 
     return read
 
@@ -298,11 +298,11 @@ def given(tokenizer, reward_model):
     return dict(tokenizer=tokenizer, policy=policy, small=small, proxy=proxy, reward_model=reward_model)
 
 
-def is_right(name, found, sound):
+def is_right(name, read, sound):
     """The same; of lists of records perhaps fewer, which are then made again; data that calls itself another's."""
     if name.startswith("data"):
-        return found == sound or found.revision != sound.revision
-    return found == sound or name in PARTS and all(record in sound for record in found) and len(found) < len(sound)
+        return read == sound or read.revision != sound.revision
+    return read == sound or name in PARTS and all(record in sound for record in read) and len(read) < len(sound)
 
 
 @pytest.mark.parametrize("name", READERS)

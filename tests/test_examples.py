@@ -45,10 +45,10 @@ def test_form(name):
 def test_any_reward_model_is_explained(example, reward_model, tokenizer, tmp_path, capsys):
     reward_model.model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    found = example("explain_a_reward_model").main(str(tmp_path), "the film", " was good and the cast was bad")
-    assert found.complete and abs(found.gap) < 1e-4
-    said = capsys.readouterr().out
-    assert said.count(" = baseline ") == 2 and "shap on " in said and "leave_one_out on " in said
+    explained = example("explain_a_reward_model").main(str(tmp_path), "the film", " was good and the cast was bad")
+    assert explained.complete and abs(explained.gap) < 1e-4
+    output = capsys.readouterr().out
+    assert output.count(" = baseline ") == 2 and "shap on " in output and "leave_one_out on " in output
 
 
 def test_grpo_trains_on_an_advantage_for_each_token(example, few_reviews):
@@ -82,9 +82,12 @@ def test_a_dataset_is_brought(example, capsys):
 
 def test_a_source_is_written(example, few_reviews, reward_model, rollout):
     script = example("write_a_source")
-    found = script.surprisal(reward_model, rollout, AttributionParams())
-    assert torch.allclose(found.credit.sum(-1), rollout.scores, atol=1e-4) and not found.credit[~rollout.mask].any()
-    paid = (found.credit / rollout.scores[:, None])[rollout.mask]
+    attribution = script.surprisal(reward_model, rollout, AttributionParams())
+    assert (
+        torch.allclose(attribution.credit.sum(-1), rollout.scores, atol=1e-4)
+        and not attribution.credit[~rollout.mask].any()
+    )
+    paid = (attribution.credit / rollout.scores[:, None])[rollout.mask]
     assert torch.equal(
         paid.argmax(),
         (-rollout.ref_logprobs * rollout.mask / (-rollout.ref_logprobs * rollout.mask).sum(-1, keepdim=True))[
@@ -140,13 +143,13 @@ def cluster(tmp_path):
 
 def test_a_grid_is_planned_for_any_cluster(cluster):
     for where in ("ray", "slurm"):
-        said, code, ended = cluster(where, "--dry-run")
-        assert code == 0 and not ended and "run       04_ppo-a-seed3" in said, said
+        output, code, ended = cluster(where, "--dry-run")
+        assert code == 0 and not ended and "run       04_ppo-a-seed3" in output, output
 
 
 @pytest.mark.parametrize("where, extra", [("local", "torch"), ("ray", "ray"), ("slurm", "submitit")])
 def test_a_grid_runs_where_it_is_told(cluster, where, extra):
     if not find_spec(extra):
         pytest.skip(f"the extra is not installed: pip install 'dense-rlhf[{where}]'")
-    said, code, ended = cluster(where)
-    assert code == 0 and ended == ["04_ppo-a-seed3"] and "index.html" in said, said
+    output, code, ended = cluster(where)
+    assert code == 0 and ended == ["04_ppo-a-seed3"] and "index.html" in output, output

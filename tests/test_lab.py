@@ -26,8 +26,8 @@ TRACKER = "lab/settings/@jupyterlab/notebook-extension/tracker.jupyterlab-settin
 
 @pytest.fixture
 def browser():
-    with launched() as found:
-        yield found
+    with launched() as chromium:
+        yield chromium
 
 
 @pytest.fixture

@@ -47,11 +47,11 @@ def covers(interval, truth):
 
 @given(few)
 def test_a_t_interval_is_scipys(values):
-    found = t_interval(values)
-    assert found.mean == pytest.approx(np.mean(values))
+    interval = t_interval(values)
+    assert interval.mean == pytest.approx(np.mean(values))
     if np.std(values) > 1e-6 * (1 + abs(np.mean(values))):
         theirs = stats.ttest_1samp(values, 0).confidence_interval(0.95)
-        assert (found.low, found.high) == pytest.approx(tuple(theirs), rel=1e-6, abs=1e-6)
+        assert (interval.low, interval.high) == pytest.approx(tuple(theirs), rel=1e-6, abs=1e-6)
 
 
 def test_differences_are_scipys():
@@ -67,19 +67,19 @@ def test_differences_are_scipys():
 
 
 def test_one_seed_has_no_interval():
-    found = [t_interval([2.0]), over_seeds([np.arange(5.0)]), paired([2.0], [0.0]), welch([2.0], [0.0, 0.1])]
-    assert all(not i.known and i.low == -math.inf and i.high == math.inf for i in found)
-    assert str(found[0]) == "2.00 [no interval]"
-    for gap in found[2:]:
+    intervals = [t_interval([2.0]), over_seeds([np.arange(5.0)]), paired([2.0], [0.0]), welch([2.0], [0.0, 0.1])]
+    assert all(not i.known and i.low == -math.inf and i.high == math.inf for i in intervals)
+    assert str(intervals[0]) == "2.00 [no interval]"
+    for gap in intervals[2:]:
         assert gap.p == 1 and gap.df == 0 and gap.seeds == 1 and math.isnan(gap.g)
         assert gap.p_above(-9) == gap.p_within(9) == 1 and seeds_needed(gap, lambda n: 0.05) == math.inf
 
 
 @given(few, few)
 def test_the_test_and_the_interval_agree(a, b):
-    for found in (welch(a, b), paired(a[:2], b[:2])):
-        outside = found.low > 0 or found.high < 0
-        assert outside == (found.p < 0.05) or min(abs(found.low), abs(found.high)) < 1e-6 * (1 + abs(found.mean))
+    for gap in (welch(a, b), paired(a[:2], b[:2])):
+        outside = gap.low > 0 or gap.high < 0
+        assert outside == (gap.p < 0.05) or min(abs(gap.low), abs(gap.high)) < 1e-6 * (1 + abs(gap.mean))
 
 
 def test_seeds_that_agree_to_the_last_digit_leave_nothing_open():
@@ -93,10 +93,10 @@ def test_seeds_that_agree_to_the_last_digit_leave_nothing_open():
 def test_an_interval_keeps_within_its_bounds(bounds, spread, where):
     low, width = bounds[0], min(bounds[1], 10) - bounds[0]
     shares = where + spread * min(where, 1 - where) * np.array([-1, 1, 0.5])
-    found, plain = t_interval(low + width * shares, bounds), t_interval(low + width * shares)
-    assert bounds[0] <= found.low < found.mean < found.high <= bounds[1] and found.mean == plain.mean
+    bounded, plain = t_interval(low + width * shares, bounds), t_interval(low + width * shares)
+    assert bounds[0] <= bounded.low < bounded.mean < bounded.high <= bounds[1] and bounded.mean == plain.mean
     if spread < 1e-5:  # a small error is about the same on every scale
-        assert (found.low, found.high) == pytest.approx((plain.low, plain.high), rel=1e-3)
+        assert (bounded.low, bounded.high) == pytest.approx((plain.low, plain.high), rel=1e-3)
 
 
 def test_intervals_of_shares_and_kl_are_those_of_logit_and_logarithm():
@@ -116,8 +116,8 @@ def test_a_mean_at_or_beyond_a_bound_has_the_plain_interval(values):
 def test_shares_over_seeds_cover_at_about_their_nominal_rate():
     rng = np.random.default_rng(0)
     draws = rng.beta(16, 4, (2000, 3))
-    found = [t_interval(row, (0, 1)) for row in draws]
-    assert 0.93 < np.mean([i.low <= 0.8 <= i.high for i in found]) <= 0.99
+    intervals = [t_interval(row, (0, 1)) for row in draws]
+    assert 0.93 < np.mean([i.low <= 0.8 <= i.high for i in intervals]) <= 0.99
 
 
 def test_columns_of_judgements_know_their_bounds():
@@ -172,8 +172,8 @@ def test_holm_is_its_definition(p):
 
 def test_hedges_g_takes_the_bias_of_few_seeds_away():
     draws = RNG.normal([[1.0], [0.0]], 1.0, (4000, 2, 3))
-    found = np.array([hedges_g(a, b) for a, b in draws])
-    assert found.mean() == pytest.approx(1, abs=0.06)  # Cohen's d would say 1.25
+    sizes = np.array([hedges_g(a, b) for a, b in draws])
+    assert sizes.mean() == pytest.approx(1, abs=0.06)  # Cohen's d would say 1.25
     assert math.isnan(hedges_g([1.0, 1.0], [0.0, 0.0]))
 
 
@@ -298,11 +298,11 @@ def test_seeds_are_resampled_within_their_task():
     [((1, 2), (3, 4), 0), ((3, 4), (1, 2), 1), ((1, 2), (1, 2), 0.5), ((1, 4), (2, 3), 0.5), ((2,), (1, 3, 1), 2 / 3)],
 )
 def test_probability_of_improvement_counts_pairs(ours, theirs, wanted):
-    found = improvement([ours], [theirs])
-    assert found.mean == pytest.approx(wanted) and 0 <= found.low < found.high <= 1
-    assert covers(found, wanted) and covers(found, 0.5) == (len(ours) + len(theirs) < 8)
+    better = improvement([ours], [theirs])
+    assert better.mean == pytest.approx(wanted) and 0 <= better.low < better.high <= 1
+    assert covers(better, wanted) and covers(better, 0.5) == (len(ours) + len(theirs) < 8)
     other = improvement([theirs], [ours])
-    assert (other.low, other.high) == pytest.approx((1 - found.high, 1 - found.low), abs=1e-6)
+    assert (other.low, other.high) == pytest.approx((1 - better.high, 1 - better.low), abs=1e-6)
 
 
 def test_tasks_count_alike_whatever_their_runs():
@@ -314,9 +314,9 @@ def test_tasks_count_alike_whatever_their_runs():
 
 def test_bootstrap_of_a_runs_prompts():
     values = RNG.normal(0, 1, 200)
-    found = bootstrap(values)
-    assert found == bootstrap(values) and found.mean == pytest.approx(values.mean())
-    assert (found.low, found.high) == pytest.approx(tuple(t_interval(values).__dict__.values())[1:], abs=0.03)
+    interval = bootstrap(values)
+    assert interval == bootstrap(values) and interval.mean == pytest.approx(values.mean())
+    assert (interval.low, interval.high) == pytest.approx(tuple(t_interval(values).__dict__.values())[1:], abs=0.03)
     assert bootstrap(values, statistic=np.median).mean == np.median(values)
     assert bootstrap(np.full(5, 2.0)) == Interval(2, 2, 2)
 
@@ -328,9 +328,9 @@ def test_a_difference_is_paired_by_seed():
     """What seeds have in common cancels; prompts are averaged first."""
     theirs = [pd.DataFrame({"gold": RNG.normal(shift, 5, 40), "kl": 0.0}) for shift in (0, 9, -9)]
     ours = [table + 0.5 for table in theirs]
-    found = difference(ours, theirs)
-    assert isinstance(found, Difference) and found.paired and found.seeds == 3
-    assert (found.mean, found.low, found.high) == pytest.approx((0.5, 0.5, 0.5))
+    gap = difference(ours, theirs)
+    assert isinstance(gap, Difference) and gap.paired and gap.seeds == 3
+    assert (gap.mean, gap.low, gap.high) == pytest.approx((0.5, 0.5, 0.5))
     assert difference(theirs, ours).mean == pytest.approx(-0.5) and difference(ours, theirs, "kl").mean == 0.5
     for others in (theirs[:2], [table[1:] for table in theirs]):
         with pytest.raises(InputError, match="judge both arms alike"):
@@ -339,9 +339,9 @@ def test_a_difference_is_paired_by_seed():
 
 def test_tables_of_arms_are_over_seeds():
     tables = [pd.DataFrame({"gold": [g, g + 2], "proxy": 0.0, "kl": 1.0, "win": 0.5}) for g in (0.0, 1.0)]
-    found = summarise({"a": tables, "b": tables[:1]}, "gold")
-    assert found["a"] == t_interval([1.0, 2.0]) and found["b"].mean == 1 and not found["b"].known
-    assert arm_table({"a": tables, "b": tables[:1]})["gold (log-odds)"].tolist() == [str(found["a"]), str(found["b"])]
+    means = summarise({"a": tables, "b": tables[:1]}, "gold")
+    assert means["a"] == t_interval([1.0, 2.0]) and means["b"].mean == 1 and not means["b"].known
+    assert arm_table({"a": tables, "b": tables[:1]})["gold (log-odds)"].tolist() == [str(means["a"]), str(means["b"])]
 
 
 def path(arm, seed, kl, gold):
@@ -358,8 +358,8 @@ def test_metrics_at_a_kl_are_where_it_is_first_crossed():
 def test_a_difference_at_kl_is_at_the_largest_that_both_know():
     fast, slow = path("fast", 0, [0, 2, 4, 8], [0, 2, 4, 8]), path("slow", 0, [0, 1, 2, 4], [0.0, 0.5, 1, 2])
     other = path("other", 0, [0, 1, 1, 1], [0, 9, 9, 9])
-    found = difference_at_kl(pd.concat([fast, slow, other]), "fast", "slow", smooth=1)
-    assert found.mean == 2 and not found.known  # at 4 nats: 4 against 2; one seed
+    gap = difference_at_kl(pd.concat([fast, slow, other]), "fast", "slow", smooth=1)
+    assert gap.mean == 2 and not gap.known  # at 4 nats: 4 against 2; one seed
     again = [fast.assign(seed=1), path("slow", 1, [0, 1, 2, 2], [0.0, 0.5, 2, 2])]
     both = difference_at_kl(pd.concat([fast, slow, *again]), "fast", "slow", smooth=1)
     assert both.mean == pytest.approx(1) and both.seeds == 2 and both.paired

@@ -16,11 +16,13 @@ from dense_rlhf.attribution.agreement import known_credit, rank_agreement
 from dense_rlhf.attribution.coalitions import permutation_shap, ridge_lime
 from dense_rlhf.attribution.kinds import Designed, Internal
 from dense_rlhf.attribution.parity import plain_scores
+from dense_rlhf.attribution.sources import Shuffled
 from dense_rlhf.config.params import AttributionParams
 from dense_rlhf.models.word_judge import AdditiveJudge
 from dense_rlhf.types import InputError
 
-SHARES = ("terminal", "uniform", "random", "attention")
+SHARES = ("terminal", "uniform", "random", "attention", "shuffled_attention")
+DRAWN = ("random", "shuffled", "shuffled_attention")
 PARAMS = AttributionParams(permutations=1, lime_samples=32, rationale_path=RATIONALES, seed=4)
 
 
@@ -43,18 +45,18 @@ def rows_with_players(rollout):
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_contract(source, reward_model, rollout):
-    found, again = (explain(source, reward_model, rollout) for _ in range(2))
-    assert found.source == source and found.credit.shape == rollout.mask.shape
-    assert found.baseline.shape == found.gap.shape == rollout.scores.shape
-    assert not found.credit[~rollout.mask].any() and found.credit.isfinite().all()
-    assert found.credit.any() or source in ("lexicon", "rationale")  # made-up words have no valence
-    gap = rollout.scores - found.baseline - found.credit.sum(-1)
+    attribution, again = (explain(source, reward_model, rollout) for _ in range(2))
+    assert attribution.source == source and attribution.credit.shape == rollout.mask.shape
+    assert attribution.baseline.shape == attribution.gap.shape == rollout.scores.shape
+    assert not attribution.credit[~rollout.mask].any() and attribution.credit.isfinite().all()
+    assert attribution.credit.any() or source in ("lexicon", "rationale")  # made-up words have no valence
+    gap = rollout.scores - attribution.baseline - attribution.credit.sum(-1)
     in_score_units = source not in ("lexicon", "rationale", "log_ratio")
-    assert torch.allclose(found.gap, gap, atol=1e-5) if in_score_units else found.gap.isnan().all()
-    assert not found.complete or found.gap.abs().max() <= 1e-5
-    assert found.is_share == (source in SHARES) and (found.complete or not found.is_share)
-    assert torch.equal(found.credit, again.credit) and found.evaluations == again.evaluations
-    assert found.seconds > 0
+    assert torch.allclose(attribution.gap, gap, atol=1e-5) if in_score_units else attribution.gap.isnan().all()
+    assert not attribution.complete or attribution.gap.abs().max() <= 1e-5
+    assert attribution.is_share == (source in SHARES) and (attribution.complete or not attribution.is_share)
+    assert torch.equal(attribution.credit, again.credit) and attribution.evaluations == again.evaluations
+    assert attribution.seconds > 0
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -66,13 +68,13 @@ def test_a_response_of_eos_alone_is_explained(source, reward_model, rollout, tok
     responses[0] = tokenizer.pad_token_id
     responses[0, 0], ended[0] = tokenizer.eos_token_id, True
     alone = replace(rollout, mask=mask, responses=responses, ended=ended)
-    found = explain(source, reward_model, replace(alone, scores=reward_model.score(reward_model.readings(alone))))
-    assert found.credit.isfinite().all() and not found.credit[~mask].any()
-    assert found.credit[0, 0] != 0 if found.is_share else found.credit[0, 0] == 0
-    assert found.gap[0].isnan() or found.gap[0].abs() < 1e-5
+    attribution = explain(source, reward_model, replace(alone, scores=reward_model.score(reward_model.readings(alone))))
+    assert attribution.credit.isfinite().all() and not attribution.credit[~mask].any()
+    assert attribution.credit[0, 0] != 0 if attribution.is_share else attribution.credit[0, 0] == 0
+    assert attribution.gap[0].isnan() or attribution.gap[0].abs() < 1e-5
 
 
-@pytest.mark.parametrize("source", [s for s in SOURCES if s not in ("random", "shuffled")])  # drawn for the batch
+@pytest.mark.parametrize("source", [s for s in SOURCES if s not in DRAWN])  # drawn for the batch
 def test_rows_do_not_depend_on_each_other(source, reward_model, rollout):
     fields = {name: x.flip(0) for name, x in rollout.tensors().items()}
     flipped = explain(source, reward_model, replace(rollout, **fields))
@@ -98,8 +100,8 @@ def altered(reward_model, value):
 @pytest.mark.parametrize("source", ASKING)
 def test_scores_that_are_all_equal_earn_nothing(source, reward_model, rollout):
     flat = altered(reward_model, 0.0)
-    found = explain(source, flat, replace(rollout, scores=torch.zeros_like(rollout.scores)))
-    assert not found.credit.any() and found.gap.abs().max() < 1e-6
+    attribution = explain(source, flat, replace(rollout, scores=torch.zeros_like(rollout.scores)))
+    assert not attribution.credit.any() and attribution.gap.abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -124,8 +126,21 @@ def test_every_line_of_the_registry_names_a_function(source):
         module, _, function = kind.place.partition(":")
         assert function == source and callable(getattr(import_module(module), function))
         assert kind.place.startswith("dense_rlhf.attribution.")  # a string that decides a training's key
+    elif isinstance(kind, Shuffled):
+        assert kind.source in SOURCES and source.startswith("shuffled")
     else:
         assert kind.__name__ == source
+
+
+@pytest.mark.parametrize("source", [name for name, kind in SOURCES.items() if isinstance(kind, Shuffled)])
+def test_a_placebo_has_the_credit_of_its_source_on_other_tokens(source, reward_model, rollout):
+    """The same sizes, signs and sum in every response; another draw with another seed."""
+    placebo, ordered = explain(source, reward_model, rollout), explain(SOURCES[source].source, reward_model, rollout)
+    assert torch.equal(placebo.credit.sort(-1).values, ordered.credit.sort(-1).values)
+    assert not torch.equal(placebo.credit, ordered.credit) and placebo.is_share == ordered.is_share
+    assert placebo.source == source and torch.allclose(placebo.credit.sum(-1), ordered.credit.sum(-1), atol=1e-6)
+    again, other = (explain(source, reward_model, rollout, replace(PARAMS, seed=seed)).credit for seed in (4, 5))
+    assert torch.equal(again, placebo.credit) and not torch.equal(other, placebo.credit)
 
 
 def test_a_source_of_ones_own_is_named_by_its_python_path(reward_model, rollout):
@@ -170,8 +185,8 @@ def test_shap_gives_the_numbers_of_the_shap_library(permutations, reward_model, 
 
 @pytest.mark.parametrize("permutations", [1, 2])
 def test_shap_is_complete(permutations, reward_model, rollout):
-    found = explain("shap", reward_model, rollout, replace(PARAMS, permutations=permutations))
-    assert found.gap.abs().max() < 1e-5 and found.credit.abs().max() > 0.05
+    attribution = explain("shap", reward_model, rollout, replace(PARAMS, permutations=permutations))
+    assert attribution.gap.abs().max() < 1e-5 and attribution.credit.abs().max() > 0.05
 
 
 def test_shap_counts_its_evaluations(reward_model, rollout):
@@ -233,8 +248,10 @@ def lime_text(k, samples, seed, f):
         return f(drawn[-1])[:, None]
 
     explainer = LimeTextExplainer(feature_selection="none", random_state=np.random.RandomState(seed))
-    found = explainer.explain_instance(" ".join(words), classify, labels=(0,), num_features=k, num_samples=samples)
-    return drawn[0], np.array([weight for _, weight in sorted(found.local_exp[0])])
+    explanation = explainer.explain_instance(
+        " ".join(words), classify, labels=(0,), num_features=k, num_samples=samples
+    )
+    return drawn[0], np.array([weight for _, weight in sorted(explanation.local_exp[0])])
 
 
 @pytest.mark.parametrize("samples, seed", [(32, 4), (100, 0)])

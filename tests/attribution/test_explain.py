@@ -112,28 +112,28 @@ def bert(bert_tokenizer):
 @pytest.mark.parametrize("kind", DECODERS)
 def test_a_decoders_scores_are_its_own(kind, source, tokenizer):
     model = build(kind, tokenizer)
-    found = explain(model, tokenizer, PROMPT, RESPONSE, source)
+    explained = explain(model, tokenizer, PROMPT, RESPONSE, source)
     prompt = tokenizer(PROMPT)["input_ids"]
     whole = tokenizer(PROMPT + RESPONSE)["input_ids"]
-    assert found.score == pytest.approx(own_score(model, [*whole, tokenizer.eos_token_id]), abs=1e-5)
-    assert found.baseline == pytest.approx(own_score(model, [*prompt, tokenizer.eos_token_id]), abs=1e-5)
-    assert abs(found.score - found.baseline) > 1e-2
-    assert found.engine == ("packed" if kind in ("Llama", "Mistral", "Qwen2", "Qwen3") else "plain")
-    assert len(found.tokens) == len(whole) - len(prompt) and "".join(found.tokens) == RESPONSE
-    assert found.complete == (source != "lime") and (abs(found.gap) <= 1e-5 or not found.complete)
-    assert found.score == pytest.approx(found.baseline + sum(found.credit) + found.gap, abs=1e-12)
+    assert explained.score == pytest.approx(own_score(model, [*whole, tokenizer.eos_token_id]), abs=1e-5)
+    assert explained.baseline == pytest.approx(own_score(model, [*prompt, tokenizer.eos_token_id]), abs=1e-5)
+    assert abs(explained.score - explained.baseline) > 1e-2
+    assert explained.engine == ("packed" if kind in ("Llama", "Mistral", "Qwen2", "Qwen3") else "plain")
+    assert len(explained.tokens) == len(whole) - len(prompt) and "".join(explained.tokens) == RESPONSE
+    assert explained.complete == (source != "lime") and (abs(explained.gap) <= 1e-5 or not explained.complete)
+    assert explained.score == pytest.approx(explained.baseline + sum(explained.credit) + explained.gap, abs=1e-12)
 
 
 @pytest.mark.parametrize("removal", ["drop", "attention_mask", "replace:[UNK]"])
 @pytest.mark.parametrize("kind", ENCODERS)
 def test_an_encoders_scores_are_its_own(kind, removal, bert_tokenizer):
     model = build(kind, bert_tokenizer)
-    found = explain(model, bert_tokenizer, PROMPT, RESPONSE, removal=removal)
-    assert found.score == pytest.approx(own_score(model, bert_tokenizer(PROMPT + RESPONSE)["input_ids"]), abs=1e-5)
+    explained = explain(model, bert_tokenizer, PROMPT, RESPONSE, removal=removal)
+    assert explained.score == pytest.approx(own_score(model, bert_tokenizer(PROMPT + RESPONSE)["input_ids"]), abs=1e-5)
     if removal == "drop":
-        assert found.baseline == pytest.approx(own_score(model, bert_tokenizer(PROMPT)["input_ids"]), abs=1e-5)
-    assert abs(found.gap) <= 1e-5 and found.engine == "plain" and len(set(found.credit)) > 3
-    assert "".join(found.tokens) == RESPONSE and found.tokens[0] == " was"  # not lower-cased, no ##
+        assert explained.baseline == pytest.approx(own_score(model, bert_tokenizer(PROMPT)["input_ids"]), abs=1e-5)
+    assert abs(explained.gap) <= 1e-5 and explained.engine == "plain" and len(set(explained.credit)) > 3
+    assert "".join(explained.tokens) == RESPONSE and explained.tokens[0] == " was"  # not lower-cased, no ##
 
 
 def shapley(value, k):
@@ -152,19 +152,20 @@ def shapley(value, k):
 def test_kernel_shap_of_all_coalitions_is_shapley_by_definition(side, players, tokenizer, bert_tokenizer, llama, bert):
     model, own = (llama, tokenizer) if side == "decoder" else (bert, bert_tokenizer)
     response = {"tokens": " was good.", "words": " was good. A bad plot"}[players]
-    found = explain(model, own, PROMPT, response, "kernel", players, samples_per_token=40)
+    explained = explain(model, own, PROMPT, response, "kernel", players, samples_per_token=40)
     ids = own(PROMPT + response)["input_ids"]
     if side == "decoder":
         ids = [*ids, own.eos_token_id]
-    start, k = len(ids) - 1 - len(found.tokens), len(found.players)
+    start, k = len(ids) - 1 - len(explained.tokens), len(explained.players)
     assert 2 <= k <= 6
 
     def value(kept):
         return own_score(
-            model, [t for n, t in enumerate(ids) if not start <= n < len(ids) - 1 or found.player[n - start] in kept]
+            model,
+            [t for n, t in enumerate(ids) if not start <= n < len(ids) - 1 or explained.player[n - start] in kept],
         )
 
-    assert np.allclose(found.player_credit, shapley(value, k), atol=1e-5)
+    assert np.allclose(explained.player_credit, shapley(value, k), atol=1e-5)
 
 
 def test_a_tokenizers_own_special_tokens_stay(tokenizer, llama):
@@ -174,21 +175,21 @@ def test_a_tokenizers_own_special_tokens_stay(tokenizer, llama):
     made.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<eos> $A <eos>", special_tokens=[("<eos>", tokenizer.eos_token_id)]
     )
-    found = explain(llama, made, PROMPT, RESPONSE)
-    assert found.score == pytest.approx(own_score(llama, made(PROMPT + RESPONSE)["input_ids"]), abs=1e-5)
-    assert found.baseline == pytest.approx(own_score(llama, made(PROMPT)["input_ids"]), abs=1e-5)
+    explained = explain(llama, made, PROMPT, RESPONSE)
+    assert explained.score == pytest.approx(own_score(llama, made(PROMPT + RESPONSE)["input_ids"]), abs=1e-5)
+    assert explained.baseline == pytest.approx(own_score(llama, made(PROMPT)["input_ids"]), abs=1e-5)
 
 
 def test_an_empty_prompt_and_a_response_that_goes_on_with_a_word(tokenizer, llama, bert, bert_tokenizer):
     assert explain(bert, bert_tokenizer, "", "good film").baseline == pytest.approx(own_score(bert, [2, 3]), abs=1e-5)
     assert "".join(explain(llama, tokenizer, "", "good film").tokens) == "good film"
     assert tokenizer.tokenize(" was") == ["\u0120was"]
-    found = explain(llama, tokenizer, "the wa", "s film")  # a token would straddle: the two sides are read apart
+    explained = explain(llama, tokenizer, "the wa", "s film")  # a token would straddle: the two sides are read apart
     ids = tokenizer("the wa")["input_ids"] + tokenizer("s film")["input_ids"] + [tokenizer.eos_token_id]
-    assert found.score == pytest.approx(own_score(llama, ids), abs=1e-5) and "".join(found.tokens) == "s film"
-    found = explain(llama, tokenizer, "it ", "was")  # white space joins the token that it belongs to
+    assert explained.score == pytest.approx(own_score(llama, ids), abs=1e-5) and "".join(explained.tokens) == "s film"
+    explained = explain(llama, tokenizer, "it ", "was")  # white space joins the token that it belongs to
     whole = tokenizer("it was")["input_ids"] + [tokenizer.eos_token_id]
-    assert found.score == pytest.approx(own_score(llama, whole), abs=1e-5) and found.tokens == ["was"]
+    assert explained.score == pytest.approx(own_score(llama, whole), abs=1e-5) and explained.tokens == ["was"]
 
 
 # ---------------------------------------------------------------------------------------------------- dialogues
@@ -199,14 +200,14 @@ DIALOGUE = (Message("user", "what a good film"), Message("assistant", "it was"),
 
 def test_a_dialogue_goes_through_the_chat_template(chat_tokenizer):
     model = build("Qwen2", chat_tokenizer)
-    found = explain(model, chat_tokenizer, DIALOGUE, "good")  # also a word of the prompt
+    explained = explain(model, chat_tokenizer, DIALOGUE, "good")  # also a word of the prompt
     turns = [vars(m) for m in (*DIALOGUE, Message("assistant", "good"))]
     ids = chat_tokenizer.apply_chat_template(turns, return_dict=True)["input_ids"]
-    assert found.score == pytest.approx(own_score(model, ids), abs=1e-5) and "".join(found.tokens) == "good"
+    assert explained.score == pytest.approx(own_score(model, ids), abs=1e-5) and "".join(explained.tokens) == "good"
     none = chat_tokenizer.apply_chat_template([*turns[:-1], {"role": "assistant", "content": ""}], return_dict=True)
-    assert found.baseline == pytest.approx(own_score(model, none["input_ids"]), abs=1e-5)
+    assert explained.baseline == pytest.approx(own_score(model, none["input_ids"]), abs=1e-5)
     again = explain(model, chat_tokenizer, [vars(m) for m in DIALOGUE], "good")
-    assert again.credit == found.credit
+    assert again.credit == explained.credit
 
 
 @pytest.mark.parametrize(
@@ -225,10 +226,12 @@ def test_a_template_that_alters_the_response_is_refused(template, response, chat
 
 
 def test_a_dialogue_without_a_template_is_written_out(tokenizer, llama):
-    found = explain(llama, tokenizer, DIALOGUE[:1], "good film")
+    explained = explain(llama, tokenizer, DIALOGUE[:1], "good film")
     text = "\n\nHuman: what a good film\n\nAssistant: good film"
     ids = tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]
-    assert found.score == pytest.approx(own_score(llama, ids), abs=1e-5) and "".join(found.tokens) == "good film"
+    assert (
+        explained.score == pytest.approx(own_score(llama, ids), abs=1e-5) and "".join(explained.tokens) == "good film"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- players
@@ -236,12 +239,12 @@ def test_a_dialogue_without_a_template_is_written_out(tokenizer, llama):
 
 def test_players_are_words_sentences_or_spans(tokenizer, llama):
     def parts(players):
-        found = explain(llama, tokenizer, PROMPT, RESPONSE, players=players)
-        credit = np.array(found.credit)
-        for number, total in enumerate(found.player_credit):
-            own = credit[np.array(found.player) == number]
-            assert np.allclose(own, total / len(own)) and abs(found.gap) < 1e-5
-        return [RESPONSE[a:b] for a, b in found.players]
+        explained = explain(llama, tokenizer, PROMPT, RESPONSE, players=players)
+        credit = np.array(explained.credit)
+        for number, total in enumerate(explained.player_credit):
+            own = credit[np.array(explained.player) == number]
+            assert np.allclose(own, total / len(own)) and abs(explained.gap) < 1e-5
+        return [RESPONSE[a:b] for a, b in explained.players]
 
     words = [" was", " good.", " A", " bad", " plot,", " and", " awful", " acting"]
     assert parts("words") == words
@@ -283,57 +286,59 @@ def test_a_span_inside_of_a_token_is_refused(tokenizer, llama):
 @pytest.mark.parametrize("side", ["decoder", "encoder"])
 def test_hostile_text_is_escaped(side, tokenizer, bert_tokenizer, llama, bert):
     model, own = (llama, tokenizer) if side == "decoder" else (bert, bert_tokenizer)
-    found = explain(model, own, PROMPT, HOSTILE, players="words")
-    assert "".join(found.tokens) == HOSTILE
-    for page in (found._repr_html_(), plot_text(found)):
+    explained = explain(model, own, PROMPT, HOSTILE, players="words")
+    assert "".join(explained.tokens) == HOSTILE
+    for page in (explained._repr_html_(), plot_text(explained)):
         assert "<script" not in page and "alert(&#x27;x" in page
         assert "\x00" not in page and "\u202e" not in page and "⟨202e⟩" in page and "⟨0000⟩" in page
         assert "&amp;amp;" in page and "&amp;" in html.unescape(page)
-    assert "onerror" not in found._repr_html_() and "onclick" not in found._repr_html_()
-    assert repr(found).isprintable() or {c for c in repr(found) if not c.isprintable()} == {"\n"}
-    draw(found)
+    assert "onerror" not in explained._repr_html_() and "onclick" not in explained._repr_html_()
+    assert repr(explained).isprintable() or {c for c in repr(explained) if not c.isprintable()} == {"\n"}
+    draw(explained)
 
 
-def plot_text(found):
+def plot_text(explained):
     import shap
 
-    return shap.plots.text(found.to_shap(), display=False)
+    return shap.plots.text(explained.to_shap(), display=False)
 
 
-def draw(found):
+def draw(explained):
     import matplotlib
     import shap
 
     matplotlib.use("agg")
     for plot in (shap.plots.bar, shap.plots.waterfall):
         matplotlib.pyplot.figure()  # theirs draw into whatever axes another test left
-        plot(found.to_shap(), show=False)
+        plot(explained.to_shap(), show=False)
         matplotlib.pyplot.gcf().canvas.draw()  # labels are read as mathematics only now
         matplotlib.pyplot.close("all")
 
 
 def test_it_shows_itself(tokenizer, llama):
-    found = explain(llama, tokenizer, PROMPT, RESPONSE, players="words")
-    page, text = found._repr_html_(), repr(found)
-    top = found.ranked()
-    assert list(top["credit"].abs()) == sorted(map(abs, found.player_credit), reverse=True)
+    explained = explain(llama, tokenizer, PROMPT, RESPONSE, players="words")
+    page, text = explained._repr_html_(), repr(explained)
+    top = explained.ranked()
+    assert list(top["credit"].abs()) == sorted(map(abs, explained.player_credit), reverse=True)
     assert top["share"].sum() == pytest.approx(1) and top.part.iloc[0] in page and repr(top.part.iloc[0]) in text
-    for part in (f"score {found.score:.4f} = baseline {found.baseline:.4f}", "LlamaForSequence", "packed"):
+    for part in (f"score {explained.score:.4f} = baseline {explained.baseline:.4f}", "LlamaForSequence", "packed"):
         assert part in html.unescape(page) and part in text
-    assert page.count("<span") == len(found.tokens) and "more parts" not in page
+    assert page.count("<span") == len(explained.tokens) and "more parts" not in page
     assert "more parts move it less" in explain(llama, tokenizer, PROMPT, RESPONSE)._repr_html_()
 
 
 def test_frame_and_shap_hold_the_same_numbers(tokenizer, llama):
-    found = explain(llama, tokenizer, PROMPT, RESPONSE + " \U0001f642", players="words")
-    frame = found.to_frame()
+    explained = explain(llama, tokenizer, PROMPT, RESPONSE + " \U0001f642", players="words")
+    frame = explained.to_frame()
     assert list(frame.columns) == ["token", "start", "end", "player", "credit"]
-    assert frame["credit"].sum() == pytest.approx(found.score - found.baseline, abs=1e-5)
-    assert "".join(frame["token"]) == found.response and (frame["start"][1:].values == frame["end"][:-1].values).all()
-    shown = found.to_shap()
-    assert shown.values.tolist() == found.player_credit and shown.base_values == found.baseline
+    assert frame["credit"].sum() == pytest.approx(explained.score - explained.baseline, abs=1e-5)
+    assert (
+        "".join(frame["token"]) == explained.response and (frame["start"][1:].values == frame["end"][:-1].values).all()
+    )
+    shown = explained.to_shap()
+    assert shown.values.tolist() == explained.player_credit and shown.base_values == explained.baseline
     assert np.allclose(shown.values, frame.groupby("player")["credit"].sum())
-    assert " good." in shown.feature_names and len(shown.data) == len(found.players)
+    assert " good." in shown.feature_names and len(shown.data) == len(explained.players)
 
 
 # ---------------------------------------------------------------------------------------------------- errors
@@ -394,8 +399,8 @@ def test_robertas_positions_begin_after_its_padding(bert_tokenizer):
 def test_a_model_that_reads_padding_is_never_given_any(bert_tokenizer):
     class PoolsPadding(transformers.BertForSequenceClassification):
         def forward(self, input_ids, attention_mask=None):
-            found = super().forward(input_ids, attention_mask=attention_mask)
-            return type(found)(logits=found.logits + input_ids.shape[1])
+            output = super().forward(input_ids, attention_mask=attention_mask)
+            return type(output)(logits=output.logits + input_ids.shape[1])
 
     model = PoolsPadding(build("Bert", bert_tokenizer).config).eval()
     explained = explain(model, bert_tokenizer, PROMPT, RESPONSE)

@@ -85,8 +85,10 @@ def truth(model, rollout):
     return Attribution("truth", credit, baseline, rollout.scores - baseline - credit.sum(-1), 0.0, 0.0, True)
 
 
-def reversed_of(found):
-    return replace(found, source="reversed", credit=-found.credit, gap=found.gap + 2 * found.credit.sum(-1))
+def reversed_of(attribution):
+    return replace(
+        attribution, source="reversed", credit=-attribution.credit, gap=attribution.gap + 2 * attribution.credit.sum(-1)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -181,12 +183,12 @@ def test_interactions_show_in_the_surrogate_only(tokenizer):
     additive, curved = planted(tokenizer), planted(tokenizer, bonus=1.5)
     rollout = text_rollout(TEXTS[:4], tokenizer, curved)
     params = replace(PARAMS, permutations=20)
-    found = {"shap": attribute(curved, rollout, ["shap"], params)["shap"]}
-    table = faithfulness(curved, rollout, found, params, Draws(fresh=200)).set_index("measure")["value"]
+    attributions = {"shap": attribute(curved, rollout, ["shap"], params)["shap"]}
+    table = faithfulness(curved, rollout, attributions, params, Draws(fresh=200)).set_index("measure")["value"]
     assert (table["surrogate_r2"] < 0.999).all() and (table["surrogate_r2"] > 0.5).all()
     assert (table["infidelity"] > 0.01).all() and (table["gap"] < 1e-4).all()
-    found = {"shap": replace(found["shap"], baseline=found["shap"].baseline + 5)}
-    shifted = faithfulness(curved, rollout, found, params, Draws(fresh=200)).set_index("measure")["value"]
+    attributions = {"shap": replace(attributions["shap"], baseline=attributions["shap"].baseline + 5)}
+    shifted = faithfulness(curved, rollout, attributions, params, Draws(fresh=200)).set_index("measure")["value"]
     assert (shifted["surrogate_r2"] < -1).all()
     assert np.allclose(shifted["surrogate_correlation"], table["surrogate_correlation"])
     assert additive.bonus == 0
@@ -196,10 +198,10 @@ def test_numbers_by_hand(tokenizer):
     """Every measure once more, from its definition, one plain forward at a time."""
     model = planted(tokenizer, bonus=0.7)
     rollout = text_rollout(["the film was good and the cast was great"], tokenizer, model)
-    found = attribute(model, rollout, ["shap"], PARAMS)
-    table = faithfulness(model, rollout, found, PARAMS, Draws(5)).set_index(["source", "measure"])["value"]
-    ids, credit = rollout.responses[0], found["shap"].credit[0].double().numpy()
-    k, baseline = len(ids), found["shap"].baseline.item()
+    attributions = attribute(model, rollout, ["shap"], PARAMS)
+    table = faithfulness(model, rollout, attributions, PARAMS, Draws(5)).set_index(["source", "measure"])["value"]
+    ids, credit = rollout.responses[0], attributions["shap"].credit[0].double().numpy()
+    k, baseline = len(ids), attributions["shap"].baseline.item()
 
     def f(keep):
         return model.outputs([ids[torch.as_tensor(np.asarray(keep, bool))].tolist()]).item()
@@ -257,7 +259,7 @@ def test_a_share_says_how_much_not_which_way(additive):
     weights = torch.rand(rollout.mask.shape, generator=torch.Generator().manual_seed(1)) * rollout.mask
     credit = weights * rollout.scores[:, None]
     mirrored = [Attribution("s", c, rollout.scores, rollout.scores, 0, 0, is_share=True) for c in (credit, -credit)]
-    a, b = (faithfulness(model, rollout, {"s": found}, PARAMS) for found in mirrored)
+    a, b = (faithfulness(model, rollout, {"s": shares}, PARAMS) for shares in mirrored)
     ranking = a["measure"].isin(
         ["comprehensiveness", "sufficiency", "deletion", "insertion", "leave_one_out_tau", "surrogate_correlation"]
     )
@@ -267,11 +269,11 @@ def test_a_share_says_how_much_not_which_way(additive):
 def test_credit_in_other_units_has_a_correlation_but_no_r2(additive):
     model, rollout, sources, table = additive
     other = replace(sources["truth"], credit=7 * sources["truth"].credit, gap=torch.full_like(rollout.scores, np.nan))
-    found = faithfulness(model, rollout, {"other": other}, PARAMS)
+    measured = faithfulness(model, rollout, {"other": other}, PARAMS)
     for measure in ("surrogate_r2", "infidelity", "gap", "relative_gap"):
-        assert np.isnan(of(found, "other", measure)).all()
+        assert np.isnan(of(measured, "other", measure)).all()
     for measure in ("surrogate_correlation", "comprehensiveness", "leave_one_out_tau", "deletion"):
-        assert np.allclose(of(found, "other", measure), of(table, "truth", measure), equal_nan=True, atol=1e-6)
+        assert np.allclose(of(measured, "other", measure), of(table, "truth", measure), equal_nan=True, atol=1e-6)
 
 
 def test_credit_of_eos_is_always_there(tokenizer):
@@ -293,7 +295,7 @@ def test_credit_of_eos_is_always_there(tokenizer):
     )
     exact = truth(model, rollout)
     moved = replace(exact, credit=exact.credit.scatter(1, lengths, 0.3), baseline=torch.zeros(2))
-    a, b = (faithfulness(model, rollout, {"s": found}, PARAMS)["value"] for found in (exact, moved))
+    a, b = (faithfulness(model, rollout, {"s": attribution}, PARAMS)["value"] for attribution in (exact, moved))
     measure = faithfulness(model, rollout, {"s": exact}, PARAMS)["measure"]
     same = ~measure.isin(["evenness", "gap", "relative_gap"])
     assert np.allclose(a[same], b[same], atol=1e-5)
@@ -342,9 +344,9 @@ def test_rows_and_sources_do_not_depend_on_each_other(additive):
 @pytest.mark.parametrize("removal", ["drop", "attention_mask", "replace:the"])
 def test_a_real_reward_model(removal, reward_model, rollout):
     params = replace(PARAMS, removal=removal)
-    found = attribute(reward_model, rollout, ["terminal", "uniform", "random", "shap", "lime"], params)
-    found |= {"reversed": reversed_of(found["shap"])}
-    table = faithfulness(reward_model, rollout, found, params, Draws(fresh=32))
+    attributions = attribute(reward_model, rollout, ["terminal", "uniform", "random", "shap", "lime"], params)
+    attributions |= {"reversed": reversed_of(attributions["shap"])}
+    table = faithfulness(reward_model, rollout, attributions, params, Draws(fresh=32))
     values = table.groupby(["source", "measure"])["value"]
     mean, B = values.mean(), len(rollout.scores)
     assert set(table["measure"]) == set(MEASURES) and set(values.size()) == {B}
@@ -356,8 +358,8 @@ def test_a_real_reward_model(removal, reward_model, rollout):
 def test_words_are_removed_whole(tokenizer, reward_model):
     params = replace(PARAMS, players="words")
     rollout = text_rollout(SENTENCES, tokenizer, reward_model)
-    found = attribute(reward_model, rollout, ["shap"], params)
-    table = faithfulness(reward_model, rollout, found, params)
+    attributions = attribute(reward_model, rollout, ["shap"], params)
+    table = faithfulness(reward_model, rollout, attributions, params)
     readings = reward_model.readings(rollout)
     words = [measured.player_groups(reward_model, reading, "words").max() + 1 for reading in readings]
     assert words == [len(text.split()) for text in SENTENCES] != [len(reading.response) for reading in readings]
@@ -408,10 +410,10 @@ def test_removal_agreement_and_seed_agreement(reward_model, rollout):
         r: attribute(reward_model, rollout, ["shap"], replace(PARAMS, removal=r))["shap"]
         for r in ("drop", "attention_mask", "replace:the")
     }
-    found = removal_agreement(by, rollout)
-    assert list(found) == [("drop", "attention_mask"), ("drop", "replace:the"), ("attention_mask", "replace:the")]
+    agreement = removal_agreement(by, rollout)
+    assert list(agreement) == [("drop", "attention_mask"), ("drop", "replace:the"), ("attention_mask", "replace:the")]
     several = rollout.players.sum(-1).numpy() > 1
-    assert all(np.isfinite(values[several]).all() and np.isnan(values[~several]).all() for values in found.values())
+    assert all(np.isfinite(values[several]).all() and np.isnan(values[~several]).all() for values in agreement.values())
     assert np.allclose(seed_agreement(by["drop"], by["drop"], rollout)[several], 1)
     lime = [
         attribute(reward_model, rollout, ["lime"], replace(PARAMS, lime_samples=n, seed=s))["lime"]
@@ -425,12 +427,12 @@ def test_removal_agreement_and_seed_agreement(reward_model, rollout):
 def test_completeness_and_evenness_without_forwards(rollout):
     credit = rollout.mask.float()
     baseline = rollout.scores - 2
-    found = Attribution("s", credit, baseline, rollout.scores - baseline - credit.sum(-1), 0, 0)
+    attribution = Attribution("s", credit, baseline, rollout.scores - baseline - credit.sum(-1), 0, 0)
     lengths = rollout.mask.sum(-1).numpy()
-    gap = completeness(found, rollout)
+    gap = completeness(attribution, rollout)
     assert np.allclose(gap["gap"], np.abs(2 - lengths)) and np.allclose(gap["relative_gap"], np.abs(2 - lengths) / 2)
-    assert np.allclose(evenness(found, rollout), 1)
-    still = completeness(replace(found, baseline=rollout.scores), rollout)
+    assert np.allclose(evenness(attribution, rollout), 1)
+    still = completeness(replace(attribution, baseline=rollout.scores), rollout)
     assert np.isnan(still["relative_gap"]).all() and np.isfinite(still["gap"]).all()
 
 
@@ -450,8 +452,8 @@ def test_sizes_of_fresh_coalitions_are_uniform_and_players_alike():
 def test_a_path_moves_the_most_supporting_first(k, seed):
     rng = np.random.default_rng(seed)
     support, ties = rng.integers(0, 4, k).astype(float), rng.permutation(k)
-    left, alone = removal_path(support, ties)
-    assert (left == ~alone).all() and left[0].all() and alone[-1].all()
+    kept, alone = removal_path(support, ties)
+    assert (kept == ~alone).all() and kept[0].all() and alone[-1].all()
     for tenth, there in enumerate(alone):
         assert there.sum() == -(-k * tenth // 10) == path_counts(k)[tenth]
         assert not there.any() or there.all() or support[there].min() >= support[~there].max()
@@ -577,11 +579,11 @@ def test_marks_move_to_tokens_by_characters(tokenizer, reward_model):
     text = MarkedText("the film was zgreatx", [(4, 8), (13, 20)], (2.0, -1.0))
     other = MarkedText("good", [], ())
     rollout = text_rollout([text.text, other.text], tokenizer, reward_model)
-    found = token_marks([text, other], rollout, tokenizer)
+    marks = token_marks([text, other], rollout, tokenizer)
     tokens = [tokenizer.decode([i]) for i in rollout.responses[0][rollout.mask[0]].tolist()]
-    assert found.shape == rollout.mask.shape and found[0].sum() == pytest.approx(1) and not found[1].any()
+    assert marks.shape == rollout.mask.shape and marks[0].sum() == pytest.approx(1) and not marks[1].any()
     place = 0
-    for token, mark in zip(tokens, found[0]):
+    for token, mark in zip(tokens, marks[0]):
         inside = [min(place + len(token), b) > max(place, a) for a, b in text.spans]
         assert np.sign(mark.item()) == (1 if inside[0] else -1 if inside[1] else 0)
         place += len(token)

@@ -40,8 +40,8 @@ def write(path, text):
     ],
 )
 def test_a_file_is_read_as_what_it_is(content, texts, values, tmp_path):
-    found = load_rationales(write(tmp_path / "marks", content))
-    assert [one.text for one in found] == texts and [one.values for one in found] == values
+    attribution = load_rationales(write(tmp_path / "marks", content))
+    assert [one.text for one in attribution] == texts and [one.values for one in attribution] == values
 
 
 @pytest.mark.parametrize(
@@ -126,13 +126,13 @@ words = st.sampled_from(["good", "bad", "film", "don't"])
     st.floats(0, 9),
 )
 def test_values_stay_within_those_given_and_mean_what_people_meant(texts, prior):
-    made, said = [], {}
+    made, values_of = [], {}
     for text in texts:
         ends = [sum(len(w) + 1 for w, _ in text[: i + 1]) - 1 for i in range(len(text))]
         made.append(marked(" ".join(w for w, _ in text), *((e - len(w), e, v) for e, (w, v) in zip(ends, text))))
         for word, value in text:
-            said.setdefault(word, []).append(value)
-    wanted = {word: sum(values) / (len(values) + prior) for word, values in said.items() if sum(values)}
+            values_of.setdefault(word, []).append(value)
+    wanted = {word: sum(values) / (len(values) + prior) for word, values in values_of.items() if sum(values)}
     assert fit_words(made, prior).weights == pytest.approx(wanted)
     assert fit_words(made[::-1], prior).weights == pytest.approx(wanted)
 
@@ -152,11 +152,16 @@ def test_a_file_is_read_once_and_again_when_it_changes(tmp_path):
 def test_every_word_of_a_new_text_has_its_value(reward_model, tokenizer):
     texts = [" a film that I loved, not slow", " nobody knows", " GOOD good"]
     rollout, weights = text_rollout(texts, tokenizer, reward_model), load_rationale_judge(RATIONALES).weights
-    found = attribute(reward_model, rollout, ["rationale"], PARAMS)["rationale"]
+    attribution = attribute(reward_model, rollout, ["rationale"], PARAMS)["rationale"]
     totals = [weights["loved"] + weights["slow"], 0, 2 * weights["good"]]
-    assert found.credit.sum(-1).tolist() == pytest.approx(totals, abs=1e-6) and totals[0] > 0
-    assert found.evaluations == 0 and found.gap.isnan().all() and not found.complete and not found.is_share
-    assert found.credit.dtype == rollout.scores.dtype and not found.credit[~rollout.mask].any()
+    assert attribution.credit.sum(-1).tolist() == pytest.approx(totals, abs=1e-6) and totals[0] > 0
+    assert (
+        attribution.evaluations == 0
+        and attribution.gap.isnan().all()
+        and not attribution.complete
+        and not attribution.is_share
+    )
+    assert attribution.credit.dtype == rollout.scores.dtype and not attribution.credit[~rollout.mask].any()
 
 
 def test_it_does_not_ask_the_reward_model(reward_model, rollout):

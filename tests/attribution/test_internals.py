@@ -95,10 +95,10 @@ def test_attention_is_the_last_layer_of_eager(kind, options, kv_heads, tokenizer
     model = classifier(kind, len(tokenizer), kv_heads, **options)
     readings = [Reading((5, 6, 7), (8, 9, 10, 11, 12, 13)), Reading((), (20, 21)), Reading((40,) * 9, (30, 31, 32))]
     reward_model = RewardModel(model, tokenizer, suffix=(3, 4), token_budget=40)
-    found = internals.read_attention(reward_model, readings)
+    attentions = internals.read_attention(reward_model, readings)
     eager = copy.deepcopy(model)
     eager.set_attn_implementation("eager")
-    for reading, ours in zip(readings, found):
+    for reading, ours in zip(readings, attentions):
         ids = torch.tensor([[*reading.prompt, *reading.response, 3, 4]])
         row = eager(input_ids=ids, output_attentions=True).attentions[-1][0].mean(0)[-1]
         assert torch.allclose(ours, row[len(reading.prompt) : -2], atol=1e-6) and ours.std() > 1e-3
@@ -123,15 +123,15 @@ def test_attention_of_an_unknown_kind_of_model_raises(tokenizer, rollout):
 
 def test_prefix_credit_is_the_change_of_the_score_token_by_token(exact, rollout):
     rollout = scored(rollout, exact)
-    found, eos = explain("prefix", exact, rollout), exact.tokenizer.eos_token_id
-    assert found.complete and found.gap.abs().max() < 1e-12 and found.credit.abs().max() > 0.01
+    attribution, eos = explain("prefix", exact, rollout), exact.tokenizer.eos_token_id
+    assert attribution.complete and attribution.gap.abs().max() < 1e-12 and attribution.credit.abs().max() > 0.01
     for row, reading in enumerate(exact.readings(rollout)):
         k = len(reading.response)
         texts = [[*reading.prompt, *reading.response[:t], eos] for t in range(k + 1)]
         alone = [exact.model(input_ids=torch.tensor([ids])).logits.item() for ids in texts]
-        assert torch.allclose(found.credit[row, :k], torch.tensor(alone).double().diff() / 2.5, atol=1e-6)
-        assert found.baseline[row].item() == pytest.approx((alone[0] - 0.3) / 2.5, abs=1e-9)
-    assert found.evaluations == pytest.approx(rollout.players.sum(-1).float().mean().item() + 1)
+        assert torch.allclose(attribution.credit[row, :k], torch.tensor(alone).double().diff() / 2.5, atol=1e-6)
+        assert attribution.baseline[row].item() == pytest.approx((alone[0] - 0.3) / 2.5, abs=1e-9)
+    assert attribution.evaluations == pytest.approx(rollout.players.sum(-1).float().mean().item() + 1)
 
 
 # ---------------------------------------------------------------------------------------------------- gradients
@@ -148,14 +148,14 @@ def of_embeddings(reward_model, reading, start):
 
 def test_gradient_input_is_autograds_with_the_prompt_held(exact, rollout):
     rollout = scored(rollout, exact)
-    found = explain("gradient_input", exact, rollout)
+    attribution = explain("gradient_input", exact, rollout)
     for row, reading in enumerate(exact.readings(rollout)):
         f, own, zeroed = of_embeddings(exact, reading, 0.0)
         (gradient,) = torch.autograd.grad(f(own.requires_grad_()), own)
         wanted = (gradient * own).sum(-1)[0, internals._inside(reading)]
-        assert torch.allclose(found.credit[row, : len(wanted)], wanted, atol=1e-9)
-        assert found.baseline[row].item() == pytest.approx(f(zeroed).item(), abs=1e-9)
-    assert not found.complete and found.gap.abs().max() > 0.01 and found.credit.abs().max() > 0.01
+        assert torch.allclose(attribution.credit[row, : len(wanted)], wanted, atol=1e-9)
+        assert attribution.baseline[row].item() == pytest.approx(f(zeroed).item(), abs=1e-9)
+    assert not attribution.complete and attribution.gap.abs().max() > 0.01 and attribution.credit.abs().max() > 0.01
     assert all(p.grad is None for p in exact.model.parameters())
 
 
@@ -163,33 +163,37 @@ def test_gradient_input_is_autograds_with_the_prompt_held(exact, rollout):
 def test_gradients_of_a_linear_model_are_exact(source, tokenizer, rollout):
     reward_model = RewardModel(Additive(len(tokenizer)), tokenizer, scale=0.5)
     rollout, model = scored(rollout, reward_model), reward_model.model
-    found = explain(source, reward_model, rollout, AttributionParams(ig_steps=1))
-    assert found.gap.abs().max() < 1e-5
+    attribution = explain(source, reward_model, rollout, AttributionParams(ig_steps=1))
+    assert attribution.gap.abs().max() < 1e-5
     eos = model.embedding.weight[tokenizer.eos_token_id] if source == "integrated_gradients" else 0
     wanted = ((model.embedding(rollout.responses) - eos) @ model.head.weight[0] / 0.5).masked_fill(~rollout.players, 0)
-    assert torch.allclose(found.credit, wanted, atol=1e-5)
+    assert torch.allclose(attribution.credit, wanted, atol=1e-5)
 
 
 def test_integrated_gradients_are_captums(exact, rollout):
     captum = pytest.importorskip("captum.attr")
     rollout = scored(rollout, exact)
-    found = explain("integrated_gradients", exact, rollout)
+    attribution = explain("integrated_gradients", exact, rollout)
     eos = exact.model.get_input_embeddings().weight[exact.tokenizer.eos_token_id].detach()
     for row, reading in enumerate(exact.readings(rollout)):
         f, own, start = of_embeddings(exact, reading, eos)
         theirs = captum.IntegratedGradients(f).attribute(own, start, n_steps=8, method="gausslegendre").sum(-1)[0]
-        assert torch.allclose(found.credit[row, : len(reading.response)], theirs[internals._inside(reading)], atol=1e-9)
-        assert found.baseline[row].item() == pytest.approx(f(start).item(), abs=1e-9)
-    assert found.credit.abs().max() > 0.01
+        assert torch.allclose(
+            attribution.credit[row, : len(reading.response)], theirs[internals._inside(reading)], atol=1e-9
+        )
+        assert attribution.baseline[row].item() == pytest.approx(f(start).item(), abs=1e-9)
+    assert attribution.credit.abs().max() > 0.01
 
 
 def test_integrated_gradients_become_complete_with_steps(exact, rollout):
     rollout = scored(rollout, exact)
-    found = [explain("integrated_gradients", exact, rollout, AttributionParams(ig_steps=n)) for n in (4, 16, 128)]
-    gaps = [one.gap.abs().max().item() for one in found]
+    attributions = [
+        explain("integrated_gradients", exact, rollout, AttributionParams(ig_steps=n)) for n in (4, 16, 128)
+    ]
+    gaps = [one.gap.abs().max().item() for one in attributions]
     assert gaps[0] > 3 * gaps[1] > 9 * gaps[2] and gaps[2] < 1e-5, gaps
-    some = (rollout.players.any(-1)).float().mean().item()
-    assert found[1].evaluations == pytest.approx(1 + 32 * some) and not found[2].complete
+    explained = (rollout.players.any(-1)).float().mean().item()
+    assert attributions[1].evaluations == pytest.approx(1 + 32 * explained) and not attributions[2].complete
 
 
 @pytest.mark.parametrize("source", ["attention", "gradient_input", "integrated_gradients"])
@@ -223,13 +227,17 @@ def test_the_lexicon_gives_each_word_its_valence(reward_model, rollout, tokenize
         ref_logprobs=zeros,
         values=zeros,
     )
-    found, valence = explain("lexicon", reward_model, spoken), load_lexicon().weights
-    assert found.credit.sum().item() == pytest.approx(valence["good"] + valence["awful"], abs=1e-5)
-    assert found.credit.max() > 0 > found.credit.min() and found.gap.isnan().all() and found.evaluations == 0
+    attribution, valence = explain("lexicon", reward_model, spoken), load_lexicon().weights
+    assert attribution.credit.sum().item() == pytest.approx(valence["good"] + valence["awful"], abs=1e-5)
+    assert (
+        attribution.credit.max() > 0 > attribution.credit.min()
+        and attribution.gap.isnan().all()
+        and attribution.evaluations == 0
+    )
 
 
 def test_log_ratio_is_beta_times_the_difference_of_log_probabilities(reward_model, rollout, tokenizer):
-    found = explain("log_ratio", reward_model, rollout).credit
+    credit = explain("log_ratio", reward_model, rollout).credit
     policies = [p.lm for p in (reward_model.implicit.policy, reward_model.implicit.reference)]
     for row, reading in enumerate(reward_model.readings(rollout)):
         ids = torch.tensor([[*reading.prompt, *reading.response]])
@@ -239,8 +247,8 @@ def test_log_ratio_is_beta_times_the_difference_of_log_probabilities(reward_mode
             one[:, tokenizer.pad_token_id] = -torch.inf
         policy, reference = (one.log_softmax(-1).gather(-1, ids[0, 1:, None]).squeeze(-1) for one in logits)
         k = len(reading.response)
-        assert torch.allclose(found[row, :k], (0.1 * (policy - reference))[len(ids[0]) - 1 - k :], atol=1e-5)
-        assert not found[row, k:].any()
+        assert torch.allclose(credit[row, :k], (0.1 * (policy - reference))[len(ids[0]) - 1 - k :], atol=1e-5)
+        assert not credit[row, k:].any()
 
 
 def test_log_ratio_without_a_policy_raises(reward_model, rollout):
@@ -264,15 +272,17 @@ def test_another_vocabulary_moves_credit_and_keeps_its_total(source, alien, rewa
 
     for module in (internals, removal):
         monkeypatch.setattr(module, "on_policy_tokens", remember)
-    found = explain(source, alien, rollout)
-    assert found.credit.isfinite().all() and not found.credit[~rollout.mask].any()
+    attribution = explain(source, alien, rollout)
+    assert attribution.credit.isfinite().all() and not attribution.credit[~rollout.mask].any()
     if source in ("prefix", "gradient_input", "integrated_gradients"):
-        assert found.credit.sum(-1).tolist() == pytest.approx(totals, abs=1e-9)
-    if found.complete:
-        assert (found.credit.sum(-1) + found.baseline).tolist() == pytest.approx(rollout.scores.tolist(), abs=1e-5)
+        assert attribution.credit.sum(-1).tolist() == pytest.approx(totals, abs=1e-9)
+    if attribution.complete:
+        assert (attribution.credit.sum(-1) + attribution.baseline).tolist() == pytest.approx(
+            rollout.scores.tolist(), abs=1e-5
+        )
     if source == "lexicon":
         texts = response_texts(rollout, alien.policy_tokenizer)
-        assert found.credit.sum(-1).tolist() == pytest.approx([load_lexicon().score(t) for t in texts], abs=1e-5)
+        assert attribution.credit.sum(-1).tolist() == pytest.approx([load_lexicon().score(t) for t in texts], abs=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------- DPO

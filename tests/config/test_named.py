@@ -55,8 +55,8 @@ def test_a_study_names_a_dataset_and_a_source_by_their_python_path(folder):
 
 
 def test_its_source_explains(folder, reward_model, rollout):
-    found = attribute(reward_model, rollout, ["my_own:my_source", "uniform"], AttributionParams())
-    assert found["my_own:my_source"].credit.equal(found["uniform"].credit)
+    attributions = attribute(reward_model, rollout, ["my_own:my_source", "uniform"], AttributionParams())
+    assert attributions["my_own:my_source"].credit.equal(attributions["uniform"].credit)
 
 
 def test_its_file_is_known(folder):

@@ -16,10 +16,10 @@ FOLDER = PACKAGE / "models" / "tiny_policy"
 
 @pytest.fixture(scope="module")
 def recipe():
-    found = json.loads((FOLDER / "recipe.json").read_text())
-    if "held_out_loss" not in found:
+    recipe = json.loads((FOLDER / "recipe.json").read_text())
+    if "held_out_loss" not in recipe:
         pytest.skip("dense_rlhf/tiny_policy is provisional: its recipe.json has no held_out_loss")
-    return found
+    return recipe
 
 
 def test_it_is_small():

@@ -70,11 +70,11 @@ def test_a_fresh_model_knows_nothing_and_training_teaches_it(model, tokenizer):
 
 
 def test_training_is_decided_by_its_seed(tokenizer):
-    stream, found = lm.token_stream(SENTENCES, tokenizer), []
+    stream, losses = lm.token_stream(SENTENCES, tokenizer), []
     for seed in (0, 0, 1):
         torch.manual_seed(0)
-        found.append(lm.train_language_model(lm.build_language_model(PARAMS, tokenizer), stream, PARAMS, seed)[:5])
-    assert found[0] == found[1] != found[2]
+        losses.append(lm.train_language_model(lm.build_language_model(PARAMS, tokenizer), stream, PARAMS, seed)[:5])
+    assert losses[0] == losses[1] != losses[2]
 
 
 def test_save_and_load_round_trip_in_half_precision(model, tokenizer, tmp_path):

@@ -114,13 +114,13 @@ def notebook(texts, title="A made-up notebook"):
     drawn = v4.new_output(
         "display_data", {"image/png": picture(), "text/plain": "x"}, metadata={"image/png": {"alt": "a wave"}}
     )
-    said = [v4.new_output("stream", name=name, text="\n".join(texts)) for name in ("stdout", "stderr")]
+    streams = [v4.new_output("stream", name=name, text="\n".join(texts)) for name in ("stdout", "stderr")]
     cells = [
         v4.new_markdown_cell(f"# {title}\n\nMath: $r'_t = s \\sum_i w_i E_{{i,t}}$.\n\n$$a^2$$"),
         v4.new_markdown_cell("## First part"),
         v4.new_code_cell("show(<everything> & more)", outputs=[drawn, *outputs]),
         v4.new_markdown_cell("## Second part"),
-        v4.new_code_cell("careless()", outputs=careless + said),
+        v4.new_code_cell("careless()", outputs=careless + streams),
     ]
     return v4.new_notebook(cells=cells, metadata={"language_info": {"name": "python"}})
 
@@ -144,7 +144,7 @@ def run(root, study, one, tables=(), metrics=None, texts=("a good film",), param
 
 def policies(root, study, datasets=("reviews",), seeds=(0, 1, 2), arms=ARMS, texts=("a good film",)):
     """A trained policy for each dataset, arm and seed."""
-    found = []
+    records = []
     for dataset in datasets:
         for arm, (_, gold, kl, seconds) in arms.items():
             for seed in seeds:
@@ -156,13 +156,13 @@ def policies(root, study, datasets=("reviews",), seeds=(0, 1, 2), arms=ARMS, tex
                     "seconds": spent.assign(update=range(20)),
                 }
                 one = record(f"{dataset}-04_ppo-{arm}-seed{seed}", "04_ppo", dataset, arm, seed)
-                found.append(run(root, study, one, tables, texts=texts))
-    return found
+                records.append(run(root, study, one, tables, texts=texts))
+    return records
 
 
 def broken(root, study, texts=("a good film",)):
     """Runs that failed in several ways; one left no notebook."""
-    found = []
+    records = []
     for seed, status in enumerate(("failed", "timeout", "killed", "cancelled", "stale")):
         one = record(
             f"reviews-04_ppo-lime-seed{seed}",
@@ -172,9 +172,9 @@ def broken(root, study, texts=("a good film",)):
             status=status,
             error=f"ValueError: {texts[seed % len(texts)]}",
         )
-        found.append(run(root, study, one, texts=texts))
-    (root / "runs" / study / found[-1]["job"] / "notebook.ipynb").unlink()
-    return found
+        records.append(run(root, study, one, texts=texts))
+    (root / "runs" / study / records[-1]["job"] / "notebook.ipynb").unlink()
+    return records
 
 
 def ablation(root, study, texts=("a good film",)):

@@ -29,8 +29,8 @@ KINDS = (
 
 @pytest.fixture(scope="module")
 def browser():
-    with launched() as found:
-        yield found
+    with launched() as chromium:
+        yield chromium
 
 
 def written(root, studies):
@@ -91,9 +91,9 @@ def pages(folder):
 @pytest.mark.parametrize("which", ["site", "attacked"])
 def test_every_page_opens_from_disk_alone(which, browser, request):
     """No external request, no console error, no payload that ran, nowhere else than where it was opened."""
-    watched, found = Watched(browser), pages(request.getfixturevalue(which))
-    assert set(found) >= set(KINDS if which == "site" else ("index.html", "made/index.html"))
-    wrong = {name: said for name, path in found.items() if (said := watched.open(path))}
+    watched, paths = Watched(browser), pages(request.getfixturevalue(which))
+    assert set(paths) >= set(KINDS if which == "site" else ("index.html", "made/index.html"))
+    wrong = {name: problems for name, path in paths.items() if (problems := watched.open(path))}
     assert not wrong
 
 
@@ -122,10 +122,10 @@ def test_hostile_pages_can_be_read_too(attacked, browser):
 def violations(watched, path):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
     assert not watched.open(path)
-    found = axe.Axe().run(watched.page).response["violations"]
+    results = axe.Axe().run(watched.page).response["violations"]
     return [
         f"{v['id']} ({v['impact']}): {v['nodes'][0]['html'][:200]} {v['nodes'][0].get('failureSummary', '')[:200]}"
-        for v in found
+        for v in results
         if v["impact"] in ("serious", "critical")
     ]
 

@@ -16,7 +16,7 @@ KL = ROOT / "params" / "ablations" / "kl.yaml"
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def compared(tmp_path_factory):
     """Two settings of the study, in one of which signed SHAP gains more, and one run of another dataset."""
     root, arms = tmp_path_factory.mktemp("settings"), {arm: made_study.ARMS[arm] for arm in ("sparse", "shap-signed")}
     sources, gold, kl, seconds = arms["shap-signed"]
@@ -27,17 +27,17 @@ def found(tmp_path_factory):
     return in_order(findings(finished_runs(root / "runs" / "kl"), list(arms)), load_study(KL).comparisons)
 
 
-def test_settings_stand_in_the_order_of_the_study(found):
-    assert [f.dataset for f in found] == ["reviews-kl-free", "reviews-kl-default", "elsewhere"]
+def test_settings_stand_in_the_order_of_the_study(compared):
+    assert [f.dataset for f in compared] == ["reviews-kl-free", "reviews-kl-default", "elsewhere"]
 
 
-def test_each_arm_is_held_against_the_baseline_of_its_own_setting(found):
-    page = BeautifulSoup(settings_html(found, load_study(KL).comparisons), "html.parser")
+def test_each_arm_is_held_against_the_baseline_of_its_own_setting(compared):
+    page = BeautifulSoup(settings_html(compared, load_study(KL).comparisons), "html.parser")
     at_updates, at_kl = (figure.svg["aria-label"] for figure in page.find_all("figure"))
-    for said, field in ((at_updates, "gain"), (at_kl, "gain_at_kl")):
-        assert said.startswith("Gold of shap-signed over sparse") and "elsewhere" not in said
-        for name, f in zip(("kl-free", "kl-default"), found):
-            assert f"{name} {getattr(f.arms['shap-signed'], field)}" in said
+    for line, field in ((at_updates, "gain"), (at_kl, "gain_at_kl")):
+        assert line.startswith("Gold of shap-signed over sparse") and "elsewhere" not in line
+        for name, f in zip(("kl-free", "kl-default"), compared):
+            assert f"{name} {getattr(f.arms['shap-signed'], field)}" in line
     rows = [[cell.text for cell in row.find_all(["td", "th"])] for row in page.table.find_all("tr")]
     assert [row[0] for row in rows[1:]] == ["kl-free"] * 3 + ["kl-default"] * 3
     assert [row[1] for row in rows[1:]] == ["reference", "sparse", "shap-signed"] * 2
@@ -45,14 +45,14 @@ def test_each_arm_is_held_against_the_baseline_of_its_own_setting(found):
     assert gains[0] - gains[1] == pytest.approx(2, abs=0.4)
 
 
-def test_several_datasets_are_named_and_no_settings_are_nothing(found):
+def test_several_datasets_are_named_and_no_settings_are_nothing(compared):
     runs = load_study(KL, ["data=[{name: reviews}, {name: hh_rlhf}]"]).comparisons
-    assert "reviews-kl-free" in settings_html(found, runs)
-    assert settings_html(found, load_study(KL, ["settings=null"]).comparisons) == ""
+    assert "reviews-kl-free" in settings_html(compared, runs)
+    assert settings_html(compared, load_study(KL, ["settings=null"]).comparisons) == ""
     assert (
         settings_html([], load_study(KL).comparisons)
         == settings_html(
-            found, [SimpleNamespace(setting="other", where="reviews-other", data=SimpleNamespace(name="reviews"))]
+            compared, [SimpleNamespace(setting="other", where="reviews-other", data=SimpleNamespace(name="reviews"))]
         )
         == ""
     )

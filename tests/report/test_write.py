@@ -132,8 +132,8 @@ def test_warnings_stand_beside_their_run(study):
         [],
         ["KLBlowUp, update 3 and 1 more", "EntropyCollapse, update 9"],
     ]
-    said = [item.text for item in BeautifulSoup(page, "html.parser").select(".warned li")]
-    assert said == ["KLBlowUp, update 3 and 1 more: KL is 41 nats", "EntropyCollapse, update 9: entropy is 0.01"]
+    lines = [item.text for item in BeautifulSoup(page, "html.parser").select(".warned li")]
+    assert lines == ["KLBlowUp, update 3 and 1 more: KL is 41 nats", "EntropyCollapse, update 9: entropy is 0.01"]
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -195,8 +195,8 @@ def test_what_is_damaged_costs_no_other_page(study, tmp_path, capsys):
         (tmp_path / "reports" / f"damaged{i}" / "summary.json").write_bytes(content)
     (tmp_path / "reports" / "damaged" / "summary.json").mkdir(parents=True)
     index, _ = study([])
-    said, overview = capsys.readouterr().err, (tmp_path / "reports" / "index.html").read_text()
-    assert said.count("\n") == said.count("summary.json is left out") == len(NO_SUMMARY) + 1
+    lines, overview = capsys.readouterr().err, (tmp_path / "reports" / "index.html").read_text()
+    assert lines.count("\n") == lines.count("summary.json is left out") == len(NO_SUMMARY) + 1
     assert 'href="s/index.html"' in overview and "1 studies" in overview and "damaged: damaged, damaged0, " in overview
     for page in (tmp_path / "reports" / "s").glob("04*"):
         page.unlink()

@@ -251,10 +251,10 @@ def test_advantages_of_trl(task, name, batches):
     train(task, name, MIXED, replace(PARAMS, kl_coef=0.5), group=4)
     for rollout, batch in batches:
         scores = rollout.scores - (0.5 * ppo.sequence_kl(rollout) if name == "rloo" else 0)
-        for rows, found in zip(scores.split(4), batch["advantages"].split(4)):
+        for rows, advantages in zip(scores.split(4), batch["advantages"].split(4)):
             others = (rows.sum() - rows) / 3
             wanted = rows - others if name == "rloo" else (rows - rows.mean()) / (rows.std() + 1e-4)
-            assert torch.allclose(found, wanted, atol=1e-5)
+            assert torch.allclose(advantages, wanted, atol=1e-5)
     assert ppo.sequence_kl(batches[-1][0]).abs().max() > 0.1
 
 
@@ -305,25 +305,25 @@ def some_rewards(seed=0, B=6, T=5):
 def test_leave_one_out_to_go_by_definition(gamma):
     rewards, mask = some_rewards()
     to_go = [[sum(gamma ** (s - t) * rewards[i, s] for s in range(t, 5)) for t in range(5)] for i in range(6)]
-    found = leave_one_out_to_go(rewards, mask, 3, gamma)
+    advantages = leave_one_out_to_go(rewards, mask, 3, gamma)
     for i in range(6):
         for t in range(5):
             others = [to_go[j][t] for j in range(i // 3 * 3, i // 3 * 3 + 3) if j != i]
             wanted = to_go[i][t] - sum(others) / 2 if mask[i, t] else 0
-            assert float(found[i, t]) == pytest.approx(float(wanted), abs=1e-5)
+            assert float(advantages[i, t]) == pytest.approx(float(wanted), abs=1e-5)
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.7])
 def test_normalised_to_go_by_definition(gamma):
     rewards, mask = some_rewards(1)
-    found = normalised_to_go(rewards, mask, 3, gamma)
+    advantages = normalised_to_go(rewards, mask, 3, gamma)
     for i in range(6):
         rows = slice(i // 3 * 3, i // 3 * 3 + 3)
         kept = rewards[rows][mask[rows]]
         white, length = (rewards[i] - kept.mean()) / kept.std(), int(mask[i].sum())
         for t in range(5):
             wanted = sum(gamma ** (s - t) * white[s] for s in range(t, length))
-            assert float(found[i, t]) == pytest.approx(float(wanted), abs=1e-4)
+            assert float(advantages[i, t]) == pytest.approx(float(wanted), abs=1e-4)
 
 
 def test_leave_one_out_to_go_is_unbiased_and_normalised_to_go_prices_length():
@@ -413,8 +413,8 @@ def test_best_of_n(task):
 def test_best_of_n_is_the_best(task):
     """Of the responses that the same seed gives to the same prompts, told n times."""
     params = replace(PARAMS, rollouts=24)
-    found = best_of_n(task, PROMPTS, params, 3, 4)
+    best = best_of_n(task, PROMPTS, params, 3, 4)
     every = task.scored_responses(
         task.reference, [p for p in PROMPTS for _ in range(4)], params, seed=3 * 100_003 + 50_000
     )
-    assert found["proxy"].tolist() == every.scores.view(-1, 4).amax(-1).tolist()
+    assert best["proxy"].tolist() == every.scores.view(-1, 4).amax(-1).tolist()

@@ -143,8 +143,8 @@ def displayed(html, folder):
 )
 def test_a_style_that_reaches_beyond_its_place_is_left_out(style, tmp_path):
     soup = displayed(f'<div id="x" style="{style.strip()};color:red">covers</div>', tmp_path)
-    found = [tag["style"] for tag in soup.find_all(style=True)]
-    assert found == ["color:red"] * 2 and soup.find_all(string="covers")
+    styles = [tag["style"] for tag in soup.find_all(style=True)]
+    assert styles == ["color:red"] * 2 and soup.find_all(string="covers")
 
 
 @pytest.mark.parametrize(
@@ -247,8 +247,8 @@ def test_what_is_no_secret_stays(name, monkeypatch):
 
 def test_values_of_json_are_scrubbed_and_figures_are_not(monkeypatch):
     monkeypatch.setenv("DB_PASS", "hunter2")
-    told = {"a": ["hunter2", 1, None, {"hunter2": HOME + "/ada/x"}], "image/png": "hunter2"}
-    assert scrubbed(told) == {"a": ["⟨secret⟩", 1, None, {"⟨secret⟩": "~/x"}], "image/png": "hunter2"}
+    bundle = {"a": ["hunter2", 1, None, {"hunter2": HOME + "/ada/x"}], "image/png": "hunter2"}
+    assert scrubbed(bundle) == {"a": ["⟨secret⟩", 1, None, {"⟨secret⟩": "~/x"}], "image/png": "hunter2"}
     assert scrubbed({"image/png": {"alt": "hunter2"}}) == {"image/png": {"alt": "⟨secret⟩"}}  # of metadata
 
 
