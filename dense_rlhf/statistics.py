@@ -74,10 +74,6 @@ class Difference(Interval):
             return 1.0
         return float(stdtr(self.df, -gap / self.error)) if self.error > 0 else float(gap <= 0)
 
-    def p_within(self, margin: float) -> float:
-        """p of a true mean of at least `margin` either way: two one-sided tests, TOST (Schuirmann, 1987)."""
-        return max(self.p_above(-margin), self.p_below(margin))
-
 
 def _numbers(values: Sequence[float] | np.ndarray) -> np.ndarray:
     array = np.asarray(values, float)
