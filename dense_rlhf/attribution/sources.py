@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from inspect import signature
 from typing import TYPE_CHECKING
 
@@ -40,16 +40,18 @@ def random(reward_model: RewardModel, rollout: Rollout, params: AttributionParam
     return share("random", rollout, draws / draws.sum(-1, keepdim=True))
 
 
-def shuffled(reward_model: RewardModel, rollout: Rollout, params: AttributionParams) -> Attribution:
-    """A control: the Shapley values of each response in a random order, reproducible from its tokens."""
-    import torch
+@dataclass(frozen=True)
+class Shuffled:
+    """A control: the credit of another source, each response's in a random order, reproducible from its tokens."""
 
-    shap = attribute(reward_model, rollout, ["shap"], params)["shap"]
-    draws = _exponential(rollout, params.seed)
-    credit = torch.zeros_like(shap.credit)
-    for row, players in enumerate(rollout.players):
-        credit[row, players] = shap.credit[row, players][draws[row, players].argsort()]
-    return replace(shap, source="shuffled", credit=credit)
+    source: str
+
+    def __call__(self, reward_model: RewardModel, rollout: Rollout, params: AttributionParams) -> Attribution:
+        ordered = attribute(reward_model, rollout, [self.source], params)[self.source]
+        draws, credit = _exponential(rollout, params.seed), ordered.credit.clone()
+        for row, players in enumerate(rollout.players):
+            credit[row, players] = ordered.credit[row, players][draws[row, players].argsort()]
+        return replace(ordered, credit=credit)
 
 
 def _exponential(rollout: Rollout, seed: int) -> Tensor:
@@ -82,7 +84,7 @@ def attribute(
         if source not in designed:
             start = time.perf_counter()
             made = kinds[source](reward_model, rollout, params)
-            done[source] = replace(made, seconds=time.perf_counter() - start)
+            done[source] = replace(made, source=source, seconds=time.perf_counter() - start)
     for source, attribution in done.items():
         if not bool(attribution.credit.isfinite().all()):
             cause = "so a score or gradient of the reward model is not"
@@ -102,14 +104,15 @@ def available(reward_model: RewardModel, params: AttributionParams | None = None
     missing = {"log_ratio": reward_model.implicit is None, "rationale": not (params and params.rationale_path)}
     missing |= {"attention": config.model_type not in PACKED or not reward_model.has_head}
     missing |= dict.fromkeys(("gradient_input", "integrated_gradients"), no_embeddings)
-    return [source for source in SOURCES if not missing.get(source)]
+    return [source for source, kind in SOURCES.items() if not missing.get(getattr(kind, "source", source))]
 
 
 SOURCES: dict[str, Designed | Callable[[RewardModel, Rollout, AttributionParams], Attribution]] = {
     "terminal": terminal,
     "uniform": uniform,
     "random": random,
-    "shuffled": shuffled,
+    "shuffled": Shuffled("shap"),
+    "shuffled_attention": Shuffled("attention"),
     "shap": Designed("permutation_shap", lambda k, p: (p.permutations, p.seed), complete=True),
     "owen": Designed("owen", lambda k, p: (p.owen_depth,), complete=True),
     "kernel": Designed("kernel_shap", lambda k, p: (p.samples_per_token * k, p.seed), complete=True),

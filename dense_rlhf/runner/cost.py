@@ -359,7 +359,7 @@ def _explain(models: Models, params: RunParams, P: float, sources: Sequence[str]
     """
     sizes, B, T = Sizes.of(models.reward), params.ppo.rollouts, params.ppo.max_new_tokens
     packed = models.reward.config.model_type in PACKED
-    asked = {("shap" if name == "shuffled" else name) for name in sources}
+    asked = {getattr(SOURCES.get(name), "source", name) for name in sources}  # what is shuffled costs as in order
     players = np.unique(np.arange(T) // PLAYER[params.attribution.players], return_inverse=True)[1]
     width = sizes.hidden if packed else None
     tokens, context, reads = coalition_tokens(players, sorted(asked), params.attribution, P, width)

@@ -15,6 +15,8 @@ from dense_rlhf.shaping.masked import effective_share
 from dense_rlhf.shaping.rewards import dense_reward, shape_rewards, shaped, token_weights
 from dense_rlhf.types import NORMALISERS, Attribution, InputError, RewardShape
 
+SHARES = {"terminal", "uniform", "random", "attention", "shuffled_attention"}
+
 
 @pytest.fixture(scope="module")
 def attributions(reward_model, rollout):
@@ -40,10 +42,10 @@ def test_every_source_sums_to_the_scores(source, normalise, attributions, rollou
 
 
 def test_shares_are_the_sparse_and_even_baselines_the_random_control_and_attention(attributions):
-    assert {s for s, found in attributions.items() if found.is_share} == {"terminal", "uniform", "random", "attention"}
+    assert {s for s, found in attributions.items() if found.is_share} == SHARES
 
 
-@pytest.mark.parametrize("source", ["terminal", "uniform", "random", "attention"])
+@pytest.mark.parametrize("source", sorted(SHARES))
 def test_shares_stay_as_they_are_under_every_normaliser(source, attributions, rollout):
     for normalise in NORMALISERS:
         rewards = shape_rewards(rollout, attributions, RewardShape((source,), (1.0,), normalise))
