@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import io
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dense_rlhf.report.page import draw
 from dense_rlhf.statistics import Interval
 from dense_rlhf.view.figures import colour
-from dense_rlhf.view.html import escaped
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -72,20 +67,3 @@ def spark(values: Sequence[float], what: str) -> Markup | str:
     across, up = 80 / (len(known) - 1), 17 / ((high - low) or 1)
     points = [(round(across * i + 1, 1), round(19 - up * (v - low), 1)) for i, v in enumerate(known)]
     return draw("spark", f"{what}, from {known[0]:.2f} to {known[-1]:.2f}", points)
-
-
-def thumbnail(notebook: Path, width: int = 420) -> Markup | str:
-    """The last figure of an executed notebook, small, with its alt text; nothing if there is none."""
-    from PIL import Image
-
-    try:
-        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-        outputs = [o for cell in cells for o in cell.get("outputs", ()) if "image/png" in o.get("data", {})]
-        figure = Image.open(io.BytesIO(base64.b64decode("".join(outputs[-1]["data"]["image/png"])))).convert("RGB")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return ""
-    figure.thumbnail((width, width))
-    buffer = io.BytesIO()
-    figure.quantize(64).save(buffer, "png", optimize=True)
-    alt = outputs[-1].get("metadata", {}).get("image/png", {}).get("alt") or "a figure of this notebook"
-    return draw("picture", base64.b64encode(buffer.getvalue()).decode(), escaped(alt, 200))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import re
 from functools import cache, partial
 from pathlib import Path
@@ -13,6 +12,7 @@ from markupsafe import Markup
 
 from dense_rlhf.fingerprint import PACKAGE
 from dense_rlhf.report.page import LIMIT, draw
+from dense_rlhf.report.pictures import compact, source
 from dense_rlhf.report.sanitise import clean, fragment
 from dense_rlhf.view.html import escaped, part
 
@@ -24,7 +24,7 @@ MATH = re.compile(r"(?P<code>```.*?```|`[^`\n]+`)|(?<!\\)(?P<mark>\$\$?)(?=\S)(?
 LEARNED = "## What we learned"
 HASH = re.compile(r"\b[0-9a-f]{40,64}\b")  # whole in the notebook
 LONGEST = 20_000  # characters of one printed output; the whole is in the notebook
-SPARE = 200_000  # characters of a page that are not outputs
+SPARE = 100_000  # characters of a page that are not outputs
 
 
 def mathml(markdown: str) -> str:
@@ -84,7 +84,7 @@ def _settle(notebook: NotebookNode) -> None:
             if output.output_type == "stream":
                 output.text = overwritten(output.text)
             elif "image/png" in (data := output.get("data", {})):
-                data["image/png"] = _fewer_colours(data["image/png"])
+                data["image/png"] = source(compact(data["image/png"]))
             size = min(LONGEST, len(output.get("text", ""))) + sum(map(_size, output.get("data", {}).items()))
             room -= size
             if room < 0:
@@ -140,19 +140,6 @@ def _leave_out(output: NotebookNode, size: int) -> None:
     text = f"[{size:,} characters left out to keep this page small; the notebook has them] {alt}"
     output.clear()
     output.update(output_type="stream", name="stdout", text=text)
-
-
-def _fewer_colours(png: str) -> str:
-    """The figure in a palette of 256 colours if that is smaller; unreadable data stays as it is."""
-    from PIL import Image
-
-    try:
-        figure, buffer = Image.open(io.BytesIO(base64.b64decode(png))), io.BytesIO()
-        figure.convert("RGBA").quantize(256, Image.Quantize.FASTOCTREE).save(buffer, "png", optimize=True)
-    except (OSError, ValueError):
-        return png
-    small = base64.b64encode(buffer.getvalue()).decode()
-    return small if len(small) < len(png) else png
 
 
 # ---------------------------------------------------------------------------------------------------- after: structure

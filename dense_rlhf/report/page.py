@@ -18,7 +18,7 @@ from dense_rlhf.view.live import duration
 if TYPE_CHECKING:
     from markupsafe import Markup
 
-LIMIT = 2_000_000  # characters of a page
+LIMIT = 500_000  # characters of a page
 KINDS = dict.fromkeys((*GOOD, SUPPORTED), "good") | {
     CONTRADICTED: "bad",
     NO_DIFFERENCE: "even",

@@ -18,11 +18,11 @@ from dense_rlhf.evaluation.findings import findings
 from dense_rlhf.evaluation.results import Finding
 from dense_rlhf.files import content_key, file_sha256, read_json, write_json, write_text
 from dense_rlhf.report import pages_key
-from dense_rlhf.report.charts import thumbnail
 from dense_rlhf.report.comparison import ablation_page, across_html, dataset_page
 from dense_rlhf.report.index import QUESTION, overview, study_index, summary
 from dense_rlhf.report.notebook_page import notebook_body
 from dense_rlhf.report.page import FILES, draw, footer, made_from, page
+from dense_rlhf.report.pictures import thumbnail
 from dense_rlhf.report.settings import in_order, settings_html
 from dense_rlhf.runs import GOOD, RunFolder, workspace
 from dense_rlhf.types import InputError, one_line
