@@ -11,14 +11,14 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from dense_rlhf.config.params import EvaluationParams
-from dense_rlhf.evaluation.results import CONTROL, DENSE, PARTS, SPARSE, Arm, Finding, Search
+from dense_rlhf.evaluation.results import CONTROL, DENSE, PARTS, SPARSE, TABLES, Arm, Finding, Search
 from dense_rlhf.runs import RunFolder, histories
 from dense_rlhf.statistics import Difference, Interval, improvement, interquartile_mean, summarise
 
 if TYPE_CHECKING:
     import pandas as pd
 
-CONTROLS = {"uniform", "random", "shuffled"}
+CONTROLS = {"uniform", "random", "shuffled", "shuffled_attention"}
 OWN = ("arm", "seed", "threads", "shape", "run", "bo")  # parameters, by first word, in which paired runs may differ
 SEARCH = "05_bayesian_optimisation"
 STEP = "ppo_lr"  # so may this one: every arm has its own step size
@@ -62,7 +62,8 @@ def _with_regimes(dataset: str, runs: Mapping[str, list[RunFolder]], order: Sequ
 
 def _finding(dataset: str, runs: Sequence[RunFolder], order: Sequence[str]) -> Finding | None:
     """The finding of trainings in one regime."""
-    policies = [run for run in runs if _record(run).get("notebook") == "04_ppo" and run.file("evaluation.csv").exists()]
+    finished = [run for run in runs if _record(run).get("notebook") == "04_ppo"]
+    policies = [run for run in finished if any(run.file(f"{name}.csv").exists() for name in TABLES)]
     if not policies:
         return None
     name = "test" if all(run.file("test.csv").exists() for run in policies) else "evaluation"

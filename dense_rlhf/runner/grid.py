@@ -274,19 +274,18 @@ def compared_runs(params: RunParams, study: Path | str | None, progress: Callabl
 def quick_study(params: RunParams, folder: Path, progress: Callable = iter) -> None:
     """Train three arms in this process and leave their run folders under `folder`: a comparison to play with."""
     from dense_rlhf.evaluation.arms import judge_against_reference
+    from dense_rlhf.training.evaluate import held_out
     from dense_rlhf.training.inner_loop import Recipe, Session, train_policy
     from dense_rlhf.training.task import load_task
 
     task = load_task(params, progress)
-    splits = {"evaluation": task.data.validation_prompts, "test": task.data.test_prompts}
+    name, prompts = held_out(task.data, params.evaluation.prompts)
     for arm, shape in QUICK_ARMS.items():
         run = RunFolder(folder / f"04_ppo-{arm}-seed{params.seed}")
         recipe = Recipe.of(replace(params, arm=arm, shape=shape))
         trained = train_policy(task, recipe, Session(progress))
         run.save_table("history", trained.history)
         run.save_table("seconds", trained.seconds)
-        for name in [name for name, prompts in splits.items() if prompts]:
-            held_out = splits[name][: params.evaluation.prompts]
-            run.save_table(name, judge_against_reference(task, trained.policy, held_out, params.ppo, params.seed))
+        run.save_table(name, judge_against_reference(task, trained.policy, prompts, params.ppo, params.seed))
         record = {"notebook": "04_ppo", "arm": arm, "seed": params.seed, "dataset": params.where, "status": "ok"}
         write_json(run.file("run.json"), record, sealed=True)

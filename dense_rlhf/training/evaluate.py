@@ -11,6 +11,7 @@ import pandas as pd
 
 from dense_rlhf import ppo
 from dense_rlhf.config.params import PPOParams
+from dense_rlhf.data import Dataset
 from dense_rlhf.files import cached_folder, write_text
 from dense_rlhf.fingerprint import source_key
 from dense_rlhf.models.policy import PolicyWithValue, state_sha256
@@ -66,6 +67,13 @@ def _write(table: pd.DataFrame, folder: Path) -> None:
 def _read(folder: Path) -> pd.DataFrame:
     columns = json.loads((folder / "answers.json").read_text(encoding="utf-8"))
     return pd.DataFrame({name: pd.Series(values, dtype=dtype) for name, (dtype, values) in columns.items()})
+
+
+def held_out(data: Dataset, number: int) -> tuple[str, list[Prompt]]:
+    """The prompts, `number` at most, that finished policies are judged on, after the name of their table: `test`, which
+    choose nothing; a dataset that has none judges on validation prompts, `evaluation`."""
+    name, prompts = ("test", data.test_prompts) if data.test_prompts else ("evaluation", data.validation_prompts)
+    return name, prompts[:number]
 
 
 def check_prompts(prompts: Sequence[Prompt]) -> None:
