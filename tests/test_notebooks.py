@@ -98,7 +98,7 @@ def test_policies_leave_history_and_judgements(reviews):
     runs, _ = reviews
     for arm in ("sparse", "bo-shap"):
         run = runs[f"04_ppo-{arm}-seed0"]
-        history, judged = run.load_table("history"), run.load_table("evaluation")
+        history, judged = run.load_table("history"), run.load_table("test")
         assert (history["first_ratio_error"] < 1e-4).all() and abs(history["kl"].iloc[0]) < 1e-4
         assert {"proxy", "gold", "value_loss", "explained_variance", "entropy"} <= set(history)
         assert {"proxy", "gold", "kl", "reference_gold", "win", "win_lc"} <= set(judged) and len(judged) == 16
@@ -128,7 +128,7 @@ def test_same_parameters_give_the_same_metrics(reviews, tmp_path):
     ]
     subprocess.run(command, check=True, cwd=make_workspace(), capture_output=True)  # where nothing was trained yet
     again = RunFolder(tmp_path)
-    for name in ("history.csv", "evaluation.csv", "metrics.json"):
+    for name in ("history.csv", "test.csv", "metrics.json"):
         assert again.file(name).read_bytes() == run.file(name).read_bytes(), name
 
 
@@ -136,7 +136,7 @@ def test_preference_pairs_go_the_same_way(pairs):
     runs, _ = pairs
     metrics = runs["01_reward_model"].load_json("metrics.json")
     assert metrics["proxy_accuracy"] > 0.9 and metrics["gold_accuracy"] > 0.9
-    assert runs["04_ppo-shap-signed-seed0"].load_table("evaluation")["kl"].notna().all()
+    assert runs["04_ppo-shap-signed-seed0"].load_table("test")["kl"].notna().all()
 
 
 @pytest.mark.parametrize("study", ["reviews", "pairs"])
