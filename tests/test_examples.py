@@ -60,13 +60,14 @@ def test_grpo_trains_on_an_advantage_for_each_token(example, few_reviews):
     assert batch["advantages"][mask].std() > 0
     spread = [row[keep].unique().numel() for row, keep in zip(batch["advantages"], mask) if keep.sum() > 2]
     assert min(spread) > 1  # also within a response
-    rewards = script.token_rewards(trainer.judge, batch, trainer.processing_class.eos_token_id)
+    rewards = trainer.dense(batch)
     ids = [
         torch.cat([q[m.bool()], r[k]]).tolist()
         for q, m, r, k in zip(batch["prompt_ids"], batch["prompt_mask"], batch["completion_ids"], mask)
     ]
     eos = trainer.processing_class.eos_token_id
-    scores = trainer.judge.outputs([row[:-1] if row[-1] == eos else row for row in ids])
+    ended = [row if row[-1] == eos else [*row, eos] for row in ids]
+    scores = trainer.dense.scorer.reward_model.read_whole(ended)
     assert torch.allclose(rewards.sum(-1), scores, atol=1e-4)
 
 

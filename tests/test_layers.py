@@ -10,7 +10,7 @@ import pytest
 from dense_rlhf.fingerprint import PACKAGE, imports, modules
 
 ORDER = """types files fingerprint statistics config runs data shaping bayesopt view models attribution ppo
-           training evaluation report runner __main__""".split()
+           training evaluation adapters report runner __main__""".split()
 ENTRIES = 20  # of the package's folder, so that a newcomer takes it in at a glance
 GRAPH = {name: imports(name, typing=True) for name in modules()}
 EDGES = [(name, other) for name, others in sorted(GRAPH.items()) for other in sorted(others)]
