@@ -286,7 +286,7 @@ def across_html(findings: Sequence[Finding]) -> Markup | str:
 def ablation_page(study: str, run: RunFolder) -> tuple[Markup, Markup]:
     """Body and contents of an ablation's page: its intervals as figures, its numbers and tables."""
     metrics = run.load_json("metrics.json")
-    groups = {key: intervals for key, value in metrics.items() if (intervals := dict(_intervals(value)))}
+    groups = {key: intervals for key, value in metrics.items() if (intervals := dict(intervals_in(value)))}
     plain = {key: value for key, value in metrics.items() if key not in groups and key != "revisions"}
     parts = []
     for i, (key, intervals) in enumerate(groups.items()):
@@ -299,7 +299,7 @@ def ablation_page(study: str, run: RunFolder) -> tuple[Markup, Markup]:
     return sections(f"{study}: {run.path.name}", parts)
 
 
-def _intervals(value: object, name: str = "") -> list[tuple[str, Interval]]:
+def intervals_in(value: object, name: str = "") -> list[tuple[str, Interval]]:
     """Every mean with low and high inside a metric, named by its path."""
     if isinstance(value, dict) and {"mean", "low", "high"} <= set(value):
         mean, *bounds = (value[key] for key in ("mean", "low", "high"))
@@ -308,7 +308,7 @@ def _intervals(value: object, name: str = "") -> list[tuple[str, Interval]]:
         known = isinstance(mean, (int, float)) and math.isfinite(mean) and None not in bounds
         return [(name or "all", Interval(mean, *bounds))] if known else []
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [pair for key, item in inner for pair in _intervals(item, f"{name} {key}".strip())]
+    return [pair for key, item in inner for pair in intervals_in(item, f"{name} {key}".strip())]
 
 
 def csv_table(run: RunFolder, name: str) -> Markup | str:
