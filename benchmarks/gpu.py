@@ -391,9 +391,10 @@ def one_update(
 
     mask, generator = torch.ones_like(queries, dtype=torch.bool), torch.Generator().manual_seed(0)
     settings = queries, mask, Sampling(T, 1.0, (-1,), PAD), generator
-    drawn, kept = step("sample", lambda: SAMPLERS["cache"](policy.sampling_model(), *settings))
+    drawn, kept, states = step("sample", lambda: SAMPLERS["cache"](policy.sampling_model(), *settings))
     none = torch.zeros(len(queries), device=DEVICE)
-    texts = Responses(queries, mask, drawn, kept, none, none.bool())
+    states = states if policy.samples_as_it_learns else None
+    texts = Responses(queries, mask, drawn, kept, none, none.bool(), states=states)
     texts = step("score", lambda: scored(texts, reward_model))
     read = step("log-probabilities", lambda: appraise(policy, reference, texts, 1.0, params.ppo.micro_batch))
     credit = step("explain", lambda: attribute(reward_model, read, ["shap"], params.attribution))

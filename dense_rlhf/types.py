@@ -100,6 +100,7 @@ class Responses:
     scores: Tensor  # (B,) one per sequence
     ended: Tensor  # (B,) bool, the response ends with EOS
     trunk: Tensor | None = field(default=None, kw_only=True)  # (B, L, hidden) states of `rows` under what learns
+    states: Tensor | None = field(default=None, kw_only=True)  # (B, T, hidden) before each token, of who sampled it
     prompts: tuple[Prompt, ...] | None = field(default=None, kw_only=True)  # (B,) of which `queries` are the tokens
 
     def __post_init__(self):
@@ -118,6 +119,8 @@ class Responses:
             raise InputError(f"{len(self.prompts)} prompts for {B} responses, wanted one each; see `take`")
         if self.trunk is not None:
             _check("trunk", self.trunk, (B, int(self.lengths.max()), self.trunk.shape[-1]))
+        if self.states is not None:
+            _check("states", self.states, (B, T, self.states.shape[-1]))
 
     @property
     def lengths(self) -> Tensor:

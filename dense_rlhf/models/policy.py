@@ -88,12 +88,12 @@ class PolicyWithValue(nn.Module):
         """Log-probabilities (nats), values and entropies (B, T) of the responses, zero where there is no token.
 
         The one forward for old, new and reference log-probabilities; only tokens of responses reach the LM head.
-        Entropies, a pass over all logits, can be left out. `texts.trunk`, if given, is this policy's and is not
-        computed again.
+        Entropies, a pass over all logits, can be left out. `texts.trunk` and `texts.states`, if given, are this
+        policy's and are not computed again.
         """
         (ids, at), acts = texts.rows(), texts.mask
         with self._autocast(ids.device):
-            states = _at(self._states(ids, texts.trunk), at)  # (B, T, hidden), before each token is emitted
+            states = self._before(texts, ids, at)
             logprobs, *entropy = self._read_out(states[acts], texts.responses[acts], temperature, entropies)
             values = self._values(states, ids, at)
         place = torch.zeros_like(acts, dtype=logprobs.dtype)
@@ -104,7 +104,7 @@ class PolicyWithValue(nn.Module):
         """What a shared value head reads, (N, hidden) float32, of every token of the responses in turn."""
         ids, at = texts.rows()
         with torch.no_grad(), self._autocast(ids.device):
-            return _at(self._states(ids, texts.trunk), at)[texts.mask].float()
+            return self._before(texts, ids, at)[texts.mask].float()
 
     def shares_trunk(self, other: PolicyWithValue) -> bool:
         """Whether `trunk` is the same for both, weight by weight."""
@@ -118,6 +118,10 @@ class PolicyWithValue(nn.Module):
             return None
         with torch.no_grad(), self._autocast(ids.device):
             return _run(_blocks(self.lm.base_model, 0, self.cut), input_ids=ids)
+
+    def _before(self, texts: Responses, ids: Tensor, at: Tensor) -> Tensor:
+        """States (B, T, hidden) before each token is emitted, at the columns `at` (B, T) of `ids` (B, L)."""
+        return _at(self._states(ids, texts.trunk), at) if texts.states is None else texts.states
 
     def _states(self, ids: Tensor, trunk: Tensor | None) -> Tensor:
         if not self.cut:
@@ -138,7 +142,7 @@ class PolicyWithValue(nn.Module):
         pad_id = self.pad_id
 
         def part(states: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-            logp = F.log_softmax(allowed(tempered(_logits(self.lm, states), temperature), pad_id), -1)
+            logp = F.log_softmax(allowed(tempered(logits_after(self.lm, states), temperature), pad_id), -1)
             read = (logp.gather(-1, targets[:, None]).squeeze(-1),)
             if not entropies:
                 return read
@@ -155,6 +159,11 @@ class PolicyWithValue(nn.Module):
         return torch.autocast(device.type, torch.bfloat16, enabled=self.bf16)
 
     # ------------------------------------------------------------------------------------------------ sampling
+
+    @property
+    def samples_as_it_learns(self) -> bool:
+        """Whether what samples has the weights and the arithmetic of the training forward."""
+        return not self._sampler and not self.bf16
 
     def sample_from_a_copy(self) -> None:
         """Keep a whole plain copy to sample from, for weights that are cast, adapted or sharded in training."""
@@ -211,7 +220,7 @@ def _splits(lm: PreTrainedModel, cut: int) -> bool:
     return torch.allclose(above, _run(lm.base_model, input_ids=ids), rtol=1e-2, atol=1e-3)
 
 
-def _logits(lm: PreTrainedModel, states: Tensor) -> Tensor:
+def logits_after(lm: PreTrainedModel, states: Tensor) -> Tensor:
     """Logits (N, V) of states (N, hidden) by the model's own forward: some scale or cap the output of their head."""
     part = copy.copy(lm)
     part._modules = dict(lm._modules, **{lm.base_model_prefix: _Precomputed()})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from transformers.cache_utils import DynamicLayer
 
 from dense_rlhf.config.params import PPOParams
 from dense_rlhf.models.dialogue import messages_of, prompt_ids, turn_ends
-from dense_rlhf.models.policy import PolicyWithValue, allowed, position_ids, tempered
+from dense_rlhf.models.policy import PolicyWithValue, allowed, logits_after, position_ids, tempered
 from dense_rlhf.models.reward_model import longest_text, padded
 from dense_rlhf.types import InputError, Prompt, Responses
 
@@ -32,6 +33,14 @@ class Sampling:
     eos_ids: tuple[int, ...]  # each ends a response
     pad_id: int  # fills up after it, and is never drawn
     barred: tuple[int, ...] = ()  # never drawn either
+
+
+class Drawn(NamedTuple):
+    """What was sampled."""
+
+    responses: Tensor  # (B, T) token ids, padded after EOS
+    mask: Tensor  # (B, T) bool, true through EOS
+    states: Tensor | None  # (B, T, hidden), the model's last before each token, zero after EOS
 
 
 def encode_prompts(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
@@ -56,8 +65,8 @@ def prompt_batches(prompts: Sequence[Prompt], size: int, seed: int) -> Iterator[
 @torch.no_grad()
 def sample(
     lm: PreTrainedModel, queries: Tensor, query_mask: Tensor, sampling: Sampling, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Sample from the full softmax: responses (B, T) padded after EOS, and their mask; T is `sampling.max_new_tokens`.
+) -> Drawn:
+    """Sample from the full softmax, T = `sampling.max_new_tokens` tokens at most.
 
     No top-k or top-p, so the recomputed log-probabilities are the sampler's. Rows that have ended leave the batch.
     A CPU's generator serves every device. Raises `InputError` for logits that are not finite.
@@ -65,11 +74,14 @@ def sample(
     T, pad_id, eos = sampling.max_new_tokens, sampling.pad_id, torch.tensor(sampling.eos_ids, device=queries.device)
     responses = torch.full((len(queries), T), pad_id, device=queries.device)
     rows, alive = torch.arange(len(queries), device=queries.device), torch.ones_like(query_mask[:, 0])
-    (cache, logits), mask = _prefill(lm, queries, query_mask, T), query_mask
+    (cache, last), mask = _prefill(lm, queries, query_mask, T), query_mask
+    states = last.new_zeros(len(queries), T, last.shape[-1])
     for t in range(T):
+        states[rows, t] = torch.where(alive[:, None], last, 0)
         at = torch.rand(len(queries), 1, generator=generator, device=generator.device, dtype=torch.float64)
         at = at.to(queries.device)[rows]
-        token, sound = _draw(allowed(tempered(logits, sampling.temperature), pad_id, *sampling.barred).softmax(-1), at)
+        logits = tempered(logits_after(lm, last), sampling.temperature)
+        token, sound = _draw(allowed(logits, pad_id, *sampling.barred).softmax(-1), at)
         responses[rows, t] = token = torch.where(alive, token, pad_id)
         alive = alive & ~torch.isin(token, eos)
         going, sound = torch.stack([alive.sum(), sound]).tolist()
@@ -82,14 +94,14 @@ def sample(
             kept = alive.nonzero().squeeze(-1)
             cache.batch_select_indices(kept)
             ids, mask, rows, alive = ids[kept], mask[kept], rows[kept], alive[kept]
-        logits = _read(lm, ids, mask, cache)
-    return responses, until_eos(responses, sampling.eos_ids)
+        last = _read(lm, ids, mask, cache)
+    return Drawn(responses, until_eos(responses, sampling.eos_ids), states)
 
 
 def _read(lm: PreTrainedModel, ids: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
-    """Logits (B, V) after `ids`, which are added to the cache; `mask` covers both."""
+    """The last states (B, hidden) after `ids`, which are added to the cache; `mask` covers both."""
     tokens = dict(attention_mask=mask.long(), position_ids=position_ids(mask)[:, -ids.shape[1] :])
-    return lm(input_ids=ids, **tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+    return lm.base_model(input_ids=ids, **tokens, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
 
 
 class _Roomy(DynamicLayer):
@@ -117,7 +129,7 @@ class _Roomy(DynamicLayer):
 
 
 def _prefill(lm: PreTrainedModel, queries: Tensor, query_mask: Tensor, more: int) -> tuple[DynamicCache, Tensor]:
-    """Key-value cache of left-padded prompts with room for `more` tokens, and logits (B, V) after the prompts.
+    """Key-value cache of left-padded prompts with room for `more` tokens, and states (B, hidden) after the prompts.
 
     They are read in groups of similar length.
     """
@@ -126,16 +138,16 @@ def _prefill(lm: PreTrainedModel, queries: Tensor, query_mask: Tensor, more: int
         type(layer) is not DynamicLayer for layer in whole.layers
     ):  # sliding windows keep a part, which cannot be padded
         return whole, _read(lm, queries, query_mask, whole)
-    order, caches, logits = lengths.argsort(), [], []
+    order, caches, last = lengths.argsort(), [], []
     for rows in order.split(PREFILL):
         P = int(lengths[rows].max())
         caches.append(DynamicCache(config=lm.config))
-        logits.append(_read(lm, queries[rows, -P:], query_mask[rows, -P:], caches[-1]))
+        last.append(_read(lm, queries[rows, -P:], query_mask[rows, -P:], caches[-1]))
     for i, parts in enumerate(zip(*(cache.layers for cache in caches))):
         sides = [part.keys for part in parts], [part.values for part in parts]
         padded = (torch.cat([_left_padded(x, queries.shape[1]) for x in side]) for side in sides)
         whole.layers[i : i + 1] = [_Roomy(tuple(states[order.argsort()] for states in padded), more)]
-    return whole, torch.cat(logits)[order.argsort()]
+    return whole, torch.cat(last)[order.argsort()]
 
 
 def _left_padded(states: Tensor, width: int) -> Tensor:
@@ -161,8 +173,8 @@ def until_eos(responses: Tensor, eos_ids: Sequence[int]) -> Tensor:
 
 def generate(
     lm: PreTrainedModel, queries: Tensor, query_mask: Tensor, sampling: Sampling, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """As `sample`, by transformers' own loop over a static cache, which it compiles on CUDA."""
+) -> Drawn:
+    """As `sample`, by transformers' own loop over a static cache, which it compiles on CUDA; without states."""
     seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
     devices = [queries.device] if queries.is_cuda else []
     T, pad_id = sampling.max_new_tokens, sampling.pad_id
@@ -184,7 +196,7 @@ def generate(
         lm.generation_config = own
     drawn = whole[:, queries.shape[1] :]
     responses = F.pad(drawn, (0, T - drawn.shape[1]), value=pad_id)
-    return responses, until_eos(responses, sampling.eos_ids)
+    return Drawn(responses, until_eos(responses, sampling.eos_ids), None)
 
 
 def sampling_of(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, params: PPOParams) -> Sampling:
@@ -215,16 +227,21 @@ def sample_responses(
     params: PPOParams,
     generator: torch.Generator,
 ) -> Responses:
-    """A response of `policy` to each prompt, by `params.sampler`; its score is 0 until `scored`."""
+    """A response of `policy` to each prompt, by `params.sampler`; its score is 0 until `scored`.
+
+    Its states are kept where they are the training forward's.
+    """
     device, lm = next(policy.parameters()).device, policy.sampling_model()
     queries, query_mask = (x.to(device) for x in encode_prompts(prompts, tokenizer))
     sampling, longest = sampling_of(lm, tokenizer, params), longest_text(lm)
     if queries.shape[1] + params.max_new_tokens > longest:
         asked = f"a prompt of {queries.shape[1]} tokens and ppo.max_new_tokens = {params.max_new_tokens}"
         raise InputError(f"{asked} are more than the policy's {longest}; lower data.max_prompt_chars or the tokens")
-    responses, mask = SAMPLERS[params.sampler](lm, queries, query_mask, sampling, generator)
-    unscored, ended = torch.zeros(len(queries), device=device), _is_eos(responses, sampling.eos_ids).any(-1)
-    return Responses(queries, query_mask, responses, mask, unscored, ended, prompts=tuple(map(messages_of, prompts)))
+    drawn = SAMPLERS[params.sampler](lm, queries, query_mask, sampling, generator)
+    unscored, ended = torch.zeros(len(queries), device=device), _is_eos(drawn.responses, sampling.eos_ids).any(-1)
+    more = {"states": drawn.states if policy.samples_as_it_learns else None}
+    more["prompts"] = tuple(map(messages_of, prompts))
+    return Responses(queries, query_mask, drawn.responses, drawn.mask, unscored, ended, **more)
 
 
 def _is_eos(responses: Tensor, eos_ids: Sequence[int]) -> Tensor:

@@ -320,7 +320,10 @@ def time(models: Models, params: RunParams, P: float, sources: Sequence[str]) ->
 
 
 def _learn(models: Models, ppo: PPOParams, P: float) -> list[Work]:
-    """Log-probabilities under policy and reference, whose layers below the cut are the same; then the epochs."""
+    """Log-probabilities under policy and reference, whose layers below the cut are the same; then the epochs.
+
+    The policy's states are the sampler's where those are the training forward's.
+    """
     policy, sizes, trunk = models.policy, Sizes.of(models.reference.lm), models.policy.value_trunk
     B, T, s = ppo.rollouts, ppo.max_new_tokens, 2 if policy.bf16 else 4
     text, depth, deep = (B * (P + T), (P + T) / 2), sizes.layers - policy.cut, 0
@@ -329,8 +332,9 @@ def _learn(models: Models, ppo: PPOParams, P: float) -> list[Work]:
     if trunk is not None:
         critic, deep = forward(Sizes.of(trunk), *text), Sizes.of(trunk).layers
     adapters = 2 * text[0] * sum(p.numel() for p in _adapters(policy))
-    parts, flops = math.ceil(B / ppo.micro_batch), below + 2 * (above + head) + adapters + critic
-    probabilities = Work("log-probabilities", flops, s, parts, policy.cut + 2 * depth + deep)
+    parts, passes = math.ceil(B / ppo.micro_batch), 1 if policy.samples_as_it_learns and ppo.sampler == "cache" else 2
+    flops = below + passes * above + 2 * head + adapters + critic
+    probabilities = Work("log-probabilities", flops, s, parts, policy.cut + passes * depth + deep)
     back = 1 if _rank(policy) else 2  # frozen maps pass gradients on and have none of their own
     again = min(ppo.micro_batch, ppo.minibatch) * T * sizes.vocabulary > LOGITS
     heads = head * (2 + again + policy.lm.get_output_embeddings().weight.requires_grad)

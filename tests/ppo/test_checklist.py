@@ -71,7 +71,7 @@ def test_01_pad_is_never_eos(tokenizer, reference, tmp_path):
     queries, mask = encode_prompts(PROMPTS, tokenizer)
     ends = (tokenizer.eos_token_id,), tokenizer.pad_token_id
     for draw in (sample, generate):
-        responses, kept = draw(lm, queries, mask, Sampling(8, 1.0, *ends), torch.Generator().manual_seed(0))
+        responses, kept, _ = draw(lm, queries, mask, Sampling(8, 1.0, *ends), torch.Generator().manual_seed(0))
         assert not (responses[kept] == tokenizer.pad_token_id).any()
     lm.config.pad_token_id = None
     with pytest.raises(InputError, match="pad_token_id"):
@@ -90,10 +90,10 @@ def test_02_prompts_are_padded_on_the_left_and_positions_count_tokens(tokenizer)
     assert mask[:, -1].all() and mask.sum(-1).unique().numel() > 2
     greedy = Sampling(6, 1e-4, *ends)
     for draw in (sample, generate):
-        together, _ = draw(lm, queries, mask, greedy, torch.Generator().manual_seed(0))
+        together = draw(lm, queries, mask, greedy, torch.Generator().manual_seed(0)).responses
         for row, prompt in zip(together, PROMPTS):
-            alone, _ = draw(lm, *encode_prompts([prompt], tokenizer), greedy, torch.Generator().manual_seed(1))
-            assert torch.equal(alone[0], row)
+            alone = draw(lm, *encode_prompts([prompt], tokenizer), greedy, torch.Generator().manual_seed(1))
+            assert torch.equal(alone.responses[0], row)
     assert len({tuple(row) for row in together.tolist()}) > 2
 
 
@@ -113,7 +113,9 @@ def test_03_temperature_divides_old_new_and_reference_logits_and_nothing_else_be
     queries, mask = encode_prompts(["the film"] * 400, tokenizer)
     pad_id, eos_id = tokenizer.pad_token_id, tokenizer.eos_token_id
     for draw in (sample, generate):
-        drawn, _ = draw(lm, queries, mask, Sampling(20, 0.5, (eos_id,), pad_id), torch.Generator().manual_seed(0))
+        drawn = draw(
+            lm, queries, mask, Sampling(20, 0.5, (eos_id,), pad_id), torch.Generator().manual_seed(0)
+        ).responses
         assert set(range(len(tokenizer))) - {pad_id} <= set(drawn.flatten().tolist())
     assert lm.generation_config.top_k == 5
 
@@ -280,10 +282,12 @@ def test_15_on_the_first_pass_the_ratio_is_one_and_nothing_is_clipped(changes, r
     reference = PolicyWithValue(make_policy(tokenizer), changes.get("trainable_layers")).requires_grad_(False)
     policy = trainable_copy(reference, PolicyParams(**changes), reward_model)
     made = make_rollout(policy, reference, reward_model, tokenizer)
-    same = improve(policy, made, replace(PARAMS, minibatch=6, epochs=1))
+    again, still = appraise(policy, reference, made, 1.0), replace(PARAMS, epochs=1, lr=1e-9)
+    for rollout in (made, again):  # of the sampler's states, and of the training forward
+        parts = improve(copy.deepcopy(policy), rollout, still)
+        assert parts["first_ratio_error"] < 1e-5 and parts["clipped"] == 0  # float32 sums in another order
+    same = improve(policy, again, replace(PARAMS, minibatch=6, epochs=1))
     assert same["first_ratio_error"] == same["clipped"] == same["step_kl"] == 0
-    parts = improve(policy, appraise(policy, reference, made, 1.0), replace(PARAMS, epochs=1, lr=1e-9))
-    assert parts["first_ratio_error"] < 1e-5 and parts["clipped"] == 0  # float32 sums in another order
     assert improve(policy, make_rollout(reference, reference, reward_model, tokenizer))["first_ratio_error"] > 1e-3
 
 

@@ -6,17 +6,20 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import DEVICE, PROMPTS, TINY, jitter, make_rollout
+from conftest import DEVICE, PROMPTS, TINY, jitter, make_policy, make_rollout
 from torch.nn import functional as F
 from transformers import MistralConfig, MistralForCausalLM
 from transformers.cache_utils import DynamicLayer
 
+from dense_rlhf.config.params import PolicyParams, PPOParams
 from dense_rlhf.models.dialogue import render
-from dense_rlhf.models.policy import position_ids
+from dense_rlhf.models.policy import PolicyWithValue, position_ids, trainable_copy
 from dense_rlhf.ppo import sampling
-from dense_rlhf.ppo.rollout import response_texts
-from dense_rlhf.ppo.sampling import Sampling, encode_prompts, prompt_batches, sample
+from dense_rlhf.ppo.rollout import appraise, response_texts
+from dense_rlhf.ppo.sampling import Sampling, encode_prompts, prompt_batches, sample, sample_responses
 from dense_rlhf.types import InputError, Message
+
+SAMPLING = PPOParams(max_new_tokens=8, temperature=0.7)
 
 
 def encoded(prompts, tokenizer):
@@ -26,7 +29,7 @@ def encoded(prompts, tokenizer):
 def draw(lm, tokenizer, seed, prompts=PROMPTS, T=8, temperature=1.0):
     generator = torch.Generator().manual_seed(seed)
     settings = Sampling(T, temperature, (tokenizer.eos_token_id,), tokenizer.pad_token_id)
-    return sample(lm, *encoded(prompts, tokenizer), settings, generator)
+    return sample(lm, *encoded(prompts, tokenizer), settings, generator)[:2]
 
 
 def test_prompts_are_left_padded_and_whole(tokenizer):
@@ -91,7 +94,28 @@ def test_logprobs_equal_a_plain_forward_of_each_row_alone(policy, reference, rew
         wanted = F.log_softmax(logits, -1).gather(-1, response[:, None]).squeeze(-1)
         assert torch.allclose(made.logprobs[row, : len(response)], wanted, atol=1e-5)
         assert torch.equal(made.logprobs[row, len(response) :], torch.zeros(8 - len(response)))
-    assert torch.equal(made.logprobs, made.ref_logprobs)  # the policy is still the reference
+    assert torch.allclose(made.logprobs, made.ref_logprobs, atol=1e-5)  # the policy is still the reference
+
+
+@pytest.mark.parametrize("critic", ["shared", "detached", "separate"])
+def test_what_the_sampler_read_is_what_the_training_forward_reads(critic, reference, reward_model, tokenizer):
+    policy = trainable_copy(reference, PolicyParams(critic=critic), reward_model)
+    policy.value_head.weight.data.fill_(0.3)
+    drawn = sample_responses(policy, PROMPTS * 3, tokenizer, SAMPLING, torch.Generator().manual_seed(0))
+    assert not drawn.ended.all() and drawn.mask.sum(-1).unique().numel() > 3  # rows leave the batch
+    assert not drawn.states[~drawn.mask].any() and drawn.states[drawn.mask].abs().amax(-1).all()
+    read, again = (appraise(policy, reference, texts, 0.7, 4) for texts in (drawn, replace(drawn, states=None)))
+    for name in ("logprobs", "values", "ref_logprobs"):
+        torch.testing.assert_close(getattr(read, name), getattr(again, name), atol=1e-5, rtol=0)
+    assert read.states is None  # an update reads them anew
+
+
+@pytest.mark.parametrize("changes", [{"lora_rank": 2}, {"dtype": "bfloat16"}])
+def test_states_of_another_arithmetic_than_the_training_forwards_are_not_kept(changes, reward_model, tokenizer):
+    bf16 = "dtype" in changes
+    reference = PolicyWithValue(make_policy(tokenizer).to(torch.bfloat16 if bf16 else torch.float32), bf16=bf16)
+    policy = trainable_copy(reference.requires_grad_(False), PolicyParams(**changes), reward_model)
+    assert sample_responses(policy, PROMPTS, tokenizer, SAMPLING, torch.Generator().manual_seed(0)).states is None
 
 
 def test_more_padding_changes_nothing(policy, rollout, tokenizer):

@@ -190,15 +190,16 @@ def test_operations_are_those_that_torch_counts(policy):
     assert reader.has_head  # asked before operations are counted
     generator, learner = torch.Generator(), ppo.make_learner(models.policy, PPO, 0)
     prompts = rollout.queries, rollout.query_mask, Sampling(PPO.max_new_tokens, 1.0, (-1,), 0), generator
-    readings = reader.readings(rollout)
+    readings, states = reader.readings(rollout), torch.zeros(*rollout.mask.shape, SHAPE["hidden_size"])
+    texts = replace(rollout, states=states) if models.policy.samples_as_it_learns else rollout
     counted = {
         "sample": operations(lambda: sample(models.policy.sampling_model(), *prompts)),
         "score": operations(lambda: reader.score(readings)),
         "explain": operations(lambda: attribute(reader, rollout, ["shap"], params.attribution)),
-        "log-probabilities": operations(lambda: appraise(models.policy, models.reference, rollout, 1.0, 6)),
+        "log-probabilities": operations(lambda: appraise(models.policy, models.reference, texts, 1.0, 6)),
         "update": operations(
             lambda: ppo.update(
-                learner, appraise(models.policy, models.reference, rollout, 1.0, 6), torch.ones(rollout.mask.shape), PPO
+                learner, appraise(models.policy, models.reference, texts, 1.0, 6), torch.ones(rollout.mask.shape), PPO
             )
         ),
     }
