@@ -15,7 +15,8 @@ import pandas as pd
 import yaml
 from scipy import stats
 
-CONTROLS, SPARSE, SMOOTH = {"uniform", "random", "shuffled"}, {"terminal", "sparse"}, 3
+CONTROLS, SPARSE = {"uniform", "random", "shuffled", "shuffled_attention"}, {"terminal", "sparse"}
+SMOOTH, WIDTH, FEWEST = 3, 1.6, 5  # updates of running means; half a window in sqrt(nats), and policies in it
 APART = ("arm", "seed", "threads", "shape", "run", "bo")  # first words of parameters that pairs may differ in
 SUPPORTED, CONTRADICTED, SAME, UNDECIDED = "supported", "contradicted", "no difference that matters", "undecided"
 
@@ -39,9 +40,8 @@ class Study:
                 self.longer.setdefault(arm, {})[seed] = pd.read_csv(run / "history.csv")
         everywhere = all((run / "test.csv").exists() for by in self.arms.values() for run, _ in by.values())
         table = "test.csv" if everywhere else "evaluation.csv"
-        self.gold = {
-            a: {s: pd.read_csv(run / table)["gold"].mean() for s, (run, _) in by.items()} for a, by in self.arms.items()
-        }
+        self.judged = {a: {s: pd.read_csv(run / table) for s, (run, _) in by.items()} for a, by in self.arms.items()}
+        self.gold = {a: {s: t["gold"].mean() for s, t in by.items()} for a, by in self.judged.items()}
         self.path = {
             a: {s: pd.read_csv(run / "history.csv") for s, (run, _) in by.items()} for a, by in self.arms.items()
         }
@@ -88,11 +88,27 @@ class Study:
         if level is None:
             return {s: run.loc[run["update"] >= run["update"].max() / 2, column].mean() for s, run in paths.items()}
         own, on = (
-            {s: crossing(run, level, column) for s, run in runs.items()} for runs in (paths, self.longer.get(arm, {}))
+            {s: self.at_kl(run, arm, s, level, column, ends) for s, run in runs.items()}
+            for runs, ends in ((paths, 2), (self.longer.get(arm, {}), 1))
         )
         reached = [{s: v for s, v in by.items() if v is not None} for by in (own, on)]
         best = reached[1] if len(reached[1]) > len(reached[0]) else reached[0]
         return best if len(best) == len(paths) else None
+
+    def at_kl(self, run, arm, seed, level, column, ends):
+        """A quadratic in sqrt(KL) fitted around a level, to updates, the start and (`ends` = 2) the final policy; None if
+        running means of KL stay below the level."""
+        if smooth(run)["kl"].max() < level - 1e-9:
+            return None
+        x, y, w = run["kl"].tolist(), run[column].tolist(), [1.0] * len(run)
+        batch, judged = self.arms[arm][seed][1].get("ppo_rollouts"), self.judged[arm][seed]
+        if batch and column == "gold":
+            held_out = [(0.0, judged["reference_gold"].mean()), (judged["kl"].mean(), judged["gold"].mean())][:ends]
+            x, y = x + [kl for kl, _ in held_out], y + [gold for _, gold in held_out]
+            w += [len(judged) / batch] * ends
+        x, y, w = np.sqrt(np.clip(x, 0, None)) - math.sqrt(level), np.array(y), np.array(w)
+        near = abs(x) < (h := max(WIDTH, 1.001 * sorted(abs(x))[FEWEST - 1]))
+        return float(np.polyfit(x[near], y[near], 2, w=np.sqrt(w * (1 - (x / h) ** 2))[near])[-1])
 
     def pairs(self, a, b):
         def fixed(run):
@@ -104,18 +120,6 @@ class Study:
 
 def smooth(run):
     return run.sort_values("update").rolling(SMOOTH, min_periods=1).mean()
-
-
-def crossing(run, level, column):
-    """A running mean where that of the KL first reaches a level, between two updates linearly; None if it does not."""
-    path = smooth(run)
-    if path["kl"].max() < level - 1e-9:
-        return None
-    i = int(np.argmax(path["kl"].to_numpy() >= level - 1e-9))
-    j = max(0, i - 1)
-    before, after = path.iloc[j], path.iloc[i]
-    rise = after["kl"] - before["kl"]
-    return before[column] + ((level - before["kl"]) / rise if rise > 0 else 1) * (after[column] - before[column])
 
 
 class Test:

@@ -15,10 +15,8 @@ from dense_rlhf.statistics import (
     Difference,
     Interval,
     arm_table,
-    at_kl,
     bootstrap,
     difference,
-    difference_at_kl,
     hedges_g,
     holm,
     improvement,
@@ -341,27 +339,3 @@ def test_tables_of_arms_are_over_seeds():
     means = summarise({"a": tables, "b": tables[:1]}, "gold")
     assert means["a"] == t_interval([1.0, 2.0]) and means["b"].mean == 1 and not means["b"].known
     assert arm_table({"a": tables, "b": tables[:1]})["gold (log-odds)"].tolist() == [str(means["a"]), str(means["b"])]
-
-
-def path(arm, seed, kl, gold):
-    return pd.DataFrame({"arm": arm, "seed": seed, "update": range(len(kl)), "kl": kl, "gold": gold, "proxy": 0.0})
-
-
-def test_metrics_at_a_kl_are_where_it_is_first_crossed():
-    history = path("a", 0, [0.0, 1, 3, 2], [0.0, 1, 2, 3]).assign(value_loss=[4.0, 3, 2, 1])
-    assert at_kl(history, 1.0, smooth=1)[["update", "gold", "value_loss"]].values.tolist() == [[1, 1, 3]]
-    assert at_kl(history, 2.0, smooth=1)[["update", "gold", "kl", "value_loss"]].values.tolist() == [[1.5, 1.5, 2, 2.5]]
-    assert at_kl(history, 9.0, smooth=1).empty
-
-
-def test_a_difference_at_kl_is_at_the_largest_that_both_know():
-    fast, slow = path("fast", 0, [0, 2, 4, 8], [0, 2, 4, 8]), path("slow", 0, [0, 1, 2, 4], [0.0, 0.5, 1, 2])
-    other = path("other", 0, [0, 1, 1, 1], [0, 9, 9, 9])
-    gap = difference_at_kl(pd.concat([fast, slow, other]), "fast", "slow", smooth=1)
-    assert gap.mean == 2 and not gap.known  # at 4 nats: 4 against 2; one seed
-    again = [fast.assign(seed=1), path("slow", 1, [0, 1, 2, 2], [0.0, 0.5, 2, 2])]
-    both = difference_at_kl(pd.concat([fast, slow, *again]), "fast", "slow", smooth=1)
-    assert both.mean == pytest.approx(1) and both.seeds == 2 and both.paired
-    assert difference_at_kl(pd.concat([fast, slow]), "slow", "fast", smooth=1).mean == -2
-    with pytest.raises(InputError):
-        difference_at_kl(fast, "fast", "slow")

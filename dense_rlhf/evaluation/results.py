@@ -9,7 +9,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from dense_rlhf.config.params import EvaluationParams
-from dense_rlhf.statistics import Difference, Interval, at_kl, paired, welch
+from dense_rlhf.evaluation.frontier import at_kl
+from dense_rlhf.statistics import Difference, Interval, paired, welch
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -129,17 +130,35 @@ class Finding:
         return (low, far) if far >= 1.1 * low else (low,) if low > 0 else ()
 
     def at(self, arm: str, level: float) -> pd.DataFrame:
-        """A row a seed that reaches a KL: metrics, updates and seconds of training where running means first do.
+        """A row a seed that reaches a KL: metrics of its policies there (`frontier.at_kl`), updates and seconds of
+        training to it.
 
         Of the arm's longer trainings, if it has some and not every seed's own training reaches the level.
         """
         if (arm, level) not in self._crossed:
-            rows = _crossings(self.history, self.seconds, arm, level)
+            rows = _crossings(self.history, self.seconds, arm, level, self._ends)
             if self.longer is not None and len(rows) < len(self.judged[arm]):
-                on = _crossings(self.longer, self.longer_seconds, arm, level)
+                on = _crossings(self.longer, self.longer_seconds, arm, level, self._ends[self._ends["kl"] == 0])
                 rows = on if len(on) > len(rows) else rows
             self._crossed[arm, level] = rows
         return self._crossed[arm, level]
+
+    @cached_property
+    def _ends(self) -> pd.DataFrame:
+        """The policies that a training starts from and ends with, as judged on held-out prompts: means by arm and seed,
+        and of how many updates' batches. Without those whose batch is not known."""
+        import pandas as pd
+
+        rows = []
+        for arm, by_seed in self.settings.items():
+            for seed, flat in by_seed.items():
+                batch = flat.get("ppo_rollouts") if isinstance(flat, dict) else None
+                tables = [self.judged["reference"][seed].assign(kl=0.0), self.judged[arm][seed]] if batch else []
+                rows += [
+                    dict(t.mean(numeric_only=True)) | {"arm": arm, "seed": seed, "evaluations": len(t) / batch}
+                    for t in tables
+                ]
+        return pd.DataFrame(rows, columns=["arm", "seed", "evaluations", "kl", "gold", "proxy"])
 
     def compare_at_kl(
         self, ours: str, theirs: str, column: str = "gold", level: float | None = None, scale: Callable = float
@@ -173,8 +192,10 @@ class Finding:
         return once + ["the search for weights"] * searched
 
 
-def _crossings(history: pd.DataFrame, seconds: pd.DataFrame | None, arm: str, level: float) -> pd.DataFrame:
-    rows = at_kl(history[history["arm"] == arm], level, SMOOTH).set_index("seed")
+def _crossings(
+    history: pd.DataFrame, seconds: pd.DataFrame | None, arm: str, level: float, judged: pd.DataFrame
+) -> pd.DataFrame:
+    rows = at_kl(history[history["arm"] == arm], level, SMOOTH, judged).set_index("seed")
     if seconds is None or not set(PARTS) <= set(seconds):
         return rows.assign(seconds=math.nan)
     spent = seconds[seconds["arm"] == arm].sort_values("update")

@@ -90,7 +90,13 @@ class Study:
         self._end(folder, job, "05_bayesian_optimisation", {"arm": name, "seed": seed} | arm.search["params"], "own")
 
     def _end(self, folder, job, notebook, flat, regime):
-        flat = {"evaluation_margin": 0.1, "ppo_lam": 0.95, "reward_seed": 0, "attribution_seed": flat["seed"]} | flat
+        flat = {
+            "evaluation_margin": 0.1,
+            "ppo_lam": 0.95,
+            "ppo_rollouts": 40,
+            "reward_seed": 0,
+            "attribution_seed": flat["seed"],
+        } | flat
         flat |= self.params
         (folder / "params.yaml").write_text("\n".join(f"{key}: {value}" for key, value in flat.items()))
         dataset = "reviews" if regime == "own" else f"reviews-{regime}"
