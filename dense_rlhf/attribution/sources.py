@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from inspect import signature
 from typing import TYPE_CHECKING
 
@@ -35,7 +36,7 @@ def uniform(reward_model: RewardModel, rollout: Rollout, params: AttributionPara
 
 
 def random(reward_model: RewardModel, rollout: Rollout, params: AttributionParams) -> Attribution:
-    """A control: shares drawn from Dirichlet(1), fresh for each batch and reproducible from its tokens."""
+    """A control: shares drawn from Dirichlet(1), reproducible from each response's tokens."""
     draws = _exponential(rollout, params.seed) * rollout.mask
     return share("random", rollout, draws / draws.sum(-1, keepdim=True))
 
@@ -55,10 +56,15 @@ class Shuffled:
 
 
 def _exponential(rollout: Rollout, seed: int) -> Tensor:
+    """Draws (B, T), each row's from its own tokens alone: the batch that a response is in changes nothing."""
     import torch
 
-    generator = torch.Generator().manual_seed(seed + int(rollout.responses.sum()))
-    return torch.empty(rollout.mask.shape).exponential_(generator=generator).to(rollout.mask.device)
+    generator, draws = torch.Generator(), torch.zeros(rollout.mask.shape)
+    for row, ids, mask in zip(draws, rollout.responses.cpu(), rollout.mask.cpu()):
+        digest = sha256(ids[mask].numpy().tobytes()).digest()
+        generator.manual_seed(seed + int.from_bytes(digest[:6]))
+        row[mask] = torch.empty(int(mask.sum())).exponential_(generator=generator)
+    return draws.to(rollout.mask.device)
 
 
 def attribute(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SENTENCES
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dense_rlhf.adapters import Scorer, dense_rewards
@@ -70,15 +70,19 @@ def test_a_score_is_shifted_and_scaled(scorer, ids):
         assert row.sum() == pytest.approx((raw.sum() - 0.3) / 2, abs=1e-5)
 
 
-@given(order=st.permutations(range(3)), size=st.integers(1, 3))
-def test_batch_and_order_change_nothing(reward_model, tokenizer, order, size):
+@settings(max_examples=8)
+@given(
+    order=st.permutations(range(3)),
+    size=st.integers(1, 3),
+    source=st.sampled_from(["shap", "random", "shuffled", "lime"]),
+)
+def test_batch_and_order_change_nothing(reward_model, tokenizer, order, size, source):
+    shape = RewardShape((source,), (1.0,), "signed")
     asked = tokenizer(ASKED)["input_ids"]
     answers = [tokenizer(text)["input_ids"] for text in ANSWERS]
-    alone = [dense_rewards(Scorer(reward_model.model, tokenizer), [asked], [a], SIGNED)[0] for a in answers]
+    alone = [dense_rewards(Scorer(reward_model.model, tokenizer), [asked], [a], shape)[0] for a in answers]
     chosen = order[:size]
-    together = dense_rewards(
-        Scorer(reward_model.model, tokenizer), [asked] * size, [answers[i] for i in chosen], SIGNED
-    )
+    together = dense_rewards(Scorer(reward_model.model, tokenizer), [asked] * size, [answers[i] for i in chosen], shape)
     for i, row in zip(chosen, together):
         np.testing.assert_allclose(row, alone[i], atol=1e-5)
 
