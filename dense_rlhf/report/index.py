@@ -11,13 +11,14 @@ from dense_rlhf.report.charts import spark
 from dense_rlhf.report.comparison import Verdict, verdict, verdict_html
 from dense_rlhf.report.page import chip, draw, link, sections, table
 from dense_rlhf.runs import GOOD
+from dense_rlhf.view.html import part
 from dense_rlhf.view.live import duration
 
 if TYPE_CHECKING:
     from markupsafe import Markup
 
 QUESTION = "Which tokens earned the reward?"
-RUN = ("job", "notebook", "dataset", "arm", "seed", "status", "error", "seconds", "page", "files")
+RUN = ("job", "notebook", "dataset", "arm", "seed", "status", "error", "seconds", "key", "page", "files")
 Column = tuple[str, Mapping, Mapping, str]  # heading, a study's summary, numbers of one dataset, folder of its pages
 
 
@@ -160,11 +161,13 @@ def _run_cards(study: Mapping, thumbnails: Mapping[str, Markup]) -> list[tuple[M
 
 
 def _run_table(study: Mapping) -> Markup:
-    rows = []
+    """Each run with links to its files, or, on pages that are read without the files, with its key in the record."""
+    rows, linked = [], any(run["files"] for run in study["runs"])
     for run in sorted(study["runs"], key=lambda run: run["status"] in GOOD):
-        files = draw("files", study["study"], run["job"], run["files"])
-        rows.append((draw("run_link", run), chip(run["status"]), duration(run["seconds"] or 0), files))
-    return table("Failures first; links lead to the files of each run", ("run", "status", "time", "files"), rows)
+        last = draw("files", study["study"], run["job"], run["files"]) if linked else part("code", run.get("key"))
+        rows.append((draw("run_link", run), chip(run["status"]), duration(run["seconds"] or 0), last))
+    what = "links lead to the files of each run" if linked else "the key is that of the run in the record"
+    return table(f"Failures first; {what}", ("run", "status", "time", "files" if linked else "key"), rows)
 
 
 # ---------------------------------------------------------------------------------------------------- all studies

@@ -27,7 +27,7 @@ def in_order(findings: Sequence[Finding], comparisons: Sequence[RunParams]) -> l
 
 def settings_html(findings: Sequence[Finding], comparisons: Sequence[RunParams]) -> Markup:
     """Two figures for each arm with a line for each setting, and all numbers; empty for a study without settings."""
-    several = len({run.data.name for run in comparisons}) > 1
+    several = len({run.where.removesuffix(f"-{run.setting}") for run in comparisons}) > 1
     names = {run.where: run.where if several else run.setting for run in comparisons if run.setting}
     varied = {names[f.dataset]: f for f in findings if f.dataset in names}
     arms = dict.fromkeys(arm for f in varied.values() for arm in f.arms if arm not in (f.baseline, "reference"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,6 +36,26 @@ if TYPE_CHECKING:
 ALL = ("all studies", "../index.html")
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where runs are read and pages are written."""
+
+    root: Path  # runs/ is in it; paths below it become relative on pages
+    reports: Path
+    released: bool = False  # pages that others get: they neither lead to files of runs, nor depend on unseen code
+
+    def runs(self, study: str) -> Path:
+        return self.root / "runs" / study
+
+    def files_of(self, run: RunFolder) -> list[str]:
+        return [] if self.released else files_of(run)
+
+
+def here() -> Place:
+    """The workspace's own."""
+    return Place(workspace(), workspace() / "reports")
+
+
 def warned(run: RunFolder, in_full: bool) -> Markup:
     """The warnings of a training, each name once: when it first appeared, how often, and `in_full` its text."""
     by_name: dict[str, list[dict]] = {}
@@ -43,20 +64,21 @@ def warned(run: RunFolder, in_full: bool) -> Markup:
     return draw("warned", by_name, in_full)
 
 
-def write_run_page(record: dict, run: RunFolder, target: Path) -> bool:
+def write_run_page(record: dict, run: RunFolder, target: Path, place: Place) -> bool:
     """Render one run, unless its page is up to date; False where it has no notebook."""
     notebook = run.file("notebook.ipynb")
     if not notebook.exists():
         return False
     known = {key: value for key, value in record.items() if key not in ("status", "artefacts")}
-    key = content_key([file_sha256(notebook), str(known), record["status"] in GOOD, pages_key()])
-    if made_from(target) == key:
+    parts = [file_sha256(notebook), str(known), record["status"] in GOOD, pages_key()]
+    key = "" if place.released else content_key(parts)
+    if key and made_from(target) == key:
         return True
     study, (body, contents) = run.path.parent.name, notebook_body(notebook)
-    files = draw("files", study, run.path.name, files_of(run))
+    files = draw("files", study, run.path.name, place.files_of(run))
     content = draw("run_page", record, warned(run, in_full=True), body, files), contents
     foot, trail = footer(record, run.parameters()), [ALL, (study, "index.html")]
-    write_text(target, page(record["job"], content, foot, trail, key, workspace()))
+    write_text(target, page(record["job"], content, foot, trail, key, place.root))
     return True
 
 
@@ -71,25 +93,32 @@ def write_reports(study: StudyParams, records: list[dict]) -> Path:
     listed as such. Raises `InputError` for a study without runs."""
     if not records:
         raise InputError("a study without runs has no report")
-    root = workspace()
-    folder, runs_root = root / "reports" / study.study, root / "runs" / study.study
-    runs = {record["job"]: RunFolder(runs_root / record["job"]) for record in records}
-    pages, notes, lost = _run_pages(records, runs, folder)
-    compared = _comparisons(study, records, runs, lost)
-    listed = [r | {"page": pages.get(r["job"]), "files": files_of(runs[r["job"]])} for r in records]
-    facts = summary(study.study, study.seeds, listed, compared, lost) | {"pages": pages_key()}
+    place = here()
+    write_study(study, records, place)
+    write_overview(place)
+    return place.reports / study.study / "index.html"
+
+
+def write_study(study: StudyParams, records: list[dict], place: Place) -> list[Finding]:
+    """Write all pages of a study, and `summary.json` for the index over all studies; returns what they say."""
+    folder = place.reports / study.study
+    runs = {record["job"]: RunFolder(place.runs(study.study) / record["job"]) for record in records}
+    pages, notes, lost = _run_pages(records, runs, place)
+    compared = _comparisons(study, records, runs, (place, lost))
+    listed = [r | {"page": pages.get(r["job"]), "files": place.files_of(runs[r["job"]])} for r in records]
+    facts = summary(study.study, study.seeds, listed, compared, lost)
+    facts |= {} if place.released else {"pages": pages_key()}
     pictures = {job: thumbnail(runs[job].file("notebook.ipynb")) for job in _pictured(records, pages)}
     side_by_side = settings_html(compared, study.comparisons) or across_html(compared)
     content = study_index(facts, pictures, notes, side_by_side)
-    index = folder / "index.html"
-    write_text(index, page(study.study, content, _footer(records, study.seeds), [ALL], root=root))
-    write_json(folder / "summary.json", scrubbed(facts, root), sealed=True)
-    write_overview(root)
-    return index
+    body = page(study.study, content, _footer(records, study.seeds), [ALL], root=place.root)
+    write_text(folder / "index.html", body)
+    write_json(folder / "summary.json", scrubbed(facts, place.root), sealed=True)
+    return compared
 
 
 def _run_pages(
-    records: list[dict], runs: dict[str, RunFolder], folder: Path
+    records: list[dict], runs: dict[str, RunFolder], place: Place
 ) -> tuple[dict[str, str], dict[str, Markup], list[str]]:
     """The page of each run by job, its warnings in short, and what could not be rendered."""
     pages, notes, lost = {}, {}, []
@@ -97,7 +126,8 @@ def _run_pages(
         name = f"{record['job']}.html"
         try:
             notes[record["job"]] = warned(runs[record["job"]], in_full=False)
-            if write_run_page(record, runs[record["job"]], folder / name):
+            run = runs[record["job"]]
+            if write_run_page(record, run, place.reports / run.path.parent.name / name, place):
                 pages[record["job"]] = name
         except Exception as error:  # one broken notebook must not cost the other pages
             lost.append(f"{record['job']}: {type(error).__name__}: {error}")
@@ -105,10 +135,11 @@ def _run_pages(
 
 
 def _comparisons(
-    study: StudyParams, records: list[dict], runs: Mapping[str, RunFolder], lost: list[str]
+    study: StudyParams, records: list[dict], runs: Mapping[str, RunFolder], to: tuple[Place, list[str]]
 ) -> list[Finding]:
-    """Write the page of each dataset and each ablation; returns what the datasets say, and adds to `lost`."""
-    done, compared = [record for record in records if record["status"] in GOOD], []
+    """Write the page of each dataset and each ablation; returns what the datasets say, and adds to what is lost."""
+    (place, lost), compared = to, []
+    done = [record for record in records if record["status"] in GOOD]
     try:
         compared = findings([runs[record["job"]] for record in done], list(study.arms))
     except Exception as error:  # tables that cannot be read: the rest of the report stands
@@ -116,11 +147,11 @@ def _comparisons(
     pages = {f.dataset: partial(dataset_page, study.study, f) for f in compared}
     tables = [record["job"] for record in done if record["notebook"] in ABLATIONS + BENCHMARKS]
     pages |= {job: partial(ablation_page, study.study, runs[job]) for job in tables}
-    root, foot, trail = workspace(), _footer(records, study.seeds), [ALL, (study.study, "index.html")]
+    foot, trail = _footer(records, study.seeds), [ALL, (study.study, "index.html")]
     for name, content in pages.items():
-        target = root / "reports" / study.study / f"comparison-{name}.html"
+        target = place.reports / study.study / f"comparison-{name}.html"
         try:
-            write_text(target, page(f"comparison: {name}", content(), foot, trail, root=root))
+            write_text(target, page(f"comparison: {name}", content(), foot, trail, root=place.root))
         except Exception as error:  # of one run's tables
             lost.append(f"comparison of {name}: {type(error).__name__}: {error}")
     return in_order(compared, study.comparisons)
@@ -135,27 +166,29 @@ def _footer(records: list[dict], seeds: Sequence[int]) -> Markup:
     return footer(newest | {"job": f"{len(records)} runs, last {newest['job']}"}, seeds=seeds)
 
 
-def write_overview(root: Path) -> Path:
-    """Write `reports/index.html` over every study with a `summary.json` that can be drawn, and return it."""
-    folder, studies, pictures, lost = root / "reports", [], {}, []
+def write_overview(place: Place, names: Sequence[str] = ()) -> Path:
+    """Write `index.html` over every study with a `summary.json` that can be drawn, or over those of these `names`."""
+    folder, studies, pictures, lost = place.reports, [], {}, []
     for path in sorted(folder.glob("[!.]*/summary.json")):
+        if names and path.parent.name not in names:
+            continue
         try:
             facts = read_json(path) | {"study": path.parent.name}
             overview([facts | {"commit": str(facts["commit"])}], {})
-            pictures[facts["study"]] = _last_picture(root, facts)
+            pictures[facts["study"]] = _last_picture(place, facts)
             studies.append(facts)
         except Exception as error:  # damaged, or of another version: it must not cost the other studies
             lost.append(path.parent.name)
             reason = one_line(f"{type(error).__name__}: {error}"[:200])
-            print(f"{path.relative_to(root)} is left out ({reason}); report its study again", file=sys.stderr)
+            print(f"{path.relative_to(folder.parent)} is left out ({reason}); report its study again", file=sys.stderr)
     commits = ", ".join(sorted({str(study["commit"]) for study in studies}))
     about = f"{len(studies)} studies, made from commits {commits}" + f"; damaged: {', '.join(lost)}" * bool(lost)
     body = overview(studies, pictures)
-    write_text(folder / "index.html", page(QUESTION, body, part("paragraph", about), root=root))
+    write_text(folder / "index.html", page(QUESTION, body, part("paragraph", about), root=place.root))
     return folder / "index.html"
 
 
-def _last_picture(root: Path, study: Mapping) -> Markup | str:
+def _last_picture(place: Place, study: Mapping) -> Markup | str:
     jobs = [run["job"] for run in study["runs"] if run["page"] and run["notebook"] != "04_ppo"]
-    notebooks = (root / "runs" / study["study"] / job / "notebook.ipynb" for job in reversed(jobs))
+    notebooks = (place.runs(study["study"]) / job / "notebook.ipynb" for job in reversed(jobs))
     return next(filter(None, map(thumbnail, notebooks)), "")

@@ -1,0 +1,222 @@
+"""`RESULTS.md`: what all recorded studies say, for a reader of nothing else. Every number is rendered from the runs."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from dense_rlhf.config.params import ABLATIONS, BENCHMARKS
+from dense_rlhf.evaluation.claims import QUESTIONS, Claim, judge
+from dense_rlhf.evaluation.results import Finding
+from dense_rlhf.evaluation.rule import CONTRADICTED, NO_DIFFERENCE, SUPPORTED, UNDECIDED, Case
+from dense_rlhf.evaluation.words import p_value, plural, signed
+from dense_rlhf.files import write_text
+from dense_rlhf.report.charts import forest
+from dense_rlhf.report.comparison import intervals_in, verdict
+from dense_rlhf.report.record import Outline
+from dense_rlhf.runs import RunFolder
+from dense_rlhf.statistics import Interval
+from dense_rlhf.view.escape import scrub, visible
+from dense_rlhf.view.html import TEMPLATES
+from dense_rlhf.view.live import duration
+
+ORDER = ("reviews_full", "reviews", "smollm2", "hh_rlhf", "ultrafeedback")  # of the sections; others follow by name
+MARKS = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "|": "\\|", "`": "'", "*": "\\*", "\n": " "})
+STYLE = "text{font:13px sans-serif;fill:#222}line.axis{stroke:#ddd}line.zero{stroke:#888;stroke-dasharray:3}"
+MOST = 12  # intervals of an ablation that are listed
+
+
+@dataclass(frozen=True)
+class Study:
+    """A recorded study: its outline, its runs, and what they say."""
+
+    outline: Outline
+    runs: Sequence[RunFolder]
+    findings: Sequence[Finding]
+    not_committed: Sequence[str] = ()
+
+    @property
+    def name(self) -> str:
+        return self.outline.study
+
+
+def place(name: str) -> tuple[int, str]:
+    """Where a study's section stands."""
+    return (ORDER.index(name) if name in ORDER else len(ORDER), name)
+
+
+def write_results(studies: Iterable[Study], to: Path) -> Path:
+    """Write `RESULTS.md` into a folder that has the pages in reports/, and its figures beside those pages."""
+    ordered = sorted(studies, key=lambda study: place(study.name))
+    sections = [_section(study, to) for study in ordered]
+    text = _environment().get_template("results.md.j2").render(sections=sections, names=", ".join)
+    write_text(to / "RESULTS.md", scrub(text))
+    return to / "RESULTS.md"
+
+
+@cache
+def _environment():
+    import jinja2
+
+    loader, strict = jinja2.FileSystemLoader(TEMPLATES), jinja2.StrictUndefined
+    return jinja2.Environment(loader=loader, undefined=strict, finalize=plain, trim_blocks=True, lstrip_blocks=True)
+
+
+def plain(value: object) -> str:
+    """Text that Markdown shows as it is: no HTML, no table's border, no link."""
+    return visible(str(value)).translate(MARKS).replace("](", "]\\(")
+
+
+def _section(study: Study, to: Path) -> dict:
+    records = [run.record() for run in study.runs]
+    return {
+        "name": study.name,
+        "datasets": [_dataset(study, finding, to) for finding in study.findings],
+        "ablations": [_ablation(run) for run in study.runs if run.record()["notebook"] in ABLATIONS + BENCHMARKS],
+        "cost": _cost(study, records),
+        "command": study.outline.command,
+        "commits": sorted({str(record.get("commit")) for record in records}),
+        "not_committed": len(study.not_committed),
+        "run_keys": _keys(records),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------- a dataset
+
+
+def _dataset(study: Study, finding: Finding, to: Path) -> dict:
+    answer = verdict(finding)
+    claims = [_claim(claim) for claim in judge(finding)]
+    return {
+        "name": finding.dataset,
+        "page": f"reports/{study.name}/comparison-{finding.dataset}.html",
+        "line": answer.line,
+        "grounds": answer.grounds,
+        "levels": [f"{level:.1f}" for level in finding.levels],
+        "arms": _arms(finding),
+        "claims": claims,
+        "open": [f"{c['key']}{c['at']}{c['needs']}" for c in claims if c["verdict"] == UNDECIDED],
+        "figures": _figures(study, finding, to),
+    }
+
+
+def _arms(finding: Finding) -> list[list[str]]:
+    """Arms from the highest gold down: name, seeds, gold, KL, gains over the baseline, time of a training."""
+    ranked = sorted(finding.arms.values(), key=lambda arm: -arm.gold.mean)
+    fields = ("gold", "kl", "gain", *("gain_at_kl", "gain_far")[: len(finding.levels)])
+    rows = []
+    for arm in ranked:
+        numbers = ["–" if (value := getattr(arm, field)) is None else str(value) for field in fields]
+        rows.append([arm.name, str(len(arm.seeds)), *numbers, duration(arm.seconds) if arm.seconds else "–"])
+    return rows
+
+
+def _claim(claim: Claim) -> dict[str, str]:
+    """A claim in one line: its verdict, and the comparison of the arm that is nearest to deciding it."""
+    logs = {m.text: m.log for question in QUESTIONS for m in question.measures}
+    tested = [case for case in claim.cases if case.has_interval]
+    ranks = {SUPPORTED: 0, CONTRADICTED: 1, NO_DIFFERENCE: 2}
+    case = min(tested, key=lambda c: (ranks.get(c.verdict, 3), min(c.p_differs, c.p_equal)), default=None)
+    return {
+        "key": claim.key,
+        "text": claim.text,
+        "where": claim.where,
+        "at": f" at {claim.where}" * bool(claim.where),
+        "verdict": claim.verdict,
+        "why": claim.why if case is None else _evidence(case, logs),
+        "needs": "" if case is None else _seeds_needed(case),
+    }
+
+
+def _evidence(case: Case, logs: Mapping[str, bool]) -> str:
+    """An arm less its first rival, and less the control that it is least above, with seeds and p."""
+    first = [c for c in case.comparisons if c.rival == case.comparisons[0].rival and c.difference]
+    controls = [c for c in case.comparisons if c.is_control and c.difference and c.measure == first[0].measure]
+    least = min(controls, key=lambda c: case.wanted * c.difference.mean, default=None)
+    texts = []
+    for c in [first[0], *([least] if least else [])]:
+        at = "" if c.kl is None or math.isnan(c.kl) else f" at {c.kl:.1f} nats"
+        texts.append(f"{c.rival}{' (control)' * c.is_control} {signed(c.difference, logs[c.measure])}{at}")
+    p = case.p_equal if case.verdict == NO_DIFFERENCE else case.p_differs
+    return f"{case.arm} less {'; less '.join(texts)}; {plural(case.seeds, 'seed')}, {p_value(p)}"
+
+
+def _seeds_needed(case: Case) -> str:
+    fewest = min(case.seeds_to_decide())
+    return f" ({fewest:.0f} seeds would decide)" if math.isfinite(fewest) else " (no number of seeds up to 1000 would)"
+
+
+def _figures(study: Study, finding: Finding, to: Path) -> list[tuple[str, str]]:
+    """Files of the gains over the baseline at equal updates and at equal KL, each with its alt text."""
+    trained = [arm for arm in finding.arms.values() if arm.kind != "reference"]
+    over, kl = f"Gold over {finding.baseline} (log-odds, 95 % interval over seeds)", finding.levels
+    asked = {"gain": f"{over} after equal updates"}
+    asked |= {field: f"{over} at {level:.1f} nats" for field, level in zip(("gain_at_kl", "gain_far"), kl)}
+    drawn = []
+    for field, what in asked.items():
+        gains = {arm.name: gain for arm in trained if (gain := getattr(arm, field))}
+        if picture := standalone(gains, what):
+            name = f"reports/{study.name}/{field}-{finding.dataset}.svg"
+            write_text(to / name, picture)
+            drawn.append((name, what))
+    return drawn
+
+
+def standalone(gains: Mapping[str, Interval], what: str) -> str:
+    """A page's figure as an SVG file, black on white in any viewer; empty where there is nothing to draw."""
+    found = re.search("<svg.*</svg>", str(forest(gains, what)), re.S)
+    if not found:
+        return ""
+    head, _, rest = found[0].replace("currentColor", "#222").partition(">")
+    head = head.replace("<svg ", "<svg xmlns='http://www.w3.org/2000/svg' ", 1)
+    paper = "<rect width='100%' height='100%' fill='#fff'/>"
+    return f"{head}><style>{STYLE}</style>{paper}{rest}\n"
+
+
+# ---------------------------------------------------------------------------------------------------- the rest
+
+
+def _ablation(run: RunFolder) -> dict:
+    """An ablation's first intervals, by the names of its metrics."""
+    values = [pair for name, value in run.load_json("metrics.json").items() for pair in intervals_in(value, name)]
+    return {
+        "name": run.path.name,
+        "page": f"reports/{run.path.parent.name}/comparison-{run.path.name}.html",
+        "intervals": [(name.replace("_", " "), str(value)) for name, value in values[:MOST]],
+        "more": max(0, len(values) - MOST),
+    }
+
+
+def _cost(study: Study, records: Sequence[Mapping]) -> dict:
+    """Runs, PPO updates, time by the clock, threads and machines."""
+    policies = [run for run in study.runs if run.file("history.csv").exists()]
+    machines = Counter(
+        f"{r.get('gpu') or r.get('processor') or r.get('machine') or 'unknown'}, {r.get('cores', '?')} cores"
+        for r in records
+    )
+    threads = sorted({str(run.parameters().get("threads", "?")) for run in study.runs})
+    return {
+        "runs": len(records),
+        "updates": sum(len(run.load_table("history")) for run in policies),
+        "time": duration(sum(record.get("seconds") or 0 for record in records)),
+        "threads": " or ".join(threads),
+        "machines": "; ".join(f"{name} ({number} runs)" for name, number in machines.items()),
+    }
+
+
+def _keys(records: Sequence[Mapping]) -> list[tuple[str, str]]:
+    """For each arm on each dataset the key of every seed, and the key of every other run."""
+    policies: dict[str, list[str]] = {}
+    others = []
+    for record in records:
+        key = str(record.get("key", ""))[:8]
+        if record["notebook"] == "04_ppo":
+            policies.setdefault(f"{record['dataset']}, {record['arm']}", []).append(f"{record['seed']}: {key}")
+        else:
+            others.append((record["job"], key))
+    return [(name, ", ".join(keys)) for name, keys in policies.items()] + others
