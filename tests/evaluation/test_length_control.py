@@ -130,17 +130,43 @@ def judged(rng, share, effect, means, N):
     return (rng.random(N) < 1 / (1 + np.exp(-logit))).astype(float), texts(ours), texts(theirs)
 
 
-@pytest.mark.parametrize("share", [0, 0.01, 0.05, 0.5, 0.95, 0.99, 1])
-@pytest.mark.parametrize("means", [(500, 500), (1000, 500), (400, 900), (2000, 400)], ids=str)
-@pytest.mark.parametrize("effect", [0, 1])
+SHARES = [0, 0.01, 0.05, 0.5, 0.95, 0.99, 1]
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("means", [(500, 500), (400, 900), (2000, 400)], ids=str)
+@pytest.mark.parametrize("effect", [0, 1, 2])
 def test_every_win_rate_is_found_at_every_gap_of_lengths(share, means, effect):
     rng, found = np.random.default_rng(0), []
-    for _ in range(20):
+    for _ in range(16 if 0 < share < 1 else 1):
         preference, ours, theirs = judged(rng, share, effect, means, 800)
         found.append(length_controlled(preference, ours, theirs).mean())
-        other = length_controlled(1 - preference, theirs, ours).mean()
-        assert found[-1] + other == pytest.approx(1, abs=1e-12)
-    assert abs(np.mean(found) - share) < 0.02 and (share not in (0, 1) or found == [share] * 20)
+    other = length_controlled(1 - preference, theirs, ours).mean()
+    assert found[-1] + other == pytest.approx(1, abs=1e-12)
+    error = 2 * np.std(found) / np.sqrt(len(found))
+    assert abs(np.mean(found) - share) < 0.02 + error and (share not in (0, 1) or set(found) == {share})
+
+
+@pytest.mark.parametrize("share", [0.01, 0.05, 0.5, 0.95, 0.99])
+@pytest.mark.parametrize("means", [(500, 500), (400, 900), (2000, 400), (400, 2000), (8000, 400), (400, 8000)], ids=str)
+@pytest.mark.parametrize("effect, most", [(1, 0.025), (2, 0.04)])
+def test_the_prior_alone_moves_little(share, means, effect, most):
+    """The judge's probabilities in place of its judgements, so that nothing is left to chance."""
+    rng = np.random.default_rng(0)
+    _, ours, theirs = judged(rng, share, effect, means, 800)
+    gap = np.array([len(a) - len(b) for a, b in zip(ours, theirs)])
+    logit = np.log(share) - np.log1p(-share) + effect * np.tanh(gap / gap.std(ddof=1))
+    assert length_controlled(1 / (1 + np.exp(-logit)), ours, theirs).mean() == pytest.approx(share, abs=most)
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("gap", [-400, 50, 5000])
+def test_a_gap_that_hardly_varies_leaves_the_win_rate(share, gap):
+    """No pair is near equal length, and nothing says what length adds."""
+    rng = np.random.default_rng(0)
+    ours, theirs = (texts(5000 + shift + rng.normal(0, abs(gap) / 10, 800)) for shift in (gap, 0))
+    preference = rng.permutation(np.arange(800) < 800 * share).astype(float)
+    assert length_controlled(preference, ours, theirs).mean() == pytest.approx(share, abs=0.01)
 
 
 @pytest.mark.parametrize("wins", range(21))

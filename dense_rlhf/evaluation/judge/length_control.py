@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FEWEST = 5  # judged pairs
-EFFECT = 5.0  # prior sd, in log-odds, of what length or difficulty can add; docs/judges.md has its choice
+EFFECT = 5.0  # prior sd, in log-odds, of what length or difficulty adds where half is won; docs/judges.md: its choice
+RARE = 1.0  # that of length where almost nothing, or almost all, is won
 GAMED_WEIGHT = 0.2 / 2  # of each annotation of the two gamed baselines
 
 
@@ -30,8 +31,8 @@ def length_controlled(
     `preference` (N,) is in [0, 1]; where NaN it is predicted, not fitted. The model of Dubois et al. (2024, arXiv
     2404.04475): logit P = a + b x + c difficulty, x = tanh(difference of characters / its standard deviation),
     evaluated with b = 0. It is fitted by its highest posterior density: `a` is free, so a side that wins nothing has 0;
-    b is Normal(0, EFFECT^2 Var x / mean x^2), tighter the further equal length lies from the data, down to the raw win
-    rate where all differences are the same; c is Normal(0, EFFECT^2). Exchanging the sides gives one less each number.
+    c is Normal(0, EFFECT^2); b is Normal(0, RARE^2 + (4 p (1 - p) EFFECT)^2) at a raw win rate of p, so that a few wins
+    teach little, and where all differences are alike the result is p. Exchanging the sides gives one less each number.
 
     From alpaca_eval: `difficulty` (N,) is its instruction_difficulty (without it all instructions count alike); `gamed`
     its annotations of a baseline told to be brief or long (df_gamed.csv), which teach b and c. There is no standard
@@ -49,13 +50,13 @@ def length_controlled(
     if ((preference < 0) | (preference > 1)).any():
         raise InputError("preference holds numbers outside of [0, 1], wanted shares")
     gap = _characters(theirs, "theirs") - _characters(ours, "ours")
-    y, share = preference[judged], preference[judged].mean()
-    if min(share, 1 - share) < 1e-12:  # the best `a` is infinite
+    y = preference[judged]
+    share, other = y.mean(), (1 - y).mean()
+    if min(share, other) < 1e-12:  # the best `a` is infinite
         return np.full(len(preference), share.round())
     features = _features(gap / (gap.std(ddof=1) or 1), difficulty)
     X, weight, precision = features[judged], np.ones(len(y)), np.full(features.shape[1], EFFECT**-2.0)
-    x, precision[-1] = X[:, 0], 0.0
-    precision[0] *= (np.mean(x**2) + 1e-12) / (x.var() + 1e-12)
+    precision[0], precision[-1] = 1 / (RARE**2 + (4 * (share * other) * EFFECT) ** 2), 0.0
     if gamed is not None:
         known = _features(gamed["std_delta_len"], None if difficulty is None else gamed["instruction_difficulty"], 0.0)
         X, y = np.concatenate([known, X]), np.concatenate([gamed["preference"], y])
