@@ -96,8 +96,8 @@ class Study:
         return best if len(best) == len(paths) else None
 
     def at_kl(self, run, arm, seed, level, column, ends):
-        """A quadratic in sqrt(KL) fitted around a level, to updates, the start and (`ends` = 2) the final policy; None if
-        running means of KL stay below the level."""
+        """A quadratic in sqrt(KL) fitted around a level, to updates, the start and (`ends` = 2) the final policy; None
+        where running means of KL stay below the level."""
         if smooth(run)["kl"].max() < level - 1e-9:
             return None
         x, y, w = run["kl"].tolist(), run[column].tolist(), [1.0] * len(run)
@@ -108,7 +108,7 @@ class Study:
             w += [len(judged) / batch] * ends
         x, y, w = np.sqrt(np.clip(x, 0, None)) - math.sqrt(level), np.array(y), np.array(w)
         near = abs(x) < (h := max(WIDTH, 1.001 * sorted(abs(x))[FEWEST - 1]))
-        return float(np.polyfit(x[near], y[near], 2, w=np.sqrt(w * (1 - (x / h) ** 2))[near])[-1])
+        return float(np.polyfit(x[near], y[near], 2, w=np.sqrt(w[near] * (1 - (x[near] / h) ** 2)))[-1])
 
     def pairs(self, a, b):
         def fixed(run):
