@@ -185,6 +185,14 @@ def _search(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
+    if (arguments.study is None) == (arguments.results is None):
+        raise InputError("wanted a study, such as params/reviews.yaml, or --from results/")
+    if arguments.results:
+        from dense_rlhf.report.release import render
+
+        results = Path(arguments.results)
+        print(f"read {render(results, Path(arguments.to) if arguments.to else results.resolve().parent)}")
+        return 0
     from dense_rlhf.report.write import write_reports
     from dense_rlhf.runner.plan import expand, runs_folder
     from dense_rlhf.runs import RunFolder
@@ -195,6 +203,40 @@ def _report(arguments: argparse.Namespace) -> int:
     if not records:
         raise InputError(f"no run under {runs_folder(study)}; run the study first")
     print(f"open {write_reports(study, records)}")
+    return 0
+
+
+def _record(arguments: argparse.Namespace) -> int:
+    from dense_rlhf.report.record import Outline, write_record
+    from dense_rlhf.runner.plan import expand, runs_folder
+    from dense_rlhf.runs import RunFolder
+
+    study = _study(arguments)
+    runs = [RunFolder(runs_folder(study) / job.name) for job in expand(study)]
+    done = [run for run in runs if run.record().get("status") == "ok"]
+    if not done:
+        raise InputError(f"no finished run under {runs_folder(study)}; run the study first")
+    folder = write_record(Outline.of(study, _again(arguments)), done, Path(arguments.to), arguments.anyway)
+    print(f"{len(done)} of {len(runs)} runs are recorded in {folder}")
+    return 0
+
+
+def _diff(arguments: argparse.Namespace) -> int:
+    from dense_rlhf.report.diff import HEAD, differences
+
+    rows = differences(Path(arguments.first), Path(arguments.second))
+    if not rows:
+        print("parameters and results are the same")
+        return 0
+    for row in [HEAD, *rows]:
+        print(" | ".join(one_line(str(cell)) for cell in row))
+    return 1
+
+
+def _archive(arguments: argparse.Namespace) -> int:
+    from dense_rlhf.report.release import write_archive
+
+    print(f"wrote {write_archive(Path(arguments.results), Path(arguments.target))}")
     return 0
 
 
@@ -233,8 +275,19 @@ def _execute(arguments: argparse.Namespace) -> int:
 
 
 def _add_options(command: argparse.ArgumentParser, name: str) -> None:
-    command.add_argument("study", help="a YAML file, such as params/reviews.yaml")
+    several = {"nargs": "?"} if name == "report" else {}
+    command.add_argument("study", help="a YAML file, such as params/reviews.yaml", **several)
     command.add_argument("--set", action="append", metavar="KEY=VALUE", help="override one parameter; repeatable")
+    if name == "report":
+        command.add_argument(
+            "--from", dest="results", metavar="RESULTS", help="render records, and RESULTS.md, instead"
+        )
+        command.add_argument(
+            "--to", metavar="FOLDER", help="where reports/ and RESULTS.md go; by default beside RESULTS"
+        )
+    if name == "record":
+        command.add_argument("--to", metavar="RESULTS", default="results", help="folder of records; results by default")
+        command.add_argument("--anyway", action="store_true", help="also runs of code that was not committed")
     if name in ("train", "search"):
         command.add_argument("--arm", required=True, help="the reward shape, one of the study's")
     if name == "train":
@@ -262,7 +315,8 @@ def _parser() -> argparse.ArgumentParser:
         ("check", _check, "check that all a study needs is there, except weights; estimate its memory and time"),
         ("train", _train, "train one policy of a study; also under accelerate launch"),
         ("search", _search, "learn an arm's weights; processes started in parallel share the trials"),
-        ("report", _report, "render the reports of a study's finished runs again"),
+        ("report", _report, "render the reports of a study's finished runs again, or those of records"),
+        ("record", _record, "record a study's finished runs in few bytes, to be published"),
     ):
         command = commands.add_parser(name, help=text)
         command.set_defaults(act=act)
@@ -270,6 +324,8 @@ def _parser() -> argparse.ArgumentParser:
     for name, act, places, text in (
         ("list", _list, (), "list studies, datasets and sources"),
         ("params", _params, (), "list parameters with their meaning, bounds and default"),
+        ("diff", _diff, ("first", "second"), "say in what two runs or studies differ; exit code 0 if in nothing"),
+        ("archive", _archive, ("results", "target"), "put records into one zip with hashes"),
         ("new", _new, ("folder",), "lay out notebooks and studies in a folder of your own, to work there"),
         ("execute", _execute, ("notebook", "folder"), "run one notebook in its prepared folder, as the runner does"),
     ):

@@ -18,12 +18,16 @@ import tarfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dense_rlhf.files import content_key, file_sha256, lock, naming, read_json, to_disk, write_json
 from dense_rlhf.report.redact import redacted, scrubbed_file
 from dense_rlhf.runs import RunFolder, altered
 from dense_rlhf.types import InputError
 from dense_rlhf.view.escape import scrubbed
+
+if TYPE_CHECKING:
+    from dense_rlhf.config.study import StudyParams
 
 MANIFEST = "manifest.json"
 KEPT = (".csv", ".json", ".jsonl", ".yaml", ".ipynb")  # endings of what is recorded of a run
@@ -55,6 +59,11 @@ class Outline:
     seeds: tuple[int, ...]
     comparisons: tuple[Compared, ...]
     command: str = ""
+
+    @classmethod
+    def of(cls, study: StudyParams, command: str) -> Outline:
+        compared = tuple(Compared(run.where, run.setting) for run in study.comparisons)
+        return cls(study.study, tuple(study.arms), tuple(study.seeds), compared, command)
 
     def __or__(self, other: Outline) -> Outline:
         """This study with what an earlier record of it has besides."""

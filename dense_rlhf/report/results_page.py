@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 from dense_rlhf.config.params import ABLATIONS, BENCHMARKS
@@ -92,12 +93,14 @@ def _section(study: Study, to: Path) -> dict:
 def _dataset(study: Study, finding: Finding, to: Path) -> dict:
     answer = verdict(finding)
     claims = [_claim(claim) for claim in judge(finding)]
+    for before, claim in pairwise(claims):
+        claim["again"] = claim["key"] == before["key"]
     return {
         "name": finding.dataset,
         "page": f"reports/{study.name}/comparison-{finding.dataset}.html",
         "line": answer.line,
         "grounds": answer.grounds,
-        "levels": [f"{level:.1f}" for level in finding.levels],
+        "head": _head(finding),
         "arms": _arms(finding),
         "claims": claims,
         "open": [f"{c['key']}{c['at']}{c['needs']}" for c in claims if c["verdict"] == UNDECIDED],
@@ -105,18 +108,28 @@ def _dataset(study: Study, finding: Finding, to: Path) -> dict:
     }
 
 
+def _columns(finding: Finding) -> dict[str, str]:
+    """Field of an arm: heading, for each that some arm has."""
+    at = {field: f"gain at {kl:.1f} nats" for field, kl in zip(("gain_at_kl", "gain_far"), finding.levels)}
+    named = {"gold": "gold", "kl": "KL (nats)", "gain": "gain at equal updates"} | at
+    return {field: head for field, head in named.items() if any(getattr(arm, field) for arm in finding.arms.values())}
+
+
+def _head(finding: Finding) -> list[str]:
+    return ["arm", "seeds", *_columns(finding).values(), "training"]
+
+
 def _arms(finding: Finding) -> list[list[str]]:
-    """Arms from the highest gold down: name, seeds, gold, KL, gains over the baseline, time of a training."""
+    """Arms from the highest gold down: scores, gains over the baseline, time of a training."""
     ranked = sorted(finding.arms.values(), key=lambda arm: -arm.gold.mean)
-    fields = ("gold", "kl", "gain", *("gain_at_kl", "gain_far")[: len(finding.levels)])
     rows = []
     for arm in ranked:
-        numbers = ["–" if (value := getattr(arm, field)) is None else str(value) for field in fields]
+        numbers = ["–" if (value := getattr(arm, field)) is None else str(value) for field in _columns(finding)]
         rows.append([arm.name, str(len(arm.seeds)), *numbers, duration(arm.seconds) if arm.seconds else "–"])
     return rows
 
 
-def _claim(claim: Claim) -> dict[str, str]:
+def _claim(claim: Claim) -> dict[str, object]:
     """A claim in one line: its verdict, and the comparison of the arm that is nearest to deciding it."""
     logs = {m.text: m.log for question in QUESTIONS for m in question.measures}
     tested = [case for case in claim.cases if case.has_interval]
@@ -124,6 +137,7 @@ def _claim(claim: Claim) -> dict[str, str]:
     case = min(tested, key=lambda c: (ranks.get(c.verdict, 3), min(c.p_differs, c.p_equal)), default=None)
     return {
         "key": claim.key,
+        "again": False,
         "text": claim.text,
         "where": claim.where,
         "at": f" at {claim.where}" * bool(claim.where),
@@ -148,6 +162,8 @@ def _evidence(case: Case, logs: Mapping[str, bool]) -> str:
 
 def _seeds_needed(case: Case) -> str:
     fewest = min(case.seeds_to_decide())
+    if fewest <= case.seeds:  # the more tests, the more seeds
+        return ""
     return f" ({fewest:.0f} seeds would decide)" if math.isfinite(fewest) else " (no number of seeds up to 1000 would)"
 
 
