@@ -30,6 +30,12 @@ from dense_rlhf.types import InputError
 if TYPE_CHECKING:
     import pandas as pd
 
+CODE = (
+    PACKAGE.name,
+    "notebooks",
+    "locks",
+    "pyproject.toml",
+)  # of a checkout: what a run depends on, beside its parameters
 STUDY_FOLDERS = ("notebooks", "params")  # what makes a folder a workspace
 README = f"""A study with dense-rlhf {__version__}: each of notebooks/ asks one question, each of params/ is a study.
 `dense-rlhf run params/reviews.yaml` runs one; its runs are kept in runs/, its pages open at reports/index.html.
@@ -194,13 +200,15 @@ def open_run(folder: str | None, notebook: str, threads: int | None = None) -> R
 
 
 def commit() -> str:
-    """The commit of the package's checkout, with `+changes` where files differ; else its release, or `unknown`."""
+    """The commit of the package's checkout, with `+changes` where a file that runs depend on differs; else its release,
+    or `unknown`. Results and pages that are not committed yet change no run."""
     if not _is_study(PACKAGE.parent):
         return f"release {__version__}"
     git = ["git", "-C", str(PACKAGE.parent)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+        status = [*git, "status", "--porcelain", "--", *CODE]
+        changed = subprocess.run(status, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head + ("+changes" if changed.strip() else "")
