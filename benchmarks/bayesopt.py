@@ -140,7 +140,7 @@ def quiet() -> None:
 
 @cache
 def code(method: str) -> str:
-    """Hash of the code that makes a method's result, beside the function that it searches; imports are not followed."""
+    """Hash of the code that makes a method's result, with the function that it searches; imports are not followed."""
     here, package = Path(__file__).parent, Path(audit.__file__).parent
     if method not in OURS:
         return content_key([code_key(ast.parse(Path(peers.__file__).read_text())), peers.REQUIREMENTS])

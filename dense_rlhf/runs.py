@@ -35,7 +35,7 @@ CODE = (
     "notebooks",
     "locks",
     "pyproject.toml",
-)  # of a checkout: what a run depends on, beside its parameters
+)  # of a checkout: what a run depends on, with its parameters
 STUDY_FOLDERS = ("notebooks", "params")  # what makes a folder a workspace
 README = f"""A study with dense-rlhf {__version__}: each of notebooks/ asks one question, each of params/ is a study.
 `dense-rlhf run params/reviews.yaml` runs one; its runs are kept in runs/, its pages open at reports/index.html.

@@ -295,7 +295,7 @@ class RunParams:
 
     arm: Text = "sparse"
     setting: Text = ""  # the study's name for what it varies; empty if it varies nothing
-    regime: Literal[REGIMES] = "own"  # the arm's own step size; shown beside it: the common one, or more updates
+    regime: Literal[REGIMES] = "own"  # the arm's own step size; shown with it: the common one, or more updates
     seed: Whole = 0
     step_sizes: Many[Positive] = ()  # of which notebook 11 chooses the arm's
     threads: Count | None = None  # of torch; by default the runner's share. Another number rounds differently

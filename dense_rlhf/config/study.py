@@ -60,7 +60,7 @@ class StudyParams:
     seeds: Many[Whole] = (0,)  # of the policies' trainings
     redraws: Many[typing.Literal["proxy", "explainer", "search"]] = ("explainer",)  # by each seed, as PPO always is
     step_sizes: Many[Positive] = ()  # each arm takes its best of them, ppo.lr among them; none: all have ppo.lr
-    common_step: Flag = False  # train every arm at ppo.lr too, to be shown beside
+    common_step: Flag = False  # train every arm at ppo.lr too, to be shown as well
     longer: dict[str, Count] = field(default_factory=dict)  # arms that are also trained for so many updates
     notebooks: Some[typing.Literal[KNOWN]] = NOTEBOOKS  # that run
     workers: Count = 1  # runs at a time; the cores are divided among them
