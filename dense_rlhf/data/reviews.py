@@ -24,7 +24,7 @@ LABELS = {"0": 0, "false": 0, "neg": 0, "negative": 0, "1": 1, "true": 1, "pos":
 
 def clean_review(text: str) -> str:
     """Line-break tags become spaces, runs of white space one space."""
-    return re.sub(r"\s+", " ", re.sub(r"<br\s*/?>", " ", text)).strip()
+    return " ".join((re.sub(r"<br\s*/?>", " ", text) if "<br" in text else text).split())
 
 
 def label_of(given: object, labels: Sequence[str | int] = ()) -> int | None:
