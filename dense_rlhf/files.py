@@ -208,8 +208,15 @@ def remove_checkpoints(folder: Path, but: Path | None = None) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def cached_folder(kind: str, key: object, build: Callable[[Path], None], root: Path | None = None) -> Path:
-    """The folder that `build` filled for this `key`, built on first use; two processes may race, one result stays.
+def cached_folder(
+    kind: str,
+    key: object,
+    build: Callable[[Path], None],
+    root: Path | None = None,
+    meanwhile: Callable[[], object] | None = None,
+) -> Path:
+    """The folder that `build` filled for this `key`, built on first use, once: another process waits for it, after it
+    has called `meanwhile`.
 
     It lies under `root`, by default the user's cache. One whose files are not those that were written is built again,
     with a warning.
@@ -218,26 +225,39 @@ def cached_folder(kind: str, key: object, build: Callable[[Path], None], root: P
     if os.path.lexists(folder) and (file := damaged(folder)):
         warnings.warn(f"{file} is not as it was written, so its folder is made anew", stacklevel=2)
         _remove_damaged(folder)
-    if not folder.exists():
-        with naming(folder, "written"):
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".draft-"))
-        try:
-            build(draft)
-            write_json(draft / "key.json", key)
-            seal(draft)
-            draft.rename(folder)
-        except OSError:
-            if not folder.exists():  # else another process finished first
-                raise
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
+    if folder.exists():
+        return folder
+    with naming(folder, "written"):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    held = lock(_lock_of(folder), wait=False)
+    if held is None and meanwhile:
+        meanwhile()
+    with held or lock(_lock_of(folder)):
+        if not folder.exists():
+            _build(folder, key, build)
     return folder
+
+
+def _build(folder: Path, key: object, build: Callable[[Path], None]) -> None:
+    """Fill a draft and put it in place; what is left of one that was killed is not found under the folder's name."""
+    with naming(folder, "written"):
+        draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".draft-"))
+    try:
+        build(draft)
+        write_json(draft / "key.json", key)
+        seal(draft)
+        draft.rename(folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _lock_of(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.lock")
 
 
 def _remove_damaged(folder: Path) -> None:
     """Remove a damaged folder, or what stands in its place, unless another process has just made it anew."""
-    with lock(folder.with_name(f".{folder.name}.lock")), naming(folder, "removed, though it is damaged"):
+    with lock(_lock_of(folder)), naming(folder, "removed, though it is damaged"):
         if damaged(folder):
             folder.unlink() if folder.is_symlink() or not folder.is_dir() else shutil.rmtree(folder)
 

@@ -1,11 +1,12 @@
 """Files are whole, on disk and locked as they say; a journal makes each result once and keeps it over kills."""
 
 import os
+from threading import Event, Thread
 
 import pytest
 
 from dense_rlhf import files
-from dense_rlhf.files import Journal, read_ledger
+from dense_rlhf.files import Journal, cached_folder, read_ledger
 from dense_rlhf.types import InputError
 
 
@@ -74,3 +75,27 @@ def test_an_error_of_the_system_names_the_file(tmp_path):
     with pytest.raises(InputError, match=f"{place} cannot be opened: Is a directory"):
         files.lock(place)
     assert list(tmp_path.iterdir()) == [place]
+
+
+def test_a_folder_is_built_once_and_who_waits_for_it_does_something_else_meanwhile(tmp_path):
+    begun, helped, builds = Event(), Event(), []
+
+    def build(folder):
+        builds.append(folder)
+        begun.set()
+        assert helped.wait(10)
+
+    first = Thread(target=cached_folder, args=("kind", "key", build, tmp_path))
+    first.start()
+    assert begun.wait(10)
+    folder = cached_folder("kind", "key", build, tmp_path, meanwhile=helped.set)
+    first.join()
+    assert len(builds) == 1 and (folder / "key.json").exists()
+    assert cached_folder("kind", "key", build, tmp_path, meanwhile=None) == folder, "nothing is waited for"
+
+
+def test_a_build_that_fails_leaves_its_place_to_the_next(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        cached_folder("kind", "key", lambda folder: 1 / 0, tmp_path)
+    folder = cached_folder("kind", "key", lambda draft: (draft / "a").touch(), tmp_path)
+    assert {path.name for path in folder.parent.glob("[!.]*")} == {folder.name} and not list(tmp_path.rglob(".draft*"))

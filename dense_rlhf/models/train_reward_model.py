@@ -28,6 +28,8 @@ from dense_rlhf.models.language_models import load_weights
 from dense_rlhf.models.reward_model import RewardModel, chosen_output
 from dense_rlhf.types import InputError, LabelledText, PreferencePair, Prompt, Reading
 
+PARTS = 4  # of a batch of snippets, by length: padding would be a quarter of it
+
 
 def share_of(examples: list, labels: float, seed: int) -> list:
     """A random share `labels` of the examples; a larger share holds a smaller one of the same seed, 1 keeps all.
@@ -82,6 +84,12 @@ def _snippets(encoded: list[list[int]], params: RewardParams, generator: torch.G
     return ids, keep & (torch.rand(keep.shape, generator=generator) >= share)
 
 
+def _logits(model: LlamaForSequenceClassification, ids: Tensor, lengths: Tensor) -> Tensor:
+    """Outputs (N,) at the last tokens of right-padded ids (N, L), which a causal model reads without their padding."""
+    hidden = model.model(input_ids=ids[:, : lengths.max()], use_cache=False).last_hidden_state
+    return model.score(hidden[torch.arange(len(ids)), lengths - 1]).squeeze(-1)
+
+
 def train_on_labels(
     examples: list[LabelledText],
     tokenizer: PreTrainedTokenizerBase,
@@ -106,9 +114,9 @@ def train_on_labels(
         ids, keep = _snippets([encoded[row] for row in rows], params, generator)
         ids, keep = torch.cat([head, ids], 1), torch.cat([torch.ones_like(head, dtype=torch.bool), keep], 1)
         packed, lengths = pack_kept(ids, keep, tokenizer.eos_token_id)
-        hidden = model.model(input_ids=packed, use_cache=False).last_hidden_state  # causal: right padding is unseen
-        logits = model.score(hidden[torch.arange(len(rows)), lengths - 1]).squeeze(-1)
-        F.binary_cross_entropy_with_logits(logits, labels[rows]).backward()
+        for part in lengths.argsort().chunk(PARTS):
+            logits = _logits(model, packed[part], lengths[part])
+            F.binary_cross_entropy_with_logits(logits, labels[rows[part]], reduction="sum").div(len(rows)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -165,10 +173,12 @@ def load_reward_model(
     params: RewardParams,
     data_revision: str,
     progress: Callable = iter,
+    meanwhile: Callable | None = None,
 ) -> RewardModel:
     """The proxy of `params`: trained on its share of `examples` and cached by content, or loaded from the hub.
 
-    A hub model may have another vocabulary than the policy's; its tokens are then aligned by characters.
+    `meanwhile` is called where another process is training it. A hub model may have another vocabulary than the
+    policy's; its tokens are then aligned by characters.
     """
     if params.name != "scratch":
         return _hub_reward_model(params, tokenizer)
@@ -192,7 +202,7 @@ def load_reward_model(
         "torch": torch.__version__,
         "code": source_key("dense_rlhf.models.train_reward_model"),
     }
-    folder = cached_folder("reward", key, build)
+    folder = cached_folder("reward", key, build, meanwhile=meanwhile)
     model = LlamaForSequenceClassification.from_pretrained(folder, use_safetensors=True)
     model = model.eval().to(getattr(torch, params.dtype))
     return RewardModel(model, tokenizer, token_budget=params.token_budget, revision=folder.name)

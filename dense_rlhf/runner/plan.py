@@ -1,6 +1,7 @@
 """What a study runs, in which order, from which inputs, and why each run would run again.
 
-Order: reward model; everything that needs only it; what needs learned weights or a step size; the comparison.
+Order: reward model, and beside it the notebook that meanwhile trains the second judge; searches and choices of step
+sizes, the longest first; policies; what nothing waits for; the comparison.
 """
 
 from __future__ import annotations
@@ -99,8 +100,8 @@ def expand(study: StudyParams) -> list[Job]:
             for job in _arm_jobs(study, replace(run, arm=arm, shape=shape), prefix)
         ]
         policies = tuple(job.name for job in arms if job.notebook == "04_ppo")
-        single = {"01_reward_model": 0, "02_attribution": 1, "03_shaping": 1, "04_one_update": 1}
-        single |= dict.fromkeys(COMPARING, 4) | dict.fromkeys(ABLATIONS + BENCHMARKS, 1)
+        single = {"01_reward_model": 0, "04_one_update": 0, "02_attribution": 4, "03_shaping": 4}
+        single |= dict.fromkeys(COMPARING, 5) | dict.fromkeys(ABLATIONS + BENCHMARKS, 1)
         for notebook in [n for n in study.notebooks if n in single]:
             reads = policies if notebook in COMPARING else ()
             jobs.append(Job(prefix + Path(notebook).name, notebook, single[notebook], base, reads=reads))
@@ -108,7 +109,7 @@ def expand(study: StudyParams) -> list[Job]:
     if doubled := [name for name, times in Counter(job.name for job in jobs).items() if times > 1]:
         raise InputError(f"two runs would be called {doubled[0]}; give data (called) or settings other names")
     # long jobs first within a stage, so that no worker ends up alone with one
-    return sorted(jobs, key=lambda job: (job.stage, LONG.get(job.notebook, 0), job.notebook[:2] < "04"))
+    return sorted(jobs, key=lambda job: (job.stage, LONG.get(job.notebook, 0)))
 
 
 def drawn(study: StudyParams, params: RunParams, seed: int) -> RunParams:
@@ -165,12 +166,12 @@ def _regimes(study: StudyParams, params: RunParams) -> dict[str, RunParams]:
 
 
 def awaits(job: Job, jobs: Iterable[Job]) -> set[str]:
-    """The jobs that must have ended before this one: the reward model's, which fills a cache, and its upstream."""
+    """The jobs that must have ended before this one: its upstream, and those that fill the cache of models."""
     return {other.name for other in jobs if other.stage == 0 < job.stage} | set(job.upstream)
 
 
 def threads_of(job: Job, jobs: list[Job], workers: int) -> int:
-    """A job's share of the cores: before the reward model's has ended all are its own, then as many share them as can.
+    """A job's share of the cores: as many jobs share them as can, of those that fill the cache or of all others.
 
     So all trainings round alike, and an arm that learned another's weights is that arm, at any stage.
     """

@@ -128,13 +128,16 @@ def load_task(params: RunParams, progress: Callable = iter) -> Task:
     reference = reference.to(default_device()).eval()
     tokenizer, revision = language_model.tokenizer, dataset.revision
     dataset = without_refused(dataset, {"the policy": tokenizer})
-    reward_model = load_reward_model(dataset.reward, tokenizer, params.reward, revision, progress=progress)
+    second = None
+    if len({review.label for review in dataset.second}) == 2:
+        second = LearnedJudge(dataset.second, tokenizer, revision, params.reward.steps)
+    reward = dataset.reward, tokenizer, params.reward, revision
+    reward_model = load_reward_model(*reward, progress=progress, meanwhile=lambda: second and second.model)
     reward_model.model.to(default_device())
     dataset = without_refused(dataset, {"the reward model": reward_model.tokenizer})
     gold = load_gold_judge(dataset.gold, revision)
-    task = Task(dataset, language_model, reference, reward_model, gold, load_lexicon(), params.policy)
-    if len({review.label for review in dataset.second}) == 2:
-        task = replace(task, second=LearnedJudge(dataset.second, tokenizer, revision, params.reward.steps))
+    judges = dict(gold=gold, lexicon=load_lexicon(), second=second)
+    task = Task(dataset, language_model, reference, reward_model, policy=params.policy, **judges)
     return _calibrated(task, params, progress)
 
 

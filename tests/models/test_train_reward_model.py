@@ -123,6 +123,17 @@ def test_training_on_labels_separates_the_words(tokenizer):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
 
 
+def test_a_batch_in_parts_of_similar_length_teaches_the_same(tokenizer, monkeypatch):
+    texts = [LabelledText("good film " * n, n % 2) for n in range(1, 7)]
+    params = RewardParams(hidden=16, layers=2, heads=2, steps=3, batch=7, window=12)
+    taught = []
+    for parts in (1, 4):
+        monkeypatch.setattr(train_reward_model, "PARTS", parts)
+        taught.append(train_reward_model.train_on_labels(texts, tokenizer, params, seed=0))
+    for whole, in_parts in zip(*(model.parameters() for model in taught)):
+        assert torch.allclose(whole, in_parts, atol=1e-5)
+
+
 def test_pair_ids_read_prompt_reply_and_eos(tokenizer):
     chosen, rejected = train_reward_model.pair_ids(PreferencePair("the film", "was good", "was bad"), tokenizer)
     assert tokenizer.decode(chosen) == "the film was good<eos>"

@@ -265,6 +265,17 @@ def test_the_updates_of_a_plan_are_those_of_policies_searches_and_step_sizes(ste
     assert total == 2 * (3 * 2 * 24 + 72) + 8 * 6 + 3 * 2 * 24
 
 
+def test_the_second_judge_is_taught_beside_the_proxy_and_what_nothing_waits_for_comes_after_the_policies(stepping):
+    study = load_study(stepping[0], [*STEPS, LEARNED, "notebooks=null"])
+    every = plan.expand(study)
+    first, second = every[:2]
+    assert (first.notebook, second.notebook) == ("01_reward_model", "04_one_update")
+    assert not plan.awaits(first, every) and not plan.awaits(second, every)
+    assert all(plan.awaits(job, every) >= {first.name, second.name} for job in every[2:])
+    order = list(dict.fromkeys(job.notebook for job in every))
+    assert order.index("04_ppo") < order.index("02_attribution") < order.index("06_comparison")
+
+
 def test_all_trainings_have_as_many_threads_whatever_their_stage(stepping, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(4))
     every = plan.expand(load_study(stepping[0], [*STEPS, LEARNED]))

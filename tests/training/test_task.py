@@ -9,16 +9,17 @@ from conftest import PROMPTS
 
 from dense_rlhf import ppo
 from dense_rlhf.attribution import attribute
-from dense_rlhf.config.params import AttributionParams, PolicyParams, PPOParams
+from dense_rlhf.config.params import AttributionParams, DataParams, PolicyParams, PPOParams, RunParams
 from dense_rlhf.data import Dataset
 from dense_rlhf.models.language_models import LanguageModel
+from dense_rlhf.models.learned_judge import LearnedJudge
 from dense_rlhf.models.word_judge import AdditiveJudge
 from dense_rlhf.shaping.rewards import shape_rewards
 from dense_rlhf.training.baselines import best_of_n
 from dense_rlhf.training.evaluate import evaluate
 from dense_rlhf.training.inner_loop import Recipe, train_policy
 from dense_rlhf.training.outer_loop import Objective
-from dense_rlhf.training.task import Task, _reference_scores
+from dense_rlhf.training.task import Task, _reference_scores, load_task
 from dense_rlhf.types import InputError, LabelledText, RewardShape
 
 PARAMS = PPOParams(updates=3, rollouts=4, max_new_tokens=6, minibatch=2, lr=1e-2)
@@ -54,6 +55,20 @@ def test_every_judged_table_shows_repetition_and_a_second_judge_where_there_is_o
     assert {"gold", "distinct", "repetition", "second"} <= set(
         train_policy(both, Recipe(SPARSE, PARAMS, EXPLAIN, 0)).history
     )
+
+
+def test_the_second_judge_is_taught_while_another_process_trains_the_proxy(reward_model, monkeypatch, few_reviews):
+    helps = []
+
+    def load(*_, meanwhile, **__):
+        helps.append(meanwhile)
+        return reward_model
+
+    monkeypatch.setattr("dense_rlhf.training.task.load_reward_model", load)
+    monkeypatch.setattr("dense_rlhf.training.task._calibrated", lambda task, *_: task)
+    monkeypatch.setattr(LearnedJudge, "model", property(lambda judge: ("taught", len(judge.examples))))
+    task = load_task(RunParams(data=DataParams(path=str(few_reviews))))
+    assert helps[0]() == ("taught", len(task.second.examples))
 
 
 # ---------------------------------------------------------------------------------------------------- inner loop
