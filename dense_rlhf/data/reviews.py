@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Container, Iterable, Sequence
+from numbers import Number
 from pathlib import Path
 
 from dense_rlhf.config.params import DataParams
@@ -30,7 +31,7 @@ def clean_review(text: str) -> str:
 def label_of(given: object, labels: Sequence[str | int] = ()) -> int | None:
     """1 for good, 0 for bad, None for any other value; `labels` are the two that stand for bad and good."""
     known = {_plain(label): number for number, label in enumerate(labels)} or LABELS
-    return known.get(_plain(given)) if isinstance(given, (str, int, float)) else None
+    return known.get(_plain(given)) if isinstance(given, str | Number) else None
 
 
 def _plain(label: object) -> str:

@@ -16,6 +16,10 @@ from dense_rlhf.types import InputError
 FORMS = ("json", "jsonl", "ndjson", "parquet")
 WANTED = "Wanted .json (a list), .jsonl or .parquet, the first two perhaps with .gz"
 OTHER = "fields missing or of another type"  # a reason to leave a row out
+MARKS = {
+    "utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),  # one begins as one of UTF-16
+    "utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
+}  # byte order marks, as no UTF-8 begins
 csv.field_size_limit(2**31 - 1)  # texts are as long as they are
 
 
@@ -73,8 +77,7 @@ def file_rows(
 def decoded(content: bytes, encoding: str) -> str:
     """Text without a byte order mark. Raises ValueError that names the line of a byte that the encoding lacks."""
     if codecs.lookup(encoding).name == "utf-8":
-        is_wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # no UTF-8 begins so
-        encoding = "utf-16" if is_wide else "utf-8-sig"
+        encoding = next((name for name, marks in MARKS.items() if content.startswith(marks)), "utf-8-sig")
     try:
         return content.decode(encoding)
     except UnicodeDecodeError as error:

@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from decimal import Decimal
 
 import pytest
 from made_rows import REVIEWS, csv_text, left_out, total, write_rows
@@ -118,7 +119,12 @@ def test_labels_of_any_type(tmp_path, name, good, bad):
     assert left_out(load_data(DataParams(path=str(write_rows(tmp_path / name, rows))))) == {}
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("label, means", [(Decimal("1.00"), 1), (Decimal(0), 0), (1j, None), (b"1", None), ([1], None)])
+def test_labels_of_types_that_only_tables_have(label, means):
+    assert reviews.label_of(label) == means
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
 def test_a_byte_order_mark_is_read(tmp_path, encoding):
     path = tmp_path / "r.csv"
     path.write_bytes(csv_text(REVIEWS).encode(encoding))

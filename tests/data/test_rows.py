@@ -129,7 +129,7 @@ def test_a_row_of_json_that_teaches_nothing_is_counted(tmp_path, line, reason):
     assert left_out(load_data(DataParams("hh_rlhf", path=str(path)))) == {reason: 1}
 
 
-@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
 def test_a_byte_order_mark_is_read(tmp_path, name, encoding):
     path = write_rows(tmp_path / name, HH_ROWS)
