@@ -5,8 +5,6 @@ import subprocess
 import sys
 from graphlib import TopologicalSorter
 
-import pytest
-
 from dense_rlhf.fingerprint import PACKAGE, imports, modules
 
 ORDER = """types files fingerprint statistics config runs data shaping bayesopt view models attribution ppo
@@ -26,10 +24,12 @@ def test_every_package_has_its_place():
     assert len([path for path in PACKAGE.iterdir() if path.name != "__pycache__"]) <= ENTRIES
 
 
-@pytest.mark.parametrize("name, other", EDGES, ids=lambda value: value.removeprefix("dense_rlhf."))
-def test_imports_point_to_what_comes_before(name, other):
-    if box(name) != box(other):
-        assert ORDER.index(box(other)) < ORDER.index(box(name)), f"{name} imports {other}"
+def test_imports_point_to_what_comes_before():
+    assert not [
+        f"{name} imports {other}"
+        for name, other in EDGES
+        if box(name) != box(other) and ORDER.index(box(other)) >= ORDER.index(box(name))
+    ]
 
 
 def test_files_form_no_circle():
@@ -52,13 +52,14 @@ def parameters(function):
     return len([name for name in names if name not in ("self", "cls")])
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_functions_are_short_and_take_few_parameters(path):
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            assert parameters(node) <= 6, f"{node.name} takes {parameters(node)} parameters"
-            first = node.body[1] if ast.get_docstring(node) and len(node.body) > 1 else node.body[0]
-            assert node.end_lineno - first.lineno < 30, f"{node.name} has {node.end_lineno - first.lineno + 1} lines"
+def test_functions_are_short_and_take_few_parameters():
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                place = f"{path}: {node.name}"
+                assert parameters(node) <= 6, f"{place} takes {parameters(node)} parameters"
+                first = node.body[1] if ast.get_docstring(node) and len(node.body) > 1 else node.body[0]
+                assert node.end_lineno - first.lineno < 30, f"{place} has {node.end_lineno - first.lineno + 1} lines"
 
 
 def test_validation_needs_nothing_heavy():

@@ -56,7 +56,7 @@ def test_learned_weights_want_the_search():
 
 
 @pytest.fixture
-def fake_repository(tmp_path, monkeypatch):
+def fake_repository(tmp_path, monkeypatch, forked):
     """A checkout whose one notebook fails for arm `bad` and writes its parameters otherwise."""
     cells = ("import json, pathlib\nif arm == 'bad': raise ValueError('<script>alert(1)</script>')", WRITES)
     make_checkout(

@@ -157,13 +157,13 @@ def test_a_hundred_finished_runs_are_checked_within_five_seconds(study, faked, t
         finish(job, folder, "ok", "", time.time())
     (tmp_path / "reports" / "s").mkdir(parents=True)
     (tmp_path / "reports" / "s" / "index.html").touch()
-    took = []
-    for _ in range(3):  # others may keep this machine busy
-        start = time.monotonic()
-        run = command(tmp_path, "run", "params/s.yaml")
+
+    def seconds():
+        start, run = time.monotonic(), command(tmp_path, "run", "params/s.yaml")
         assert "100 runs: 100 cached" in run.communicate()[0] and run.returncode == 0
-        took.append(time.monotonic() - start)
-    assert min(took) < 5
+        return time.monotonic() - start
+
+    assert any(seconds() < 5 for _ in range(3))  # others may keep this machine busy
 
 
 # ---------------------------------------------------------------------------------------------------- failures

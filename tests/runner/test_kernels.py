@@ -8,14 +8,15 @@ from pathlib import Path
 
 import psutil
 import pytest
-from checkout import command, make_checkout, write_notebook
+from checkout import PAGELESS, command, make_checkout, write_notebook
 from kill_runs import left_behind, processes
 
 from dense_rlhf.runner import kernels
 from dense_rlhf.runner.execution import Limits, _environment, kernel_folder, launch
 from dense_rlhf.runner.kernels import SERVER, SINGLE, Forked, Server
 
-LIGHT = ("ipykernel.kernelapp", "papermill", "nbclient", "numpy")
+LIGHT = ["ipykernel.kernelapp", "papermill", "nbclient", "numpy"]
+PRELOADS_LITTLE = f"from dense_rlhf.runner import kernels\nkernels.PRELOADED[:] = {LIGHT}\n{PAGELESS}"
 TELLS = """import json, os, random, sys, tempfile
 loaded = [name for name in ('torch', 'transformers', 'seaborn') if name in sys.modules]
 import numpy, threadpoolctl, torch
@@ -122,7 +123,7 @@ def test_a_server_ends_with_its_runner(end, tmp_path, monkeypatch):
     monkeypatch.delenv(SERVER)
     study = {"notebooks": ["01_reward_model"], "arms": {"a": {"sources": ["terminal"]}}}
     make_checkout(tmp_path, study, {"01_reward_model": ("import time; time.sleep(300)",)})
-    runner = command(tmp_path, "run", "params/s.yaml")
+    runner = command(tmp_path, "run", "params/s.yaml", code=PRELOADS_LITTLE)
     until = time.monotonic() + 240
     while not (forks := processes(tmp_path, "dense-kernel")) and time.monotonic() < until:
         time.sleep(0.05)

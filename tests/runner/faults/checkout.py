@@ -49,11 +49,11 @@ from dense_rlhf.__main__ import main
 sys.exit(main(sys.argv[1:]))"""
 
 
-def command(folder: Path, *arguments: str) -> subprocess.Popen:
+def command(folder: Path, *arguments: str, code: str = PAGELESS) -> subprocess.Popen:
     """The command line in the checkout, its output to be read; it heeds Ctrl-C also where tests run behind a `&`."""
     environment = os.environ | {"PYTHONPATH": str(folder)}
     return subprocess.Popen(
-        [sys.executable, "-c", PAGELESS, *arguments],
+        [sys.executable, "-c", code, *arguments],
         cwd=folder,
         env=environment,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
