@@ -4,13 +4,11 @@ import ast
 import gzip
 import json
 import re
-import subprocess
-import sys
 
 import nbformat
 import pytest
 from conftest import ROOT, reviews_file
-from whole_runs import check_pages, make_workspace, run_study
+from whole_runs import check_pages, command, make_workspace, run_study
 
 from dense_rlhf.bayesopt.ledger import trials
 from dense_rlhf.config.params import NOTEBOOKS
@@ -69,8 +67,8 @@ def test_what_the_notebooks_measured(reviews):
     explained = runs["02_attribution"].load_json("metrics.json")
     assert max(explained["parity"].values()) < 1e-4
     assert {"shap", "owen", "prefix", "attention", "uniform", "shuffled"} <= set(explained["fresh_r2"])
-    found = [source for kind in ("finds", "weak", "nothing") for source in explained[kind]]
-    assert len(found) == len(set(found)) and {"shap", "attention", "shuffled", "random"} <= set(found)
+    sources = [source for kind in ("finds", "weak", "nothing") for source in explained[kind]]
+    assert len(sources) == len(set(sources)) and {"shap", "attention", "shuffled", "random"} <= set(sources)
     shaping = runs["03_shaping"].load_json("metrics.json")
     assert shaping["residual"] < 1e-4 and max(shaping["regret"].values()) < 1e-9
     assert shaping["settles"]["uniform"]["share"] == 0 < shaping["settles"]["Shapley"]["lost"]
@@ -111,22 +109,10 @@ def test_same_parameters_give_the_same_metrics(reviews, tmp_path):
     """Plain papermill with the run's own parameters file repeats it."""
     runs, _ = reviews
     run = runs["04_ppo-sparse-seed0"]
-    command = [
-        sys.executable,
-        "-m",
-        "papermill",
-        "notebooks/04_ppo.ipynb",
-        str(tmp_path / "out.ipynb"),
-        "-f",
-        str(run.file("params.yaml")),
-        "-p",
-        "run_dir",
-        str(tmp_path),
-        "--no-progress-bar",
-        "-k",
-        "python3",
-    ]
-    subprocess.run(command, check=True, cwd=make_workspace(), capture_output=True)  # where nothing was trained yet
+    parameters = ["-f", str(run.file("params.yaml")), "-p", "run_dir", str(tmp_path)]
+    where = make_workspace()  # where nothing was trained yet
+    papermill = "papermill", "notebooks/04_ppo.ipynb", str(tmp_path / "out.ipynb"), *parameters, "-k", "python3"
+    assert command(where, tmp_path / "log.txt", *papermill).wait() == 0, (tmp_path / "log.txt").read_text()
     again = RunFolder(tmp_path)
     for name in ("history.csv", "test.csv", "metrics.json"):
         assert again.file(name).read_bytes() == run.file(name).read_bytes(), name
@@ -145,14 +131,13 @@ def test_reports_open_without_a_network(study, request):
 
 
 def test_tiny_language_model_notebook(tmp_path):
-    notebook, folder = "notebooks/00_tiny_language_model.ipynb", str(tmp_path / "lm")
-    data = reviews_file(tmp_path / "reviews.csv", every=100)
-    values = {"language_model_steps": 2, "language_model_batch": 4, "data_path": data, "folder": folder}
-    options = [part for name, value in values.items() for part in ("-p", name, str(value))]
-    command = [sys.executable, "-m", "papermill", notebook, str(tmp_path / "out.ipynb"), *options, "-k", "python3"]
-    subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
-    recipe = json.loads((tmp_path / "lm" / "recipe.json").read_text())
-    assert recipe["held_out_loss"] < 9 and (tmp_path / "lm" / "model.safetensors").exists()
+    data, folder = reviews_file(tmp_path / "reviews.csv", every=100), tmp_path / "lm"
+    values = {"language_model_steps": 2, "language_model_batch": 4, "data_path": str(data), "folder": str(folder)}
+    (tmp_path / "params.yaml").write_text(json.dumps(values))
+    execute = "dense_rlhf", "execute", "00_tiny_language_model", str(tmp_path)
+    assert command(make_workspace(), tmp_path / "log.txt", *execute).wait() == 0, (tmp_path / "log.txt").read_text()
+    recipe = json.loads((folder / "recipe.json").read_text())
+    assert recipe["held_out_loss"] < 9 and (folder / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda p: p.stem)

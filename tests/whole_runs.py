@@ -3,8 +3,6 @@
 import atexit
 import os
 import re
-import subprocess
-import sys
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -38,14 +36,21 @@ def server() -> str:
     return started.path
 
 
+def command(folder, log, *arguments):
+    """`python -m` with these arguments in `folder`, preloaded; what it prints is in `log`."""
+    environment = os.environ | {"PYTHONPATH": python_path(), SERVER: server()}
+    with open(log, "w") as file:
+        return Forked(arguments, environment, str(folder), [file.fileno()], lambda: False)
+
+
+shared_workspace = cache(make_workspace)  # where a training of two studies is trained once
+
+
 def run_study(file, name, *settings):
     """Run a study at smoke size under another name: its run folders by job, and its folder of reports."""
-    folder = make_workspace()
+    folder, log = shared_workspace(), shared_workspace() / f"{name}.txt"
     options = [part for setting in ("size=smoke", f"study={name}", *settings) for part in ("--set", setting)]
-    command = [sys.executable, "-m", "dense_rlhf", "run", file, *options]
-    environment = os.environ | {"PYTHONPATH": python_path(), SERVER: server()}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert command(folder, log, "dense_rlhf", "run", file, *options).wait() == 0, log.read_text()
     return {path.name: RunFolder(path) for path in (folder / "runs" / name).iterdir()}, folder / "reports" / name
 
 

@@ -8,7 +8,9 @@ import sys
 import pytest
 from conftest import ROOT
 
-STUDY = ROOT / "params" / "reviews.yaml"
+from dense_rlhf.config.study import load_study
+
+POLICY = f"04_ppo-shap-seed{load_study(ROOT / 'params' / 'reviews.yaml').seeds[0]}"
 FINISH = """
 import json
 from pathlib import Path
@@ -23,14 +25,14 @@ for job in (every := plan.expand(study)):
     jobs.finish(job, folder, "ok", "", 0.0)
 """
 
-PREPARE = """
+PREPARE = f"""
 from pathlib import Path
 from dense_rlhf.config.study import load_study
 from dense_rlhf.runner import jobs, plan
 
 study = load_study(Path("params/reviews.yaml"))
 every = plan.expand(study)
-job = next(job for job in every if job.name == "04_ppo-shap-seed0")
+job = next(job for job in every if job.name == "{POLICY}")
 assert jobs.prepare(job, plan.runs_folder(study) / job.name, plan.threads_of(job, every, study.workers)) == "pending"
 """
 
@@ -60,14 +62,15 @@ def planned(root):
 
 @pytest.fixture
 def edited(checkout):
-    """Change a file for the time of a test, and say what would run then."""
+    """Change files for the time of a test, and say what would run then."""
     before = {}
 
-    def edit(name, change):
-        path = checkout / name
-        before[path] = path.read_text() if path.exists() else None
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(change(before[path] or ""))
+    def edit(change, *names):
+        for name in names:
+            path = checkout / name
+            before[path] = path.read_text() if path.exists() else None
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(change(before[path] or ""))
         return planned(checkout)
 
     yield edit
@@ -88,45 +91,44 @@ def test_a_finished_study_is_cached(checkout):
     assert set(planned(checkout).values()) == {"cached"}
 
 
-@pytest.mark.parametrize(
-    "name", ["training/inner_loop.py", "ppo/losses.py", "attribution/engine.py", "view/figures.py"]
-)
-def test_words_repeat_nothing(edited, name):
-    assert set(edited(f"dense_rlhf/{name}", with_words).values()) == {"cached"}
+def test_words_repeat_nothing(edited):
+    names = "training/inner_loop", "ppo/losses", "attribution/engine", "view/figures"
+    assert set(edited(with_words, *(f"dense_rlhf/{name}.py" for name in names)).values()) == {"cached"}
 
 
-@pytest.mark.parametrize("name", ["report/page.py", "report/write.py", "__main__.py"])
-def test_code_that_no_notebook_needs_repeats_nothing(edited, name):
-    assert set(edited(f"dense_rlhf/{name}", with_code).values()) == {"cached"}
+def test_code_that_no_notebook_needs_repeats_nothing(edited):
+    names = "report/page", "report/write", "__main__"
+    assert set(edited(with_code, *(f"dense_rlhf/{name}.py" for name in names)).values()) == {"cached"}
 
 
 @pytest.mark.parametrize("name", ["view/figures.py", "view/template/parts.html.j2", "evaluation/arms.py"])
 def test_code_that_only_shows_renders_again_and_trains_nothing(edited, name):
-    acts = edited(f"dense_rlhf/{name}", with_code)
-    assert "run" not in acts.values() and acts["04_ppo-shap-seed0"] == "render"
+    acts = edited(with_code, f"dense_rlhf/{name}")
+    assert "run" not in acts.values() and acts[POLICY] == "render"
 
 
 @pytest.mark.parametrize(
-    "name", ["ppo/losses.py", "training/inner_loop.py", "attribution/internals.py", "shaping/rewards.py", "masked.py"]
+    "name",
+    ["ppo/losses.py", "training/inner_loop.py", "attribution/internals.py", "shaping/rewards.py", "shaping/masked.py"],
 )
 def test_code_that_decides_a_training_repeats_it(edited, name):
-    acts = edited(f"dense_rlhf/{name}", with_code)
+    acts = edited(with_code, f"dense_rlhf/{name}")
     assert all(act == "run" for job, act in acts.items() if job.startswith(("04_ppo", "05_bayesian")))
 
 
 def test_a_notebooks_code_renders_it_again_and_what_reads_it(edited):
-    acts = edited("notebooks/04_ppo.ipynb", lambda text: text.replace('"source": [', '"source": [\n    "1\\n",', 3))
-    assert acts["04_ppo-shap-seed0"] == acts["06_comparison"] == "render" and acts["02_attribution"] == "cached"
+    acts = edited(lambda text: text.replace('"source": [', '"source": [\n    "1\\n",', 3), "notebooks/04_ppo.ipynb")
+    assert acts[POLICY] == acts["06_comparison"] == "render" and acts["02_attribution"] == "cached"
 
 
 def test_hidden_folders_hold_no_source(edited):
-    assert set(edited("dense_rlhf/ppo/.ipynb_checkpoints/losses-checkpoint.py", with_code).values()) == {"cached"}
+    assert set(edited(with_code, "dense_rlhf/ppo/.ipynb_checkpoints/losses-checkpoint.py").values()) == {"cached"}
 
 
 def test_a_run_that_is_rendered_again_keeps_its_training_and_one_that_changed_does_not(edited, checkout):
-    kept = checkout / "runs" / "reviews" / "04_ppo-shap-seed0" / "checkpoint-000024"
+    kept = checkout / "runs" / "reviews" / POLICY / "checkpoint-000024"
     for name, stays in (("view/figures.py", True), ("ppo/losses.py", False)):
         kept.mkdir(exist_ok=True)
-        edited(f"dense_rlhf/{name}", with_code)
+        edited(with_code, f"dense_rlhf/{name}")
         python(checkout, "-c", PREPARE)
         assert kept.exists() == stays
