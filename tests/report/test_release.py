@@ -1,0 +1,122 @@
+"""Pages and `RESULTS.md` come from records alone: the same each time, and the same as from the run folders."""
+
+import hashlib
+import re
+import shutil
+import zipfile
+
+import pytest
+import recorded
+
+from dense_rlhf.__main__ import main
+from dense_rlhf.report.record import write_record
+from dense_rlhf.report.release import render, write_archive
+from dense_rlhf.report.results_page import plain
+from dense_rlhf.report.write import Place, write_overview, write_study
+from dense_rlhf.types import InputError
+
+HOSTILE = "<script>alert(1)</script> | [x](javascript:alert(1)) `a`"
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    """A study in `runs`, its record in `results`, and what is rendered of it beside."""
+    root = tmp_path_factory.mktemp("released")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        outline, runs = recorded.study(root, texts=("a good film", HOSTILE))
+        write_record(outline, runs, root / "results")
+        render(root / "results", root)
+    return root, outline, runs
+
+
+def rendered(folder):
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def test_pages_are_the_same_twice_and_as_from_the_run_folders(released, tmp_path, monkeypatch):
+    root, outline, runs = released
+    pages = rendered(root / "reports")
+    assert "made/reviews-04_ppo-shap-seed0.html" in pages and "made/comparison-ppo.html" in pages
+    monkeypatch.chdir(tmp_path)
+    render(root / "results", tmp_path / "again")
+    assert rendered(tmp_path / "again") == {f"reports/{name}": page for name, page in pages.items()} | {
+        "RESULTS.md": (root / "RESULTS.md").read_bytes()
+    }
+    place = Place(root, tmp_path / "direct", released=True)
+    write_study(outline, [run.record() for run in runs], place)
+    write_overview(place)
+    direct = rendered(tmp_path / "direct")
+    assert direct == {name: page for name, page in pages.items() if not name.endswith(".svg")}
+
+
+def test_released_pages_are_small_and_lead_to_no_file_that_is_not_there(released):
+    root = released[0]
+    for path in (root / "reports").rglob("*.html"):
+        text = path.read_text()
+        assert len(text) < 500_000
+        for target in re.findall(r"href=[\"']([^\"'#]+)", text):
+            assert (path.parent / target).exists(), target
+
+
+def test_results_hold_each_number_of_the_study_and_a_key_for_it(released):
+    root, outline, runs = released
+    text = (root / "RESULTS.md").read_text()
+    assert "](reports/made/comparison-reviews.html)" in text and "](reports/made/comparison-ppo.html)" in text
+    for figure in re.findall(r"!\[.*?\]\((.*?)\)", text):
+        svg = (root / figure).read_text()
+        assert svg.startswith("<svg xmlns=") and "currentColor" not in svg
+    keys = text.partition("## Keys of the runs")[2]
+    assert all(run.record()["key"][:8] in keys for run in runs)
+    assert all(f"| {arm} | 2 |" in text for arm in outline.arms)
+    assert "| gain | 0.10 [-0.10, 0.30] |" in text and "1b. Dense rewards speed learning" in text
+    assert "| made | 5 | 80 |" in text and outline.command in text and recorded.COMMIT in text
+    assert len(text.partition("## Keys of the runs")[0].split()) < 2000  # four pages
+
+
+def test_a_study_that_is_not_recorded_is_not_mentioned(released):
+    text = (released[0] / "RESULTS.md").read_text()
+    assert not any(name in text for name in ("reviews_full", "smollm2", "hh_rlhf", "ultrafeedback"))
+
+
+@pytest.mark.parametrize("text", [HOSTILE, "a\n# b", "x ⟨y⟩\u202e*z*"])
+def test_text_is_no_markup(text):
+    shown = plain(text)
+    assert not re.search(r"<\w|\n|\u202e|(?<!\\)\||\]\(|`", shown)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "seed0", "study"])
+def test_a_damaged_record_is_one_line_and_nothing_is_written(name, released, tmp_path, capsys):
+    shutil.copytree(released[0] / "results", tmp_path / "results")
+    path = next((tmp_path / "results" / "made").glob(f"{name}*"))
+    path.write_bytes(path.read_bytes()[:-2])
+    assert main(["report", "--from", str(tmp_path / "results")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and str(path) in error
+    assert [path.name for path in tmp_path.iterdir()] == ["results"]
+
+
+def test_a_folder_without_records_is_refused(tmp_path):
+    with pytest.raises(InputError, match="no record in"):
+        render(tmp_path, tmp_path)
+
+
+def test_report_wants_a_study_or_records(capsys):
+    assert main(["report"]) == main(["report", "params/reviews.yaml", "--from", "results"]) == 2
+    assert capsys.readouterr().err.count("wanted a study") == 2
+
+
+def test_an_archive_is_the_same_twice_and_holds_its_hashes(released, tmp_path):
+    results = released[0] / "results"
+    first, second = (write_archive(results, tmp_path / name) for name in ("a.zip", "b.zip"))
+    assert first.read_bytes() == second.read_bytes()
+    with zipfile.ZipFile(first) as archive:
+        lines = archive.read("results/SHA256SUMS").decode().splitlines()
+        assert sorted(archive.namelist()) == sorted(["results/SHA256SUMS", *(f"results/{n[66:]}" for n in lines)])
+        for line in lines:
+            assert hashlib.sha256(archive.read(f"results/{line[66:]}")).hexdigest() == line[:64]
+        archive.extractall(tmp_path / "unpacked")
+    assert rendered(tmp_path / "unpacked" / "results" / "made") == rendered(results / "made")
+    with pytest.raises(InputError, match="exists"):
+        write_archive(results, first)
