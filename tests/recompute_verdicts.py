@@ -192,6 +192,8 @@ def asked(study):
     yield "1b", (["gold"], 1, False), dense
     yield "2", (["gold"], 1, False), list(learned(study))
     yield "3", (["gold"], -1, False), list(wide(study))
+    if attention := list(attended(study)):
+        yield "5", (["gold"], 1, False), attention
     lambdas = {flat["ppo_lam"] for by in study.arms.values() for _, flat in by.values() if "ppo_lam" in flat}
     if lambdas == {1} and critic(study) >= 0.5:
         yield "6", (["gold"], 1, False), dense
@@ -230,6 +232,14 @@ def wide(study):
     ]
     named = {name for arm, fewer, _ in matches for name in (arm, *fewer)}
     return matches if all(len(study.searches[a]) == len(study.arms[a]) > 1 for a in named) else []
+
+
+def attended(study):
+    for arm in study.dense():
+        placebos = [a for a in study.arms if study.is_control(a) and "shuffled_attention" in study.sources(a)]
+        placebos = [a for a in placebos if study.normalise(a) == study.normalise(arm)]
+        if set(study.sources(arm)) <= {"attention", "terminal"} and placebos:
+            yield arm, placebos, []
 
 
 def critic(study):

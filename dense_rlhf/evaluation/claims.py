@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from dense_rlhf.evaluation.results import CONTROL, DENSE, SPARSE, Arm, Finding
 from dense_rlhf.evaluation.rule import CONTRADICTED, SUPPORTED, UNDECIDED, Case, Comparison, decide, overall
-from dense_rlhf.evaluation.words import EQUAL_KL, UPDATES, Measure, p_value, signed, why
+from dense_rlhf.evaluation.words import EQUAL_KL, UPDATES, Measure, foretold, p_value, signed, why
 from dense_rlhf.statistics import Difference
 
 NOT_ASKED, IDENTITY = "not asked", "an identity"  # in place of a verdict
@@ -115,7 +115,7 @@ def _one_search_a_seed(arm: Arm) -> bool:
 
 def _attention(finding: Finding) -> list[Matchup] | Unasked:
     """Every arm of attention's credit against arms of the same credit in a random order."""
-    controls = [c for c in finding.of_kind(CONTROL) if any("shuffled" in s and "attention" in s for s in c.sources)]
+    controls = [c for c in finding.of_kind(CONTROL) if "shuffled_attention" in c.sources]
     asked = []
     for arm in finding.of_kind(DENSE):
         placebos = [c.name for c in controls if c.normalise == arm.normalise]
@@ -186,11 +186,13 @@ def judge(finding: Finding) -> tuple[Claim, ...]:
 
 
 def _explained(finding: Finding, question: Question, cases: Sequence[Case]) -> str:
-    """For the value loss: what each critic explains of the returns-to-go, however much they vary."""
+    """What a verdict's evidence leaves out: of the value loss, what each critic explains of the returns-to-go, however
+    much they vary; of learned weights, whether what a search sees foretells what it is for."""
+    if GOLD in question.measures:
+        searches = [s for case in cases if (s := finding.arms[case.arm].search)] if question.key in ("2", "3") else []
+        return "".join(f" {foretold(finding, n)}" for n in sorted({s.updates for s in searches}) if n)
     names = dict.fromkeys(name for case in cases for name in (case.arm, *(c.rival for c in case.comparisons)))
-    late = {
-        name: list(finding.late(name, "explained_variance_mc").values()) for name in names if LOSS in question.measures
-    }
+    late = {name: list(finding.late(name, "explained_variance_mc").values()) for name in names}
     shares = ", ".join(f"{name} {sum(known) / len(known):.2f}" for name, known in late.items() if known)
     return f" Explained variance of returns-to-go, late in training: {shares}." if shares else ""
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -24,26 +25,40 @@ SEARCH = "05_bayesian_optimisation"
 STEP = "ppo_lr"  # so may this one: every arm has its own step size
 
 
+class _ReadOnce(RunFolder):
+    """A run folder whose record and parameters are read once."""
+
+    def record(self) -> dict:
+        return self._record
+
+    def parameters(self) -> dict:
+        return self._parameters
+
+    @cached_property
+    def _record(self) -> dict:
+        return super().record()
+
+    @cached_property
+    def _parameters(self) -> dict:
+        return super().parameters()
+
+
 def findings(runs: Iterable[RunFolder], order: Sequence[str] = ()) -> list[Finding]:
     """A finding per dataset on which one of the finished `runs` trained a policy; arms in `order`.
 
     Trainings at the common step size, and longer ones, belong to the finding of their dataset.
     """
     by_dataset: dict[str, dict[str, list[RunFolder]]] = {}
-    for run in runs:
+    for run in (_ReadOnce(run.path) for run in runs):
         regime = _regime(run)
-        dataset = str(_record(run).get("dataset")).removesuffix("" if regime == "own" else f"-{regime}")
+        dataset = str(run.record().get("dataset")).removesuffix("" if regime == "own" else f"-{regime}")
         by_dataset.setdefault(dataset, {}).setdefault(regime, []).append(run)
     made = (_with_regimes(dataset, by_regime, order) for dataset, by_regime in by_dataset.items())
     return [finding for finding in made if finding]
 
 
-def _record(run: RunFolder) -> dict:
-    return run.record()
-
-
 def _regime(run: RunFolder) -> str:
-    return str(_record(run).get("regime") or "own")
+    return str(run.record().get("regime") or "own")
 
 
 def _with_regimes(dataset: str, runs: Mapping[str, list[RunFolder]], order: Sequence[str]) -> Finding | None:
@@ -62,7 +77,7 @@ def _with_regimes(dataset: str, runs: Mapping[str, list[RunFolder]], order: Sequ
 
 def _finding(dataset: str, runs: Sequence[RunFolder], order: Sequence[str]) -> Finding | None:
     """The finding of trainings in one regime."""
-    finished = [run for run in runs if _record(run).get("notebook") == "04_ppo"]
+    finished = [run for run in runs if run.record().get("notebook") == "04_ppo"]
     policies = [run for run in finished if any(run.file(f"{name}.csv").exists() for name in TABLES)]
     if not policies:
         return None
@@ -70,13 +85,13 @@ def _finding(dataset: str, runs: Sequence[RunFolder], order: Sequence[str]) -> F
     judged, kinds = judgements(policies, name), {}
     settings: dict[str, dict[int, dict | str]] = {}
     for run in policies:
-        arm = _record(run)["arm"]
+        arm = run.record()["arm"]
         kinds.setdefault(arm, kind(arm, _sources(run)))
-        settings.setdefault(arm, {})[_record(run)["seed"]] = _settings(run)
+        settings.setdefault(arm, {})[run.record()["seed"]] = _settings(run)
     sparse = [arm for arm, what in kinds.items() if what == SPARSE]
     baseline = "sparse" if "sparse" in sparse else sparse[0] if sparse else "reference"
     prompts = min(len(t) for by in judged.values() for t in by.values())
-    shaping = next((run.load_json("metrics.json") for run in runs if _record(run).get("notebook") == "03_shaping"), {})
+    shaping = next((run.load_json("metrics.json") for run in runs if run.record().get("notebook") == "03_shaping"), {})
     curves = {"history": _curves(policies, "history"), "seconds": _curves(policies, "seconds")}
     data = dict(judged=judged, settings=settings, shaping=shaping, margin=_margin(policies)) | curves
     finding = Finding(dataset, baseline, prompts, name, **data)
@@ -90,7 +105,7 @@ def _finding(dataset: str, runs: Sequence[RunFolder], order: Sequence[str]) -> F
 
 def _sources(run: RunFolder) -> tuple[str, ...]:
     """Sources of the run's reward; without parameters, the arm's name is the source."""
-    return tuple(run.parameters().get("shape_sources") or [_record(run).get("arm")])
+    return tuple(run.parameters().get("shape_sources") or [run.record().get("arm")])
 
 
 def kind(arm: str, sources: Sequence[str]) -> str:
@@ -117,7 +132,7 @@ def judgements(runs: Iterable[RunFolder], table: str) -> dict[str, dict[int, pd.
     """Judgements of the trained policies and the reference, by arm and seed, from one of `TABLES`."""
     by_arm: dict[str, dict[int, pd.DataFrame]] = {"reference": {}}
     for run in runs:
-        record = _record(run)
+        record = run.record()
         if record.get("notebook") == "04_ppo" and len(judged := run.load_table(table)):
             by_arm.setdefault(record["arm"], {})[record["seed"]] = judged
             reference = judged[["reference_gold", "reference_proxy"]].set_axis(["gold", "proxy"], axis=1)
@@ -136,13 +151,13 @@ def _curves(policies: Sequence[RunFolder], name: str) -> pd.DataFrame | None:
 
 def _about(arm: str, runs: Sequence[RunFolder], policies: Sequence[RunFolder]) -> dict:
     """The rewards of an arm, its step size, and the searches for its weights."""
-    own = [run for run in policies if _record(run)["arm"] == arm]
+    own = [run for run in policies if run.record()["arm"] == arm]
     flat, steps = own[0].parameters(), {run.parameters().get(STEP) for run in own}
-    rewards = tuple(_rewards(run) for run in sorted(own, key=lambda run: _record(run)["seed"]))
+    rewards = tuple(_rewards(run) for run in sorted(own, key=lambda run: run.record()["seed"]))
     about = {"sources": _sources(own[0]), "normalise": str(flat.get("shape_normalise", "")), "rewards": rewards}
     about["step"] = steps.pop() if len(steps) == 1 else None
-    about["run"] = median(_record(run).get("seconds") or 0.0 for run in own) or None
-    searches = [r for r in runs if (_record(r).get("notebook"), _record(r).get("arm")) == (SEARCH, arm)]
+    about["run"] = median(run.record().get("seconds") or 0.0 for run in own) or None
+    searches = [r for r in runs if (r.record().get("notebook"), r.record().get("arm")) == (SEARCH, arm)]
     return about | ({"search": _search(searches)} if searches else {})
 
 
@@ -164,10 +179,11 @@ def _search(runs: Sequence[RunFolder]) -> Search:
         alone = [s for s, weight in zip(result.get("sources") or (), result.get("weights") or ()) if weight > 0.999]
         even += [float(ess) for s in alone if (ess := (result.get("ess") or {}).get(s)) is not None]
     return Search(
-        number=len({_record(run).get("seed") for run in runs}),
+        number=len({run.record().get("seed") for run in runs}),
         trials=min(int(flat.get("bo_trials") or 1) for flat in params),
         strategy=str(params[0].get("bo_strategy") or "gp"),
-        seconds=sum(_record(run).get("seconds") or 0.0 for run in runs),
+        seconds=sum(run.record().get("seconds") or 0.0 for run in runs),
+        updates=min(int(flat.get("bo_updates") or 0) for flat in params),
         even=tuple(even),
     )
 

@@ -49,8 +49,10 @@ def at_kl(history: pd.DataFrame, level: float, smooth: int = 5, judged: pd.DataF
             continue
         ends = [] if judged is None else [judged[(judged["arm"] == arm) & (judged["seed"] == seed)]]
         policies = pd.concat([run.assign(evaluations=1.0), *(table for table in ends if len(table))])
-        fits = {name: _at(policies, name, level) for name in columns if name != "kl"}
-        rows.append({"arm": arm, "seed": seed, "update": update, "kl": level} | fits)
+        distance = np.sqrt(np.maximum(policies["kl"].to_numpy(float), 0))  # estimates of KL may be below 0
+        weight = policies["evaluations"].to_numpy(float)
+        fits = {name: _known_fit(distance, policies[name].to_numpy(float), weight, level) for name in columns}
+        rows.append({"arm": arm, "seed": seed, "update": update} | fits | {"kl": level})
     return pd.DataFrame(rows, columns=["arm", "seed", "update", *columns])
 
 
@@ -65,12 +67,9 @@ def _first_reached(run: pd.DataFrame, level: float, smooth: int) -> float | None
     return float(np.interp(level, kl[[before, after]], updates[[before, after]])) if after else float(updates[0])
 
 
-def _at(policies: pd.DataFrame, column: str, level: float) -> float:
-    known = policies[["kl", column, "evaluations"]].dropna()
-    distance = np.sqrt(np.maximum(known["kl"].to_numpy(float), 0))  # estimates of KL may be below 0
-    return local_fit(
-        distance, known[column].to_numpy(float), known["evaluations"].to_numpy(float), max(level, 0) ** 0.5
-    )
+def _known_fit(distance: np.ndarray, score: np.ndarray, weight: np.ndarray, level: float) -> float:
+    known = ~np.isnan(distance + score)
+    return local_fit(distance[known], score[known], weight[known], max(level, 0) ** 0.5)
 
 
 def values_at_kl(

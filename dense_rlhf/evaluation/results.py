@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from dense_rlhf.config.params import EvaluationParams
 from dense_rlhf.evaluation.frontier import at_kl
-from dense_rlhf.statistics import Difference, Interval, paired, welch
+from dense_rlhf.statistics import Difference, Interval, paired, t_interval, welch
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,6 +29,7 @@ class Search:
     trials: int  # of each
     strategy: str
     seconds: float  # of all
+    updates: int = 0  # of each trial
     even: tuple[float, ...] = ()  # ESS/T of the source, for each search that chose one source alone
 
 
@@ -179,6 +180,27 @@ class Finding:
         if self.pairs(ours, theirs) and both:
             return paired([a[seed] for seed in both], [b[seed] for seed in both])
         return welch(list(a.values()), list(b.values()))
+
+    def foretold(self, updates: int, column: str = "proxy") -> Interval | None:
+        """How well what a search sees foretells what it is for: Spearman's rank correlation over arms of a metric after
+        `updates` (the mean of the last `SMOOTH`) with held-out gold at the end, mean over the seeds that all arms have.
+
+        None for fewer than three arms, or values that do not differ. Arms are at their own step sizes.
+        """
+        from scipy.stats import spearmanr
+
+        rows = self.history if self.history is not None and column in self.history else None
+        if rows is None or rows["arm"].nunique() < 3:
+            return None
+        early = rows[(rows["update"] < updates) & (rows["update"] >= updates - SMOOTH)]
+        early = early.groupby(["seed", "arm"])[column].mean().unstack().dropna()
+        ends = {arm: {seed: t["gold"].mean() for seed, t in self.judged[arm].items()} for arm in early}
+        ranks = [
+            spearmanr(row, [ends[arm][seed] for arm in early]).statistic
+            for seed, row in early.iterrows()
+            if all(seed in by_seed for by_seed in ends.values()) and row.nunique() > 1
+        ]
+        return t_interval(ranks, (-1, 1)) if ranks and not any(map(math.isnan, ranks)) else None
 
     @property
     def drawn_once(self) -> list[str]:

@@ -150,6 +150,13 @@ def cost_at(finding: Finding, arm: str, level: float) -> str:
     return plural(at["update"].mean() + 1, "update") + ("" if math.isnan(spent) else f", {duration(spent)}")
 
 
+def foretold(finding: Finding, updates: int) -> str:
+    """Whether a trial of so many updates foretells the end of a training, from the trainings of all arms."""
+    rank = finding.foretold(updates)
+    of = f"of the proxy after {plural(updates, 'update')}, where a trial ends, with gold at the end"
+    return f"Rank correlation {of}: {rank if rank else 'not known'}, over arms, mean over seeds."
+
+
 def identity(arm: Arm) -> str:
     """What an arm is under another name, or in all but name; empty if it is only itself."""
     if arm.search and arm.same_as:

@@ -12,7 +12,7 @@ from planted import ARMS, Planted, Study
 from dense_rlhf.evaluation import claims as ask
 from dense_rlhf.evaluation.claims import IDENTITY, NOT_ASKED, judge
 from dense_rlhf.evaluation.findings import findings
-from dense_rlhf.evaluation.results import Arm, Finding, Search
+from dense_rlhf.evaluation.results import CONTROL, Arm, Finding, Search
 from dense_rlhf.evaluation.rule import CONTRADICTED, NO_DIFFERENCE, RULE, SUPPORTED, UNDECIDED
 from dense_rlhf.evaluation.words import EQUAL_KL, UPDATES, signed
 from dense_rlhf.report.comparison import claims_html, verdict
@@ -153,10 +153,7 @@ def test_attention_meets_its_own_placebo():
     golds = BASE | {"attention": about(0.3), "placebo": about(0.3)}
     finding = made(golds)
     assert claim_on(finding, "5").verdict == NOT_ASKED
-    for name, kind, sources in (
-        ("attention", "dense", ("attention",)),
-        ("placebo", "control", ("shuffled_attention",)),
-    ):
+    for name, kind, sources in (("attention", "dense", ("attention",)), ("placebo", CONTROL, ("shuffled_attention",))):
         finding.arms[name] = replace(finding.arms[name], kind=kind, sources=sources)
     judge.cache_clear()
     claim = claim_on(finding, "5")
@@ -223,7 +220,7 @@ def test_one_seed_decides_nothing_and_two_say_how_many_would():
 
 # ---------------------------------------------------------------------------------------------------- whole studies
 
-LEARNED = {"params": {"bo_trials": 8, "bo_strategy": "gp"}}
+LEARNED = {"params": {"bo_trials": 8, "bo_strategy": "gp", "bo_updates": 12}}
 LEARNED["metrics"] = {"sources": ["shap", "terminal"], "weights": [1.0, 0.0], "ess": {"shap": 0.97}, "winner": True}
 
 
@@ -263,6 +260,10 @@ def test_the_claims_of_a_planted_truth(finding):
     assert verdicts["1b", UPDATES] == SUPPORTED and verdicts["1b", EQUAL_KL] == NO_DIFFERENCE
     assert verdicts["2", UPDATES] == verdicts["2", EQUAL_KL] == NO_DIFFERENCE
     assert verdicts["1a", UPDATES] == SUPPORTED and verdicts["3", ""] == NOT_ASKED
+    rank = finding.foretold(12)
+    assert rank.mean > 0.3 and f"proxy after 12 updates, where a trial ends, with gold at the end: {rank}" in next(
+        c.why for c in judge(finding) if c.key == "2"
+    )
     late = next(c.why for c in judge(finding) if c.key == "1a")
     assert "Explained variance of returns-to-go, late in training: shap-signed 0.7" in late
 
@@ -278,6 +279,7 @@ def test_other_studies_are_computed_again_too(tmp_path):
     two = Planted(("shap", "terminal"), (0.5, 0.5), kl=2.5, searches=3)
     more = {"params": {"bo_trials": 25}, "metrics": {}}
     arms = ARMS | {"bo": replace(four, search=more), "bo-shap": replace(two, search=more)}
+    arms |= {name: Planted((name,), edge=edge) for name, edge in (("attention", 0.3), ("shuffled_attention", 0.0))}
     arms["shuffled"] = replace(ARMS["shuffled"], kl=6.6)
     arms["sparse"] = replace(ARMS["sparse"], loss=0.3)
     study = Study(tmp_path / "s", arms, (0, 1, 2), params={"ppo_lam": 1.0, "evaluation_margin": 0.2}).write()
@@ -285,7 +287,8 @@ def test_other_studies_are_computed_again_too(tmp_path):
     (made,) = findings(finished_runs(study.folder), list(arms))
     ours = {(c.key, c.where): c.verdict for c in judge(made) if c.cases}
     assert recompute_verdicts.verdicts(study.folder) == ours
-    assert {key for key, _ in ours} == {"1a", "1b", "2", "3", "6"} and len(set(ours.values())) > 1
+    assert {key for key, _ in ours} == {"1a", "1b", "2", "3", "5", "6"} and len(set(ours.values())) > 1
+    assert made.arms["shuffled_attention"].kind == CONTROL
     assert not made.compare("shap", "sparse").paired and made.margin == 0.2
 
 

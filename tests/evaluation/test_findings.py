@@ -197,6 +197,19 @@ def test_longer_and_common_steps_stand_beside_and_are_no_findings_of_their_own(t
     assert "At one common step size" in dataset_page("s", found)[0]
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_rank_correlation_tells_whether_a_prefix_foretells_the_end(tmp_path, sign):
+    """The arms' order at the end is that of their slopes, or its reverse; with two arms there is no answer."""
+    arms = {name: replace(ARMS_OF_A_FRONTIER["sparse"], kl=3.0 + i, spread=0.0) for i, name in enumerate("abcd")}
+    study = Study(tmp_path / "s", arms, (0, 1)).write()
+    for path in study.folder.glob("*/history.csv"):
+        rows = pd.read_csv(path)
+        rows.assign(proxy=sign * rows["kl"]).to_csv(path, index=False)
+    (made,) = findings(finished_runs(study.folder))
+    assert made.foretold(12) == Interval(sign, sign, sign) and made.foretold(12, "unknown") is None
+    assert replace(made, history=made.history[made.history["arm"] < "c"]).foretold(12) is None
+
+
 def test_what_all_seeds_share_is_said(tmp_path):
     """The explainer is drawn anew by each seed, the reward model once, unless the parameters say otherwise."""
     arms = {"sparse": ARMS_OF_A_FRONTIER["sparse"]}
