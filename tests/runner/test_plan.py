@@ -265,9 +265,8 @@ def test_the_updates_of_a_plan_are_those_of_policies_searches_and_step_sizes(ste
     assert total == 2 * (3 * 2 * 24 + 72) + 8 * 6 + 3 * 2 * 24
 
 
-def test_the_second_judge_is_taught_beside_the_proxy_and_what_nothing_waits_for_comes_after_the_policies(stepping):
-    study = load_study(stepping[0], [*STEPS, LEARNED, "notebooks=null"])
-    every = plan.expand(study)
+def test_the_default_study_begins_with_both_learned_judges_and_ends_with_the_comparison():
+    every = plan.expand(load_study(ROOT / "params" / "reviews.yaml"))
     first, second = every[:2]
     assert (first.notebook, second.notebook) == ("01_reward_model", "04_one_update")
     assert not plan.awaits(first, every) and not plan.awaits(second, every)
