@@ -177,5 +177,9 @@ def basis(finding: Finding) -> str:
     """Seeds and prompts that all verdicts of a dataset rest on, and what every seed shares, in words."""
     seeds = min(len(arm.seeds) for arm in finding.arms.values())
     text = f"{plural(seeds, 'seed')}, {finding.prompts} held-out prompts each: {TABLES[finding.table]}."
+    flats = [flat for by_seed in finding.settings.values() for flat in by_seed.values() if isinstance(flat, dict)]
+    for name, what in (("ppo_lam", "Lambda"), ("ppo_kl_coef", "KL coefficient")):
+        values = sorted({flat[name] for flat in flats if name in flat})
+        text += f" {what} {' or '.join(f'{value:g}' for value in values)}." if values else ""
     shared = finding.drawn_once
     return text + (f" All seeds share {', '.join(shared)}: no interval covers another draw of it." if shared else "")

@@ -250,6 +250,7 @@ def test_a_planted_truth_is_told(finding):
     assert "bo-shap is shap" in told.grounds["The same under two names"]
     assert "at ESS/T 0.97 is an even spread" in told.grounds["The same under two names"]
     sure = told.grounds["How sure"]
+    assert "Lambda 0.95. All seeds" in sure
     assert (
         "share the reward model, the search for weights: no interval covers another draw" in sure and "5 seeds" in sure
     )

@@ -62,19 +62,20 @@ def read_questions(folder: Path | str, revision: str | None = None) -> list[TwoT
             for row in rows
         ]
     files = sorted(path.parent.glob("reference_answer*.jsonl"))
-    references = {row.get("question_id"): _first_choice(row) for file in files for row in read_rows(file)}
-    questions = [_question(row, references.get(row.get("question_id"), ()), path) for row in read_rows(path)]
+    references = {repr(row.get("question_id")): _first_choice(row) for file in files for row in read_rows(file)}
+    questions = [_question(row, references.get(repr(row.get("question_id"))), path) for row in read_rows(path)]
     if not questions or len({question.id for question in questions}) != len(questions):
         raise InputError(f"{path}: wanted at least one question, and no question_id twice")
     return questions
 
 
-def _first_choice(row: Mapping) -> Sequence[str]:
-    choices = row.get("choices") or [{}]
-    return choices[0].get("turns", ())
+def _first_choice(row: Mapping) -> object:
+    choices = row.get("choices")
+    first = choices[0] if isinstance(choices, list) and choices else None
+    return first.get("turns") if isinstance(first, Mapping) else None
 
 
-def _question(row: Mapping, references: Sequence[str], where: object) -> TwoTurns:
+def _question(row: Mapping, references: object, where: object) -> TwoTurns:
     turns, id, category = row.get("turns"), row.get("question_id"), row.get("category")
     if not (type(id) is int and isinstance(category, str) and _two_texts(turns)):
         raise InputError(f"{where}, question_id {id!r}: wanted question_id, category and two turns of text")
@@ -94,7 +95,7 @@ def read_prompts(folder: Path | str) -> dict[str, dict]:
     path = Path(folder, "judge_prompts.jsonl")
     if not path.is_file():
         raise InputError(f"downstream.mt_bench_path: no file at {path}; wanted MT-Bench's judge prompts there")
-    rows = {row.get("name"): row for row in read_rows(path)}
+    rows = {str(row.get("name")): row for row in read_rows(path)}
     prompts = {name: rows.get(name, {}) for name in PROMPTS.values()}
     for name, prompt in prompts.items():
         if not all(isinstance(prompt.get(key), str) for key in ("system_prompt", "prompt_template")):
