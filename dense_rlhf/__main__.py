@@ -305,11 +305,9 @@ def _add_options(command: argparse.ArgumentParser, name: str) -> None:
         command.add_argument("--max-failures", type=int, metavar="N", help="start no more runs after N failures")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="dense-rlhf", description="Which tokens earned the reward?")
-    parser.add_argument("--version", action="version", version=f"dense-rlhf {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, act, text in (
+def _of_studies() -> tuple:
+    """Commands that take a study: name, what it does, in words."""
+    return (
         ("run", _run, "run a study's grid of notebooks and render its reports"),
         ("status", _status, "show the state of each run of a study; exit code 0 if all are ok"),
         ("check", _check, "check that all a study needs is there, except weights; estimate its memory and time"),
@@ -317,18 +315,30 @@ def _parser() -> argparse.ArgumentParser:
         ("search", _search, "learn an arm's weights; processes started in parallel share the trials"),
         ("report", _report, "render the reports of a study's finished runs again, or those of records"),
         ("record", _record, "record a study's finished runs in few bytes, to be published"),
-    ):
-        command = commands.add_parser(name, help=text)
-        command.set_defaults(act=act)
-        _add_options(command, name)
-    for name, act, places, text in (
+    )
+
+
+def _others() -> tuple:
+    """The other commands: name, what it does, arguments, in words."""
+    return (
         ("list", _list, (), "list studies, datasets and sources"),
         ("params", _params, (), "list parameters with their meaning, bounds and default"),
         ("diff", _diff, ("first", "second"), "say in what two runs or studies differ; exit code 0 if in nothing"),
         ("archive", _archive, ("results", "target"), "put records into one zip with hashes"),
         ("new", _new, ("folder",), "lay out notebooks and studies in a folder of your own, to work there"),
         ("execute", _execute, ("notebook", "folder"), "run one notebook in its prepared folder, as the runner does"),
-    ):
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dense-rlhf", description="Which tokens earned the reward?")
+    parser.add_argument("--version", action="version", version=f"dense-rlhf {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, act, text in _of_studies():
+        command = commands.add_parser(name, help=text)
+        command.set_defaults(act=act)
+        _add_options(command, name)
+    for name, act, places, text in _others():
         command = commands.add_parser(name, help=text)
         command.set_defaults(act=act)
         for place in places:

@@ -58,11 +58,10 @@ def test_commands_are_ones_that_we_have(line, monkeypatch):
     words = shlex.split(line)
     words = words[next(i for i, word in enumerate(words) if word in ("dense_rlhf", "dense-rlhf")) + 1 :]
     kept = {}
-    for name in ("_run", "_status", "_check", "_train", "_search", "_report", "_list", "_params", "_new"):
-        if hasattr(__main__, name):
-            monkeypatch.setattr(__main__, name, lambda arguments: kept.update(vars(arguments)) or 0)
+    for command in (*__main__._of_studies(), *__main__._others()):
+        monkeypatch.setattr(__main__, command[1].__name__, lambda arguments: kept.update(vars(arguments)) or 0)
     assert __main__.main(words) == 0 and kept
-    if "study" in kept and not any(part in line for part in ("FILE", "FOLDER", "STUDY")):
+    if kept.get("study") and not any(part in line for part in ("FILE", "FOLDER", "STUDY")):
         load_study(ROOT / kept["study"], kept.get("set") or ())
 
 
