@@ -33,21 +33,15 @@ settings.register_profile("tests", deadline=None, max_examples=30, derandomize=T
 settings.load_profile("tests")
 
 
-LONGEST = (
-    "test_ablations.py",
-    "test_notebooks.py",
-    "test_inner_loop.py",
-    "test_examples.py",
-    "test_grid.py",
-    "test_jobs.py",
-    "test_faults.py",
-    "test_outer_loop.py",
-)
+LONGEST = """
+    ablations notebooks inner_loop lab browser outer_loop environment escape engine architectures baselines search
+    findings attribution live grid jobs kernels claims benchmarks policy plan text_spans examples audit faults
+    """.split()
 
 
 def pytest_collection_modifyitems(items):
-    """Whole runs take longest: their files are handed out first, so that no worker ends with one."""
-    rank = {name: place for place, name in enumerate(LONGEST)}
+    """The files that take longest are handed out first, so that no worker ends with one."""
+    rank = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.name, len(LONGEST)))
 
 
