@@ -129,7 +129,7 @@ def installed(tmp_path_factory):
 
 
 def run_installed(site, folder, *arguments):
-    environment = os.environ | {"PYTHONPATH": str(site), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = os.environ | {"PYTHONPATH": str(site), "PYTHONPYCACHEPREFIX": str(site.parent / "compiled")}
     command = [sys.executable, "-m", "dense_rlhf", *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
