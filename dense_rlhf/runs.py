@@ -30,12 +30,7 @@ from dense_rlhf.types import InputError
 if TYPE_CHECKING:
     import pandas as pd
 
-CODE = (
-    PACKAGE.name,
-    "notebooks",
-    "locks",
-    "pyproject.toml",
-)  # of a checkout: what a run depends on, with its parameters
+CODE = (PACKAGE.name, "notebooks", "locks", "pyproject.toml")  # what a run depends on, with its parameters
 STUDY_FOLDERS = ("notebooks", "params")  # what makes a folder a workspace
 README = f"""A study with dense-rlhf {__version__}: each of notebooks/ asks one question, each of params/ is a study.
 `dense-rlhf run params/reviews.yaml` runs one; its runs are kept in runs/, its pages open at reports/index.html.

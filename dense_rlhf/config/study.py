@@ -43,10 +43,7 @@ VARIED = tuple(name for name in GROUPS if name not in ("data", "shape"))  # what
 PLACES = ("study", "workers", "timeout_minutes")  # what changes no run; any other setting makes a variant of the study
 RESERVED = ("interactive", "train")  # folders of runs/ that are no study's
 LONGEST = 60  # characters of a name
-FILES = (
-    *("data.path", "attribution.rationale_path", "evaluation.sst_path"),
-    *("evaluation.toxic_path", "downstream.alpaca_path"),
-)
+FILES = "data.path attribution.rationale_path evaluation.sst_path evaluation.toxic_path downstream.alpaca_path".split()
 
 
 @params("")

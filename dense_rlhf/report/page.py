@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dense_rlhf.evaluation.claims import IDENTITY, NOT_ASKED
-from dense_rlhf.evaluation.rule import CONTRADICTED, NO_DIFFERENCE, SUPPORTED, UNDECIDED
+from dense_rlhf.evaluation.rule import NO_DIFFERENCE, SUPPORTED, UNDECIDED
 from dense_rlhf.runs import GOOD
 from dense_rlhf.view.escape import scrub
 from dense_rlhf.view.html import environment, part
@@ -19,10 +19,7 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
 LIMIT = 500_000  # characters of a page
-KINDS = dict.fromkeys((*GOOD, SUPPORTED), "good") | {
-    CONTRADICTED: "bad",
-    NO_DIFFERENCE: "even",
-}  # colour of a word in a frame, else "bad"
+KINDS = dict.fromkeys((*GOOD, SUPPORTED), "good") | {NO_DIFFERENCE: "even"}  # colour of a word in a frame, else "bad"
 KINDS |= dict.fromkeys(("pending", "running", "stale", "cancelled", UNDECIDED, NOT_ASKED, IDENTITY), "idle")
 FILES = {"notebook.ipynb": "notebook", "params.yaml": "parameters", "metrics.json": "metrics", "log.txt": "log"}
 
