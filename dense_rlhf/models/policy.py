@@ -29,9 +29,10 @@ def position_ids(mask: Tensor) -> Tensor:
 
 
 def allowed(logits: Tensor, *barred: int) -> Tensor:
-    """Logits (..., V) with some tokens ruled out, for the sampler and the loss alike: padding, ids without a token."""
+    """Logits (..., V) in place with some tokens ruled out, for sampler and loss alike: padding, ids without a token."""
     out = torch.tensor(barred, dtype=torch.long, device=logits.device)
-    return logits.index_fill(-1, out, torch.finfo(logits.dtype).min)  # finite: its p log p is 0
+    with torch.no_grad():  # their probability is 0, and so is their gradient
+        return logits.index_fill_(-1, out, torch.finfo(logits.dtype).min)  # finite: its p log p is 0
 
 
 def tempered(logits: Tensor, temperature: float) -> Tensor:

@@ -8,7 +8,9 @@ the mini-batch, not of micro-batches; every mini-batch is an optimiser step; gra
 
 from __future__ import annotations
 
+import ctypes
 import math
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -90,8 +92,20 @@ class Learner:
             self.kl_coef *= 1 + error * params.rollouts / params.kl_horizon
 
 
+def keep_freed_memory() -> None:
+    """Let this process reuse memory that it has freed: new pages, which Linux clears first, are 5 % of an update.
+
+    Blocks up to 32 MiB, by glibc's mallopt; elsewhere nothing changes.
+    """
+    with suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        for threshold, value in ((-3, 2**25), (-1, 2**31 - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+            mallopt(threshold, value)
+
+
 def make_learner(policy: PolicyWithValue, params: PPOParams, seed: int, processes: Alone | None = None) -> Learner:
     """AdamW without decay on everything that learns, its rate falling linearly; the value head has its own rate."""
+    keep_freed_memory()
     trunk = [p for name, p in policy.named_parameters() if p.requires_grad and "value_head" not in name]
     groups = [{"params": trunk, "lr": params.lr}, {"params": policy.value_head.parameters(), "lr": params.value_lr}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-5, weight_decay=0, fused=True)

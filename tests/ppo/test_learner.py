@@ -2,6 +2,8 @@
 
 import copy
 import math
+import resource
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +17,7 @@ from dense_rlhf import ppo
 from dense_rlhf.attribution import attribute
 from dense_rlhf.config.params import AttributionParams, PPOParams
 from dense_rlhf.models.policy import PolicyWithValue
+from dense_rlhf.ppo.learner import keep_freed_memory
 from dense_rlhf.ppo.warnings import SIGNS, EntropyCollapse, KLBlowUp, diagnose
 from dense_rlhf.types import InputError, Rollout
 
@@ -335,3 +338,15 @@ def test_the_value_head_alone_has_its_own_rate(policy, reference):
         assert set(map(id, head["params"])) == set(map(id, made.value_head.parameters()))
         rest = {id(p) for p in made.parameters() if p.requires_grad} - set(map(id, head["params"]))
         assert set(map(id, trunk["params"])) == rest
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_freed_memory_is_used_again():
+    def new_pages():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        blocks = [torch.empty(2**18).fill_(1) for _ in range(32)]  # 32 MiB, which would be given back at once
+        del blocks
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    keep_freed_memory()
+    assert min(new_pages() for _ in range(3)) < 200  # of 8192
