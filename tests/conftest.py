@@ -1,10 +1,12 @@
 """Tiny stand-ins for everything that costs time: a tokenizer, a policy, a reward model and one rollout of them."""
 
 import os
+import sys
 
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # before any import of torch: a core each, or their threads fight
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(worker[2:]) % len(cores)]})
+    sys.modules.setdefault("rfc3987_syntax", None)  # jsonschema can do without it, and is a second faster
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before any import of huggingface_hub: unit tests use no network
 os.environ["DENSE_RLHF_SERVER"] = ""  # no study of a test starts a server; whole runs share one, `whole_runs.server`
 
