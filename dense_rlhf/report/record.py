@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from dense_rlhf.files import content_key, file_sha256, lock, naming, read_json, to_disk, write_json
 from dense_rlhf.report.redact import redacted, scrubbed_file
-from dense_rlhf.runs import RunFolder, altered
+from dense_rlhf.runs import RunFolder, altered, workspace
 from dense_rlhf.types import InputError
 from dense_rlhf.view.escape import scrubbed
 
@@ -180,7 +180,7 @@ def _write(folder: Path, record: Record, changed: set[str]) -> None:
     manifest = asdict(record.outline) | {"files": dict(sorted(hashes.items()))}
     manifest["not_committed"] = [job for job, of in facts.items() if not CLEAN.fullmatch(str(of.get("commit")))]
     manifest["runs"] = {job: {name: of.get(name) for name in ABOUT} for job, of in facts.items()}
-    write_json(folder / MANIFEST, manifest, sealed=True)
+    write_json(folder / MANIFEST, scrubbed(manifest, workspace()), sealed=True)
     for path in folder.glob("*.tar.xz"):
         if path.name not in hashes:
             path.unlink()

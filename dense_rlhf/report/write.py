@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
 ALL = ("all studies", "../index.html")
+MANY = 16  # pages of a release from which on all cores draw them
 
 
 @dataclass(frozen=True)
@@ -121,17 +124,26 @@ def _run_pages(
     records: list[dict], runs: dict[str, RunFolder], place: Place
 ) -> tuple[dict[str, str], dict[str, Markup], list[str]]:
     """The page of each run by job, its warnings in short, and what could not be rendered."""
-    pages, notes, lost = {}, {}, []
-    for record in records:
-        name = f"{record['job']}.html"
-        try:
-            notes[record["job"]] = warned(runs[record["job"]], in_full=False)
-            run = runs[record["job"]]
-            if write_run_page(record, run, place.reports / run.path.parent.name / name, place):
-                pages[record["job"]] = name
-        except Exception as error:  # one broken notebook must not cost the other pages
-            lost.append(f"{record['job']}: {type(error).__name__}: {error}")
-    return pages, notes, lost
+    jobs = [(record, runs[record["job"]], place) for record in records]
+    if place.released and len(jobs) >= MANY:  # a process that only renders: no thread of its own is cut off by forks
+        with ProcessPoolExecutor(mp_context=get_context("fork")) as pool:
+            drawn = list(pool.map(_run_page, *zip(*jobs), chunksize=4))
+    else:
+        drawn = [_run_page(*job) for job in jobs]
+    whole = dict(zip(runs, drawn))
+    pages = {job: name for job, (name, _, _) in whole.items() if name}
+    return pages, {job: note for job, (_, note, _) in whole.items()}, [text for _, _, text in drawn if text]
+
+
+def _run_page(record: dict, run: RunFolder, place: Place) -> tuple[str, Markup | str, str]:
+    """The name of a run's page if it has one, its warnings in short, and why it could not be rendered if so."""
+    job, note = record["job"], ""
+    try:
+        note = warned(run, in_full=False)
+        there = write_run_page(record, run, place.reports / run.path.parent.name / f"{job}.html", place)
+        return f"{job}.html" * there, note, ""
+    except Exception as error:  # one broken notebook must not cost the other pages
+        return "", note, f"{job}: {type(error).__name__}: {error}"
 
 
 def _comparisons(
