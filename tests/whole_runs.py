@@ -43,12 +43,10 @@ def command(folder, log, *arguments):
         return Forked(arguments, environment, str(folder), [file.fileno()], lambda: False)
 
 
-shared_workspace = cache(make_workspace)  # where a training of two studies is trained once
-
-
 def run_study(file, name, *settings):
     """Run a study at smoke size under another name: its run folders by job, and its folder of reports."""
-    folder, log = shared_workspace(), shared_workspace() / f"{name}.txt"
+    folder = make_workspace()
+    log = folder / "log.txt"
     options = [part for setting in ("size=smoke", f"study={name}", *settings) for part in ("--set", setting)]
     assert command(folder, log, "dense_rlhf", "run", file, *options).wait() == 0, log.read_text()
     return {path.name: RunFolder(path) for path in (folder / "runs" / name).iterdir()}, folder / "reports" / name
@@ -57,8 +55,8 @@ def run_study(file, name, *settings):
 def check_pages(runs, reports):
     """A page a run, at least one comparison and an index, which open without a network or scripts."""
     pages = {path.name: path.read_text() for path in reports.glob("*.html")}
-    beside = {name for name in pages if name.startswith("comparison-")}
-    assert beside and set(pages) - beside == {f"{job}.html" for job in runs} | {"index.html"}
+    comparisons = {name for name in pages if name.startswith("comparison-")}
+    assert comparisons and set(pages) - comparisons == {f"{job}.html" for job in runs} | {"index.html"}
     for name, page in pages.items():
         assert "<script" not in page and "default-src 'none'" in page, name
         assert not re.search(r"(?:src|href)\s*=\s*[\"'](?:https?:)?//|@import|url\(", page), name
