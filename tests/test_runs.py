@@ -1,0 +1,32 @@
+"""What a run's record says of the code that it ran."""
+
+import subprocess
+
+import pytest
+
+from dense_rlhf import runs
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    for name in ("dense_rlhf", "notebooks", "params", "results"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "kept").write_text("1")
+    monkeypatch.setattr(runs, "PACKAGE", tmp_path / "dense_rlhf")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "first"]):
+        subprocess.run([*git, *words], check=True)
+    return tmp_path
+
+
+def test_a_commit_is_whole_until_a_file_that_runs_depend_on_changes(checkout):
+    clean = runs.commit()
+    assert len(clean) == 40
+    for name in ("results/more", "params/own.yaml", "RESULTS.md"):
+        (checkout / name).write_text("2")
+    assert runs.commit() == clean
+    (checkout / "notebooks" / "new.ipynb").write_text("{}")
+    assert runs.commit() == f"{clean}+changes"
+    (checkout / "notebooks" / "new.ipynb").unlink()
+    (checkout / "dense_rlhf" / "kept").write_text("2")
+    assert runs.commit() == f"{clean}+changes"
