@@ -8,6 +8,7 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # before any import of torc
     os.sched_setaffinity(0, {cores[int(worker[2:]) % len(cores)]})
     sys.modules.setdefault("rfc3987_syntax", None)  # jsonschema can do without it, and is a second faster
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before any import of huggingface_hub: unit tests use no network
+os.environ["NUMBA_DISABLE_JIT"] = "1"  # shap would compile for longer than it then runs on a few tokens
 os.environ["DENSE_RLHF_SERVER"] = ""  # no study of a test starts a server; whole runs share one, `whole_runs.server`
 
 import csv
