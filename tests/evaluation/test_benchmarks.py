@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -110,6 +111,12 @@ def test_the_real_questions_are_read_and_filled_into_the_real_prompts():
         ("question.jsonl", lambda text: text[:-20], "is not readable: line 10"),
         ("reference_answer.jsonl", lambda text: "", "question_id 4: reasoning wants two reference answers"),
         ("judge_prompts.jsonl", lambda text: text.replace("single-math-v1", "other"), "no prompt 'single-math-v1'"),
+        ("judge_prompts.jsonl", lambda text: text.replace('"single-v1"', '["single-v1"]'), "no prompt 'single-v1'"),
+        ("question.jsonl", lambda text: text.replace('"question_id": 4', '"question_id": [4]'), "wanted question_id"),
+        ("reference_answer.jsonl", lambda text: text.replace('"question_id": 4', '"question_id": {}'), "question_id 4"),
+        ("reference_answer.jsonl", lambda text: re.sub('"choices": .*}', '"choices": "x"}', text), "wants two"),
+        ("reference_answer.jsonl", lambda text: re.sub('"choices": .*}', '"choices": ["x"]}', text), "wants two"),
+        ("reference_answer.jsonl", lambda text: re.sub('"choices": .*}', '"choices": {"a": 1}}', text), "wants two"),
     ],
 )
 def test_a_damaged_file_is_named(folder, name, change, message):
@@ -243,12 +250,33 @@ def leave(folder, rows):
     (folder / "leaderboard.csv").write_text(f"{head}\n{row}\n")
 
 
-def test_win_rate_and_annotations_are_read_back(tmp_path):
-    rows = [
-        {"instruction": str(i), "output_1": "b", "output_2": "o", "generator_2": "ours", "preference": p}
-        for i, p in enumerate((1.0, 1.8, None))
-    ]
+def annotations(*preferences):
+    made = {"output_1": "b", "output_2": "o", "generator_2": "ours"}
+    return [made | {"instruction": str(i), "preference": p} for i, p in enumerate(preferences)]
+
+
+@pytest.mark.parametrize(
+    "rows, board, message",
+    [
+        (annotations(1.0, 5.0), None, "a preference is outside of 1 to 2"),
+        (annotations(1.0, "x"), None, "is damaged"),
+        ([{"instruction": "a"}] * 2, None, "2 annotations, wanted 2 of ours"),
+        (annotations(1.0, 2.0), ",win_rate\ntheirs,4\n", "is damaged.*KeyError"),
+        (annotations(1.0, 2.0), ",win_rate\nours,many\n", "is damaged.*ValueError"),
+        (annotations(1.0, 2.0), "", "is damaged.*EmptyDataError"),
+        ([], None, "0 annotations, wanted 2 of ours"),
+    ],
+)
+def test_results_of_another_form_are_one_line(tmp_path, rows, board, message):
     leave(tmp_path, rows)
+    if board is not None:
+        (tmp_path / "leaderboard.csv").write_text(board)
+    with pytest.raises(InputError, match=message):
+        alpaca_eval.read_back(tmp_path, "ours", 2)
+
+
+def test_win_rate_and_annotations_are_read_back(tmp_path):
+    leave(tmp_path, annotations(1.0, 1.8, None))
     board, pairs = alpaca_eval.read_back(tmp_path, "ours", 3)
     assert board == {"win_rate": 40, "standard_error": 5, "avg_length": 7, "n_total": 2}
     np.testing.assert_allclose(pairs["preference"], [0, 0.8, np.nan])

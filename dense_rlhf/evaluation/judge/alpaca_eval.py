@@ -172,16 +172,23 @@ def read_back(folder: Path, generator: str, wanted: int) -> tuple[dict[str, floa
     """The leaderboard's row of `generator` by name (win_rate, in per cent, ...), and the annotations.
 
     A row an instruction: instruction, preference in [0, 1] for the generator (NaN for an unreadable reply), output_1
-    (the reference's), output_2. Raises `InputError` unless there are `wanted` rows.
+    (the reference's), output_2. Raises `InputError` unless there are `wanted` rows, and for files of another form.
     """
     import pandas as pd
 
     path = next(iter(sorted(folder.rglob("annotations.json"))), folder / "annotations.json")
     rows = pd.DataFrame(read_rows(path))
-    if len(rows) != wanted or set(rows["generator_2"]) != {generator}:
+    if len(rows) != wanted or "generator_2" not in rows or not (rows["generator_2"] == generator).all():
         raise InputError(
             f"{path}: {len(rows)} annotations, wanted {wanted} of {generator}; no instruction may be there twice"
         )
-    rows["preference"] = rows["preference"].astype(float) - 1
-    row = pd.read_csv(path.with_name("leaderboard.csv"), index_col=0).loc[generator]
-    return {name: float(value) for name, value in row.items() if name != "mode"}, rows
+    try:
+        rows["preference"] = rows["preference"].astype(float) - 1
+        row = pd.read_csv(path.with_name("leaderboard.csv"), index_col=0).loc[generator]
+        board = {name: float(value) for name, value in row.items() if name != "mode"}
+    except (OSError, LookupError, TypeError, ValueError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise InputError(f"{path} or its leaderboard.csv is damaged ({reason}); delete both and run again") from error
+    if ((rows["preference"] < 0) | (rows["preference"] > 1)).any():
+        raise InputError(f"{path}: a preference is outside of 1 to 2; delete it and run again")
+    return board, rows
