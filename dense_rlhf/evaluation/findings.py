@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 CONTROLS = {"uniform", "random", "shuffled", "shuffled_attention"}
 OWN = ("arm", "seed", "threads", "shape", "run", "bo")  # parameters, by first word, in which paired runs may differ
-SEARCH = "05_bayesian_optimisation"
+SEARCH, TUNING = "05_bayesian_optimisation", "11_step_size"
 STEP = "ppo_lr"  # so may this one: every arm has its own step size
 
 
@@ -157,8 +157,12 @@ def _about(arm: str, runs: Sequence[RunFolder], policies: Sequence[RunFolder]) -
     about = {"sources": _sources(own[0]), "normalise": str(flat.get("shape_normalise", "")), "rewards": rewards}
     about["step"] = steps.pop() if len(steps) == 1 else None
     about["run"] = median(run.record().get("seconds") or 0.0 for run in own) or None
-    searches = [r for r in runs if (r.record().get("notebook"), r.record().get("arm")) == (SEARCH, arm)]
-    return about | ({"search": _search(searches)} if searches else {})
+    of_arm = [run for run in runs if run.record().get("arm") == arm]
+    searches, tuned = ([r for r in of_arm if r.record().get("notebook") == what] for what in (SEARCH, TUNING))
+    about |= {"search": _search(searches)} if searches else {}
+    cost = tuned[0].load_json("metrics.json") if tuned else {}
+    known = {"trainings", "updates", "seconds"} <= cost.keys()
+    return about | ({"tuning": (cost["trainings"], cost["updates"], cost["seconds"])} if known else {})
 
 
 def _rewards(run: RunFolder) -> tuple:

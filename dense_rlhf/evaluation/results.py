@@ -57,6 +57,7 @@ class Arm:
     normalise: str = ""
     rewards: tuple = ()  # by seed, equal for equal rewards
     step: float | None = None  # its step size
+    tuning: tuple[int, int, float] | None = None  # trainings that chose it, their updates and seconds; None: no choice
     same_as: str = ""  # an arm before it with the same rewards and the same results
     path: tuple[float, ...] = ()  # gold while training, mean over seeds
 
@@ -139,26 +140,24 @@ class Finding:
         if (arm, level) not in self._crossed:
             rows = _crossings(self.history, self.seconds, arm, level, self._ends)
             if self.longer is not None and len(rows) < len(self.judged[arm]):
-                on = _crossings(self.longer, self.longer_seconds, arm, level, self._ends[self._ends["kl"] == 0])
+                on = _crossings(self.longer, self.longer_seconds, arm, level)
                 rows = on if len(on) > len(rows) else rows
             self._crossed[arm, level] = rows
         return self._crossed[arm, level]
 
     @cached_property
     def _ends(self) -> pd.DataFrame:
-        """The policies that a training starts from and ends with, as judged on held-out prompts: means by arm and seed,
-        and of how many updates' batches. Without those whose batch is not known."""
+        """The policies that trainings end with, as judged on held-out prompts: means by arm and seed, and of how many
+        updates' batches (`evaluations`). Without those whose batch is not known."""
         import pandas as pd
 
         rows = []
         for arm, by_seed in self.settings.items():
             for seed, flat in by_seed.items():
-                batch = flat.get("ppo_rollouts") if isinstance(flat, dict) else None
-                tables = [self.judged["reference"][seed].assign(kl=0.0), self.judged[arm][seed]] if batch else []
-                rows += [
-                    dict(t.mean(numeric_only=True)) | {"arm": arm, "seed": seed, "evaluations": len(t) / batch}
-                    for t in tables
-                ]
+                if batch := isinstance(flat, dict) and flat.get("ppo_rollouts"):
+                    judged = self.judged[arm][seed]
+                    about = {"arm": arm, "seed": seed, "evaluations": len(judged) / batch}
+                    rows.append(dict(judged.mean(numeric_only=True)) | about)
         return pd.DataFrame(rows, columns=["arm", "seed", "evaluations", "kl", "gold", "proxy"])
 
     def compare_at_kl(
@@ -215,7 +214,7 @@ class Finding:
 
 
 def _crossings(
-    history: pd.DataFrame, seconds: pd.DataFrame | None, arm: str, level: float, judged: pd.DataFrame
+    history: pd.DataFrame, seconds: pd.DataFrame | None, arm: str, level: float, judged: pd.DataFrame | None = None
 ) -> pd.DataFrame:
     rows = at_kl(history[history["arm"] == arm], level, SMOOTH, judged).set_index("seed")
     if seconds is None or not set(PARTS) <= set(seconds):

@@ -157,6 +157,17 @@ def foretold(finding: Finding, updates: int) -> str:
     return f"Rank correlation {of}: {rank if rank else 'not known'}, over arms, mean over seeds."
 
 
+def tuning(finding: Finding) -> str:
+    """The step size of each arm and what choosing them took, in words; empty where none was chosen."""
+    arms = [arm for arm in finding.arms.values() if arm.tuning and arm.step]
+    if not arms:
+        return ""
+    trainings, updates, seconds = (sum(numbers) for numbers in zip(*(arm.tuning for arm in arms)))
+    sizes = ", ".join(f"{arm.name} {arm.step:g}" for arm in arms)
+    took = f"{plural(trainings, 'training')}, {plural(updates, 'update')}, {duration(seconds)}"
+    return f"{sizes}. Chosen on validation prompts at equal cost, {took} in all; none of these trainings is compared."
+
+
 def identity(arm: Arm) -> str:
     """What an arm is under another name, or in all but name; empty if it is only itself."""
     if arm.search and arm.same_as:

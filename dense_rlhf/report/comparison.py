@@ -16,7 +16,17 @@ from dense_rlhf.evaluation.findings import across
 from dense_rlhf.evaluation.overoptimisation import fits, law_table
 from dense_rlhf.evaluation.results import CONTROL, DENSE, Arm, Finding
 from dense_rlhf.evaluation.rule import CONTRADICTED, NO_DIFFERENCE, RULE, SUPPORTED, UNDECIDED, Case
-from dense_rlhf.evaluation.words import EQUAL_KL, UPDATES, basis, cost_at, identity, p_value, seeds_needed, signed
+from dense_rlhf.evaluation.words import (
+    EQUAL_KL,
+    UPDATES,
+    basis,
+    cost_at,
+    identity,
+    p_value,
+    seeds_needed,
+    signed,
+    tuning,
+)
 from dense_rlhf.report.charts import forest
 from dense_rlhf.report.page import chip, draw, sections, table
 from dense_rlhf.runs import RunFolder
@@ -61,6 +71,8 @@ def verdict(finding: Finding) -> Verdict:
     grounds |= {"Cost": _cost(finding, arm), "How sure": _sure(finding, arm, asked)}
     if none := _what_no_arm_did(finding, asked):
         grounds["What no arm is shown to do"] = none
+    if chosen := tuning(finding):
+        grounds["Step sizes"] = chosen
     if finding.common and (there := finding.common.arms.get(arm.name)) and there.gain:
         step = f" ({there.step:g})" if there.step else ""
         grounds["At one common step size"] = f"{arm.name} has gold {signed(there.gain)} over {finding.baseline}{step}."

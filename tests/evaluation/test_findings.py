@@ -197,6 +197,18 @@ def test_longer_and_common_steps_stand_beside_and_are_no_findings_of_their_own(t
     assert "At one common step size" in dataset_page("s", found)[0]
 
 
+def test_the_first_page_tells_the_step_sizes_and_what_choosing_them_took(tmp_path):
+    study = Study(tmp_path / "s", ARMS_OF_A_FRONTIER, (0, 1), params={"ppo_lr": 5e-4}).write()
+    assert "Step sizes" not in verdict(*findings(finished_runs(study.folder))).grounds
+    for arm, size in (("sparse", 5e-4), ("shap-signed", 5e-4)):
+        job = f"11_step_size-{arm}"
+        cost = {"trainings": 3, "updates": 36, "seconds": 60.0, "step_size": size}
+        (study._folder(job) / "metrics.json").write_text(json.dumps(cost))
+        study._end(study.folder / job, job, "11_step_size", {"arm": arm, "seed": 500}, "own")
+    words = verdict(*findings(finished_runs(study.folder), list(study.arms))).grounds["Step sizes"]
+    assert words.startswith("sparse 0.0005, shap-signed 0.0005. ") and "6 trainings, 72 updates, 2 min in all" in words
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 def test_a_rank_correlation_tells_whether_a_prefix_foretells_the_end(tmp_path, sign):
     """The arms' order at the end is that of their slopes, or its reverse; with two arms there is no answer."""
