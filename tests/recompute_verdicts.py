@@ -88,25 +88,28 @@ class Study:
         if level is None:
             return {s: run.loc[run["update"] >= run["update"].max() / 2, column].mean() for s, run in paths.items()}
         own, on = (
-            {s: self.at_kl(run, arm, s, level, column, ends) for s, run in runs.items()}
-            for runs, ends in ((paths, 2), (self.longer.get(arm, {}), 1))
+            {s: self.at_kl(run, self.end(arm, s) if runs is paths else None, level, column) for s, run in runs.items()}
+            for runs in (paths, self.longer.get(arm, {}))
         )
         reached = [{s: v for s, v in by.items() if v is not None} for by in (own, on)]
         best = reached[1] if len(reached[1]) > len(reached[0]) else reached[0]
         return best if len(best) == len(paths) else None
 
-    def at_kl(self, run, arm, seed, level, column, ends):
-        """A quadratic in sqrt(KL) fitted around a level, to updates, the start and (`ends` = 2) the final policy; None
-        where running means of KL stay below the level."""
+    def end(self, arm, seed):
+        """KL and gold of the final policy on held-out prompts, and how many batches these are; None if not known."""
+        batch, judged = self.arms[arm][seed][1].get("ppo_rollouts"), self.judged[arm][seed]
+        return (judged["kl"].mean(), judged["gold"].mean(), len(judged) / batch) if batch else None
+
+    def at_kl(self, run, end, level, column):
+        """A quadratic in sqrt(KL) fitted around a level, to updates and the end; None where running means of KL stay
+        below the level."""
         if smooth(run)["kl"].max() < level - 1e-9:
             return None
-        x, y, w = run["kl"].tolist(), run[column].tolist(), [1.0] * len(run)
-        batch, judged = self.arms[arm][seed][1].get("ppo_rollouts"), self.judged[arm][seed]
-        if batch and column == "gold":
-            held_out = [(0.0, judged["reference_gold"].mean()), (judged["kl"].mean(), judged["gold"].mean())][:ends]
-            x, y = x + [kl for kl, _ in held_out], y + [gold for _, gold in held_out]
-            w += [len(judged) / batch] * ends
-        x, y, w = np.sqrt(np.clip(x, 0, None)) - math.sqrt(level), np.array(y), np.array(w)
+        points = [(kl, y, 1.0) for kl, y in zip(run["kl"], run[column])] + [end] * (
+            end is not None and column == "gold"
+        )
+        x, y, w = np.array(points).T
+        x = np.sqrt(np.clip(x, 0, None)) - math.sqrt(level)
         near = abs(x) < (h := max(WIDTH, 1.001 * sorted(abs(x))[FEWEST - 1]))
         return float(np.polyfit(x[near], y[near], 2, w=np.sqrt(w[near] * (1 - (x[near] / h) ** 2)))[-1])
 

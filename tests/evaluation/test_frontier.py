@@ -75,12 +75,13 @@ def test_a_difference_at_kl_is_at_the_largest_that_both_know():
 # ---------------------------------------------------------------------------------------------------- planted curves
 
 T, BATCH, HELD_OUT = 16, 64, 256
-CURVES = {  # gold at a KL
+CURVES = {  # a metric at a KL: gold, but for one
     "linear": lambda kl: 0.05 * kl,
     "law": lambda kl: np.sqrt(kl) * (0.2 - 0.06 * np.log(np.sqrt(np.maximum(kl, 1e-9)))),
     "peak": lambda kl: np.sqrt(kl) * (0.25 - 0.22 * np.log(np.sqrt(np.maximum(kl, 1e-9)))),
     "saturating": lambda kl: 0.5 * (1 - np.exp(-kl / 3)),
     "kink": lambda kl: np.minimum(0.07 * kl, 0.28),
+    "a loss that falls": lambda kl: 0.2 + 0.5 * np.exp(-kl / 2),
     "convex": lambda kl: 0.12 * np.sqrt(kl) + 0.001 * kl**2,
 }
 PACES = {  # KL after u updates
@@ -92,11 +93,11 @@ CASES = [(c, p, level) for c in CURVES for p in PACES for level in (3.2, 9.0) if
 
 
 def drawn(rng, curve, pace, n):
-    """KL and gold of the start, of each update's batch and of the end, (n, T + 2), and what each is worth: a response's
-    gold varies by 0.3, its KL by 1.6 sqrt(KL), as in the default study."""
-    worth = np.array([HELD_OUT / BATCH, *[1.0] * T, HELD_OUT / BATCH])
-    true = PACES[pace](np.array([0, *range(T), T], float))
-    noise = rng.normal(size=(2, n, T + 2)) / np.sqrt(BATCH * worth)
+    """KL and gold of each update's batch and of the end, (n, T + 1), and what each is worth. A response's gold varies
+    by 0.3, its KL by 1.6 sqrt(KL): as in the default study."""
+    worth = np.array([1.0] * T + [HELD_OUT / BATCH])
+    true = PACES[pace](np.arange(T + 1.0))
+    noise = rng.normal(size=(2, n, T + 1)) / np.sqrt(BATCH * worth)
     kl = true + 1.6 * np.sqrt(true) * noise[0]
     return kl, CURVES[curve](true) + 0.3 * (0.2 * noise[0] + 0.98 * noise[1]), worth
 
@@ -120,7 +121,7 @@ def simulated():
     rng, errors = np.random.default_rng(1), {}
     for curve, pace, level in CASES:
         kl, gold, worth = drawn(rng, curve, pace, 300)
-        read = [crossing(k[1:-1], g[1:-1], level) for k, g in zip(kl[:100], gold[:100])]
+        read = [crossing(k[:-1], g[:-1], level) for k, g in zip(kl[:100], gold[:100])]
         errors[curve, pace, level] = fits(kl, gold, worth, level) - CURVES[curve](level), np.array(read)
     return errors
 
