@@ -47,18 +47,20 @@ def _runs(path: Path) -> Iterator[dict[str, RunFolder]]:
 
 
 def _of_runs(job: str, ours: RunFolder, theirs: RunFolder) -> list[Row]:
-    rows = []
-    for name in ("parameters", "metrics"):
-        sides = [
-            _leaves(run.parameters() if name == "parameters" else run.load_json("metrics.json"))
-            for run in (ours, theirs)
-        ]
-        for key in dict.fromkeys((*sides[0], *sides[1])):
-            values = [side.get(key, "–") for side in sides]
-            if values[0] != values[1] and key != PLACE:
-                rows.append((job, key, *map(str, values)))
+    first, second = (_values(run) for run in (ours, theirs))
+    rows = [
+        (job, name, str(first.get(name, "–")), str(second.get(name, "–")))
+        for name in dict.fromkeys((*first, *second))
+        if first.get(name, "–") != second.get(name, "–")
+    ]
     tables = dict.fromkeys(path.name for run in (ours, theirs) for path in sorted(run.path.glob("*.csv")))
     return rows + [row for name in tables for row in _of_tables(job, name, ours, theirs)]
+
+
+def _values(run: RunFolder) -> dict[str, object]:
+    """Parameters, but for where the run lies, and metrics, by name."""
+    flat = {f"parameter {name}": value for name, value in run.parameters().items() if name != PLACE}
+    return flat | _leaves(run.load_json("metrics.json"))
 
 
 def _leaves(value: object, name: str = "") -> dict[str, object]:
@@ -77,10 +79,10 @@ def _of_tables(job: str, name: str, ours: RunFolder, theirs: RunFolder) -> list[
     """A row for each column of a table that differs, with its first differing values."""
     if any(part in name for part in ASIDE):
         return []
-    sides = [run.load_table(Path(name).stem).map(str) if run.file(name).exists() else None for run in (ours, theirs)]
-    if None in [side if side is None else 0 for side in sides]:
-        return [(job, name, *("missing" if side is None else "present" for side in sides))]
-    first, second = sides
+    there = [run.file(name).exists() for run in (ours, theirs)]
+    if not all(there):
+        return [(job, name, *("present" if one else "missing" for one in there))]
+    first, second = sides = [run.load_table(Path(name).stem).map(str) for run in (ours, theirs)]
     if len(first) != len(second):
         return [(job, name, *(f"{len(side)} rows" for side in sides))]
     rows: list[Row] = []
