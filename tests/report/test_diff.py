@@ -16,13 +16,20 @@ from dense_rlhf.types import InputError
 JOB = "reviews-04_ppo-sparse-seed0"
 
 
+@pytest.fixture(scope="module")
+def once(tmp_path_factory):
+    root = tmp_path_factory.mktemp("once")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        write_record(*recorded.study(root, seeds=(0,)), root / "results")
+    return root
+
+
 @pytest.fixture
-def study(tmp_path, monkeypatch):
+def study(once, tmp_path):
     """A study, its record, and a copy of the study."""
-    monkeypatch.chdir(tmp_path)
-    outline, runs = recorded.study(tmp_path, seeds=(0,))
-    record = write_record(outline, runs, tmp_path / "results")
-    return tmp_path / "runs" / "made", record, shutil.copytree(tmp_path / "runs" / "made", tmp_path / "copy")
+    runs = once / "runs" / "made"
+    return runs, once / "results" / "made", shutil.copytree(runs, tmp_path / "copy")
 
 
 def settle(run):
