@@ -68,7 +68,7 @@ def _first_reached(run: pd.DataFrame, level: float, smooth: int) -> float | None
 
 
 def _known_fit(distance: np.ndarray, score: np.ndarray, weight: np.ndarray, level: float) -> float:
-    known = ~np.isnan(distance + score)
+    known = np.isfinite(distance + score)
     return local_fit(distance[known], score[known], weight[known], max(level, 0) ** 0.5)
 
 

@@ -56,7 +56,9 @@ def test_judged_policies_count_as_many_evaluations_and_only_where_they_have_a_me
     judged = pd.DataFrame({"arm": "a", "seed": [0, 0, 1], "kl": [2.0, 0, 2], "gold": [5.0, 0, 99], "evaluations": 1e9})
     (row,) = at_kl(history, 2.0, 1, judged).itertuples()
     assert row.gold == pytest.approx(5, abs=1e-3) and row.value_loss == pytest.approx(1) and row.update == 2
-    assert at_kl(history.assign(gold=np.nan), 1.0, 1)["gold"].isna().all()
+    for hole in (np.nan, np.inf):
+        assert at_kl(history.assign(gold=hole), 1.0, 1)["gold"].isna().all()
+        assert at_kl(history.assign(gold=[0, hole, 2]), 1.0, 1)["gold"].tolist() == [pytest.approx(2**0.5)]
 
 
 def test_a_difference_at_kl_is_at_the_largest_that_both_know():
