@@ -118,7 +118,7 @@ class Responses:
         if self.prompts is not None and len(self.prompts) != B:
             raise InputError(f"{len(self.prompts)} prompts for {B} responses, wanted one each; see `take`")
         if self.trunk is not None:
-            _check("trunk", self.trunk, (B, int(self.lengths.max()), self.trunk.shape[-1]))
+            _check("trunk", self.trunk, (B, int(self.lengths.max()) - 1, self.trunk.shape[-1]))
         if self.states is not None:
             _check("states", self.states, (B, T, self.states.shape[-1]))
 
@@ -130,7 +130,8 @@ class Responses:
     def rows(self) -> tuple[Tensor, Tensor]:
         """Each prompt directly followed by its response, padded on the right: ids (B, L), and positions `at` (B, T).
 
-        Row b, column `at[b, t]` holds the token before response token t. A causal decoder needs no mask for them.
+        Row b, column `at[b, t]` holds the token before response token t, so the longest text lacks its last. A causal
+        decoder needs no mask for them.
         Raises `InputError` for a prompt of no tokens.
         """
         import torch
@@ -140,7 +141,7 @@ class Responses:
             raise InputError("a prompt has no tokens, so nothing comes before its response; give it at least one")
         left = self.queries.shape[1] - prompts
         ids = torch.cat([self.queries, self.responses], -1)
-        columns = left + torch.arange(int(self.lengths.max()), device=ids.device)
+        columns = left + torch.arange(int(self.lengths.max()) - 1, device=ids.device)
         at = prompts - 1 + torch.arange(self.mask.shape[1], device=ids.device)
         return ids.gather(1, columns.clamp(max=ids.shape[1] - 1)), at.clamp(max=columns.shape[1] - 1)
 
@@ -157,7 +158,7 @@ class Responses:
         """The given rows, without the padding that they do not need."""
         P, T = (int(mask[rows].sum(-1).max()) for mask in (self.query_mask, self.mask))
         prompt = slice(self.queries.shape[1] - P, None)
-        columns = {"queries": prompt, "query_mask": prompt, "trunk": slice(int(self.lengths[rows].max()))}
+        columns = {"queries": prompt, "query_mask": prompt, "trunk": slice(int(self.lengths[rows].max()) - 1)}
         whole = self.tensors().items()
         taken = {n: x[rows] if x.dim() == 1 else x[rows, columns.get(n, slice(T))] for n, x in whole}
         prompts = self.prompts and tuple(self.prompts[row] for row in rows.tolist())

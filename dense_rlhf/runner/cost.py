@@ -326,7 +326,7 @@ def _learn(models: Models, ppo: PPOParams, P: float) -> list[Work]:
     """
     policy, sizes, trunk = models.policy, Sizes.of(models.reference.lm), models.policy.value_trunk
     B, T, s = ppo.rollouts, ppo.max_new_tokens, 2 if policy.bf16 else 4
-    text, depth, deep = (B * (P + T), (P + T) / 2), sizes.layers - policy.cut, 0
+    text, depth, deep = (B * (P + T - 1), (P + T) / 2), sizes.layers - policy.cut, 0
     below, above = forward(sizes, *text, policy.cut), forward(sizes, *text, depth)
     head, critic = 2 * B * T * sizes.hidden * sizes.vocabulary, 0
     if trunk is not None:

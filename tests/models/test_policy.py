@@ -471,12 +471,13 @@ def test_gradients_know_neither_padding_nor_micro_batches(rollout, left, right, 
 @given(texts(), st.integers(0, 3), st.integers(0, 3), st.data())
 def test_take_keeps_rows_and_loses_only_padding(rollout, left, right, data):
     rollout = widened(rollout, left, right)
-    trunk = torch.arange(len(rollout.mask) * int(rollout.lengths.max()) * 2.0).view(len(rollout.mask), -1, 2)
+    trunk = torch.arange(len(rollout.mask) * int(rollout.lengths.max() - 1) * 2.0).view(len(rollout.mask), -1, 2)
     rollout = replace(rollout, trunk=trunk)
     rows = torch.tensor(data.draw(st.lists(st.integers(0, len(rollout.mask) - 1), min_size=1, unique=True)))
     found = rollout.take(rows)
     assert type(found) is Rollout and found.query_mask[:, 0].any() and found.mask[:, -1].any()
-    assert found.trunk.shape[1] == found.lengths.max() and torch.equal(found.trunk, trunk[rows, : found.trunk.shape[1]])
+    L = found.trunk.shape[1]
+    assert found.lengths.max() - 1 == L and torch.equal(found.trunk, trunk[rows, :L])
     for name, x in rollout.tensors().items():
         if x.dim() == 2:
             kept = getattr(found, name)
@@ -502,11 +503,11 @@ def test_micro_batches_hold_every_row_once_by_length(rollout, size, data):
 @given(texts())
 def test_rows_stand_side_by_side_and_are_read_before_each_token(rollout):
     ids, at = rollout.rows()
-    assert ids.shape[1] == rollout.lengths.max() and at.shape == rollout.mask.shape
+    assert ids.shape[1] == rollout.lengths.max() - 1 and at.shape == rollout.mask.shape
     for row, keep in enumerate(rollout.mask):
         text = torch.cat([rollout.queries[row][rollout.query_mask[row]], rollout.responses[row][keep]])
-        assert torch.equal(ids[row, : len(text)], text)
-        assert torch.equal(ids[row, at[row][keep] + 1], rollout.responses[row][keep])
+        assert torch.equal(ids[row, : len(text) - 1], text[:-1])  # nothing is read after the last
+        assert torch.equal(ids[row, at[row][keep]], text[-len(keep.nonzero()) - 1 : -1])
 
 
 def test_a_trunk_of_another_length_is_refused(rollout):
