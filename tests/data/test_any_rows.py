@@ -53,9 +53,9 @@ def read(name, suffix, content):
 @given(ROWS)
 def test_rows_of_pairs(rows):
     for good in (HH_ROWS, CHATS):
-        found = collect_pairs([*rows, *good], preference_pair, 2000, "pairs", "r")
-        assert found.counts["read"] == len(rows) + 400 and sum(left_out(found).values()) <= len(rows)
-        for pair in (*found.reward, *found.gold, *found.test):  # what is kept can be written, and read in turns
+        dataset = collect_pairs([*rows, *good], preference_pair, 2000, "pairs", "r")
+        assert dataset.counts["read"] == len(rows) + 400 and sum(left_out(dataset).values()) <= len(rows)
+        for pair in (*dataset.reward, *dataset.gold, *dataset.test):  # what is kept can be written, and read in turns
             assert "".join((prompt_text(pair.prompt), pair.chosen, pair.rejected)).encode()
             roles = [m.role for m in pair.prompt if m.role != "system"] if isinstance(pair.prompt, tuple) else ["user"]
             assert roles[::2] == ["user"] * len(roles[::2]) and roles[1::2] == ["assistant"] * (len(roles) // 2)
@@ -65,14 +65,14 @@ def test_rows_of_pairs(rows):
 def test_lines_and_lists_of_pairs(rows):
     lines = "\n".join(map(json.dumps, [*rows, *HH_ROWS])).encode()
     for suffix, content in (("jsonl", lines), ("json", json.dumps([*rows, *HH_ROWS]).encode())):
-        found = read("hh_rlhf", suffix, content)
-        assert found.counts["read"] == len(rows) + 400 and sum(left_out(found).values()) <= len(rows)
+        dataset = read("hh_rlhf", suffix, content)
+        assert dataset.counts["read"] == len(rows) + 400 and sum(left_out(dataset).values()) <= len(rows)
 
 
 @given(st.lists(LABELLED | ANYTHING, max_size=20))
 def test_lines_of_labelled_texts(rows):
-    found = read("reviews", "jsonl", "\n".join(map(json.dumps, [*rows, *REVIEWS])).encode())
-    assert found.counts["read"] == len(rows) + 600 and sum(left_out(found).values()) <= len(rows)
+    dataset = read("reviews", "jsonl", "\n".join(map(json.dumps, [*rows, *REVIEWS])).encode())
+    assert dataset.counts["read"] == len(rows) + 600 and sum(left_out(dataset).values()) <= len(rows)
 
 
 LINE = st.text(st.sampled_from('"",,ab 01;\té\0'), min_size=1, max_size=20)
@@ -84,6 +84,6 @@ def test_lines_of_a_csv(changes):
     lines = csv_text(REVIEWS).splitlines()
     for at, line in changes:
         lines.insert(at, line)
-    found = read("reviews", "csv", "\n".join(lines).encode())
-    kept = total(found.counts, "kept: ")
-    assert abs(kept - 600) <= len(changes) and sum(left_out(found).values()) <= 2 * len(changes)
+    dataset = read("reviews", "csv", "\n".join(lines).encode())
+    kept = total(dataset.counts, "kept: ")
+    assert abs(kept - 600) <= len(changes) and sum(left_out(dataset).values()) <= 2 * len(changes)

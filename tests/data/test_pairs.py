@@ -66,8 +66,8 @@ SYSTEM = {"role": "system", "content": "s"}
 )
 def test_every_layout_is_read(row, prompt):
     assert preference_pair(row) == PreferencePair(prompt, "y", "n")
-    found = collect_pairs([*HH_ROWS, row], preference_pair, 2000, "pairs", "r")
-    assert found.counts["read"] == total(found.counts, "kept: ") == 401
+    dataset = collect_pairs([*HH_ROWS, row], preference_pair, 2000, "pairs", "r")
+    assert dataset.counts["read"] == total(dataset.counts, "kept: ") == 401
 
 
 def changed(role="user", content="question 0", **fields):
@@ -134,8 +134,8 @@ BAD_ROWS = [
 
 @pytest.mark.parametrize("row, reason", BAD_ROWS)
 def test_one_bad_row_is_one_counted_row(row, reason):
-    found = collect_pairs([*HH_ROWS, row], preference_pair, 200, "pairs", "r")
-    assert left_out(found) == {reason: 1} and found.counts["read"] == 401
+    dataset = collect_pairs([*HH_ROWS, row], preference_pair, 200, "pairs", "r")
+    assert left_out(dataset) == {reason: 1} and dataset.counts["read"] == 401
 
 
 def test_a_parser_of_the_users_may_raise():
@@ -158,11 +158,11 @@ def test_empty_tool_calls_are_none():
 
 def test_one_prompt_is_never_in_two_splits():
     rows = HH_ROWS + [hh_row(i, chosen="certainly") for i in range(400)]
-    found = collect_pairs(rows, preference_pair, 2000, "hh_rlhf", "r")
-    prompts = [{p.prompt for p in part} for part in (found.reward, found.gold, found.test)]
-    prompts += [set(found.train_prompts), set(found.validation_prompts)]
+    dataset = collect_pairs(rows, preference_pair, 2000, "hh_rlhf", "r")
+    prompts = [{p.prompt for p in part} for part in (dataset.reward, dataset.gold, dataset.test)]
+    prompts += [set(dataset.train_prompts), set(dataset.validation_prompts)]
     assert len(set().union(*prompts)) == sum(map(len, prompts)) == 400
-    assert found.is_pairwise and set(found.test_prompts) == prompts[2]
+    assert dataset.is_pairwise and set(dataset.test_prompts) == prompts[2]
 
 
 def test_too_few_rows_for_the_splits_raise():
@@ -174,9 +174,9 @@ def test_too_few_rows_for_the_splits_raise():
 @pytest.mark.parametrize("rows", [HH_ROWS, CHATS], ids=["texts", "messages"])
 @pytest.mark.parametrize("file", ["a.jsonl", "a.jsonl.gz", "a.json", "a.json.gz", "a.parquet"])
 def test_either_name_reads_every_layout_from_a_file(tmp_path, name, rows, file):
-    found = load_data(DataParams(name, path=str(write_rows(tmp_path / file, rows))))
-    assert left_out(found) == {} and found.counts["read"] == 400 and found.name == name
-    assert found.reward[0].prompt[0].role == "user" and found.reward[0].chosen.startswith("yes")
+    dataset = load_data(DataParams(name, path=str(write_rows(tmp_path / file, rows))))
+    assert left_out(dataset) == {} and dataset.counts["read"] == 400 and dataset.name == name
+    assert dataset.reward[0].prompt[0].role == "user" and dataset.reward[0].chosen.startswith("yes")
 
 
 REAL = {"the prompts of the two sides differ": 9, "identical sides": 2, "empty prompt or reply": 4, TURNS: 6}
@@ -193,5 +193,5 @@ def test_the_real_files(name, file, rows, lost):
     path = SHARED / file
     if not path.exists():
         pytest.skip(f"the real file is not here: {path}")
-    found = load_data(DataParams(name, path=str(path), max_prompt_chars=10**6))
-    assert found.counts["read"] == rows and left_out(found) == lost
+    dataset = load_data(DataParams(name, path=str(path), max_prompt_chars=10**6))
+    assert dataset.counts["read"] == rows and left_out(dataset) == lost

@@ -55,8 +55,8 @@ def plan(tmp_path, monkeypatch, capsys):
     def call(command, **data):
         (tmp_path / "s.yaml").write_text(yaml.safe_dump(STUDY | {"data": data}))
         code = main([command, "s.yaml"])
-        said = capsys.readouterr()
-        return code, said.err if command == "run" else said.out
+        printed = capsys.readouterr()
+        return code, printed.err if command == "run" else printed.out
 
     yield call
     sys.modules.pop("own_loaders", None)
@@ -79,16 +79,16 @@ APART = [row | {"text": " ".join(f"w{i}x{j}" for j in range(20))} for i, row in 
 )
 def test_files_are_refused_at_planning(plan, tmp_path, command, rows, message):
     write_rows(tmp_path / "r.csv", rows)
-    code, said = plan(command, path="r.csv")
-    assert code == 2 and message in said, said
-    assert command == "check" or said.count("\n") == 1 and said.count("r.csv") == 1
+    code, printed = plan(command, path="r.csv")
+    assert code == 2 and message in printed, printed
+    assert command == "check" or printed.count("\n") == 1 and printed.count("r.csv") == 1
 
 
 def test_pairs_that_no_window_holds_are_found_by_the_check(plan, tmp_path):
     rows = [{side: text + " and so on" * 200 for side, text in row.items()} for row in HH_ROWS]
     write_rows(tmp_path / "p.jsonl", rows)
-    code, said = plan("check", name="hh_rlhf", path="p.jsonl")
-    assert code == 2 and "200 tokens hold 0 of" in said and "reward.batch = 8; raise the window" in said
+    code, printed = plan("check", name="hh_rlhf", path="p.jsonl")
+    assert code == 2 and "200 tokens hold 0 of" in printed and "reward.batch = 8; raise the window" in printed
 
 
 @pytest.mark.parametrize("command", ["run", "check"])
@@ -106,9 +106,9 @@ def test_pairs_that_no_window_holds_are_found_by_the_check(plan, tmp_path):
 )
 def test_own_loaders_are_held_to_the_same(plan, tmp_path, command, loader, message):
     write_rows(tmp_path / "r.csv", REVIEWS)
-    code, said = plan(command, name=f"own_loaders:{loader}", path="r.csv")
-    assert code == 2 and message in said, said
-    assert command == "check" or said.count("\n") == 1
+    code, printed = plan(command, name=f"own_loaders:{loader}", path="r.csv")
+    assert code == 2 and message in printed, printed
+    assert command == "check" or printed.count("\n") == 1
 
 
 def test_a_loader_may_count_nothing(plan, tmp_path, monkeypatch):
@@ -117,8 +117,8 @@ def test_a_loader_may_count_nothing(plan, tmp_path, monkeypatch):
     bare = Dataset("bare", "r", good.reward, good.gold, good.train_prompts, good.validation_prompts, good.test)
     monkeypatch.setitem(DATASETS, "bare", lambda params, rows=None: bare)
     assert load_data(DataParams("bare")) is bare
-    code, said = plan("check", name="bare")
-    assert code == 0 and "bare at r: 0 rows read, 0 left out\n" in said
+    code, printed = plan("check", name="bare")
+    assert code == 0 and "bare at r: 0 rows read, 0 left out\n" in printed
 
 
 def test_one_pair_teaches_no_judge():
@@ -131,8 +131,8 @@ def test_one_pair_teaches_no_judge():
 
 def test_the_check_says_what_was_left_out_and_why(plan, tmp_path):
     write_rows(tmp_path / "r.csv", [*REVIEWS, REVIEWS[0], {"text": "x", "label": "?"}])
-    code, said = plan("check", path="r.csv")
-    assert code == 0 and "602 rows read, 2 left out: 1 duplicate, 1 label is not 0 or 1\n" in said
+    code, printed = plan("check", path="r.csv")
+    assert code == 0 and "602 rows read, 2 left out: 1 duplicate, 1 label is not 0 or 1\n" in printed
 
 
 def test_fewer_prompts_than_calibration_would_use_are_enough(tokenizer, reference, reward_model):

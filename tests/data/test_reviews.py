@@ -75,10 +75,10 @@ def test_reviews_counts_add_up(default):
 def test_a_prompt_of_training_is_taken_out_of_validation(tmp_path):
     """Two different reviews may open alike."""
     rows = [{"text": f"{i % 50 * (i % 3)} b c d e f g h " + f"tail {i} " * 8, "label": i % 2} for i in range(900)]
-    found = load_data(DataParams(path=str(write_rows(tmp_path / "x.csv", rows))))
-    prompts = [found.train_prompts, found.validation_prompts, found.test_prompts]
+    dataset = load_data(DataParams(path=str(write_rows(tmp_path / "x.csv", rows))))
+    prompts = [dataset.train_prompts, dataset.validation_prompts, dataset.test_prompts]
     assert len(set().union(*prompts)) == sum(map(len, prompts)) > 0
-    assert found.counts["prompts left out: prompt met before"] > 0 and found.counts["kept: validation"] > 0
+    assert dataset.counts["prompts left out: prompt met before"] > 0 and dataset.counts["kept: validation"] > 0
 
 
 # ---------------------------------------------------------------------------------------------------- the user's own
@@ -86,9 +86,9 @@ def test_a_prompt_of_training_is_taken_out_of_validation(tmp_path):
 
 @pytest.mark.parametrize("name", ["r.csv", "r.csv.gz", "r.json", "r.json.gz", "r.jsonl", "r.jsonl.gz", "r.parquet"])
 def test_labelled_texts_of_any_form(tmp_path, name):
-    found = load_data(DataParams(path=str(write_rows(tmp_path / name, REVIEWS))))
-    assert left_out(found) == {} and found.counts["read"] == 600
-    assert all(("good" in review.text) == review.label for review in found.reward)
+    dataset = load_data(DataParams(path=str(write_rows(tmp_path / name, REVIEWS))))
+    assert left_out(dataset) == {} and dataset.counts["read"] == 600
+    assert all(("good" in review.text) == review.label for review in dataset.reward)
 
 
 @pytest.mark.parametrize(
@@ -107,9 +107,9 @@ def test_labelled_texts_of_any_form(tmp_path, name):
 )
 def test_labels_by_number_and_by_name(tmp_path, bad, good, labels):
     rows = [row | {"label": good if row["label"] else bad} for row in REVIEWS]
-    found = load_data(DataParams(path=str(write_rows(tmp_path / "r.csv", rows)), labels=labels))
-    assert left_out(found) == {}
-    assert all(("good" in review.text) == review.label for review in found.reward + found.gold + found.test)
+    dataset = load_data(DataParams(path=str(write_rows(tmp_path / "r.csv", rows)), labels=labels))
+    assert left_out(dataset) == {}
+    assert all(("good" in review.text) == review.label for review in dataset.reward + dataset.gold + dataset.test)
 
 
 @pytest.mark.parametrize("good, bad", [(True, False), (1.0, 0.0), ("1", "0"), ("positive", "negative")])
@@ -142,8 +142,8 @@ def test_other_encodings_separators_and_columns(tmp_path):
     ):
         with pytest.raises(InputError, match=f"r.csv.*{message}"):
             load_data(DataParams(path=str(path), **given))
-    found = load_data(DataParams(path=str(path), encoding="latin-1", separator=";", text="Text", label="Label"))
-    assert left_out(found) == {} and all(review.text.endswith("café") for review in found.reward)
+    dataset = load_data(DataParams(path=str(path), encoding="latin-1", separator=";", text="Text", label="Label"))
+    assert left_out(dataset) == {} and all(review.text.endswith("café") for review in dataset.reward)
 
 
 def test_columns_parted_by_tabs(tmp_path):
@@ -235,8 +235,8 @@ def test_a_stray_quote_costs_its_line_alone(tmp_path, changes, lost):
     for number, form in changes.items():
         lines[number] = form.format(lines[number])
     (tmp_path / "r.csv").write_text("\n".join(lines))
-    found = load_data(DataParams(path=str(tmp_path / "r.csv")))
-    assert left_out(found) == lost and found.counts["read"] == 600 - list(changes.values()).count("")
+    dataset = load_data(DataParams(path=str(tmp_path / "r.csv")))
+    assert left_out(dataset) == lost and dataset.counts["read"] == 600 - list(changes.values()).count("")
 
 
 @pytest.mark.parametrize(
@@ -253,8 +253,8 @@ def test_a_quote_that_another_closes_swallows_nothing(tmp_path, first, last, los
     lines[5] = first.format(lines[5])
     lines[300] = last.format(lines[300].partition(",")[0])
     (tmp_path / "r.csv").write_text("\n".join(lines))
-    found = load_data(DataParams(path=str(tmp_path / "r.csv")))
-    assert left_out(found) == lost and found.counts["read"] == 600
+    dataset = load_data(DataParams(path=str(tmp_path / "r.csv")))
+    assert left_out(dataset) == lost and dataset.counts["read"] == 600
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
@@ -266,14 +266,14 @@ def test_quoted_texts_keep_line_breaks_separators_and_quotes(tmp_path, columns, 
     ]
     lines = [",".join(columns), *(",".join(str(row[name]) for name in columns) for row in values)]
     (tmp_path / "r.csv").write_bytes(end.join(lines).encode())
-    found = load_data(DataParams(path=str(tmp_path / "r.csv")))
-    assert left_out(found) == {} and found.counts["read"] == 600
-    assert all(', "so" he said, review ' in row.text and row.text.endswith(" ,1 end") for row in found.reward)
+    dataset = load_data(DataParams(path=str(tmp_path / "r.csv")))
+    assert left_out(dataset) == {} and dataset.counts["read"] == 600
+    assert all(', "so" he said, review ' in row.text and row.text.endswith(" ,1 end") for row in dataset.reward)
 
 
 def test_spaces_before_a_quote_and_long_texts(tmp_path):
     lines = ['"text", "label"', *(f'"{row["text"]}", "{row["label"]}"' for row in REVIEWS)]
     lines[1] = f'"{"long " * 100_000}", "1"'
     (tmp_path / "r.csv").write_text("\n".join(lines))
-    found = load_data(DataParams(path=str(tmp_path / "r.csv")))
-    assert left_out(found) == {} and total(found.counts, "kept: ") == 600
+    dataset = load_data(DataParams(path=str(tmp_path / "r.csv")))
+    assert left_out(dataset) == {} and total(dataset.counts, "kept: ") == 600

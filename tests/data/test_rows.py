@@ -31,8 +31,8 @@ def test_the_revision_is_the_hash_of_the_bytes_that_were_read(tmp_path, monkeypa
     for name, rows in (("reviews.csv", REVIEWS), ("hh_rlhf.jsonl", HH_ROWS)):
         path = write_rows(tmp_path / name, rows)
         monkeypatch.setattr("dense_rlhf.files.file_sha256", lambda path: pytest.fail("read twice"))
-        found = load_data(DataParams(name.partition(".")[0], path=str(path)))
-        assert found.revision == hashlib.sha256(path.read_bytes()).hexdigest()
+        dataset = load_data(DataParams(name.partition(".")[0], path=str(path)))
+        assert dataset.revision == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 WHOLE = gzip.compress(b'{"chosen": "' + random.Random(0).randbytes(4000).hex().encode() + b'"}\n')
@@ -141,8 +141,8 @@ def test_a_byte_order_mark_is_read(tmp_path, name, encoding):
 def test_pairs_of_another_encoding(tmp_path):
     rows = [{side: text + " café" for side, text in row.items()} for row in HH_ROWS]
     (tmp_path / "a.json").write_bytes(json.dumps(rows, ensure_ascii=False).encode("cp1252"))
-    found = load_data(DataParams("hh_rlhf", path=str(tmp_path / "a.json"), encoding="cp1252"))
-    assert found.reward[0].chosen.endswith("café") and left_out(found) == {}
+    dataset = load_data(DataParams("hh_rlhf", path=str(tmp_path / "a.json"), encoding="cp1252"))
+    assert dataset.reward[0].chosen.endswith("café") and left_out(dataset) == {}
 
 
 # ---------------------------------------------------------------------------------------------------- parquet
@@ -203,8 +203,8 @@ def test_messages_with_more_fields(tmp_path):
         {side: [turn | {"tool_calls": [{"id": "x"}] if i == 7 else None} for turn in row[side]] for side in row}
         for i, row in enumerate(CHATS)
     ]
-    found = load_data(DataParams("ultrafeedback", path=str(write_rows(tmp_path / "a.parquet", rows))))
-    assert left_out(found) == {"a turn that calls a tool": 1}
+    dataset = load_data(DataParams("ultrafeedback", path=str(write_rows(tmp_path / "a.parquet", rows))))
+    assert left_out(dataset) == {"a turn that calls a tool": 1}
 
 
 # ---------------------------------------------------------------------------------------------------- CSV

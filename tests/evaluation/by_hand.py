@@ -30,9 +30,9 @@ def recorder(answer):
 
         def do_POST(self):
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            said = answer(asked)
-            kept.append((asked, said))
-            body = json.dumps(said).encode()
+            reply = answer(asked)
+            kept.append((asked, reply))
+            body = json.dumps(reply).encode()
             self.send_response(200)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(body)))
@@ -62,14 +62,14 @@ def forwarded(address):
 
 def chats(kept):
     """Last message, reply and whether it was cut, of each request."""
-    for asked, said in kept:
-        choice = said["choices"][0]
+    for asked, reply in kept:
+        choice = reply["choices"][0]
         yield asked["messages"][-1]["content"], choice["message"]["content"], choice["finish_reason"] == "length"
 
 
 def preferences_by_hand(kept, baseline, ours):
     """Instruction -> 1 where our output won, 0 where the baseline's did, None where the reply begins with no letter."""
-    found = {instruction: 0.5 for instruction in ours if ours[instruction] == baseline[instruction]}
+    preferences = {instruction: 0.5 for instruction in ours if ours[instruction] == baseline[instruction]}
     for text, reply, _ in chats(kept):
         if "\n\nAnswer B: " not in text:
             continue
@@ -77,13 +77,13 @@ def preferences_by_hand(kept, baseline, ours):
         shown_first = rest.startswith(ours[instruction] + "\n\nAnswer B: ")
         words = "".join(c if c.isalnum() or c == "_" else " " for c in reply).split()
         won = {"A": shown_first, "B": not shown_first}.get(words[0]) if words else None
-        found[instruction] = None if won is None else float(won)
-    return found
+        preferences[instruction] = None if won is None else float(won)
+    return preferences
 
 
 def ratings_by_hand(kept, questions):
     """(question, turn) -> the rating, None where the reply was cut, holds none, or holds two that differ."""
-    found = {}
+    ratings = {}
     for text, reply, cut in chats(kept):
         if "\n\nAnswer B: " in text:
             continue
@@ -92,8 +92,8 @@ def ratings_by_hand(kept, questions):
         numbers = {part.split("]]")[0] for part in reply.split("[[")[1:] if "]]" in part}
         numbers = {float(n) for n in numbers if n.replace(".", "", 1).isdigit() and n[-1] != "." and n[0] != "."}
         good = not cut and len(numbers) == 1 and 1 <= min(numbers) <= 10
-        found[id, 2 if questions[id][1] in text else 1] = min(numbers) if good else None
-    return found
+        ratings[id, 2 if questions[id][1] in text else 1] = min(numbers) if good else None
+    return ratings
 
 
 def compare(run, kept, checkpoint="reference"):
@@ -108,18 +108,18 @@ def compare(run, kept, checkpoint="reference"):
         )
         hand = preferences_by_hand(kept, baseline, ours)
         for row in json.loads((folder / "annotations.json").read_text()):
-            said = None if row["preference"] is None else row["preference"] - 1
-            rows.append((f"prefers ours: {row['instruction']}", hand.get(row["instruction"], "never asked"), said))
+            recorded = None if row["preference"] is None else row["preference"] - 1
+            rows.append((f"prefers ours: {row['instruction']}", hand.get(row["instruction"], "never asked"), recorded))
     lines = (ROOT / "params" / "downstream" / "question.jsonl").read_text().splitlines()
     hand = ratings_by_hand(kept, {row["question_id"]: row["turns"] for row in map(json.loads, lines)})
     table = pd.read_csv(run / "ratings.csv")
     for row in table[table["checkpoint"] == checkpoint].to_dict("records"):
-        said = None if pd.isna(row["rating"]) else row["rating"]
+        recorded = None if pd.isna(row["rating"]) else row["rating"]
         rows.append(
             (
                 f"rating: question {row['question']}, turn {row['turn']}",
                 hand.get((row["question"], row["turn"]), "never asked"),
-                said,
+                recorded,
             )
         )
     return rows
@@ -135,12 +135,12 @@ def main():
     if done.returncode:
         return done.returncode
     rows = compare(ROOT / "runs" / STUDY / "10_downstream", kept)
-    for item, hand, said in rows:
-        print(f"{'same' if hand == said else 'DIFFERS':8s}{item}: by hand {hand}, reported {said}")
-    agree = sum(hand == said for _, hand, said in rows)
-    told = sum(said is not None for *_, said in rows)
-    print(f"{agree} of {len(rows)} agree; {told} of them are judgements, the others replies without one")
-    return 0 if agree == len(rows) and told else 1
+    for item, hand, recorded in rows:
+        print(f"{'same' if hand == recorded else 'DIFFERS':8s}{item}: by hand {hand}, reported {recorded}")
+    agree = sum(hand == recorded for _, hand, recorded in rows)
+    judged = sum(recorded is not None for *_, recorded in rows)
+    print(f"{agree} of {len(rows)} agree; {judged} of them are judgements, the others replies without one")
+    return 0 if agree == len(rows) and judged else 1
 
 
 if __name__ == "__main__":

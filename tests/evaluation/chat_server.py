@@ -28,8 +28,12 @@ class Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers["Content-Length"] or 0))
         server = self.server
         with server.lock:
-            told = {"path": self.path, "authorization": self.headers["Authorization"], "cookie": self.headers["Cookie"]}
-            server.asked.append((json.loads(body) if body else {}) | told)
+            request = {
+                "path": self.path,
+                "authorization": self.headers["Authorization"],
+                "cookie": self.headers["Cookie"],
+            }
+            server.asked.append((json.loads(body) if body else {}) | request)
             answer = server.script.pop(0) if server.script else server.usual
             server.at_once, server.most = server.at_once + 1, max(server.most, server.at_once + 1)
         try:
@@ -66,8 +70,8 @@ def refuse(status, text="bad key", **headers):
     """An error as servers report it, with the caller's key in its text."""
 
     def answer(handler):
-        said = f"{text} {handler.headers['Authorization']}"
-        send(handler, status, json.dumps({"error": {"message": said}}).encode(), **headers)
+        body = f"{text} {handler.headers['Authorization']}"
+        send(handler, status, json.dumps({"error": {"message": body}}).encode(), **headers)
 
     return answer
 

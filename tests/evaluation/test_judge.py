@@ -48,14 +48,14 @@ def test_win_rate_refuses_other_prompts():
 
 
 def test_a_judge_that_always_takes_the_first_has_all_the_bias_and_no_winner():
-    found = both_orders([1, 1, 1], [1, 1, 1])
-    assert found.position_bias == 0.5 and found.win_rate == 0.5 and found.ties == 1 and found.consistent == 0
+    judged = both_orders([1, 1, 1], [1, 1, 1])
+    assert judged.position_bias == 0.5 and judged.win_rate == 0.5 and judged.ties == 1 and judged.consistent == 0
 
 
 def test_a_judge_that_reads_has_no_bias():
-    found = both_orders([1, 0, 0.5], [0, 1, 0.5])
-    assert found.preference.tolist() == [1, 0, 0.5]
-    assert found.summary() == {
+    judged = both_orders([1, 0, 0.5], [0, 1, 0.5])
+    assert judged.preference.tolist() == [1, 0, 0.5]
+    assert judged.summary() == {
         "pairs": 3,
         "win_rate": 0.5,
         "ties": pytest.approx(1 / 3),
@@ -66,9 +66,9 @@ def test_a_judge_that_reads_has_no_bias():
 
 
 def test_what_was_not_judged_in_both_orders_is_no_tie_and_counts_nowhere():
-    found = both_orders([1, np.nan, 1, np.nan], [0, 0, np.nan, np.nan])
-    assert np.isnan(found.preference).tolist() == [False, True, True, True]
-    assert found.failed == 3 and found.win_rate == 1 and found.ties == 0 and found.consistent == 1
+    judged = both_orders([1, np.nan, 1, np.nan], [0, 0, np.nan, np.nan])
+    assert np.isnan(judged.preference).tolist() == [False, True, True, True]
+    assert judged.failed == 3 and judged.win_rate == 1 and judged.ties == 0 and judged.consistent == 1
     nothing = both_orders([np.nan], [np.nan])
     assert nothing.failed == 1 and np.isnan(nothing.win_rate) and np.isnan(nothing.position_bias)
 
@@ -76,9 +76,9 @@ def test_what_was_not_judged_in_both_orders_is_no_tie_and_counts_nowhere():
 def test_a_scored_judge_needs_one_order():
     rng = np.random.default_rng(0)
     ours, theirs = ([SENTENCES[i] for i in rng.integers(4, size=20)] for _ in range(2))
-    found = pairwise(GOLD, ["?"] * 20, ours, theirs)
-    assert found.consistent == 1 and found.position_bias == 0
-    assert (found.preference == 0.5).sum() >= sum(a == b for a, b in zip(ours, theirs)) > 0
+    judged = pairwise(GOLD, ["?"] * 20, ours, theirs)
+    assert judged.consistent == 1 and judged.position_bias == 0
+    assert (judged.preference == 0.5).sum() >= sum(a == b for a, b in zip(ours, theirs)) > 0
 
 
 def test_the_gold_judge_prefers_the_better_words():
@@ -89,8 +89,8 @@ def test_a_reward_model_judges_as_it_is_measured_on_pairs(reward_model):
     dialogue = (Message("user", "How was it?"),)
     pairs = [PreferencePair(p, a, b) for p in ("the film", dialogue) for a in SENTENCES for b in SENTENCES if a != b]
     chosen, rejected = [p.chosen for p in pairs], [p.rejected for p in pairs]
-    found = reward_judge(reward_model).compare([p.prompt for p in pairs], chosen, rejected)
-    assert 0 < found.mean() < 1 and ((found == 1) == proxy_correct(reward_model, pairs, window=100)).all()
+    judged = reward_judge(reward_model).compare([p.prompt for p in pairs], chosen, rejected)
+    assert 0 < judged.mean() < 1 and ((judged == 1) == proxy_correct(reward_model, pairs, window=100)).all()
 
 
 @pytest.mark.parametrize("rows", [(["?"], ["a", "b"], ["a"]), (["?"], ["a"], []), ([], ["a"], ["a"])])

@@ -145,8 +145,8 @@ def choices(*texts):
 def test_choices_that_disagree_are_no_judgement(server, start, texts):
     server.script = [choices(*texts), choices("[[B]]", "Yes. [[B]]")]
     judge = start()
-    found = compare(judge, 2)
-    assert np.isnan(found[0]) and found[1] == 0 and len(judge.failures) == 1
+    judged = compare(judge, 2)
+    assert np.isnan(judged[0]) and judged[1] == 0 and len(judge.failures) == 1
 
 
 TWICE = b'{"choices": [{"message": {"content": "[[A]]"}}], "choices": [{"message": {"content": "[[B]]"}}]}'

@@ -34,10 +34,10 @@ def reasons(judge):
 
 def test_both_orders_are_asked_once_and_never_again(server, start):
     server.usual = say(seconds=0.01)
-    found = pairwise(start(), ["Say it."] * 4, MANY[:4], ["theirs"] * 4)
-    assert found.position_bias == 0.5 and found.failed == 0 and len(server.asked) == 8
+    judged = pairwise(start(), ["Say it."] * 4, MANY[:4], ["theirs"] * 4)
+    assert judged.position_bias == 0.5 and judged.failed == 0 and len(server.asked) == 8
     again = pairwise(start(), ["Say it."] * 4, MANY[:4], ["theirs"] * 4)
-    assert len(server.asked) == 8 and (again.preference == found.preference).all()
+    assert len(server.asked) == 8 and (again.preference == judged.preference).all()
     compare(start(), 6)
     assert len(server.asked) == 10
 
@@ -57,8 +57,8 @@ def test_another_model_template_or_setting_is_asked_anew(server, start, monkeypa
 def test_grades_are_from_1_to_10_and_know_a_reference(server, start):
     server.script = [say("Good. [[8]]"), say("[[7.5]]"), say("[[11]]"), say("[[0]]"), say("[[seven]]"), say("[[A]]")]
     judge = start()
-    found = judge.grade(["2 + 2?"] * 6, MANY[:6], ["four", None, None, None, None, None])
-    assert found[:2].tolist() == [8, 7.5] and np.isnan(found[2:]).all()
+    judged = judge.grade(["2 + 2?"] * 6, MANY[:6], ["four", None, None, None, None, None])
+    assert judged[:2].tolist() == [8, 7.5] and np.isnan(judged[2:]).all()
     assert reasons(judge) == ["the rating is no number from 1 to 10"] * 4
     texts = [asked["messages"][0]["content"] for asked in server.asked]
     assert "four" in texts[0] and "CORRECT ANSWER" in texts[0] and "CORRECT ANSWER" not in texts[1]
@@ -139,8 +139,8 @@ def test_an_answer_that_does_not_end_is_not_waited_for(server, start, fault):
 def test_what_is_no_judgement_is_named_and_asked_again_at_the_next_start(server, start, answer, reason):
     server.script = [say("[[B]]"), answer]
     judge = start()
-    found = compare(judge, 3)
-    assert found[[0, 2]].tolist() == [0, 1] and np.isnan(found[1]) and len(server.asked) == 3
+    judged = compare(judge, 3)
+    assert judged[[0, 2]].tolist() == [0, 1] and np.isnan(judged[1]) and len(server.asked) == 3
     (failure,) = judge.failures
     assert reason in failure.reason and failure.row == 1 and failure.template == "comparison 1"
     assert reason in judge.report() and "1 without a judgement" in judge.report()
@@ -150,8 +150,8 @@ def test_what_is_no_judgement_is_named_and_asked_again_at_the_next_start(server,
 
 def test_a_text_that_cannot_be_sent_is_named_and_the_others_are_judged(server, start):
     judge = start()
-    found = compare(judge, 3, ["half \udc00", "\u2028 and \x85", "x"])
-    assert np.isnan(found[0]) and found[1:].tolist() == [1, 1] and len(server.asked) == 2
+    judged = compare(judge, 3, ["half \udc00", "\u2028 and \x85", "x"])
+    assert np.isnan(judged[0]) and judged[1:].tolist() == [1, 1] and len(server.asked) == 2
     assert "half a surrogate pair" in judge.report()
 
 
@@ -167,8 +167,8 @@ def test_a_wait_that_is_none_is_not_waited(server, start, after):
 def test_a_server_that_says_later_is_left_alone(server, start, status, after, concurrency):
     server.script, server.usual = [say()], refuse(status, **{"Retry-After": after})
     judge = start(concurrency=concurrency, calls=10)
-    found = compare(judge, 10)
-    assert np.nansum(found) == 1 and np.isnan(found).sum() == 9 and len(server.asked) <= 2 * concurrency
+    judged = compare(judge, 10)
+    assert np.nansum(judged) == 1 and np.isnan(judged).sum() == 9 and len(server.asked) <= 2 * concurrency
     assert "longer than judge.longest_wait" in judge.report() and judge.record.calls == len(server.asked)
     server.usual = say()
     assert compare(start(), 10).tolist() == [1] * 10
@@ -195,8 +195,8 @@ def test_a_judge_that_never_answers_is_given_up(server, start):
     compare(start(), 2)
     server.usual = silent
     judge = start(timeout=0.5, attempts=2)
-    found = compare(judge, 10)
-    assert len(server.asked) == 2 + 3 * 2 and found[:2].tolist() == [0, 0] and np.isnan(found[2:]).all()
+    judged = compare(judge, 10)
+    assert len(server.asked) == 2 + 3 * 2 and judged[:2].tolist() == [0, 0] and np.isnan(judged[2:]).all()
     assert reasons(judge)[:3] == ["no answer within 0.5 s"] * 3
     assert all(reason.startswith("never asked: 3 questions in a row") for reason in reasons(judge)[3:])
     server.usual = say()
@@ -225,8 +225,8 @@ def test_an_endpoint_that_refuses_us_is_asked_no_more(server, start, status, var
 def test_a_limit_holds_over_starts(server, start, limit):
     (name,) = limit
     judge = start(**limit)
-    found = compare(judge, 10)
-    assert found[:4].tolist() == [1] * 4 and np.isnan(found[4:]).all() and len(server.asked) == 4
+    judged = compare(judge, 10)
+    assert judged[:4].tolist() == [1] * 4 and np.isnan(judged[4:]).all() and len(server.asked) == 4
     assert reasons(judge) == [f"never asked: the limit of {limit[name]} {name} is reached; raise judge.{name}"] * 6
     assert np.isnan(compare(start(**limit), 10)[4:]).all() and len(server.asked) == 4
     assert compare(start(), 10).tolist() == [1] * 10 and len(server.asked) == 10
@@ -285,17 +285,17 @@ def test_a_killed_start_is_gone_on_with(server, start, tmp_path):
 
 def test_two_at_once_leave_whole_lines_and_agree(server, start, tmp_path):
     server.usual = say(seconds=0.005)
-    found = {}
+    judged = {}
 
     def work(name):
-        found[name] = compare(start(concurrency=4), 10)
+        judged[name] = compare(start(concurrency=4), 10)
 
     threads = [threading.Thread(target=work, args=(name,)) for name in "ab"]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found["a"].tolist() == found["b"].tolist() == [1] * 10 and 10 <= len(server.asked) <= 20
+    assert judged["a"].tolist() == judged["b"].tolist() == [1] * 10 and 10 <= len(server.asked) <= 20
     lines = [json.loads(line) for line in (tmp_path / "run" / "judgements.jsonl").read_text().splitlines()]
     assert len(lines) == len(server.asked) and len({line["key"] for line in lines}) == 10
 
@@ -322,9 +322,9 @@ def test_the_key_is_written_nowhere(server, start, tmp_path, capfd, caplog):
         compare(judge, 10)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     written = "".join(path.read_text() for path in files)
-    told = f"{refused.value!r} {judge!r} {vars(judge)} {judge.failures} {judge.report()} {capfd.readouterr()}"
+    shown = f"{refused.value!r} {judge!r} {vars(judge)} {judge.failures} {judge.report()} {capfd.readouterr()}"
     assert files and "Your key is" in written and judge.record.calls == 5
-    assert KEY not in written + told + caplog.text and str(server.server_port) not in written
+    assert KEY not in written + shown + caplog.text and str(server.server_port) not in written
 
 
 @pytest.mark.parametrize("name", ["OPENAI_BASE_URL", "OPENAI_API_KEY", "OPENAI_MODEL"])

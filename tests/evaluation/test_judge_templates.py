@@ -42,8 +42,8 @@ def test_both_orders_differ_only_in_their_order():
 
 def test_turns_of_a_dialogue_are_told_apart():
     turns = (Message("user", "2 + 2?"), Message("assistant", "4"), Message("user", "And 3 + 3?"))
-    found = blocks(grading(turns, "6"))
-    assert found["INSTRUCTION"] == "USER: 2 + 2?\n\nASSISTANT: 4\n\nUSER: And 3 + 3?"
+    titled = blocks(grading(turns, "6"))
+    assert titled["INSTRUCTION"] == "USER: 2 + 2?\n\nASSISTANT: 4\n\nUSER: And 3 + 3?"
 
 
 @pytest.mark.parametrize(

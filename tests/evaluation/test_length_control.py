@@ -88,8 +88,8 @@ def theirs(seed, model, tmp_path, monkeypatch):
             "annotator": "made up",
         }
     )
-    found = metrics.get_length_controlled_winrate(frame, glm_name=model, save_weights_dir=None)
-    return found["length_controlled_winrate"]
+    result = metrics.get_length_controlled_winrate(frame, glm_name=model, save_weights_dir=None)
+    return result["length_controlled_winrate"]
 
 
 @pytest.mark.parametrize("seed, model", CASES)
@@ -137,14 +137,14 @@ SHARES = [0, 0.01, 0.05, 0.5, 0.95, 0.99, 1]
 @pytest.mark.parametrize("means", [(500, 500), (400, 900), (2000, 400)], ids=str)
 @pytest.mark.parametrize("effect", [0, 1, 2])
 def test_every_win_rate_is_found_at_every_gap_of_lengths(share, means, effect):
-    rng, found = np.random.default_rng(0), []
+    rng, rates = np.random.default_rng(0), []
     for _ in range(16 if 0 < share < 1 else 1):
         preference, ours, theirs = judged(rng, share, effect, means, 800)
-        found.append(length_controlled(preference, ours, theirs).mean())
+        rates.append(length_controlled(preference, ours, theirs).mean())
     other = length_controlled(1 - preference, theirs, ours).mean()
-    assert found[-1] + other == pytest.approx(1, abs=1e-12)
-    error = 2 * np.std(found) / np.sqrt(len(found))
-    assert abs(np.mean(found) - share) < 0.02 + error and (share not in (0, 1) or set(found) == {share})
+    assert rates[-1] + other == pytest.approx(1, abs=1e-12)
+    error = 2 * np.std(rates) / np.sqrt(len(rates))
+    assert abs(np.mean(rates) - share) < 0.02 + error and (share not in (0, 1) or set(rates) == {share})
 
 
 @pytest.mark.parametrize("share", [0.01, 0.05, 0.5, 0.95, 0.99])
@@ -182,8 +182,8 @@ def test_few_wins_of_few_pairs_are_alike_for_both_sides(wins):
 def test_one_length_for_all_leaves_the_win_rate(gap):
     """Nothing says what length adds; least of all that the win rate is due to it."""
     preference = np.array([1.0] * 3 + [0.5] * 4 + [0.0] * 9)
-    found = length_controlled(preference, ["x" * (100 + gap)] * 16, ["y" * 100] * 16)
-    assert found.mean() == pytest.approx(preference.mean(), abs=1e-6)
+    rate = length_controlled(preference, ["x" * (100 + gap)] * 16, ["y" * 100] * 16)
+    assert rate.mean() == pytest.approx(preference.mean(), abs=1e-6)
 
 
 def test_a_length_that_decides_alone_has_an_answer():
@@ -233,9 +233,9 @@ def test_what_was_not_judged_is_foretold_and_teaches_nothing():
     preference, ours, theirs, difficulty, _ = annotations(0)
     known = np.where(np.isnan(preference), 0.5, preference)
     known[:20] = np.nan
-    found = length_controlled(known, ours, theirs, difficulty)
-    assert ((found > 0) & (found < 1)).all() and len(found) == 200
-    assert found[:20].std() > 0
+    rate = length_controlled(known, ours, theirs, difficulty)
+    assert ((rate > 0) & (rate < 1)).all() and len(rate) == 200
+    assert rate[:20].std() > 0
 
 
 @pytest.mark.parametrize(

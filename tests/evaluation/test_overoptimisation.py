@@ -18,9 +18,9 @@ D = np.linspace(0, 4, 60)
 @pytest.mark.parametrize("kind", LAWS)
 @given(numbers, numbers, st.floats(-2, 2))
 def test_a_law_is_found_again(kind, alpha, beta, start):
-    found = fit(D, Law(kind, alpha, beta, start, 1.0)(D), kind)
-    assert (found.alpha, found.beta, found.start) == pytest.approx((alpha, beta, start), abs=1e-6)
-    assert found.r2 == pytest.approx(1)
+    law = fit(D, Law(kind, alpha, beta, start, 1.0)(D), kind)
+    assert (law.alpha, law.beta, law.start) == pytest.approx((alpha, beta, start), abs=1e-6)
+    assert law.r2 == pytest.approx(1)
 
 
 @pytest.mark.parametrize("kind", LAWS)
@@ -61,18 +61,18 @@ def paths(seeds, alpha=1.0, beta=0.8, updates=60, until=3.0, noise=0.02, arm="a"
 
 def test_runs_are_fitted_one_by_one_and_their_peak_is_dated():
     peak = math.exp(1 / 0.8 - 1)  # 1.28 of 3.0
-    found = fits(paths((0, 1, 2)).sample(frac=1, random_state=0))
-    assert sorted(found["seed"]) == [0, 1, 2] and found["reached"].all()
-    assert found["peak"].to_numpy() == pytest.approx(peak, abs=0.08)
-    assert found["update"].to_numpy() == pytest.approx(59 * peak / 3, abs=5)
-    (row,) = law_table(found).to_dict("records")
+    fitted = fits(paths((0, 1, 2)).sample(frac=1, random_state=0))
+    assert sorted(fitted["seed"]) == [0, 1, 2] and fitted["reached"].all()
+    assert fitted["peak"].to_numpy() == pytest.approx(peak, abs=0.08)
+    assert fitted["update"].to_numpy() == pytest.approx(59 * peak / 3, abs=5)
+    (row,) = law_table(fitted).to_dict("records")
     assert row["seeds"] == 3 and row["alpha"].startswith("1.0") and "[" in row["at update"]
 
 
 def test_a_peak_beyond_the_path_is_not_reached_here():
     short, long = paths((0, 1), until=1.0), paths((2,), until=3.0)
-    none, some = (law_table(fits(found))["at update"].item() for found in (short, pd.concat([short, long])))
-    assert none == "not reached here" and some.endswith("(1 of 3 seeds)")
+    none, one = (law_table(fits(paths_of))["at update"].item() for paths_of in (short, pd.concat([short, long])))
+    assert none == "not reached here" and one.endswith("(1 of 3 seeds)")
 
 
 def test_runs_too_short_for_a_law_have_no_row():
@@ -84,9 +84,9 @@ def test_gains_are_over_the_untrained_policy_and_paired_by_seed():
     history = paths((0, 1), updates=20, noise=0)
     tables = {seed: pd.DataFrame({"gold": [1.0 + seed, 3.0 + seed], "reference_gold": [0.0, 1.0]}) for seed in (1, 0)}
     worse = {seed: table.assign(gold=table["gold"] - 0.5) for seed, table in tables.items()}
-    found = generalisation(history, {"validation": {"a": tables}, "test": {"a": worse}}, "gold")["a"]
-    assert list(found) == ["train", "validation", "test", "validation less train", "test less validation"]
-    assert found["validation"].mean == 2 and found["test"].mean == 1.5
-    assert (found["test less validation"].low, found["test less validation"].high) == (-0.5, -0.5)
+    gains = generalisation(history, {"validation": {"a": tables}, "test": {"a": worse}}, "gold")["a"]
+    assert list(gains) == ["train", "validation", "test", "validation less train", "test less validation"]
+    assert gains["validation"].mean == 2 and gains["test"].mean == 1.5
+    assert (gains["test less validation"].low, gains["test less validation"].high) == (-0.5, -0.5)
     run = history[history["seed"] == 0]["gold"]
-    assert found["train"].mean == pytest.approx(run.tail(5).mean() - run.iloc[0])
+    assert gains["train"].mean == pytest.approx(run.tail(5).mean() - run.iloc[0])

@@ -328,9 +328,9 @@ def test_words_and_sentences_of_scripts_without_spaces(text, words, sentences):
 @given(st.data(), st.integers(1, 30))
 def test_groups_put_every_token_in_one_player_without_gaps(data, length):
     own, spans = (data.draw(cuts(length)) for _ in range(2))
-    found = groups(own, spans)
-    assert len(found) == len(own) and sorted(set(found)) == list(range(max(found) + 1))
-    assert found == sorted(found) and found[0] == 0
+    players = groups(own, spans)
+    assert len(players) == len(own) and sorted(set(players)) == list(range(max(players) + 1))
+    assert players == sorted(players) and players[0] == 0
     for (a, b), home in zip(own, homes(own, spans)):
         shared = [min(b, d) - max(a, c) for c, d in spans]
         assert a == b or shared[home] == max(shared)
@@ -347,10 +347,10 @@ def test_a_token_that_straddles_goes_where_most_of_it_lies_and_an_empty_one_with
 @given(st.data(), st.integers(0, 30))
 def test_partition_keeps_the_spans_and_names_what_is_between(data, length):
     spans = [span for span in data.draw(cuts(length))[:: data.draw(st.integers(1, 2))] if span[0] < span[1]]
-    found = partition(spans, length)
-    assert set(spans) <= set(found) and all(a < b for a, b in found)
+    parts = partition(spans, length)
+    assert set(spans) <= set(parts) and all(a < b for a, b in parts)
     if length:
-        check_partition(found, length)
+        check_partition(parts, length)
 
 
 @pytest.mark.parametrize("spans", [[(2, 2)], [(3, 1)], [(-1, 2)], [(0, 6)], [(0, 3), (2, 4)], [(3, 4), (0, 1)]])
@@ -389,9 +389,9 @@ def test_a_reward_model_with_another_vocabulary_is_complete_on_the_policys_token
         ids = torch.tensor([[*sides.before, *sides.middle, own.tokenizer.eos_token_id]])
         with torch.no_grad():
             assert own.model(ids).logits.item() == pytest.approx(rollout.scores[row].item(), abs=1e-5)
-    found = attribute(own, rollout, ["shap", "lime"], AttributionParams(players=players))
-    assert found["shap"].gap.abs().max() <= 1e-5 and found["shap"].credit.any()
-    assert not found["lime"].credit[~rollout.players].any()
+    attributions = attribute(own, rollout, ["shap", "lime"], AttributionParams(players=players))
+    assert attributions["shap"].gap.abs().max() <= 1e-5 and attributions["shap"].credit.any()
+    assert not attributions["lime"].credit[~rollout.players].any()
     alone = [reading for reading in readings if len(reading.response) > 1]
     assert alone and any(len(r.response) != r.spread.shape[1] for r in alone)
 
@@ -404,10 +404,10 @@ def test_credit_on_policy_tokens_sums_to_credit_on_reward_tokens(tokenizer, refe
     rollout = make_rollout(policy, reference, own, tokenizer, seed=4)
     readings = own.readings(rollout)
     of = [player_groups(own, reading, "tokens") for reading in readings]
-    found = explain_readings(own, readings, of, {"lime": SOURCES["lime"]}, params)["lime"]
-    credit = on_policy_tokens(rollout, readings, found.credits)
-    assert credit.sum(-1).tolist() == pytest.approx([c.sum().item() for c in found.credits], abs=1e-5)
-    assert found.scores.tolist() == pytest.approx(rollout.scores.tolist(), abs=1e-5)
+    attribution = explain_readings(own, readings, of, {"lime": SOURCES["lime"]}, params)["lime"]
+    credit = on_policy_tokens(rollout, readings, attribution.credits)
+    assert credit.sum(-1).tolist() == pytest.approx([c.sum().item() for c in attribution.credits], abs=1e-5)
+    assert attribution.scores.tolist() == pytest.approx(rollout.scores.tolist(), abs=1e-5)
 
 
 def test_the_same_vocabulary_read_through_its_text_gives_the_same_credit(tokenizer, reward_model, reference, policy):

@@ -29,9 +29,9 @@ def both(tmp_path_factory):
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_make_the_update_of_one(kind, both):
     """Weights and metrics after two updates of two epochs of three mini-batches, with a restart between them."""
-    found, wanted = (load_file(folder / f"{kind}.safetensors") for folder in both)
-    assert found.keys() == wanted.keys() and len(found) > 3
+    weights, wanted = (load_file(folder / f"{kind}.safetensors") for folder in both)
+    assert weights.keys() == wanted.keys() and len(weights) > 3
     for name in wanted:
-        assert torch.allclose(found[name], wanted[name], atol=1e-5), name
+        assert torch.allclose(weights[name], wanted[name], atol=1e-5), name
     for theirs, ours in zip(*(json.loads((folder / f"{kind}.json").read_text()) for folder in both)):
         assert theirs == pytest.approx(ours, abs=1e-5, rel=1e-4)

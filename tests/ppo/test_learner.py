@@ -59,9 +59,9 @@ def test_by_sampling_k1_and_k3_find_the_kl_and_k3_with_less_spread():
     drawn = torch.multinomial(p.exp(), 100_000, replacement=True, generator=torch.Generator().manual_seed(0))
     kl, spread = (p.exp() @ (p - q)).item(), {}
     for name in ("k1", "k3"):
-        found = ppo.kl_estimate(p[drawn], q[drawn], name)
-        assert abs(found.mean().item() - kl) < 4 * found.std().item() / math.sqrt(len(drawn))
-        spread[name] = found.std().item()
+        estimate = ppo.kl_estimate(p[drawn], q[drawn], name)
+        assert abs(estimate.mean().item() - kl) < 4 * estimate.std().item() / math.sqrt(len(drawn))
+        spread[name] = estimate.std().item()
     assert spread["k3"] < 0.2 * spread["k1"]
     k2 = ppo.kl_estimate(p[drawn], q[drawn], "k2").mean().item()
     assert k2 == pytest.approx(kl, rel=0.1) and (p.exp() @ ((p - q) ** 2) / 2).item() != pytest.approx(kl, rel=1e-3)
@@ -181,14 +181,14 @@ def row(update, kl=1.0, length=10.0, entropy=4.0):
 
 def test_every_sign_is_named_once_with_its_first_update():
     history = [row(0), row(1), row(2, entropy=0.39), row(3, kl=11.0), row(4, kl=30.0, entropy=0.1), row(5)]
-    found = diagnose(history)
-    assert [(sign.update, sign.name, sign.kind) for sign in found] == [
+    signs = diagnose(history)
+    assert [(sign.update, sign.name, sign.kind) for sign in signs] == [
         (2, "EntropyCollapse", EntropyCollapse),
         (3, "KLBlowUp", KLBlowUp),
     ]
-    assert "1.10 nats a token" in found[1].text and "10% of the first" in found[0].text
-    assert all("raise ppo.kl_coef or lower ppo.lr" in sign.text for sign in found)
-    assert {sign.kind for sign in found} == set(SIGNS)
+    assert "1.10 nats a token" in signs[1].text and "10% of the first" in signs[0].text
+    assert all("raise ppo.kl_coef or lower ppo.lr" in sign.text for sign in signs)
+    assert {sign.kind for sign in signs} == set(SIGNS)
 
 
 @pytest.mark.parametrize(

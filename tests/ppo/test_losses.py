@@ -33,22 +33,22 @@ def batches(draw):
 
 
 def gae_by_definition(rewards, values, mask, gamma, lam):
-    found = torch.zeros_like(rewards)
+    advantages = torch.zeros_like(rewards)
     for b, length in enumerate(mask.sum(-1).tolist()):
         for t in range(length):
             for later in range(t, length):
                 after = values[b, later + 1] if later + 1 < length else 0
                 delta = rewards[b, later] + gamma * after - values[b, later]
-                found[b, t] += (gamma * lam) ** (later - t) * delta
-    return found
+                advantages[b, t] += (gamma * lam) ** (later - t) * delta
+    return advantages
 
 
 @given(batches(), st.floats(0, 1), st.floats(0, 1))
 def test_gae_is_the_double_sum(batch, gamma, lam):
     rewards, values, _, _, mask = batch
-    found = ppo.gae(rewards, values, mask, gamma, lam)
-    assert torch.allclose(found, gae_by_definition(rewards, values, mask, gamma, lam), atol=1e-9)
-    assert not found[~mask].any()
+    advantages = ppo.gae(rewards, values, mask, gamma, lam)
+    assert torch.allclose(advantages, gae_by_definition(rewards, values, mask, gamma, lam), atol=1e-9)
+    assert not advantages[~mask].any()
 
 
 @given(batches())

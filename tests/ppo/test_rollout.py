@@ -68,10 +68,10 @@ def test_sampled_frequencies_are_the_tempered_softmax(reference, tokenizer, temp
     with torch.no_grad():
         logits = reference.lm(input_ids=encoded(["the film"], tokenizer)[0]).logits[0, -1] / temperature
     logits[tokenizer.pad_token_id] = -torch.inf
-    wanted, found = logits.softmax(-1), torch.bincount(responses.flatten(), minlength=len(logits)) / N
-    assert 0.5 * (wanted - found).abs().sum() < 0.13  # total variation; N draws over 300 tokens give about 0.1
+    wanted, frequencies = logits.softmax(-1), torch.bincount(responses.flatten(), minlength=len(logits)) / N
+    assert 0.5 * (wanted - frequencies).abs().sum() < 0.13  # total variation; N draws over 300 tokens give about 0.1
     top = wanted.topk(5).indices
-    assert ((wanted - found)[top].abs() < 4 * (wanted[top] / N).sqrt()).all()
+    assert ((wanted - frequencies)[top].abs() < 4 * (wanted[top] / N).sqrt()).all()
 
 
 def test_temperatures_differ(reference, tokenizer):
@@ -145,9 +145,9 @@ def test_entropy_is_that_of_the_sampled_distribution(policy, rollout, tokenizer)
     with torch.no_grad():
         policy.lm.lm_head.weight.zero_()
         policy.lm.lm_head.bias.zero_()
-        found = policy(rollout, 1.0)[2]
+        entropy = policy(rollout, 1.0)[2]
     wanted = torch.tensor(len(tokenizer) - 1.0).log()  # uniform over all but padding
-    assert torch.allclose(found[rollout.mask], wanted, atol=1e-4) and not found[~rollout.mask].any()
+    assert torch.allclose(entropy[rollout.mask], wanted, atol=1e-4) and not entropy[~rollout.mask].any()
 
 
 def test_scores_are_those_of_prompt_and_response_without_eos(rollout, reward_model):

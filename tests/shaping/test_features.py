@@ -44,9 +44,9 @@ def rest(*lengths):
 @given(lengths=st.lists(st.integers(1, 300), min_size=1, max_size=4))
 def test_range_and_mask(name, lengths):
     rollout = of_lengths(*lengths)
-    found = features(rollout, [name])[..., 0]
-    assert found.shape == rollout.mask.shape and found.dtype == torch.float32
-    assert found.isfinite().all() and found.abs().max() <= 1 and not found[~rollout.mask].any()
+    values = features(rollout, [name])[..., 0]
+    assert values.shape == rollout.mask.shape and values.dtype == torch.float32
+    assert values.isfinite().all() and values.abs().max() <= 1 and not values[~rollout.mask].any()
 
 
 @pytest.mark.parametrize("name", FEATURES)
@@ -69,8 +69,8 @@ def test_what_a_response_is_paid_and_what_the_policy_thinks_of_it_do_not_matter(
 
 @pytest.mark.parametrize("name", FEATURES)
 def test_it_says_something(name):
-    found = torch.cat([row[:, list(FEATURES).index(name)] for row in rest(1, 2, 7, 24, 200)])
-    assert found.std() > 0.1 and found.unique().numel() > 1
+    values = torch.cat([row[:, list(FEATURES).index(name)] for row in rest(1, 2, 7, 24, 200)])
+    assert values.std() > 0.1 and values.unique().numel() > 1
 
 
 def named(name, *lengths):
@@ -94,8 +94,8 @@ def test_opening_and_ending_are_thirds_and_mirror_each_other():
 def test_surprisal_is_the_references_and_rises():
     rollout = of_lengths(5)
     logprobs = torch.tensor([[0.0, -1.0, -3.0, -9.0, -1e6]])
-    found = features(replace(rollout, ref_logprobs=logprobs), ["surprisal"])[0, :, 0]
-    assert found.tolist() == pytest.approx([-1, -0.5, 0, 0.5, 1], abs=1e-4)
+    values = features(replace(rollout, ref_logprobs=logprobs), ["surprisal"])[0, :, 0]
+    assert values.tolist() == pytest.approx([-1, -0.5, 0, 0.5, 1], abs=1e-4)
     above = features(replace(rollout, ref_logprobs=logprobs + 1e-4), ["surprisal"])  # rounding of a sure token
     assert above.min() == -1
 

@@ -42,7 +42,7 @@ def test_every_source_sums_to_the_scores(source, normalise, attributions, rollou
 
 
 def test_shares_are_the_sparse_and_even_baselines_the_random_control_and_attention(attributions):
-    assert {s for s, found in attributions.items() if found.is_share} == SHARES
+    assert {s for s, attribution in attributions.items() if attribution.is_share} == SHARES
 
 
 @pytest.mark.parametrize("source", sorted(SHARES))
@@ -169,10 +169,10 @@ def test_effective_share_is_one_for_uniform_and_one_token_for_terminal(attributi
     assert torch.allclose(shares["uniform"], torch.ones(len(rollout.scores)), atol=1e-5)
     assert torch.allclose(shares["terminal"], 1 / rollout.mask.sum(-1), atol=1e-5)
     shape = RewardShape(("uniform", "terminal", "shap"), (0.5, 0.5, 0.0))
-    found = shaped(rollout, attributions, shape).diagnostics
-    assert found["ess/uniform"] == pytest.approx(1, abs=1e-5)
-    assert found["ess/terminal"] == pytest.approx((1 / rollout.mask.sum(-1)).mean().item(), abs=1e-5)
-    assert found.keys() == {"ess/uniform", "ess/terminal", "flipped"}
+    diagnostics = shaped(rollout, attributions, shape).diagnostics
+    assert diagnostics["ess/uniform"] == pytest.approx(1, abs=1e-5)
+    assert diagnostics["ess/terminal"] == pytest.approx((1 / rollout.mask.sum(-1)).mean().item(), abs=1e-5)
+    assert diagnostics.keys() == {"ess/uniform", "ess/terminal", "flipped"}
 
 
 def test_the_sign_trap_is_measured(rollout):
@@ -264,13 +264,13 @@ def test_token_weights_are_the_formula_on_the_simplex(rollout, pair, slopes, shi
     shape = RewardShape(
         ("a", "b"), base, features=("surprisal", "ending"), slopes=(tuple(slopes[:2]), tuple(slopes[2:]))
     )
-    found, phi = token_weights(rollout, shape), features(rollout, shape.features).double()
-    assert (found >= 0).all() and torch.allclose(found.sum(-1), torch.ones(rollout.mask.shape), atol=1e-5)
+    mixed, phi = token_weights(rollout, shape), features(rollout, shape.features).double()
+    assert (mixed >= 0).all() and torch.allclose(mixed.sum(-1), torch.ones(rollout.mask.shape), atol=1e-5)
     raw = [w * (s[0] * phi[..., 0] + s[1] * phi[..., 1]).exp() for w, s in zip(base, shape.slopes)]
-    assert torch.allclose(found.double(), torch.stack([x / sum(raw) for x in raw], -1), atol=1e-4)
+    assert torch.allclose(mixed.double(), torch.stack([x / sum(raw) for x in raw], -1), atol=1e-4)
     shifted = replace(shape, slopes=tuple((a + shift, b) for a, b in shape.slopes))  # only differences matter
-    assert torch.allclose(token_weights(rollout, shifted), found, atol=1e-4)
-    assert torch.allclose(found[~rollout.mask], torch.tensor(base), atol=1e-6)
+    assert torch.allclose(token_weights(rollout, shifted), mixed, atol=1e-4)
+    assert torch.allclose(mixed[~rollout.mask], torch.tensor(base), atol=1e-6)
 
 
 def test_a_weight_just_below_zero_is_none_at_any_token(rollout):

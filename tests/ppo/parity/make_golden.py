@@ -164,9 +164,9 @@ def recorder(log: list[dict], dense: bool) -> tuple[Callable, Callable]:
             rewards = replaced(values, local["scores"]) if dense else values
             log[-1]["whitened_rewards"] = whiten(rewards, mask, shift_mean=False).numpy()
             return rewards
-        found, white = picked(local, ROLLOUT), whiten(values, mask)
+        arrays, white = picked(local, ROLLOUT), whiten(values, mask)
         masks = {"mask": mask.numpy(), "value_mask": ~local["padding_mask_p1"].numpy()}
-        log[-1] |= found | masks | {"white": white.numpy(), "micro": []}
+        log[-1] |= arrays | masks | {"white": white.numpy(), "micro": []}
         return white
 
     def replaced(values: Tensor, scores: Tensor) -> Tensor:
@@ -176,10 +176,10 @@ def recorder(log: list[dict], dense: bool) -> tuple[Callable, Callable]:
         return values - sparse + shaped
 
     def on_mean(values: Tensor, mask: Tensor, axis: int | None = None) -> Tensor:
-        found, local = mean(values, mask, axis), sys._getframe(1).f_locals
+        arrays, local = mean(values, mask, axis), sys._getframe(1).f_locals
         if "pg_losses2" in local and "pg_loss" in local:  # the last of the four calls a micro-batch
-            log[-1]["micro"].append(picked(local, MICRO_BATCH) | {"pg_clipfrac": found.numpy()})
-        return found
+            log[-1]["micro"].append(picked(local, MICRO_BATCH) | {"pg_clipfrac": arrays.numpy()})
+        return arrays
 
     return on_whiten, on_mean
 
@@ -211,10 +211,10 @@ def record(case: Case) -> dict[str, np.ndarray]:
     with tempfile.TemporaryDirectory() as folder:
         trainer, steps = train(case, folder)
     micro = [rollout.pop("micro") for rollout in log]
-    found = {name: np.stack([rollout[name] for rollout in log]) for name in log[0]}
-    found |= {name: np.stack([[m[name] for m in one] for one in micro]) for name in micro[0][0]}
+    arrays = {name: np.stack([rollout[name] for rollout in log]) for name in log[0]}
+    arrays |= {name: np.stack([[m[name] for m in one] for one in micro]) for name in micro[0][0]}
     weights = flat(trainer.model.policy, trainer.model.value_model) if case.weights else {}
-    return found | {"steps": np.array(steps)} | weights
+    return arrays | {"steps": np.array(steps)} | weights
 
 
 def flat(lm: nn.Module, value_model: nn.Module) -> dict[str, np.ndarray]:
@@ -232,8 +232,8 @@ def main() -> None:
     }
     cases["mini_batches"] = {"steps": cases["mini_batches"]["steps"]}
     cases["initial"] = flat(policy(0), classifier(3)) | {"settings": np.array(json.dumps(SHAPE))}
-    found = {f"{name}/{key}": array for name, case in cases.items() for key, array in case.items()}
-    np.savez_compressed(Path(__file__).with_name("golden.npz"), **found)
+    arrays = {f"{name}/{key}": array for name, case in cases.items() for key, array in case.items()}
+    np.savez_compressed(Path(__file__).with_name("golden.npz"), **arrays)
 
 
 if __name__ == "__main__":
