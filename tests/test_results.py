@@ -1,0 +1,30 @@
+"""What is in results/ is whole, and comes from code that is in this history."""
+
+import subprocess
+
+import pytest
+from conftest import ROOT
+
+from dense_rlhf.files import read_json
+from dense_rlhf.report.record import MANIFEST, check_record
+
+RECORDS = sorted(path.parent for path in (ROOT / "results").glob(f"[!.]*/{MANIFEST}"))
+
+
+def git(*words):
+    return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("folder", RECORDS, ids=lambda folder: folder.name)
+def test_a_released_record_is_whole_and_of_committed_code(folder):
+    check_record(folder)
+    manifest = read_json(folder / MANIFEST)
+    assert not manifest["not_committed"]
+    if git("rev-parse", "--is-shallow-repository").stdout.strip() == "false":
+        commits = {run["commit"] for run in manifest["runs"].values()}
+        assert not [commit for commit in commits if git("merge-base", "--is-ancestor", commit, "HEAD").returncode]
+
+
+def test_released_studies_are_in_results_md():
+    text = (ROOT / "RESULTS.md").read_text() if RECORDS else ""
+    assert all(f"## {folder.name}\n" in text for folder in RECORDS)
