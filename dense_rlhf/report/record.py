@@ -35,9 +35,7 @@ LICENSED = ("reviews",)  # datasets whose texts a record may hold; of others the
 CLEAN = re.compile(r"[0-9a-f]{40}|release \S+")  # provenance of committed code
 LARGEST = 2**30  # bytes of an archive's files
 ABOUT = ("notebook", "dataset", "arm", "seed", "key", "training_key", "commit")  # of a run, in the manifest
-PLACE = (
-    "study_dir"  # a parameter that says where, not what; notebooks have it that only compare runs, and show no texts
-)
+PLACE = "study_dir"  # a parameter that says where, not what; the notebooks that have it only compare runs
 
 Files = dict[str, bytes]  # a run's files by name
 
@@ -127,12 +125,17 @@ def _recorded(run: RunFolder) -> Files:
         raise InputError(f"{run.path / names[0]} is missing or altered since its run; run the study again")
     names = [name for name in sorted(record["artefacts"]) if Path(name).suffix in KEPT]
     files = {name: scrubbed_file(run.file(name)) for name in names}
-    flat = run.parameters()
-    if flat.get("data_name") not in LICENSED and PLACE not in flat:
+    if not _is_licensed(run.parameters()):
         files = {name: redacted(name, content) for name, content in files.items()}
     hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     facts = scrubbed(record | {"artefacts": hashes, "folders": []})
     return files | {"run.json": json.dumps(facts | {"hash": content_key(facts)}, indent=1).encode()}
+
+
+def _is_licensed(flat: Mapping) -> bool:
+    """Whether a run with these parameters shows only texts that may be published: of no file of the user's own."""
+    own = any(value for name, value in flat.items() if name.endswith("_path"))
+    return PLACE in flat or flat.get("data_name") in LICENSED and not own
 
 
 def _check_same_parameters(folder: Path, job: str, fresh: Files, old: Files) -> None:
@@ -238,7 +241,8 @@ def read_record(folder: Path) -> Record:
 def check_record(folder: Path) -> None:
     """Raise `InputError`, which names the file, unless a record's files are those that were written."""
     manifest = read_json(folder / MANIFEST)
-    kinds = {"files": dict, "runs": dict, "arms": list, "seeds": list, "comparisons": list, "command": str}
+    kinds = {"files": dict, "runs": dict, "command": str}
+    kinds |= dict.fromkeys(("arms", "seeds", "comparisons", "not_committed"), list)
     if not all(isinstance(manifest.get(name), kind) for name, kind in kinds.items()):
         raise InputError(f"{folder / MANIFEST} is not the manifest of a record; take it anew")
     for name, sha in manifest["files"].items():

@@ -33,6 +33,8 @@ def render(results: Path, to: Path) -> Path:
         for name, record in taken.items():
             folder = record.write_runs(Path(root))
             runs = [RunFolder(folder / job) for job in record.runs]
+            if broken := [run.path.name for run in runs if run.record().get("status") != "ok"]:
+                raise InputError(f"{results}: {name} holds {broken[0]}, which is no finished run; take the record anew")
             shutil.rmtree(place.reports / name, ignore_errors=True)
             compared = write_study(record.outline, [run.record() for run in runs], place)
             studies.append(Study(record.outline, runs, compared, record.manifest["not_committed"]))

@@ -170,6 +170,18 @@ def test_texts_of_an_unclear_licence_are_left_out(tmp_path, monkeypatch):
     assert (table["response"] == "fine").all() and table["prompt"].map(len).eq(16).all()
 
 
+@pytest.mark.parametrize("line", ["data_path: mine.csv", "attribution_rationale_path: words.json"])
+def test_a_file_of_the_users_own_has_an_unclear_licence(line, made, tmp_path):
+    outline, runs = made
+    one = runs[-1]
+    one.file("params.yaml").write_text(f"{one.file('params.yaml').read_text()}{line}\n")
+    table = pd.read_csv(one.file("test.csv")).assign(prompt="somebody asked me how to mend a bicycle")
+    table.to_csv(one.file("test.csv"), index=False)
+    write_json(one.file("run.json"), one.load_json("run.json") | {"artefacts": artefacts(one.path)})
+    record = read_record(write_record(outline, [one], tmp_path / "own"))
+    assert b"bicycle" not in record.runs[one.path.name]["test.csv"]
+
+
 def whole_text(record):
     return "".join(content.decode() for files in record.runs.values() for content in files.values())
 
