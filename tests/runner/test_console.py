@@ -17,8 +17,8 @@ def test_what_runs_took_is_told_from_what_they_left(tmp_path):
     records = [{"job": name, "status": "ok", "seconds": 10.0} for name in "abc"]
     cached = [{"job": "a", "status": "cached", "seconds": 10.0}]
     (line,) = spent(records + cached, tmp_path, 1.0)
-    told = "30 s of runs: 7 s in cells, 23 s to start and end them; 4 s trained policies of 04_ppo; pages took 1 s"
-    assert line == told and spent(cached, tmp_path, 1.0) == []
+    wanted = "30 s of runs: 7 s in cells, 23 s to start and end them; 4 s trained policies of 04_ppo; pages took 1 s"
+    assert line == wanted and spent(cached, tmp_path, 1.0) == []
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", '{"cells": 3}', '{"cells": [{}]}', '{"cells": [null]}', '{"cells": [3]}'])

@@ -84,8 +84,8 @@ def test_a_run_owes_nothing_to_its_environment(made, prepared, tmp_path, monkeyp
         monkeypatch.setenv(name, value)
     assert launch("n", folder, Limits(1, 60)) == ("ok", "")
     executed = json.loads((folder / "notebook.ipynb").read_text(encoding="utf-8"))
-    told = ["".join(o["text"]) for cell in executed["cells"] for o in cell.get("outputs", ())]
-    assert told == [scrub(f"{sys.executable} é None\n")]
+    printed = ["".join(o["text"]) for cell in executed["cells"] for o in cell.get("outputs", ())]
+    assert printed == [scrub(f"{sys.executable} é None\n")]
 
 
 def test_no_place_for_sockets_names_tmpdir(monkeypatch):

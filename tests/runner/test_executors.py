@@ -71,14 +71,14 @@ def test_a_ray_cluster_loses_one_of_two_nodes_and_no_run(checkout, monkeypatch):
         runner = command(checkout, "run", "params/s.yaml", "--executor", "ray", "--gpus", "1")
         until(lambda: attempts(checkout).get("1") == 1 and ended(checkout).get("0") == "ok")
         cluster.remove_node(next(node for node in nodes if runs_on(node, checkout)), allow_graceful=False)
-        said = runner.communicate(timeout=300)[0]
-        assert runner.returncode == 0, said
-        assert ended(checkout) == dict.fromkeys("012", "ok") and attempts(checkout) == {"0": 1, "1": 2, "2": 1}, said
+        printed = runner.communicate(timeout=300)[0]
+        assert runner.returncode == 0, printed
+        assert ended(checkout) == dict.fromkeys("012", "ok") and attempts(checkout) == {"0": 1, "1": 2, "2": 1}, printed
     finally:
         cluster.shutdown()
     for seed in "012":
-        found = json.loads((checkout / "runs" / "s" / f"04_ppo-a-seed{seed}" / "metrics.json").read_text())
-        assert found == {"seed": int(seed), "gpus": "0"}
+        metrics = json.loads((checkout / "runs" / "s" / f"04_ppo-a-seed{seed}" / "metrics.json").read_text())
+        assert metrics == {"seed": int(seed), "gpus": "0"}
 
 
 def test_a_cluster_that_cannot_start_is_one_line(monkeypatch):
@@ -107,9 +107,9 @@ def test_submitit_jobs_outlive_their_runner_and_nothing_runs_twice(checkout):
     again = command(checkout, *options)
     assert any("waiting for 04_ppo-a-seed1, which process" in line for line in again.stdout)
     (checkout / "runs" / "s" / "go").touch()
-    said = again.communicate(timeout=240)[0]
-    assert again.returncode == 0 and "2 cached" in said, said
-    assert ended(checkout) == dict.fromkeys("012", "ok") and attempts(checkout) == {"0": 1, "1": 1, "2": 1}, said
+    printed = again.communicate(timeout=240)[0]
+    assert again.returncode == 0 and "2 cached" in printed, printed
+    assert ended(checkout) == dict.fromkeys("012", "ok") and attempts(checkout) == {"0": 1, "1": 1, "2": 1}, printed
 
 
 @with_slurm

@@ -210,7 +210,7 @@ FULL = "error: standard output cannot be written: No space left on device\n"
 
 
 @pytest.mark.parametrize(
-    "line, code, told",
+    "line, code, message",
     [
         ("status params/s.yaml | true", 141, ""),
         ("status params/s.yaml > /dev/full", 2, FULL),
@@ -218,10 +218,10 @@ FULL = "error: standard output cannot be written: No space left on device\n"
         ("status params/s.yaml >&- <&-", 0, ""),
     ],
 )
-def test_an_output_that_cannot_be_written(line, code, told, folder):
+def test_an_output_that_cannot_be_written(line, code, message, folder):
     command = f"set -o pipefail; {sys.executable} -m dense_rlhf {line}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (code, told)
+    assert (done.returncode, done.stderr) == (code, message)
 
 
 def test_kills_lose_nothing_and_nothing_unfinished_is_called_ok(forked):

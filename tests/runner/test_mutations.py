@@ -21,9 +21,9 @@ def refused(tmp_path, monkeypatch, capsys):
             code = main(["run", str(path), *settings])
         except (Exception, pytest.fail.Exception) as error:
             return f"{type(error).__name__}: {error}"
-        said = capsys.readouterr().err
-        good = code == 2 and said.count("\n") == 1 and all(part in said for part in named.split()) and len(said) < 1500
-        return "" if good and not (tmp_path / "runs").exists() else f"exit {code}: {said!r}, wanted {named!r}"
+        line = capsys.readouterr().err
+        good = code == 2 and line.count("\n") == 1 and all(part in line for part in named.split()) and len(line) < 1500
+        return "" if good and not (tmp_path / "runs").exists() else f"exit {code}: {line!r}, wanted {named!r}"
 
     return run
 
@@ -40,8 +40,8 @@ def test_every_damaged_file_of_data(refused, tmp_path):
         path = tmp_path / f"data.{form}"
         path.write_bytes(content)
         count += 1
-        if said := refused(yaml.safe_dump(STUDY | {"data": {"name": name, "path": str(path)}}), path.name):
-            wrong[label] = said
+        if message := refused(yaml.safe_dump(STUDY | {"data": {"name": name, "path": str(path)}}), path.name):
+            wrong[label] = message
     assert count > 100 and wrong == {}
 
 
@@ -49,8 +49,8 @@ def test_every_damaged_file_of_marks(refused, tmp_path):
     path, wrong = tmp_path / "marks.txt", {}
     for label, name, content in marks():
         path.write_bytes(content)
-        if said := refused(yaml.safe_dump(STUDY), name, "--set", f"{name}={path}"):
-            wrong[label] = said
+        if message := refused(yaml.safe_dump(STUDY), name, "--set", f"{name}={path}"):
+            wrong[label] = message
     assert wrong == {}
 
 

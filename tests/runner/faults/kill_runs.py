@@ -55,14 +55,14 @@ NOTEBOOKS = {
 
 def processes(folder: Path, name: str = "") -> list[psutil.Process]:
     """The processes that work in this checkout, or those of a name; a fork has the command line of another."""
-    found = []
+    matching = []
     for process in psutil.process_iter():
         try:
             if process.pid != os.getpid() and process.cwd() == str(folder) and process.status() != "zombie":
-                found += [process] if name in process.name() else []
+                matching += [process] if name in process.name() else []
         except psutil.Error:
             continue
-    return found
+    return matching
 
 
 def records(folder: Path) -> dict[str, dict]:
@@ -93,9 +93,9 @@ def whole(folder: Path) -> list[str]:
 def left_behind(folder: Path, patience: float = 5.0) -> list[str]:
     """The processes that outlive their runner by some seconds: each ends by itself, on a busy machine not at once."""
     until = time.monotonic() + patience
-    while (left := processes(folder)) and time.monotonic() < until:
+    while (alive := processes(folder)) and time.monotonic() < until:
         time.sleep(0.1)
-    return [f"left behind: {' '.join(process.cmdline())[:80]}" for process in left]
+    return [f"left behind: {' '.join(process.cmdline())[:80]}" for process in alive]
 
 
 def strike(folder: Path, wanted: dict[str, bytes], target: str, seconds: float) -> tuple[bool, list[str]]:
@@ -135,14 +135,14 @@ def one_study(folder: Path, wanted: dict[str, bytes], kills: list[tuple[str, flo
     shutil.rmtree(folder / "runs", ignore_errors=True)
     hits, wrong, before = 0, [], {}
     for target, seconds in kills:
-        hit, found = strike(folder, wanted, target, seconds)
-        hits, wrong, before = hits + hit, wrong + found, before | finished(folder)
+        hit, problems = strike(folder, wanted, target, seconds)
+        hits, wrong, before = hits + hit, wrong + problems, before | finished(folder)
     last = command(folder, "run", "params/s.yaml")
-    said = last.communicate()[0]
+    printed = last.communicate()[0]
     after = finished(folder)
     wrong += [f"run again: {name}" for name in before if before[name] != after.get(name)]
     if last.returncode or results(folder) != wanted:
-        wrong.append(f"exit {last.returncode}, other results: {said[-500:]}")
+        wrong.append(f"exit {last.returncode}, other results: {printed[-500:]}")
     return hits, wrong
 
 
@@ -153,15 +153,15 @@ def kill_runs(points: int, seed: int = 0, say=lambda line: None) -> tuple[int, l
     make_checkout(folder, STUDY, NOTEBOOKS)
     start = time.time()
     unbroken = command(folder, "run", "params/s.yaml")
-    said = unbroken.communicate()[0]
+    printed = unbroken.communicate()[0]
     took, wanted = time.time() - start, results(folder)
-    assert unbroken.returncode == 0 and len(wanted) == 8, said
+    assert unbroken.returncode == 0 and len(wanted) == 8, printed
     while hits < points:
         number = min(dice.randint(2, 4), points - hits)
         kills = [(list(TARGETS)[(hits + i) % 3], dice.uniform(0.3, 0.7 * took)) for i in range(number)]
-        hit, found = one_study(folder, wanted, kills)
-        hits, wrong = hits + hit, wrong + [(kills, text) for text in found]
-        say(f"{hits:3d}/{points} kills after {time.time() - start:.0f} s, {len(wrong)} wrong {found or ''}")
+        hit, problems = one_study(folder, wanted, kills)
+        hits, wrong = hits + hit, wrong + [(kills, text) for text in problems]
+        say(f"{hits:3d}/{points} kills after {time.time() - start:.0f} s, {len(wrong)} wrong {problems or ''}")
     shutil.rmtree(folder.parent)
     return hits, wrong
 
