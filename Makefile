@@ -3,8 +3,8 @@
 PYTHON ?= python3.11
 LOCK ?= locks/cpu.txt
 BIN := .venv/bin
-CODE := dense_rlhf tests benchmarks examples setup.py
-READY := .venv/ready-$(shell cat locks/cpu.txt $(LOCK) pyproject.toml setup.py | cksum | cut -d' ' -f1)
+CODE := dense_rlhf tests benchmarks examples locks setup.py
+READY := .venv/ready-$(shell cat locks/common.txt $(LOCK) pyproject.toml setup.py | cksum | cut -d' ' -f1)
 
 .PHONY: help env test lint smoke study report lock clean
 
@@ -12,10 +12,11 @@ help: ## this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/'
 
 env: $(READY) ## make .venv from locks/cpu.txt; LOCK=locks/cuda.txt for a GPU
-$(READY): $(LOCK) pyproject.toml setup.py
+$(READY): locks/common.txt $(LOCK) pyproject.toml setup.py
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -r $(LOCK)
-	$(BIN)/python -m pip install --quiet --no-deps -e .
+	$(BIN)/python -m pip install --quiet --require-hashes -r $(LOCK) || \
+		{ echo "Where pip finds no torch of the CPU: LOCK=locks/cuda.txt, or see locks/README.md"; exit 1; }
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	rm -f .venv/ready-*; touch $(READY)
 
 study: env ## run params/reviews.yaml and render reports/reviews/index.html
@@ -39,9 +40,9 @@ lint: env ## style of package, notebooks and tests; notebooks without outputs
 report: env ## render the reports of the finished runs again
 	$(BIN)/python -m dense_rlhf report params/reviews.yaml
 
-lock: env ## write locks/cpu.txt from what is installed
-	(head -1 locks/cpu.txt; $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' | grep -vi '^pip==') > locks/new.txt
-	mv locks/new.txt locks/cpu.txt
+lock: env ## write locks/*.txt: what is installed, and the hashes of its files; half an hour
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python locks/write.py
 
 clean: ## remove runs and reports; keeps .venv and downloads
 	rm -rf runs reports/*/ reports/index.html

@@ -28,23 +28,37 @@ REQUIRED = [Requirement(text) for text in PROJECT["dependencies"]]
 
 
 def pins(name):
-    """The versions of a lock by package; every line but comments and other locks is an exact one."""
-    lines = [line.strip() for line in (ROOT / "locks" / name).read_text().splitlines()]
-    given = [line.split("==") for line in lines if line and not line.startswith(("#", "-r "))]
-    assert all(len(pair) == 2 for pair in given)
-    return {canonicalize_name(package): exact for package, exact in given}
+    """The versions of a lock by package, those of the locks that it includes too."""
+    text = (ROOT / "locks" / name).read_text().replace("\\\n", "")
+    lines = [line.split() for line in text.splitlines() if not line.startswith("#")]
+    versions = {}
+    for first, *rest in lines:
+        if first == "-r":
+            versions |= pins(*rest)
+        else:
+            package, exact = first.split("==")
+            versions[canonicalize_name(package)] = exact
+            assert rest and all(re.fullmatch("--hash=sha256:[0-9a-f]{64}", option) for option in rest), first
+    return versions
+
+
+@pytest.mark.parametrize("name", ["cpu.txt", "cuda.txt", "alpaca_eval.txt"])
+def test_every_line_of_a_lock_is_one_version_with_hashes(name):
+    assert len(pins(name)) > 50
+    assert (ROOT / "locks" / name).read_text().startswith("# ")
 
 
 @pytest.mark.parametrize("requirement", [*REQUIRED, *DEV], ids=str)
 def test_the_lock_is_within_the_declared_range(requirement):
     if requirement.name != "pip":
-        assert requirement.specifier.contains(pins("cpu.txt")[canonicalize_name(requirement.name)])
+        assert requirement.specifier.contains(pins("cuda.txt")[canonicalize_name(requirement.name)])
     assert all(part.operator in (">=", "<") for part in requirement.specifier), "exact versions are the locks' business"
 
 
-def test_the_lock_for_cuda_adds_to_that_for_cpu():
-    assert "-r cpu.txt\n" in (ROOT / "locks" / "cuda.txt").read_text()
-    assert not pins("cuda.txt").keys() & pins("cpu.txt").keys()
+def test_the_locks_differ_in_the_build_of_torch_and_what_it_needs():
+    cpu, cuda = pins("cpu.txt"), pins("cuda.txt")
+    assert cpu.keys() < cuda.keys() and cpu["torch"] == cuda["torch"] + "+cpu"
+    assert {name for name in cpu if cpu[name] != cuda[name]} == {"torch"}
 
 
 def test_every_import_is_declared():
@@ -64,13 +78,13 @@ def test_environment_yml_installs_the_lock():
     python, pip, inner = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
     low, high = PROJECT["requires-python"].split(",")
     assert low == f">={python.split('=')[1]}" and high == "<3.14" and pip == "pip"
-    assert inner["pip"] == ["-r locks/cpu.txt", "-e ."]
+    assert inner["pip"] == ["-r locks/cpu.txt"]  # where lines have hashes pip takes no folder
 
 
 def test_what_is_installed_is_what_is_locked():
     for name, wanted in pins("cpu.txt").items():
         try:
-            assert version(name).split("+")[0] == wanted, name
+            assert version(name) == wanted, name
         except PackageNotFoundError:
             pytest.fail(f"{name} is locked and not installed; run make env")
 
