@@ -72,18 +72,20 @@ def beyond():
 
 
 def test_a_known_bowl_has_converged(known):
-    found = audit.verdict(known, NAMES, "sd")
-    assert found.kind == audit.CONVERGED and found.winner and found.more == 0
-    assert found.p < audit.LEVEL and found.regret.expected <= found.tolerance
-    assert f"Converged: the best weights are expected to gain another {found.regret.expected:.2g} sd, " in found.text
+    verdict = audit.verdict(known, NAMES, "sd")
+    assert verdict.kind == audit.CONVERGED and verdict.winner and verdict.more == 0
+    assert verdict.p < audit.LEVEL and verdict.regret.expected <= verdict.tolerance
+    assert (
+        f"Converged: the best weights are expected to gain another {verdict.regret.expected:.2g} sd, " in verdict.text
+    )
 
 
 def test_an_early_search_needs_more_trials(early):
-    found, n = audit.verdict(early, NAMES), len(early.values)
-    assert found.kind == audit.MORE and found.regret.expected > found.tolerance
-    exact = n * ((found.regret.expected / found.tolerance) ** 2 - 1)
-    assert exact <= found.more < exact + 5 and found.text.startswith(f"Needs about {found.more} more trials")
-    assert found.tolerance == max(0.25 * found.noise, 0.05 * found.regret.spread)
+    verdict, n = audit.verdict(early, NAMES), len(early.values)
+    assert verdict.kind == audit.MORE and verdict.regret.expected > verdict.tolerance
+    exact = n * ((verdict.regret.expected / verdict.tolerance) ** 2 - 1)
+    assert exact <= verdict.more < exact + 5 and verdict.text.startswith(f"Needs about {verdict.more} more trials")
+    assert verdict.tolerance == max(0.25 * verdict.noise, 0.05 * verdict.regret.spread)
 
 
 def test_four_trials_a_number_are_the_least_to_have_converged(known):
@@ -94,41 +96,41 @@ def test_four_trials_a_number_are_the_least_to_have_converged(known):
 
 
 def test_a_flat_function_has_no_winner(nothing):
-    found = audit.verdict(nothing, NAMES)
-    assert found.kind == audit.FLAT and not found.winner and found.p >= audit.LEVEL
-    assert found.noise == pytest.approx(0.1) and "No winner is claimed" in found.text
-    assert not any(name in found.text for name in NAMES)
+    verdict = audit.verdict(nothing, NAMES)
+    assert verdict.kind == audit.FLAT and not verdict.winner and verdict.p >= audit.LEVEL
+    assert verdict.noise == pytest.approx(0.1) and "No winner is claimed" in verdict.text
+    assert not any(name in verdict.text for name in NAMES)
 
 
 def test_told_apart_but_not_from_a_plain_mixture_is_no_winner():
     """Two sources are as good as each other and as their mixtures, the third is bad."""
     space = Space(3)
     search = searched(space, 2 * space.anchors() + space.sobol(9, 0), lambda p: p[:, 0] + p[:, 1], 0.05)
-    found, chances = audit.verdict(search, NAMES), audit.beats(search, NAMES)
-    assert found.kind != audit.FLAT and not found.winner
-    assert set(found.unbeaten) == set(chances["against"][chances["probability"] < 0.95]) != set()
-    assert "told apart (permutation test" in found.text and f"not from {found.unbeaten[0]}" in found.text
+    verdict, chances = audit.verdict(search, NAMES), audit.beats(search, NAMES)
+    assert verdict.kind != audit.FLAT and not verdict.winner
+    assert set(verdict.unbeaten) == set(chances["against"][chances["probability"] < 0.95]) != set()
+    assert "told apart (permutation test" in verdict.text and f"not from {verdict.unbeaten[0]}" in verdict.text
 
 
 @pytest.mark.parametrize("name", ["known", "early", "nothing"])
 def test_every_number_of_the_sentence_is_a_number_of_the_search(name, request):
     search = request.getfixturevalue(name)
-    found, best = audit.verdict(search, NAMES), search.incumbent()[0]
+    verdict, best = audit.verdict(search, NAMES), search.incumbent()[0]
     allowed = {
-        f"{found.p:.3f}",
-        f"{found.noise:.2g}",
-        f"{found.tolerance:.2g}",
-        f"{found.regret.expected:.2g}",
-        f"{found.regret.spread:.2g}",
-        str(found.more),
+        f"{verdict.p:.3f}",
+        f"{verdict.noise:.2g}",
+        f"{verdict.tolerance:.2g}",
+        f"{verdict.regret.expected:.2g}",
+        f"{verdict.regret.spread:.2g}",
+        str(verdict.more),
         str(len(search.values)),
         "0.05",
     }
     allowed |= {f"{w:.2f}" for w in best} | {f"{p:.2f}" for p in audit.beats(search, NAMES)["probability"].dropna()}
-    said = re.findall(r"\d+(?:\.\d+)?(?:e-\d+)?", found.text)
-    assert said and set(said) <= allowed
-    if found.winner:
-        assert all(f"{name} {weight:.2f}" in found.text for name, weight in zip(NAMES, best))
+    numbers = re.findall(r"\d+(?:\.\d+)?(?:e-\d+)?", verdict.text)
+    assert numbers and set(numbers) <= allowed
+    if verdict.winner:
+        assert all(f"{name} {weight:.2f}" in verdict.text for name, weight in zip(NAMES, best))
 
 
 def test_a_verdict_is_the_same_twice(early):
@@ -190,12 +192,12 @@ def test_a_switch_and_a_wide_bound_weigh_as_much_as_a_weight():
     """Points are compared on the unit scale: a temperature up to 4000 does not drown the weights."""
     values = np.random.default_rng(0).normal(size=12)
     narrow, wide = Space(2, ((0.0, 1.0),)), Space(2, ((0.0, 4000.0),))
-    found = []
+    importances = []
     for space in (narrow, wide):
         search = Search(space)
         search.points, search.values = space.sobol(12, 0), values.tolist()
-        found.append(audit.p_flat(search))
-    assert found[0] == found[1]
+        importances.append(audit.p_flat(search))
+    assert importances[0] == importances[1]
 
 
 def test_the_gain_is_that_of_a_gaussian_process_over_a_constant():
@@ -226,12 +228,12 @@ def test_the_chances_are_those_of_joint_draws(early):
     mean, covariance = early.joint([best, *others])
     draws = np.random.default_rng(0).multivariate_normal(mean, covariance, 20_000)
     ahead = draws[:, :1] - draws[:, 1:]
-    told = table["probability"].notna().to_numpy()
-    assert told.sum() >= 3
-    np.testing.assert_allclose(table["probability"][told], (ahead > 0).mean(0)[told], atol=0.015)
-    np.testing.assert_allclose(table["difference"][told], ahead.mean(0)[told], atol=0.01)
-    np.testing.assert_allclose(table["low"][told], np.quantile(ahead, 0.025, axis=0)[told], atol=0.03)
-    np.testing.assert_allclose(table["high"][told], np.quantile(ahead, 0.975, axis=0)[told], atol=0.03)
+    has_one = table["probability"].notna().to_numpy()
+    assert has_one.sum() >= 3
+    np.testing.assert_allclose(table["probability"][has_one], (ahead > 0).mean(0)[has_one], atol=0.015)
+    np.testing.assert_allclose(table["difference"][has_one], ahead.mean(0)[has_one], atol=0.01)
+    np.testing.assert_allclose(table["low"][has_one], np.quantile(ahead, 0.025, axis=0)[has_one], atol=0.03)
+    np.testing.assert_allclose(table["high"][has_one], np.quantile(ahead, 0.975, axis=0)[has_one], atol=0.03)
 
 
 def test_the_incumbent_is_not_compared_with_itself():
@@ -245,24 +247,24 @@ def test_the_incumbent_is_not_compared_with_itself():
 
 def test_baselines_keep_what_is_searched_beyond_the_weights(beyond):
     warmth = beyond.incumbent()[0][2]
-    found = audit.plain_mixtures(beyond, ("a", "b"))
-    assert found == {"equal weights": (0.5, 0.5, warmth), "a alone": (1, 0, warmth), "b alone": (0, 1, warmth)}
-    for point in found.values():
+    mixtures = audit.plain_mixtures(beyond, ("a", "b"))
+    assert mixtures == {"equal weights": (0.5, 0.5, warmth), "a alone": (1, 0, warmth), "b alone": (0, 1, warmth)}
+    for point in mixtures.values():
         beyond.space.check(point)
     assert audit.verdict(beyond, ("a", "b")).kind in (audit.CONVERGED, audit.MORE)
 
 
 def test_regret_is_what_joint_draws_say(early, known):
-    found, sure = audit.regret(early), audit.regret(known)
+    regret, sure = audit.regret(early), audit.regret(known)
     best = early.incumbent()[0]
     mean, _ = early.posterior([best, *early.space.sobol(256, 0)])
-    assert found.expected >= mean.max() - mean[0] and found.high >= found.expected > sure.expected > 0
+    assert regret.expected >= mean.max() - mean[0] and regret.high >= regret.expected > sure.expected > 0
     points = [best, *early.points, *early.space.anchors(), *early.space.sobol(64, 5)]
     draws = np.random.default_rng(1).multivariate_normal(*early.joint(points), 4000)
     short = draws.max(1) - draws[:, 0]
-    assert found.expected == pytest.approx(short.mean(), rel=0.2)
-    assert found.high == pytest.approx(np.quantile(short, 0.95), rel=0.2)
-    assert found.spread == pytest.approx(1.0, rel=0.4)  # the bowl is about so deep
+    assert regret.expected == pytest.approx(short.mean(), rel=0.2)
+    assert regret.high == pytest.approx(np.quantile(short, 0.95), rel=0.2)
+    assert regret.spread == pytest.approx(1.0, rel=0.4)  # the bowl is about so deep
 
 
 # ---------------------------------------------------------------------------------------------------- tables
@@ -284,7 +286,7 @@ def test_leaving_one_out_is_conditioning_on_the_others(early):
     """Against Gaussian processes in numpy, the members' hyper-parameters, one observation taken away at a time."""
     from dense_rlhf.bayesopt.surrogate import _covariance
 
-    found, model = audit.leave_one_out(early), early.model()
+    predicted, model = audit.leave_one_out(early), early.model()
     K = _covariance(model.z, model.X, model.X).numpy()  # (members, 12, 12)
     m = np.zeros(K.shape[:2])
     center, scale = np.mean(early.values), np.std(early.values, ddof=1)
@@ -294,10 +296,10 @@ def test_leaving_one_out_is_conditioning_on_the_others(early):
         gain = np.linalg.solve(K[:, rest][:, :, rest] + noise * np.eye(len(rest)), K[:, rest, i, None])[..., 0]
         means = m[:, i] + (gain * (y[rest] - m[:, rest])).sum(1)
         variances = K[:, i, i] + noise - (gain * K[:, rest, i]).sum(1)
-        assert found["mean"][i] == pytest.approx(center + scale * means.mean(), abs=1e-4)
-        assert found["sd"][i] == pytest.approx(scale * math.sqrt(variances.mean() + means.var()), abs=1e-4)
-    np.testing.assert_allclose(found["z"], (found["observed"] - found["mean"]) / found["sd"])
-    np.testing.assert_allclose(found["observed"], early.values)
+        assert predicted["mean"][i] == pytest.approx(center + scale * means.mean(), abs=1e-4)
+        assert predicted["sd"][i] == pytest.approx(scale * math.sqrt(variances.mean() + means.var()), abs=1e-4)
+    np.testing.assert_allclose(predicted["z"], (predicted["observed"] - predicted["mean"]) / predicted["sd"])
+    np.testing.assert_allclose(predicted["observed"], early.values)
 
 
 @pytest.mark.parametrize("strategy", ["saas", "additive"])
@@ -366,11 +368,11 @@ def test_chosen_trials_are_compared_with_quasi_random_ones():
     space = Space(2)
     points = space.anchors() + space.sobol(4, 0) + [(0.9, 0.1)] * 5
     search = searched(space, points, lambda p: 2 * p[:, 0], 0.05, initial=4)
-    found, drawn = audit.gain_over_quasi_random(search), np.array(search.values[3:7])
+    gain, drawn = audit.gain_over_quasi_random(search), np.array(search.values[3:7])
     chosen = np.array(search.values[7:])
     half = math.sqrt(chosen.var(ddof=1) / 5 + drawn.var(ddof=1) / 4)
-    assert found.mean == pytest.approx(chosen.mean() - drawn.mean()) and found.low < found.mean < found.high
-    assert found.high - found.mean > 1.96 * half and found.mean - found.low == pytest.approx(found.high - found.mean)
+    assert gain.mean == pytest.approx(chosen.mean() - drawn.mean()) and gain.low < gain.mean < gain.high
+    assert gain.high - gain.mean > 1.96 * half and gain.mean - gain.low == pytest.approx(gain.high - gain.mean)
     assert audit.gain_over_quasi_random(audit.until(search, 8)) is None
 
 
@@ -471,36 +473,36 @@ def test_sources_that_are_even_spreads_are_named():
 
 def test_every_signature_has_a_named_result(known):
     trials = ledger(known, known.values, known.values, {"shap": 0.5})
-    found = audit.checks(known, NAMES, trials, audit.trace(known), audit.leave_one_out(known))
-    assert [check.name for check in found] == [
+    checks = audit.checks(known, NAMES, trials, audit.trace(known), audit.leave_one_out(known))
+    assert [check.name for check in checks] == [
         "oscillation",
         "reward overfitting",
         "too many dimensions",
         "misaligned explanations",
         "even in all but name",
     ]
-    assert [check.present for check in found] == [False, False, False, None, False]
-    assert all(check.text for check in found)
+    assert [check.present for check in checks] == [False, False, False, None, False]
+    assert all(check.text for check in checks)
 
 
 def test_the_smallest_search_is_audited(early):
     """Two trials: nothing is known, everything is said, nothing fails."""
     search = audit.until(early, 2)
     left_out = audit.leave_one_out(search)
-    found = audit.verdict(search, NAMES)
-    assert found.kind == audit.FLAT and found.p == 1 and len(audit.trace(search)) == 1
+    verdict = audit.verdict(search, NAMES)
+    assert verdict.kind == audit.FLAT and verdict.p == 1 and len(audit.trace(search)) == 1
     checks = audit.checks(search, NAMES, ledger(search, [0, 1], [0, 1]), audit.trace(search), left_out)
     assert [check.present for check in checks] == [None, None, False, None, None]
 
 
 pairs = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=6, max_size=20).filter(
-    lambda found: all(len(set(column)) > 1 for column in zip(*found))
+    lambda verdict: all(len(set(column)) > 1 for column in zip(*verdict))
 )
 
 
 @given(pairs)
-def test_rank_correlation_has_no_order_and_turns_with_its_sign(found):
-    a, b = zip(*found)
+def test_rank_correlation_has_no_order_and_turns_with_its_sign(verdict):
+    a, b = zip(*verdict)
     rho, turned = audit.rank_correlation(a, b), audit.rank_correlation(a, [-y for y in b])
     assert -1 <= rho.low <= rho.mean + 1e-3 and rho.mean - 1e-3 <= rho.high <= 1
     assert audit.rank_correlation(b, a).mean == pytest.approx(rho.mean)
@@ -509,8 +511,8 @@ def test_rank_correlation_has_no_order_and_turns_with_its_sign(found):
 
 def test_rank_correlation_is_as_sure_as_fieller_says():
     """By hand: twelve pairs, atanh(rho) within 1.96 sqrt(1.06 / 9)."""
-    found = audit.rank_correlation(range(12), [3, 9, 1, 7, 0, 11, 4, 8, 2, 10, 6, 5])
-    half = (math.atanh(found.high) - math.atanh(found.low)) / 2
+    correlation = audit.rank_correlation(range(12), [3, 9, 1, 7, 0, 11, 4, 8, 2, 10, 6, 5])
+    half = (math.atanh(correlation.high) - math.atanh(correlation.low)) / 2
     assert half == pytest.approx(0.6727, abs=1e-4)
     assert math.isnan(audit.rank_correlation(range(5), range(5)).low)
     assert math.isnan(audit.rank_correlation(range(9), [1] * 9).mean)

@@ -63,11 +63,11 @@ def test_what_cannot_be_asked_is_refused(wrong):
 
 
 def test_seeds_are_outermost_and_only_the_audit_is_asked_about_flat_ones():
-    found = cases(DimensionParams(seeds=2, snr=(1.0, 0.5)))
-    assert len(found) == len(set(found)) == 2 * 7 * (2 * (5 * 3 + 1) + 5 * 3)
-    assert {(case.trials, case.seed) for case in found if case.strategy in ("saas", "additive", "nei")} == {(40, 0)}
-    assert [case.seed for case in found] == sorted(case.seed for case in found)
-    assert {case.strategy for case in found if case.landscape == "flat"} == {"gp"}
+    planned = cases(DimensionParams(seeds=2, snr=(1.0, 0.5)))
+    assert len(planned) == len(set(planned)) == 2 * 7 * (2 * (5 * 3 + 1) + 5 * 3)
+    assert {(case.trials, case.seed) for case in planned if case.strategy in ("saas", "additive", "nei")} == {(40, 0)}
+    assert [case.seed for case in planned] == sorted(case.seed for case in planned)
+    assert {case.strategy for case in planned if case.landscape == "flat"} == {"gp"}
 
 
 def test_a_search_answers_with_its_incumbent_or_its_best_observation():
@@ -91,24 +91,24 @@ def test_more_signal_means_less_regret():
 
 
 def test_every_search_is_a_line_and_its_audit_a_verdict(searched):
-    found, path = searched
+    every, path = searched
     lines = read_ledger(path)
     assert len(lines) == len({line["key"] for line in lines}) == len(cases(SMALL)) == 6
-    assert set(found["method"]) == {"gp", "sobol", "gp on sobol"} and (found["n"] == 6).all()
-    heard = found[found["method"] == "gp"]
+    assert set(every["method"]) == {"gp", "sobol", "gp on sobol"} and (every["n"] == 6).all()
+    heard = every[every["method"] == "gp"]
     assert heard["kind"].isin([audit.CONVERGED, audit.MORE, audit.FLAT]).all() and heard["seen"].ge(0).all()
-    assert (found.loc[found["landscape"] == "flat", "regret"] == 0).all() and found["regret"].ge(0).all()
-    assert found[found["method"] != "gp"]["kind"].isna().all()
+    assert (every.loc[every["landscape"] == "flat", "regret"] == 0).all() and every["regret"].ge(0).all()
+    assert every[every["method"] != "gp"]["kind"].isna().all()
 
 
 def test_a_comparison_that_was_killed_goes_on(searched, tmp_path, monkeypatch):
-    found, path = searched
+    every, path = searched
     cut, ran = tmp_path / "cut.jsonl", []
     cut.write_bytes(path.read_bytes()[:-20])
     monkeypatch.setattr(
         "dense_rlhf.bayesopt.known_searches.search_known", lambda *args: ran.append(args) or search_known(*args)
     )
-    pd.testing.assert_frame_equal(found, run_searches(cases(SMALL), cut), check_exact=True)
+    pd.testing.assert_frame_equal(every, run_searches(cases(SMALL), cut), check_exact=True)
     assert len(ran) == 1 and len(read_ledger(cut)) == 6
     again = [{k: v for k, v in line.items() if k != "seconds"} for line in read_ledger(cut)]
     assert again == [{k: v for k, v in line.items() if k != "seconds"} for line in read_ledger(path)]
@@ -142,8 +142,8 @@ def test_a_goal_that_was_lost_again_is_not_reached():
 
 def test_methods_are_compared_on_the_same_functions():
     ours, theirs = {"a": {10: 0.0}, "b": {10: 5.0}}, {"b": {10: 6.0}, "a": {10: 1.0}}
-    found = gain(pd.concat([rows(ours), rows(theirs, "sobol")]), 10, "gp", "sobol")
-    assert (found.mean, found.low, found.high) == (1.0, 1.0, 1.0)
+    interval = gain(pd.concat([rows(ours), rows(theirs, "sobol")]), 10, "gp", "sobol")
+    assert (interval.mean, interval.low, interval.high) == (1.0, 1.0, 1.0)
 
 
 def test_methods_are_shown_where_all_were_asked():
@@ -152,9 +152,9 @@ def test_methods_are_shown_where_all_were_asked():
 
 
 def test_flat_functions_have_no_regret_and_functions_are_named_by_seed(searched):
-    found, _ = searched
-    assert found.loc[found["landscape"] != "flat", "function"].unique().tolist() == ["powers0"]
-    assert set(found["function"]) == {"powers0", "flat0"}
+    every, _ = searched
+    assert every.loc[every["landscape"] != "flat", "function"].unique().tolist() == ["powers0"]
+    assert set(every["function"]) == {"powers0", "flat0"}
 
 
 def test_a_searched_function_belongs_to_one_group(searched):
@@ -164,10 +164,10 @@ def test_a_searched_function_belongs_to_one_group(searched):
 
 def test_an_expected_regret_is_compared_with_the_true_one_by_its_size():
     audits = pd.DataFrame({"expected": [0.1, 0.4, 0.2, 0.3], "regret": [0.2, 0.8, 0.4, 0.6]})
-    found = calibration(audits, bins=2)
-    assert found["expected"].tolist() == pytest.approx([0.15, 0.35, 0.25]) and found["audits"].tolist() == [2, 2, 4]
-    np.testing.assert_allclose(found["regret"], 2 * found["expected"])
-    assert (found["low"] < found["regret"]).all() and (found["regret"] < found["high"]).all()
+    table = calibration(audits, bins=2)
+    assert table["expected"].tolist() == pytest.approx([0.15, 0.35, 0.25]) and table["audits"].tolist() == [2, 2, 4]
+    np.testing.assert_allclose(table["regret"], 2 * table["expected"])
+    assert (table["low"] < table["regret"]).all() and (table["regret"] < table["high"]).all()
     assert calibration(audits[:1])["regret"].tolist() == [0.2, 0.2]  # a single audit has no interval
 
 

@@ -338,15 +338,15 @@ def test_three_failures_in_a_row_end_the_search_and_tell(tmp_path):
 
 
 def test_ended_is_told_of_the_recorded_row_and_of_what_the_trial_left(tmp_path):
-    told = []
+    ends = []
 
-    def ended(row, left):
+    def ended(row, outcome):
         assert row == trials(tmp_path / "trials.jsonl")[-1] and lock(book.folder / ledger.ALONE, wait=False) is None
-        told.append((row["trial"], row["status"], left))
+        ends.append((row["trial"], row["status"], outcome))
 
     book = toy(tmp_path / "trials.jsonl", 2)
     book.run(lambda row: (observed(row)[0], row["seed"]), ended)
-    assert told == [(0, "observed", 1005), (1, "observed", 2005)]
+    assert ends == [(0, "observed", 1005), (1, "observed", 2005)]
 
 
 def test_progress_counts_what_is_left(unbroken, tmp_path):
@@ -509,8 +509,8 @@ def test_halfway_predicts_what_least_squares_does(pairs, rung):
     beta = np.linalg.lstsq(X, y, rcond=None)[0]
     residuals = y - X @ beta
     error = np.sqrt(residuals @ residuals / (len(x) - 2) * (1 + x0 @ np.linalg.inv(X.T @ X) @ x0))
-    value, found = halfway.predict(rung)
-    assert value == pytest.approx(x0 @ beta, abs=1e-6) and (found or 0.0) == pytest.approx(error, abs=1e-6)
+    value, predicted_sd = halfway.predict(rung)
+    assert value == pytest.approx(x0 @ beta, abs=1e-6) and (predicted_sd or 0.0) == pytest.approx(error, abs=1e-6)
 
 
 RISING = [(0.0, 1.0), (1.0, 1.5), (2.0, 2.2), (3.0, 2.9), (4.0, 4.3)]

@@ -150,13 +150,13 @@ def test_a_standard_error_is_above_zero(error):
 def test_anchors_come_first_as_often_as_asked_then_sobol_points_whatever_is_pending():
     search = Search(Space(3), initial=5, replicates=2, seed=5)
     wanted = Space(3).anchors() * 2 + Space(3).sobol(5, 5)
-    found = []
-    while len(found) < len(wanted):  # every third is still running
-        pending = [point for i, point in enumerate(found) if i % 3 == 2]
-        found.append(search.suggest(pending))
-        if len(found) % 3:
-            search.observe(found[-1], 0.0)
-    assert found == wanted == search.start
+    proposed = []
+    while len(proposed) < len(wanted):  # every third is still running
+        pending = [point for i, point in enumerate(proposed) if i % 3 == 2]
+        proposed.append(search.suggest(pending))
+        if len(proposed) % 3:
+            search.observe(proposed[-1], 0.0)
+    assert proposed == wanted == search.start
 
 
 def test_the_paper_s_strategy_starts_as_the_paper_does_unless_it_is_asked_for_anchors():
@@ -226,14 +226,14 @@ def repeated(values, errors):
 
 def test_noise_from_repeats_by_hand():
     """Squares about the means: of a (1, 4, 4) 6, of b (2, 4) 2; three degrees of freedom."""
-    found = repeated([1, 2, 9, 4, 4, 4], [None] * 6).noise()
-    assert found.degrees == 3 and found.variance == pytest.approx(8 / 3) and found.between == pytest.approx(8 / 3)
+    noise = repeated([1, 2, 9, 4, 4, 4], [None] * 6).noise()
+    assert noise.degrees == 3 and noise.variance == pytest.approx(8 / 3) and noise.between == pytest.approx(8 / 3)
 
 
 def test_noise_beyond_the_standard_errors_is_what_another_seed_changes():
-    found = repeated([1, 2, 9, 4, 4, 4], [1.0] * 5 + [2.0]).noise()
-    assert found.between == pytest.approx(8 / 3 - (4 + 4) / 5)
-    assert found.variance == pytest.approx((5 + 4) / 6 + found.between)
+    noise = repeated([1, 2, 9, 4, 4, 4], [1.0] * 5 + [2.0]).noise()
+    assert noise.between == pytest.approx(8 / 3 - (4 + 4) / 5)
+    assert noise.variance == pytest.approx((5 + 4) / 6 + noise.between)
     calm = repeated([1, 2, 9, 1, 2, 1], [1.0] * 6).noise()
     assert calm.between == 0 and calm.variance == pytest.approx(1)
 
@@ -319,7 +319,7 @@ def test_candidates_are_points_of_the_space_and_lie_on_every_kind_of_face():
         for point in candidates:
             space.check(point)
         kinds = [sum(weight > 0 for weight in point[: space.d]) for point in candidates]
-        assert min(kinds.count(some) for some in range(1, space.d + 1)) > 20
+        assert min(kinds.count(number) for number in range(1, space.d + 1)) > 20
 
 
 def test_a_point_is_as_good_as_tried_again_where_that_tells_most():

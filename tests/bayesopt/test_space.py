@@ -63,7 +63,7 @@ def test_anchors_are_the_vertices_and_the_centroid_all_else_halfway():
 
 
 @pytest.mark.parametrize(
-    "asked, said",
+    "asked, message",
     [
         ((0,), "nothing to choose"),
         ((1,), "nothing to choose"),
@@ -75,8 +75,8 @@ def test_anchors_are_the_vertices_and_the_centroid_all_else_halfway():
         ((2, ((0, 1),), (), ((0, 2, 0.0),)), "idle"),
     ],
 )
-def test_a_space_that_cannot_be_searched_raises(asked, said):
-    with pytest.raises(InputError, match=said):
+def test_a_space_that_cannot_be_searched_raises(asked, message):
+    with pytest.raises(InputError, match=message):
         Space(*asked)
 
 

@@ -93,14 +93,14 @@ def named(needs):
 @pytest.mark.parametrize("policy", LEARNERS, ids=str)
 def test_weights_are_those_of_the_real_models_each_stored_once(policy, dtype):
     params = run_params(dtype=dtype, **policy)
-    found, (models, _) = named(cost.weights(empty(params))), real(params)
+    needs, (models, _) = named(cost.weights(empty(params))), real(params)
     parts = [models.reference, models.policy, models.policy.sampling_model()]
     stored = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for m in parts for p in m.parameters()}
     scorer = sum(p.numel() for p in models.reward.parameters()) * (2 if dtype == "bfloat16" else 4)
     learns = [p for p in models.policy.parameters() if p.requires_grad]
-    assert found.pop("Adam") == 8 * sum(p.numel() for p in learns)
-    assert found.pop("reward model") == scorer
-    assert sum(found.values()) == sum(stored.values())
+    assert needs.pop("Adam") == 8 * sum(p.numel() for p in learns)
+    assert needs.pop("reward model") == scorer
+    assert sum(needs.values()) == sum(stored.values())
 
 
 def test_the_shipped_policy_is_counted_from_its_config():
@@ -141,8 +141,8 @@ def test_kept_by_a_layer_is_what_autograd_saves(policy, tolerance):
         made = trainable_copy(PolicyWithValue(lm, bf16=dtype == torch.bfloat16).requires_grad_(False), params.policy)
         per_token.append((kept(made, 26) - kept(made, 10)) / (PPO.rollouts * 16))
     s = 2 if "dtype" in policy else 4
-    said = cost.kept_by_layer(cost.Sizes.of(lm), s, policy.get("lora_rank", 0))
-    assert said == pytest.approx(per_token[0] - per_token[1], rel=tolerance or 1e-9)
+    estimate = cost.kept_by_layer(cost.Sizes.of(lm), s, policy.get("lora_rank", 0))
+    assert estimate == pytest.approx(per_token[0] - per_token[1], rel=tolerance or 1e-9)
 
 
 def test_the_cache_is_as_large_as_it_is_said_to_be():

@@ -24,13 +24,13 @@ REVIEWS = workspace() / "params" / "reviews.yaml"
 
 def test_expansion_is_datasets_times_arms_times_seeds_in_order():
     study = load_study(REVIEWS, ["data=[{name: reviews}, {name: hh_rlhf}]", "seeds=[3, 4, 5]"])
-    found = plan.expand(study)
-    names = [job.name for job in found]
+    planned = plan.expand(study)
+    names = [job.name for job in planned]
     assert len(names) == len(set(names))
     assert sum("04_ppo" in name for name in names) == 2 * 6 * 3
-    assert {job.params.seed for job in found if job.notebook == "04_ppo"} == {3, 4, 5}
-    stage = {job.name: job.stage for job in found}
-    for job in found:
+    assert {job.params.seed for job in planned if job.notebook == "04_ppo"} == {3, 4, 5}
+    stage = {job.name: job.stage for job in planned}
+    for job in planned:
         if job.weights_from:
             assert stage[job.weights_from] < job.stage
         assert job.stage < stage[f"{job.params.data.name}-06_comparison"] or job.notebook in plan.COMPARING
@@ -38,16 +38,16 @@ def test_expansion_is_datasets_times_arms_times_seeds_in_order():
 
 def test_settings_are_compared_each_by_itself():
     study = load_study(REVIEWS, ["settings={low: {ppo: {kl_coef: 0.0}}, high: {ppo: {kl_coef: 1.0}}}", "seeds=[3]"])
-    found = {job.name: job for job in plan.expand(study)}
-    assert len(found) == 2 * len(plan.expand(load_study(REVIEWS, ["seeds=[3]"])))
+    planned = {job.name: job for job in plan.expand(study)}
+    assert len(planned) == 2 * len(plan.expand(load_study(REVIEWS, ["seeds=[3]"])))
     for setting, price in (("low", 0.0), ("high", 1.0)):
-        beside = found[f"{setting}-06_comparison"]
-        assert beside.params.where == f"reviews-{setting}" and len(beside.reads) == 6
+        comparison = planned[f"{setting}-06_comparison"]
+        assert comparison.params.where == f"reviews-{setting}" and len(comparison.reads) == 6
         assert all(
-            found[name].params.ppo.kl_coef == price and found[name].params.setting == setting
-            for name in (*beside.reads, f"{setting}-05_bayesian_optimisation-bo-shap")
+            planned[name].params.ppo.kl_coef == price and planned[name].params.setting == setting
+            for name in (*comparison.reads, f"{setting}-05_bayesian_optimisation-bo-shap")
         )
-        assert found[f"{setting}-04_ppo-bo-shap-seed3"].weights_from == f"{setting}-05_bayesian_optimisation-bo-shap"
+        assert planned[f"{setting}-04_ppo-bo-shap-seed3"].weights_from == f"{setting}-05_bayesian_optimisation-bo-shap"
 
 
 def test_learned_weights_want_the_search():
@@ -123,14 +123,14 @@ def test_all_that_is_learned_reaches_the_policy(tmp_path):
     """A temperature a source, features and slopes too; the arm keeps what its search did not learn."""
     settings = ["arms={bo: {sources: [shap, terminal], weights: learned, temperature: 0.5}}"]
     job = next(job for job in plan.expand(load_study(REVIEWS, settings)) if job.weights_from and job.params.arm == "bo")
-    found = {
+    shape = {
         "weights": [0.25, 0.75],
         "normalise": "signed",
         "temperature": [0.1, 2.0],
         "features": ["position"],
         "slopes": [[1.0], [0.0]],
     }
-    RunFolder(tmp_path / job.weights_from).save_metrics({"shape": found, "mean": 3.0})
+    RunFolder(tmp_path / job.weights_from).save_metrics({"shape": shape, "mean": 3.0})
     wanted = ("shap", "terminal"), (0.25, 0.75), "signed", (0.1, 2.0), ("position",), ((1.0,), (0.0,))
     assert plan.learned_params(job, tmp_path).shape == ShapeParams(*wanted)
     RunFolder(tmp_path / job.weights_from).save_metrics({"shape": {"weights": [0.25, 0.75]}})

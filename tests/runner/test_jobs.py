@@ -82,9 +82,9 @@ def statuses(study: Path, **options) -> dict[str, str]:
 
 
 def test_a_dry_run_says_why(study, faked, tmp_path, capsys):
-    found = why(study)
-    assert [found[name] for name in (REWARD, SPARSE, SEARCH)] == ["new"] * 3
-    assert found[BO] == f"upstream runs: {SEARCH}" and found[COMPARISON] == f"upstream runs: {BO} and 1 more"
+    reasons = why(study)
+    assert [reasons[name] for name in (REWARD, SPARSE, SEARCH)] == ["new"] * 3
+    assert reasons[BO] == f"upstream runs: {SEARCH}" and reasons[COMPARISON] == f"upstream runs: {BO} and 1 more"
     assert set(statuses(study).values()) == {"ok"} and set(why(study).values()) == {""}
     changed = why(study, "study=s", "ppo.lr=0.5", "ppo.gamma=0.5", "seeds=[0]")
     assert changed[SPARSE] == "parameters changed: ppo_lr 0.0001 -> 0.5, ppo_gamma 1.0 -> 0.5"
@@ -102,8 +102,8 @@ def test_a_dry_run_says_why(study, faked, tmp_path, capsys):
     (tmp_path / "locks" / "cpu.txt").unlink()
     (tmp_path / "runs" / "s" / SPARSE / "metrics.json").unlink()
     (tmp_path / "runs" / "s" / REWARD / "metrics.json").write_text("{}")
-    found = why(study)
-    assert found[SPARSE] == found[REWARD] == "metrics.json: missing or altered" and found[BO] == ""
+    reasons = why(study)
+    assert reasons[SPARSE] == reasons[REWARD] == "metrics.json: missing or altered" and reasons[BO] == ""
     assert main(["run", str(study), "--dry-run", "--only", "0[14]*"]) == 0
     out = capsys.readouterr().out
     assert "run     01_reward_model: metrics.json: missing or altered\n" in out and "cached  04_ppo-bo-seed0" in out
@@ -148,11 +148,11 @@ def test_a_hundred_finished_runs_are_checked_within_five_seconds(study, faked, t
         "arms": {"a": {"sources": ["terminal"]}, "b": {"sources": ["uniform"]}},
     }
     study.write_text(yaml.safe_dump(text))
-    found = plan.expand(load_study(study))
-    assert len(found) == 100
-    for job in found:
+    planned = plan.expand(load_study(study))
+    assert len(planned) == 100
+    for job in planned:
         folder = tmp_path / "runs" / "s" / job.name
-        prepare(job, folder, plan.threads_of(job, found, 1))
+        prepare(job, folder, plan.threads_of(job, planned, 1))
         (folder / "notebook.ipynb").write_bytes(os.urandom(300_000))
         finish(job, folder, "ok", "", time.time())
     (tmp_path / "reports" / "s").mkdir(parents=True)
@@ -267,13 +267,13 @@ def test_a_record_names_processor_and_gpus(visible, names, wanted, tmp_path, mon
 def test_a_kernel_that_died_or_left_cells_out_is_not_ok(study, tmp_path, forked):
     """papermill calls the second a success."""
     job = plan.expand(load_study(study))[0]
-    for source, status, said in (
+    for source, status, message in (
         ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "killed", "kernel died"),
         ("import sys; sys.exit(0)", "failed", "code cell 3 was not executed"),
     ):
         write_notebook(tmp_path / "notebooks" / "01_reward_model.ipynb", source, "y = 1")
         record = run_job(job, tmp_path / "runs" / "s" / job.name, Limits(1, 60))
-        assert record["status"] == status and said in record["error"]
+        assert record["status"] == status and message in record["error"]
         assert not (tmp_path / "runs" / "s" / job.name / ".heartbeat").exists()
 
 
@@ -300,11 +300,11 @@ def test_two_runners_share_a_study_and_nothing_runs_twice(study, tmp_path, forke
         write_notebook(tmp_path / "notebooks" / f"{name}.ipynb", *cells)
     study.write_text(study.read_text().replace("- 06_comparison\n", "").replace("- 01_reward_model\n", ""))
     both = [command(tmp_path, "run", "params/s.yaml") for _ in range(2)]
-    said = [runner.communicate()[0] for runner in both]
+    printed = [runner.communicate()[0] for runner in both]
     ended = {path.parent.name: json.loads(path.read_text())["status"] for path in tmp_path.glob("runs/s/*/run.json")}
-    assert ended == dict.fromkeys((SPARSE, SEARCH, BO), "ok"), said
+    assert ended == dict.fromkeys((SPARSE, SEARCH, BO), "ok"), printed
     counts = {path.name: path.read_text() for path in tmp_path.glob("runs/s/*.count")}
-    assert counts == {"sparse.count": "x", "bo.count": "xx"}, said
+    assert counts == {"sparse.count": "x", "bo.count": "xx"}, printed
 
 
 def until(condition, seconds: float = 60) -> None:

@@ -285,8 +285,8 @@ def test_models_of_the_hub_record_the_commit_that_was_read(hub, tokenizer):
     made = hub / "models--org--reward" / "snapshots" / COMMITS["org/reward"]
     config = LlamaConfig.from_pretrained(made)
     AutoModelForSequenceClassification.from_config(config).save_pretrained(made)
-    found = train_reward_model.load_reward_model([], tokenizer, RewardParams(name="org/reward"), "")
-    assert found.revision == COMMITS["org/reward"]
+    loaded = train_reward_model.load_reward_model([], tokenizer, RewardParams(name="org/reward"), "")
+    assert loaded.revision == COMMITS["org/reward"]
     made = hub / "models--org--policy" / "snapshots" / COMMITS["org/policy"]
     language_models.AutoModelForCausalLM.from_config(LlamaConfig.from_pretrained(made)).save_pretrained(made)
     assert language_models.load_policy(PolicyParams(name="org/policy")).revision == COMMITS["org/policy"]
