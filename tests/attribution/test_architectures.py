@@ -28,11 +28,12 @@ SIZES = dict(
 DECODERS = (
     "arcee biogpt bloom ctrl diffllama doge exaone4 gemma gemma2 gemma3_text glm glm4 gpt2 gpt_bigcode gpt_neox helium "
     "hunyuan_v1_dense llama ministral mistral mixtral modernbert-decoder mpt nemotron olmo olmo2 olmo3 openai-gpt opt "
-    "persimmon phi phi3 qwen3 seed_oss smollm3 stablelm starcoder2"
+    "persimmon phi phi3 qwen3 seed_oss smollm3 stablelm starcoder2 gpt_oss jetmoe minimax"
 ).split()
 ENCODERS = (
     "albert bert camembert convbert data2vec-text deberta deberta-v2 distilbert electra ernie eurobert flaubert fnet "
-    "megatron-bert modernbert mpnet nystromformer rembert roberta roberta-prelayernorm roformer xlm-roberta xlnet"
+    "megatron-bert modernbert mpnet nystromformer rembert roberta roberta-prelayernorm roformer xlm-roberta xlnet "
+    "big_bird gte ibert nomic_bert"
 ).split()
 SEQ2SEQ = "bart mbart mt5 mvp t5".split()
 WORDS = sorted({word for text in SENTENCES for word in text.replace(",", " ,").replace(";", " ;").split()})
