@@ -31,8 +31,9 @@ def main() -> None:
     freeze = subprocess.run([*PIP, "freeze", "--all", "--exclude-editable"], capture_output=True, text=True, check=True)
     installed = [Requirement(line) for line in freeze.stdout.splitlines()]
     write("common.txt", [pin for pin in installed if pin.name not in ("pip", "torch")])
-    for name in ("cpu.txt", "cuda.txt", "alpaca_eval.txt"):
+    for name in ("cpu.txt", "cuda.txt"):
         write(name, pins(HERE / name))
+    write("alpaca_eval.txt", pins(HERE / "alpaca_eval.txt"), PYTHONS[:2])  # its numpy knows no later one
 
 
 def pins(path: Path) -> list[Requirement]:
@@ -41,9 +42,9 @@ def pins(path: Path) -> list[Requirement]:
     return [Requirement(line) for line in lines if line and not line.startswith(("#", "-r "))]
 
 
-def write(name: str, wanted: list[Requirement]) -> None:
+def write(name: str, wanted: list[Requirement], pythons: tuple[str, ...] = PYTHONS) -> None:
     """Write a lock anew, with the comments and the included locks that it begins with."""
-    targets, hashes = list(product(MACHINES, PYTHONS)), defaultdict(set)
+    targets, hashes = list(product(MACHINES, pythons)), defaultdict(set)
     with ThreadPoolExecutor() as pool:  # pip mostly waits for the index
         taken = pool.map(lambda target: files(name, wanted, *target), targets)
     for pin, sha256 in (item for one in taken for item in one.items()):
