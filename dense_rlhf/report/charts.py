@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 WIDTH, LABELS, VALUES, ROW = 700, 170, 150, 26
 
 
-def forest(intervals: Mapping[str, Interval], what: str) -> Markup | str:
+def forest(intervals: Mapping[str, Interval], what: str, alone: bool = False) -> Markup | str:
     """A point with its interval for each name, one a line, hollow if it has none; a dotted line at zero.
+
+    `alone` is an SVG file, black on white in any viewer; otherwise the figure of a page.
 
     Intervals with other numbers that are not finite are left out; without any there is no figure.
     """
@@ -36,7 +38,7 @@ def forest(intervals: Mapping[str, Interval], what: str) -> Markup | str:
     marks = [(x(step), f"{step:g}", "axis" if step else "zero") for step in steps]
     rows = [_row(name, i, x) | {"y": ROW * (n + 0.5)} for n, (name, i) in enumerate(shown.items())]
     words = f"{what}: " + "; ".join(f"{name} {i}" for name, i in shown.items())
-    return draw("forest", what, words, WIDTH, ROW * len(shown) + 6, marks, rows)
+    return draw("forest_file" if alone else "forest", what, words, WIDTH, ROW * len(shown) + 6, marks, rows)
 
 
 def _ends(interval: Interval) -> tuple[float, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,14 +20,12 @@ from dense_rlhf.report.charts import forest
 from dense_rlhf.report.comparison import intervals_in, verdict
 from dense_rlhf.report.record import Outline
 from dense_rlhf.runs import RunFolder
-from dense_rlhf.statistics import Interval
 from dense_rlhf.view.escape import scrub, visible
 from dense_rlhf.view.html import TEMPLATES
 from dense_rlhf.view.live import duration
 
 ORDER = ("reviews_full", "reviews", "smollm2", "hh_rlhf", "ultrafeedback")  # of the sections; others follow by name
 MARKS = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "|": "\\|", "`": "'", "*": "\\*", "\n": " "})
-STYLE = "text{font:13px sans-serif;fill:#222}line.axis{stroke:#ddd}line.zero{stroke:#888;stroke-dasharray:3}"
 MOST = 12  # intervals of an ablation that are listed
 
 
@@ -176,22 +173,11 @@ def _figures(study: Study, finding: Finding, to: Path) -> list[tuple[str, str]]:
     drawn = []
     for field, what in asked.items():
         gains = {arm.name: gain for arm in trained if (gain := getattr(arm, field))}
-        if picture := standalone(gains, what):
+        if picture := forest(gains, what, alone=True):
             name = f"reports/{study.name}/{field}-{finding.dataset}.svg"
-            write_text(to / name, picture)
+            write_text(to / name, f"{picture}\n")
             drawn.append((name, what))
     return drawn
-
-
-def standalone(gains: Mapping[str, Interval], what: str) -> str:
-    """A page's figure as an SVG file, black on white in any viewer; empty where there is nothing to draw."""
-    found = re.search("<svg.*</svg>", str(forest(gains, what)), re.S)
-    if not found:
-        return ""
-    head, _, rest = found[0].replace("currentColor", "#222").partition(">")
-    head = head.replace("<svg ", "<svg xmlns='http://www.w3.org/2000/svg' ", 1)
-    paper = "<rect width='100%' height='100%' fill='#fff'/>"
-    return f"{head}><style>{STYLE}</style>{paper}{rest}\n"
 
 
 # ---------------------------------------------------------------------------------------------------- the rest

@@ -177,7 +177,7 @@ def test_the_same_answers_are_judged_once_for_all_runs(task, tmp_path, monkeypat
         (task.reference, PROMPTS[1:], PARAMS, 0),
     ):
         pd.testing.assert_frame_equal(evaluate(task, *given), evaluate(task, *given, tmp_path), check_exact=True)
-    assert len(list((tmp_path / "answers").iterdir())) == 4
+    assert len(list((tmp_path / "answers").glob("[!.]*"))) == 4
     judge = replace(task, gold=AdditiveJudge("gold", {"film": 1.0}))
     assert evaluate(judge, task.reference, PROMPTS, PARAMS, 0, tmp_path)["gold"].tolist() != fresh["gold"].tolist()
 
