@@ -1,4 +1,4 @@
-# make study: the whole study on film reviews, about half an hour on two cores. make help lists the rest.
+# make study: the whole study on film reviews, a quarter of an hour on two cores. make help lists the rest.
 .DEFAULT_GOAL := help
 PYTHON ?= python3.11
 LOCK ?= locks/cpu.txt

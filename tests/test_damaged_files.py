@@ -29,7 +29,7 @@ from dense_rlhf.models import language_models, train_reward_model, word_judge
 from dense_rlhf.models.policy import PolicyWithValue
 from dense_rlhf.models.tiny_recipe import save_language_model
 from dense_rlhf.ppo.checkpoint import keep, resume, save_policy
-from dense_rlhf.report.write import write_overview
+from dense_rlhf.report.write import Place, write_overview
 from dense_rlhf.runs import RunFolder, artefacts, finished_runs
 from dense_rlhf.training import dpo
 from dense_rlhf.types import InputError, LabelledText
@@ -224,7 +224,10 @@ def overview(folder, given):
     given.patch("dense_rlhf.report.write.page", lambda title, content, *_, **__: content)
 
     def read():
-        return [{name: one.get(name) for name in facts} for one in json.loads(write_overview(folder).read_text())]
+        return [
+            {name: one.get(name) for name in facts}
+            for one in json.loads(write_overview(Place(folder, folder / "reports")).read_text())
+        ]
 
     return read
 
@@ -313,7 +316,11 @@ def test_damage_gives_the_right_result_or_a_line_that_names_the_file(name, given
     things = SimpleNamespace(**given, root=tmp_path, patch=monkeypatch.setattr)
     read = READERS[name](tmp_path / "state", things)
     sound, dice = read(), random.Random(name)
-    files = [path for path in sorted((tmp_path / "state").rglob("*")) if path.is_file() and path.name != "index.html"]
+    files = [
+        path
+        for path in sorted((tmp_path / "state").rglob("*"))
+        if path.is_file() and path.name != "index.html" and path.stat().st_size
+    ]
     shutil.copytree(tmp_path / "state", tmp_path / "safe")
     for kind in [*DAMAGE, "a bit", "bits", "a digit", "cut"]:
         path = dice.choice(files)

@@ -128,7 +128,7 @@ def become_kernel(arguments: Sequence[str], environment: Mapping[str, str]) -> N
     call_this_process("dense-kernel")
     settle(environment)
     if "torch" in sys.modules:
-        refresh(int(environment[THREADS[0]]))
+        refresh(int(environment.get(THREADS[0]) or len(os.sched_getaffinity(0))))
     from ipykernel import kernelapp
 
     kernelapp.launch_new_instance(argv=arguments)

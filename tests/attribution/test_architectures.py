@@ -172,6 +172,7 @@ def test_encoders(kind, policy, tmp_path):
             before, after = [*head, *PROMPT.split(), "<sep>"], ["</s>"]
         parts = [tokenizer.convert_tokens_to_ids(part) for part in (before, response.split(), after)]
         segments = pair and "token_type_ids" in inspect.signature(model.forward).parameters
+        segments = segments and getattr(model.config, "type_vocab_size", 2) > 1
         if segments:
             tokenizer = words(ends, model_input_names=["input_ids", "token_type_ids", "attention_mask"])
         kinds = [0] * len(parts[0]) + [1] * (len(parts[1]) + len(parts[2])) if segments else None

@@ -246,7 +246,6 @@ torch.set_num_threads(1)
 import test_cost as t
 from dense_rlhf import ppo
 from dense_rlhf.runner import cost
-ctypes.CDLL("libc.so.6").mallopt(-3, 65536)  # what is freed goes back
 status = lambda key: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) * 1024
 t.SHAPE |= {"hidden_size": 512, "intermediate_size": 1376, "vocab_size": 4096}
 params = t.run_params()
@@ -254,6 +253,7 @@ needs = cost.memory(t.empty(params), params, t.P, 512)
 models, _ = t.real(params)
 rollout, rewards = t.made_up(), torch.ones(t.PPO.rollouts, t.PPO.max_new_tokens)
 learner = ppo.make_learner(models.policy, t.PPO, 0)
+ctypes.CDLL("libc.so.6").mallopt(-3, 65536)  # what is freed goes back
 ppo.update(learner, rollout, rewards, t.PPO)  # makes the optimiser's state
 learner.optimizer.zero_grad()
 open("/proc/self/clear_refs", "w").write("5")

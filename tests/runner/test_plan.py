@@ -465,8 +465,13 @@ def test_the_list_has_studies_alone(study, tmp_path, capsys):
 def test_lab_opens_copies_and_keeps_what_was_changed_there(tmp_path):
     for name in ("Makefile", "pyproject.toml", "setup.py"):
         (tmp_path / name).write_text((ROOT / name).read_text())
-    for name, text in (("notebooks/a.ipynb", "old"), ("locks/cpu.txt", ""), ("bin/jupyter", '#!/bin/sh\necho "$@"\n')):
-        (tmp_path / name).parent.mkdir()
+    for name, text in (
+        ("notebooks/a.ipynb", "old"),
+        ("locks/cpu.txt", ""),
+        ("locks/common.txt", ""),
+        ("bin/jupyter", '#!/bin/sh\necho "$@"\n'),
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     (tmp_path / "bin/jupyter").chmod(0o755)
     (tmp_path / "ready").touch()
