@@ -76,6 +76,15 @@ def test_results_hold_each_number_of_the_study_and_a_key_for_it(released):
     assert len(text.partition("## Keys of the runs")[0].split()) < 2000  # four pages
 
 
+def test_tables_of_results_are_tables(released):
+    """Below each head stands a line of as many columns."""
+    lines = (released[0] / "RESULTS.md").read_text().splitlines()
+    heads = [i for i, line in enumerate(lines) if line.startswith("| ") and not lines[i - 1].startswith("|")]
+    assert len(heads) > 3
+    for head in heads:
+        assert lines[head + 1] == "|" + "---|" * (lines[head].count("|") - 1)
+
+
 def test_a_study_that_is_not_recorded_is_not_mentioned(released):
     text = (released[0] / "RESULTS.md").read_text()
     assert not any(name in text for name in ("reviews_full", "smollm2", "hh_rlhf", "ultrafeedback"))
