@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dense_rlhf.attribution import attribute, available
 from dense_rlhf.config.params import AttributionParams
 from dense_rlhf.files import content_key
-from dense_rlhf.models.dialogue import turn_ends
+from dense_rlhf.models.dialogue import messages_of, turn_ends
 from dense_rlhf.models.reward_model import RewardModel, check_fits, chosen_output, padded
 from dense_rlhf.ppo.rollout import scored
 from dense_rlhf.shaping.rewards import shape_rewards
@@ -104,7 +104,7 @@ def dense_rewards(
     without them it reads the text of the ids, less special tokens. The last token of a response may be its end; it is
     part of T_i and never removed. Responses that were asked for before, with this shape, are not scored again;
     `scorer.cost` counts. Raises `InputError` for lists of different lengths, a response or prompt of no tokens, a
-    source that this model has not, and a score that is not finite. Not thread-safe.
+    source that this model lacks, and a score that is not finite. Not thread-safe.
     """
     started, rows = time.perf_counter(), _rows(scorer, prompt_ids, response_ids, shape, prompts)
     fresh = list({row.key: row for row in rows if row.key not in scorer._answers}.values())
@@ -129,7 +129,8 @@ def _rows(scorer: Scorer, prompt_ids, response_ids, shape: RewardShape, prompts)
         raise InputError(f"{given}{'' if prompts is None else f', {len(prompts)} prompts'}; wanted one each a response")
     about, rows = [vars(shape), vars(scorer.attribution)], []
     for i, (asked, answer) in enumerate(zip(prompt_ids, response_ids)):
-        query, response, prompt = _ids("prompt_ids", i, asked), _ids("response_ids", i, answer), prompts and prompts[i]
+        query, response = _ids("prompt_ids", i, asked), _ids("response_ids", i, answer)
+        prompt = None if prompts is None else messages_of(prompts[i])
         if not scorer.trainer_tokenizer:
             _check_fits(scorer, i, query, response)
         rows.append(_Row(content_key([about, query, response, repr(prompt)]), query, response, prompt))

@@ -151,6 +151,12 @@ def test_bad_ids_are_named(scorer, prompt_ids, response_ids, message):
         dense_rewards(scorer, prompt_ids, response_ids, SIGNED)
 
 
+def test_a_prompt_that_is_none_is_refused(scorer, ids):
+    """In place of reading the ids of one row and the messages of another."""
+    with pytest.raises(InputError, match="wanted text or messages"):
+        dense_rewards(scorer, *ids, SIGNED, ["the film", None, "the film"])
+
+
 def test_no_rows_are_no_rewards(scorer):
     assert dense_rewards(scorer, [], [], SIGNED) == []
 
