@@ -283,7 +283,7 @@ def _add_options(command: argparse.ArgumentParser, name: str) -> None:
             "--from", dest="results", metavar="RESULTS", help="render records, and RESULTS.md, instead"
         )
         command.add_argument(
-            "--to", metavar="FOLDER", help="where reports/ and RESULTS.md go; by default beside RESULTS"
+            "--to", metavar="FOLDER", help="where reports/ and RESULTS.md go; by default next to RESULTS"
         )
     if name == "record":
         command.add_argument("--to", metavar="RESULTS", default="results", help="folder of records; results by default")

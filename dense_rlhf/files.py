@@ -157,7 +157,7 @@ def folder_hashes(folder: Path) -> dict[str, str]:
 
 
 def seal(folder: Path) -> None:
-    """Write the hashes of the files in `folder` beside them, for `check_sealed` when they are read."""
+    """Write the hashes of the files in `folder` next to them, for `check_sealed` when they are read."""
     write_json(folder / HASHES, folder_hashes(folder))
 
 

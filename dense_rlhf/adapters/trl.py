@@ -5,7 +5,7 @@
     trainer.train()
 
 GRPO whitens summed rewards, so it cannot see where in a response a reward was paid; its loss can, where a subclass of
-the trainer gives it the numbers. Written for trl 1.12 and later; RLOO's ratio is of whole sequences and cannot.
+the trainer gives it the numbers. Run with trl 1.16. RLOO cannot, as its ratio is of whole sequences.
 """
 
 from __future__ import annotations

@@ -113,6 +113,11 @@ def available(reward_model: RewardModel, params: AttributionParams | None = None
     return [source for source, kind in SOURCES.items() if not missing.get(getattr(kind, "source", source))]
 
 
+def placebos() -> dict[str, str]:
+    """The sources that shuffle the credit of another, and whose."""
+    return {source: kind.source for source, kind in SOURCES.items() if isinstance(kind, Shuffled)}
+
+
 SOURCES: dict[str, Designed | Callable[[RewardModel, Rollout, AttributionParams], Attribution]] = {
     "terminal": terminal,
     "uniform": uniform,

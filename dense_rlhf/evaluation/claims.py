@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
+from dense_rlhf.attribution.sources import placebos
 from dense_rlhf.evaluation.results import CONTROL, DENSE, SPARSE, Arm, Finding
 from dense_rlhf.evaluation.rule import CONTRADICTED, SUPPORTED, UNDECIDED, Case, Comparison, decide, overall
-from dense_rlhf.evaluation.words import EQUAL_KL, UPDATES, Measure, foretold, p_value, signed, why
+from dense_rlhf.evaluation.words import EQUAL_KL, UPDATES, Measure, p_value, signed, trial_rank, why
 from dense_rlhf.statistics import Difference
 
 NOT_ASKED, IDENTITY = "not asked", "an identity"  # in place of a verdict
@@ -115,12 +116,12 @@ def _one_search_a_seed(arm: Arm) -> bool:
 
 def _attention(finding: Finding) -> list[Matchup] | Unasked:
     """Every arm of attention's credit against arms of the same credit in a random order."""
-    controls = [c for c in finding.of_kind(CONTROL) if "shuffled_attention" in c.sources]
+    controls = [c for c in finding.of_kind(CONTROL) if any(placebos().get(s) == "attention" for s in c.sources)]
     asked = []
     for arm in finding.of_kind(DENSE):
-        placebos = [c.name for c in controls if c.normalise == arm.normalise]
-        if set(arm.sources) <= {"attention", "terminal"} and placebos:
-            asked.append(Matchup(arm, placebos))
+        rivals = [c.name for c in controls if c.normalise == arm.normalise]
+        if set(arm.sources) <= {"attention", "terminal"} and rivals:
+            asked.append(Matchup(arm, rivals))
     return asked or Unasked("no arm of attention beside one of shuffled attention")
 
 
@@ -187,10 +188,10 @@ def judge(finding: Finding) -> tuple[Claim, ...]:
 
 def _explained(finding: Finding, question: Question, cases: Sequence[Case]) -> str:
     """What a verdict's evidence leaves out: of the value loss, what each critic explains of the returns-to-go, however
-    much they vary; of learned weights, whether what a search sees foretells what it is for."""
+    much they vary; of learned weights, how well what a search sees predicts what it is for."""
     if GOLD in question.measures:
         searches = [s for case in cases if (s := finding.arms[case.arm].search)] if question.key in ("2", "3") else []
-        return "".join(f" {foretold(finding, n)}" for n in sorted({s.updates for s in searches}) if n)
+        return "".join(f" {trial_rank(finding, n)}" for n in sorted({s.updates for s in searches}) if n)
     names = dict.fromkeys(name for case in cases for name in (case.arm, *(c.rival for c in case.comparisons)))
     late = {name: list(finding.late(name, "explained_variance_mc").values()) for name in names}
     shares = ", ".join(f"{name} {sum(known) / len(known):.2f}" for name, known in late.items() if known)

@@ -11,6 +11,7 @@ from functools import cached_property
 from statistics import median
 from typing import TYPE_CHECKING
 
+from dense_rlhf.attribution.sources import placebos
 from dense_rlhf.config.params import EvaluationParams
 from dense_rlhf.evaluation.results import CONTROL, DENSE, PARTS, SPARSE, TABLES, Arm, Finding, Search
 from dense_rlhf.runs import RunFolder, histories
@@ -19,7 +20,7 @@ from dense_rlhf.statistics import Difference, Interval, improvement, interquarti
 if TYPE_CHECKING:
     import pandas as pd
 
-CONTROLS = {"uniform", "random", "shuffled", "shuffled_attention"}
+CONTROLS = "uniform", "random"  # and every placebo
 OWN = ("arm", "seed", "threads", "shape", "run", "bo")  # parameters, by first word, in which paired runs may differ
 SEARCH, TUNING = "05_bayesian_optimisation", "11_step_size"
 STEP = "ppo_lr"  # so may this one: every arm has its own step size
@@ -112,7 +113,7 @@ def kind(arm: str, sources: Sequence[str]) -> str:
     """`SPARSE`, `DENSE`, or `CONTROL`: a reward by token that ignores what the tokens are."""
     if set(sources) <= {"terminal", "sparse"}:
         return SPARSE
-    return CONTROL if set(sources) <= CONTROLS | {"terminal"} else DENSE
+    return CONTROL if set(sources) <= {"terminal", *CONTROLS, *placebos()} else DENSE
 
 
 def _settings(run: RunFolder) -> dict | str:

@@ -180,8 +180,8 @@ class Finding:
             return paired([a[seed] for seed in both], [b[seed] for seed in both])
         return welch(list(a.values()), list(b.values()))
 
-    def foretold(self, updates: int, column: str = "proxy") -> Interval | None:
-        """How well what a search sees foretells what it is for: Spearman's rank correlation over arms of a metric after
+    def rank_after(self, updates: int, column: str = "proxy") -> Interval | None:
+        """How well what a search sees predicts what it is for: Spearman's rank correlation over arms of a metric after
         `updates` (the mean of the last `SMOOTH`) with held-out gold at the end, mean over the seeds that all arms have.
 
         None for fewer than three arms, or values that do not differ. Arms are at their own step sizes.

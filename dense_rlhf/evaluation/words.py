@@ -150,9 +150,9 @@ def cost_at(finding: Finding, arm: str, level: float) -> str:
     return plural(at["update"].mean() + 1, "update") + ("" if math.isnan(spent) else f", {duration(spent)}")
 
 
-def foretold(finding: Finding, updates: int) -> str:
-    """Whether a trial of so many updates foretells the end of a training, from the trainings of all arms."""
-    rank = finding.foretold(updates)
+def trial_rank(finding: Finding, updates: int) -> str:
+    """How well a trial of so many updates predicts the end of a training, from the trainings of all arms."""
+    rank = finding.rank_after(updates)
     of = f"of the proxy after {plural(updates, 'update')}, where a trial ends, with gold at the end"
     return f"Rank correlation {of}: {rank if rank else 'not known'}, over arms, mean over seeds."
 

@@ -39,11 +39,8 @@ def source(png: str) -> str:
         webp = _webp(_opened(png))
     except (OSError, ValueError):
         webp = ""
-    return (
-        f"data:image/webp;base64,{webp}"
-        if 0 < len(webp) < len(png)
-        else f"data:image/png;base64,{''.join(png.split())}"
-    )
+    kind, data = ("webp", webp) if 0 < len(webp) < len(png) else ("png", "".join(png.split()))
+    return f"data:image/{kind};base64,{data}"
 
 
 def thumbnail(notebook: Path, width: int = 420) -> Markup | str:

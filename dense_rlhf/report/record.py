@@ -94,7 +94,7 @@ class Record:
 
 
 def write_record(outline: Outline, runs: Sequence[RunFolder], to: Path, anyway: bool = False) -> Path:
-    """Record finished runs in `to`/STUDY, beside those that are recorded there already; returns that folder.
+    """Record finished runs in `to`/STUDY, with those that are recorded there already; returns that folder.
 
     A reader sees the record before or after, nothing between. Raises `InputError` for runs of code that was not
     committed, unless `anyway`; for files that are not as their run left them; and where a recorded run has other

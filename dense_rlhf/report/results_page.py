@@ -49,7 +49,7 @@ def place(name: str) -> tuple[int, str]:
 
 
 def write_results(studies: Iterable[Study], to: Path) -> Path:
-    """Write `RESULTS.md` into a folder that has the pages in reports/, and its figures beside those pages."""
+    """Write `RESULTS.md` into a folder that has the pages in reports/, and its figures next to those pages."""
     ordered = sorted(studies, key=lambda study: place(study.name))
     sections = [_section(study, to) for study in ordered]
     text = _environment().get_template("results.md.j2").render(sections=sections, names=", ".join)

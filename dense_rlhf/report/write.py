@@ -107,7 +107,7 @@ def write_study(study: StudyParams, records: list[dict], place: Place) -> list[F
     folder = place.reports / study.study
     runs = {record["job"]: RunFolder(place.runs(study.study) / record["job"]) for record in records}
     pages, notes, lost = _run_pages(records, runs, place)
-    compared = _comparisons(study, records, runs, (place, lost))
+    compared = _comparisons(study, records, runs, place, lost)
     listed = [r | {"page": pages.get(r["job"]), "files": place.files_of(runs[r["job"]])} for r in records]
     facts = summary(study.study, study.seeds, listed, compared, lost)
     facts |= {} if place.released else {"pages": pages_key()}
@@ -147,10 +147,10 @@ def _run_page(record: dict, run: RunFolder, place: Place) -> tuple[str, Markup |
 
 
 def _comparisons(
-    study: StudyParams, records: list[dict], runs: Mapping[str, RunFolder], to: tuple[Place, list[str]]
+    study: StudyParams, records: list[dict], runs: Mapping[str, RunFolder], place: Place, lost: list[str]
 ) -> list[Finding]:
-    """Write the page of each dataset and each ablation; returns what the datasets say, and adds to what is lost."""
-    (place, lost), compared = to, []
+    """Write the page of each dataset and each ablation; returns what the datasets say, and adds to `lost`."""
+    compared: list[Finding] = []
     done = [record for record in records if record["status"] in GOOD]
     try:
         compared = findings([runs[record["job"]] for record in done], list(study.arms))

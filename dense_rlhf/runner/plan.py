@@ -1,6 +1,6 @@
 """What a study runs, in which order, from which inputs, and why each run would run again.
 
-Order: reward model, and beside it the notebook that meanwhile trains the second judge; searches and choices of step
+Order: reward model, and meanwhile the notebook that trains the second judge; searches and choices of step
 sizes, the longest first; policies; what nothing waits for; the comparison.
 """
 

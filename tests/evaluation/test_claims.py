@@ -261,7 +261,7 @@ def test_the_claims_of_a_planted_truth(finding):
     assert verdicts["1b", UPDATES] == SUPPORTED and verdicts["1b", EQUAL_KL] == NO_DIFFERENCE
     assert verdicts["2", UPDATES] == verdicts["2", EQUAL_KL] == NO_DIFFERENCE
     assert verdicts["1a", UPDATES] == SUPPORTED and verdicts["3", ""] == NOT_ASKED
-    rank = finding.foretold(12)
+    rank = finding.rank_after(12)
     assert rank.mean > 0.3 and f"proxy after 12 updates, where a trial ends, with gold at the end: {rank}" in next(
         c.why for c in judge(finding) if c.key == "2"
     )

@@ -210,7 +210,7 @@ def test_the_first_page_tells_the_step_sizes_and_what_choosing_them_took(tmp_pat
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_a_rank_correlation_tells_whether_a_prefix_foretells_the_end(tmp_path, sign):
+def test_a_rank_correlation_tells_whether_a_prefix_predicts_the_end(tmp_path, sign):
     """The arms' order at the end is that of their slopes, or its reverse; with two arms there is no answer."""
     arms = {name: replace(ARMS_OF_A_FRONTIER["sparse"], kl=3.0 + i, spread=0.0) for i, name in enumerate("abcd")}
     study = Study(tmp_path / "s", arms, (0, 1)).write()
@@ -218,8 +218,8 @@ def test_a_rank_correlation_tells_whether_a_prefix_foretells_the_end(tmp_path, s
         rows = pd.read_csv(path)
         rows.assign(proxy=sign * rows["kl"]).to_csv(path, index=False)
     (made,) = findings(finished_runs(study.folder))
-    assert made.foretold(12) == Interval(sign, sign, sign) and made.foretold(12, "unknown") is None
-    assert replace(made, history=made.history[made.history["arm"] < "c"]).foretold(12) is None
+    assert made.rank_after(12) == Interval(sign, sign, sign) and made.rank_after(12, "unknown") is None
+    assert replace(made, history=made.history[made.history["arm"] < "c"]).rank_after(12) is None
 
 
 def test_what_all_seeds_share_is_said(tmp_path):

@@ -229,7 +229,7 @@ def test_equal_lengths_leave_the_win_rate():
     assert length_controlled(preference, ["x"] * 100, ["y"] * 100).mean() == pytest.approx(preference.mean(), abs=1e-3)
 
 
-def test_what_was_not_judged_is_foretold_and_teaches_nothing():
+def test_what_was_not_judged_is_predicted_and_teaches_nothing():
     preference, ours, theirs, difficulty, _ = annotations(0)
     known = np.where(np.isnan(preference), 0.5, preference)
     known[:20] = np.nan

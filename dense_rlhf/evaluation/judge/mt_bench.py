@@ -62,7 +62,10 @@ def read_questions(folder: Path | str, revision: str | None = None) -> list[TwoT
             for row in rows
         ]
     files = sorted(path.parent.glob("reference_answer*.jsonl"))
-    references = {repr(row.get("question_id")): _first_choice(row) for file in files for row in read_rows(file)}
+    answers = [(repr(row.get("question_id")), _first_choice(row)) for file in files for row in read_rows(file)]
+    references = dict(answers)
+    if len(references) != len(answers):
+        raise InputError(f"{path.parent}/reference_answer*.jsonl: wanted no question_id twice")
     questions = [_question(row, references.get(repr(row.get("question_id"))), path) for row in read_rows(path)]
     if not questions or len({question.id for question in questions}) != len(questions):
         raise InputError(f"{path}: wanted at least one question, and no question_id twice")
@@ -95,7 +98,10 @@ def read_prompts(folder: Path | str) -> dict[str, dict]:
     path = Path(folder, "judge_prompts.jsonl")
     if not path.is_file():
         raise InputError(f"downstream.mt_bench_path: no file at {path}; wanted MT-Bench's judge prompts there")
-    rows = {str(row.get("name")): row for row in read_rows(path)}
+    named = [(str(row.get("name")), row) for row in read_rows(path)]
+    rows = dict(named)
+    if len(rows) != len(named):
+        raise InputError(f"{path}: wanted no name twice")
     prompts = {name: rows.get(name, {}) for name in PROMPTS.values()}
     for name, prompt in prompts.items():
         if not all(isinstance(prompt.get(key), str) for key in ("system_prompt", "prompt_template")):
