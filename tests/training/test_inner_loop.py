@@ -278,6 +278,7 @@ def train_by_command(folder: Path, data, kill: bool = False) -> int:
     while kill and child.poll() is None:
         if list(folder.glob("checkpoint-*[3-9]")):
             os.kill(child.pid, signal.SIGKILL)
+            break  # its keeper reaps it, so that a second signal would find no process
         time.sleep(0.01)
     return child.wait()
 
