@@ -171,6 +171,11 @@ def test_a_prompt_with_an_unknown_field_is_refused():
         ("[[3]] no, [[4]]", None),
         ("", None),
         ("[[rating]]", None),
+        ("<think>[[2]]?</think> Rating: [[8]]", 8),
+        ("[[2]]?</think>**[[8]]**, as it is right", 8),
+        ("<think>Rating: [[2]]", None),
+        ("<think>[[2]]</think>", None),
+        ("【【5】】", None),
     ],
 )
 def test_ratings_are_read_strictly(reply, rating):

@@ -54,13 +54,22 @@ def test_turns_of_a_dialogue_are_told_apart():
         ("**[[tie]]**", 0.5),
         ("Verdict: [[A]].\n", 1),
         ("[[B]], I say, [[B]]", 0),
+        ("<think>Perhaps [[B]]? No.</think>\n\n[[A]]", 1),
+        ("Perhaps [[B]]?</think>[[A]]", 1),  # the template wrote the first mark
+        ("<think>\n\n</think>\n\n[[tie]]", 0.5),
+        ("<THINKING>[[B]]</THINKING> It says <think> for nothing. **[[A]]**", 1),
+        ("<think>[[A]]</think> <think>[[A]]</think> [[B]]", 0),
+        ("[THINK][[B]][/THINK][[A]]", 1),
+        ("◁think▷[[B]]◁/think▷[[A]]", 1),
     ],
 )
 def test_a_verdict_is_read(reply, value):
     assert read_verdict(reply) == value
 
 
-@pytest.mark.parametrize("reply, value", [("[[1]]", 1), ("Rating: [[10]]", 10), ("[[6.5]]", 6.5)])
+@pytest.mark.parametrize(
+    "reply, value", [("[[1]]", 1), ("Rating: [[10]]", 10), ("[[6.5]]", 6.5), ("a</think>[[3]]", 3)]
+)
 def test_a_rating_is_read(reply, value):
     assert read_rating(reply) == value
 
@@ -79,6 +88,15 @@ def test_a_rating_is_read(reply, value):
         "[[]]",
         "[[[A]]] or [[tie]]",
         "[[7]]",
+        "［［A］］",
+        "【【A】】",
+        "[[**A**]]",
+        'I was asked to end with "[[A]]".',
+        "[[A]] for the better, [[B]] for the worse: [[A]]",
+        "<think>It is [[A]]",
+        "<think>[[A]]</think>",
+        "[[A]]</think> I cannot say.",
+        "<think>no</think><think>[[A]]",
     ],
 )
 def test_anything_else_is_no_verdict(reply):

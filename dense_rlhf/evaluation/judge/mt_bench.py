@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dense_rlhf.data import hub_rows, read_rows
-from dense_rlhf.evaluation.judge.templates import NoVerdict, Question
+from dense_rlhf.evaluation.judge.templates import NoVerdict, Question, after_thinking
 from dense_rlhf.types import InputError, Message
 
 if TYPE_CHECKING:
@@ -142,11 +142,11 @@ def _filled(template: str, fields: Mapping[str, str]) -> str:
 
 
 def read_rating(reply: str) -> float:
-    """The number in double brackets, as [[7]], anywhere in the reply.
+    """The number in double brackets, as [[7]], anywhere in the reply but its thinking.
 
     Raises `NoVerdict` for none, for two that differ, and for a number outside 1 to 10.
     """
-    ratings = {float(number) for number in RATING.findall(reply)}
+    ratings = {float(number) for number in RATING.findall(after_thinking(reply))}
     if len(ratings) != 1:
         raise NoVerdict("the reply holds several ratings" if ratings else "the reply holds no [[rating]]")
     if not 1 <= min(ratings) <= 10:
