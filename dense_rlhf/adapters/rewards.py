@@ -76,6 +76,12 @@ class Scorer:
             pair=self.pair,
         )
 
+    def check(self, shape: RewardShape) -> None:
+        """Raise `InputError` for a source that cannot explain this model."""
+        if missing := set(shape.weighted) - set(available(self.reward_model, self.attribution)):
+            cannot = f"{', '.join(sorted(missing))} cannot explain {type(self.model).__name__}"
+            raise InputError(f"shape.sources: {cannot}")
+
     @cached_property
     def ends(self) -> set[int]:
         """Ids of the trainer's that end a response."""
@@ -167,9 +173,7 @@ def _explained(
 ) -> dict[str, np.ndarray]:
     """Rewards of each row by its key."""
     judge = scorer.reward_model if suffix is None else replace(scorer.reward_model, suffix=suffix)
-    missing = set(shape.weighted) - set(available(judge, scorer.attribution))
-    if missing:
-        raise InputError(f"shape.sources: {', '.join(sorted(missing))} cannot explain {type(scorer.model).__name__}")
+    scorer.check(shape)
     responses = scored(_responses(scorer, rows), judge)
     if not bool(responses.scores.isfinite().all()):
         raise InputError(
@@ -178,7 +182,7 @@ def _explained(
     credit = attribute(judge, responses, shape.weighted, scorer.attribution)
     scorer.cost.evaluations += len(rows) * (1 + sum(one.evaluations for one in credit.values()))
     rewards = shape_rewards(responses, credit, shape).float().cpu().numpy()
-    return {row.key: rewards[i, : len(row.response_ids)] for i, row in enumerate(rows)}
+    return {row.key: rewards[i, : len(row.response_ids)].copy() for i, row in enumerate(rows)}  # not the whole batch
 
 
 def _responses(scorer: Scorer, rows: Sequence[_Row]) -> Responses:
