@@ -13,12 +13,12 @@ import os
 import shlex
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from dense_rlhf import __version__
-from dense_rlhf.types import InputError, one_line
+from dense_rlhf.types import NORMALISERS, InputError, one_line
 
 
 def _study(arguments: argparse.Namespace):
@@ -268,6 +268,12 @@ def _new(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _serve(arguments: argparse.Namespace) -> int:
+    from dense_rlhf.adapters.serve_rewards import serve
+
+    return serve(arguments)
+
+
 def _execute(arguments: argparse.Namespace) -> int:
     from dense_rlhf.runner.execution import work
 
@@ -305,6 +311,16 @@ def _add_options(command: argparse.ArgumentParser, name: str) -> None:
         command.add_argument("--max-failures", type=int, metavar="N", help="start no more runs after N failures")
 
 
+def _add_serving(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--shape", metavar="SOURCE[=WEIGHT],...", help="sources of credit; terminal by default")
+    command.add_argument("--normalise", choices=NORMALISERS, help="how credit becomes shares; softmax by default")
+    command.add_argument("--trainer-tokenizer", metavar="MODEL", help="whose token ids arrive, if not the model's own")
+    command.add_argument("--host", default="127.0.0.1", help="address to listen at; 127.0.0.1 by default")
+    command.add_argument("--port", type=int, default=8700, help="8700 by default; 0 takes a free one")
+    command.add_argument("--key-file", metavar="FILE", help="holds the key that clients give; or DENSE_RLHF_REWARD_KEY")
+    command.add_argument("--set", action="append", metavar="KEY=VALUE", help="as docs/server.md lists; repeatable")
+
+
 def _of_studies() -> tuple:
     """Commands that take a study: name, what it does, in words."""
     return (
@@ -326,6 +342,7 @@ def _others() -> tuple:
         ("diff", _diff, ("first", "second"), "say in what two runs or studies differ; exit code 0 if in nothing"),
         ("archive", _archive, ("results", "target"), "put records into one zip with hashes"),
         ("new", _new, ("folder",), "lay out notebooks and studies in a folder of your own, to work there"),
+        ("serve-rewards", _serve, ("model",), "answer token ids with token rewards of a reward model, over HTTP"),
         ("execute", _execute, ("notebook", "folder"), "run one notebook in its prepared folder, as the runner does"),
     )
 
@@ -343,31 +360,13 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(act=act)
         for place in places:
             command.add_argument(place)
+        if name == "serve-rewards":
+            _add_serving(command)
         if name == "params":
             command.add_argument(
                 "name", nargs="?", default="", help="a group or one of its parameters, as ppo or ppo.lr"
             )
     return parser
-
-
-@contextmanager
-def _streams() -> Iterator[None]:
-    """Standard streams that are open and take any text; raises what is wrong with the output, when all is written."""
-    while (handle := os.open(os.devnull, os.O_RDWR)) < 3:  # a closed one must not become a lock or a log
-        continue
-    os.close(handle)
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        stream.reconfigure(errors="backslashreplace")
-    try:
-        yield
-    finally:
-        try:
-            print(end="", flush=True)
-        except OSError as error:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            if isinstance(error, BrokenPipeError):  # the reader has seen enough
-                raise
-            raise InputError(f"standard output cannot be written: {error.strerror}") from error
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -376,7 +375,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if before == signal.SIG_DFL:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        with _streams():
+        from dense_rlhf.runner.streams import streams
+
+        with streams():
             arguments = _parser().parse_args(argv)
             return arguments.act(arguments)
     except InputError as error:
