@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dense_rlhf.attribution.engine import is_packed
 from dense_rlhf.attribution.kinds import Designed
-from dense_rlhf.attribution.removal import explain_readings
+from dense_rlhf.attribution.removal import explain_readings, plan
 from dense_rlhf.attribution.sources import SOURCES
 from dense_rlhf.config.params import AttributionParams
 from dense_rlhf.models.dialogue import frame, messages_of, templated
@@ -155,30 +155,74 @@ def explain(
     a sequence classifier, a tokenizer without offsets, a response that is empty, too long or altered by the chat
     template, and spans that do not fit.
     """
+    one = [(prompt, response, players)]
+    return _explain(reward_model, tokenizer, one, source, options)[0]
+
+
+def explain_many(
+    reward_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str | Sequence[Message | Mapping[str, str]]],
+    responses: Sequence[str],
+    source: str = "shap",
+    players: str = "tokens",
+    **options,
+) -> list[Explanation]:
+    """`explain` for N responses to N prompts, in common batches; `seconds` is shared as the evaluations are.
+
+    Raises `InputError` as `explain` does, with the number of the row, before anything is scored.
+    """
+    if isinstance(prompts, str) or isinstance(responses, str) or len(prompts) != len(responses):
+        given = " and ".join(type(each).__name__ for each in (prompts, responses))
+        raise InputError(f"prompts and responses are {given}, wanted two lists of the same length")
+    if not isinstance(players, str):
+        raise InputError("players are spans, which fit one response; wanted tokens, words or sentences")
+    rows = [(prompt, response, players) for prompt, response in zip(prompts, responses)]
+    return _explain(reward_model, tokenizer, rows, source, options) if rows else []
+
+
+def _explain(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[tuple], source: str, options: dict
+) -> list[Explanation]:
+    """An explanation of each row: a prompt, a response and its players."""
     started, progress = time.perf_counter(), options.pop("progress", iter)
     output, pair = options.pop("output", None), options.pop("pair", None)
     params, design = AttributionParams(**options), _designed(source)
-    _check_model(reward_model, tokenizer, pair)
-    wrapped = RewardModel(
-        reward_model, tokenizer, suffix=(), output=chosen_output(reward_model, output, "output"), pair=bool(pair)
-    )
-    reading, tokens = _read(wrapped, prompt, response)
-    group = np.array(_players(response, tokens, players))
-    explained = explain_readings(wrapped, [reading], [group], {source: design}, params, progress)[source]
-    return Explanation(
-        response,
-        tuple(tokens),
-        tuple(explained.credits[0].tolist()),
-        tuple(group.tolist()),
-        explained.baseline.item(),
-        explained.scores.item(),
-        source,
-        design.complete,
-        explained.evaluations,
-        time.perf_counter() - started,
-        "packed" if is_packed(wrapped, [reading], params.removal) else "plain",
-        reward_model.name_or_path or type(reward_model).__name__,
-    )
+    _check_model(model, tokenizer, pair)
+    output = chosen_output(model, output, "output")
+    wrapped = RewardModel(model, tokenizer, suffix=(), output=output, pair=bool(pair))
+    readings, spans, groups = zip(*(_row(wrapped, i if len(rows) > 1 else None, *row) for i, row in enumerate(rows)))
+    explained = explain_readings(wrapped, readings, groups, {source: design}, params, progress)[source]
+    each = [plan(int(group.max()) + 1, ((source, design),), params).added[source] for group in groups]
+    seconds = (time.perf_counter() - started) / sum(each)
+    return [
+        Explanation(
+            response,
+            tuple(spans[i]),
+            tuple(explained.credits[i].tolist()),
+            tuple(groups[i].tolist()),
+            explained.baseline[i].item(),
+            explained.scores[i].item(),
+            source,
+            design.complete,
+            each[i],
+            seconds * each[i],
+            "packed" if is_packed(wrapped, readings, params.removal) else "plain",
+            model.name_or_path or type(model).__name__,
+        )
+        for i, (_, response, _) in enumerate(rows)
+    ]
+
+
+def _row(
+    wrapped: RewardModel, number: int | None, prompt: object, response: str, players: str | Sequence[tuple[int, int]]
+) -> tuple[Reading, Spans, np.ndarray]:
+    """What the model reads, the characters of each response token and its player; errors name the row, if numbered."""
+    try:
+        reading, tokens = _read(wrapped, prompt, response)
+        return reading, tokens, np.array(_players(response, tokens, players))
+    except InputError as error:
+        raise InputError(f"{'' if number is None else f'row {number}: '}{error}") from None
 
 
 def _designed(source: str) -> Designed:
@@ -201,7 +245,7 @@ def _check_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pai
     if pair is None and (getattr(model.config, "type_vocab_size", 0) or 0) > 1:
         reads = f"{name} can tell two segments apart; prompt and response are read as one text"
         warnings.warn(
-            f"{reads}. Say pair=True if it was trained on tokenizer(prompt, response), else pair=False", stacklevel=3
+            f"{reads}. Say pair=True if it was trained on tokenizer(prompt, response), else pair=False", stacklevel=4
         )
 
 
