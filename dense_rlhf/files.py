@@ -56,9 +56,10 @@ def _settled_sha256(path: Path, changed: int, size: int) -> str:
     return file_sha256(path)
 
 
-def weights_sha256(folder: Path) -> str:
-    """One hash of the safetensors in a folder: its revision if no hub gives it a commit."""
-    return content_key([file_sha256(path) for path in sorted(folder.glob("*.safetensors"))])
+def model_sha256(folder: Path) -> str:
+    """One hash of a model's weights, configs and tokenizer: its revision if no hub gives it a commit."""
+    files = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
+    return content_key([[path.name, file_sha256(path)] for path in files])
 
 
 def commit_of(name: str, revision: str | None) -> str | None:

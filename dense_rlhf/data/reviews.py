@@ -136,7 +136,18 @@ def _labelled_rows(content: bytes, path: Path, params: DataParams) -> list[tuple
     if fields and not any(names >= set(columns) for names in fields):
         yours = "name yours by data.text and data.label; preference pairs want data.name=hh_rlhf or ultrafeedback"
         raise InputError(f"{path}: no row has both {' and '.join(columns)}; {yours}")
-    return [row if isinstance(row, InputError) else tuple(map(row.get, columns)) for row in rows]
+    read = [row if isinstance(row, InputError) else tuple(map(row.get, columns)) for row in rows]
+    if not params.labels and sum(map(_has_other_number, read)) > len(read) / 20:
+        wanted = "wanted 0 for bad and 1 for good; data.labels=[BAD, GOOD] names the two to keep"
+        raise InputError(f"{path}: labels are {_labels_met(read)}, {wanted}")
+    return read
+
+
+def _has_other_number(row: tuple[object, object] | InputError) -> bool:
+    """Whether a row's label is a number of another scale, such as stars, of which 0 or 1 would mean something else."""
+    if isinstance(row, InputError) or label_of(row[1]) is not None:
+        return False
+    return re.fullmatch(r"[-+]?\d*\.?\d+", _plain(row[1])) is not None
 
 
 def _labels_met(rows: list[tuple[object, object] | InputError]) -> str:

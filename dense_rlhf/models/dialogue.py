@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from os.path import commonprefix
 from typing import NamedTuple
 
 import torch
@@ -148,11 +149,11 @@ def _twice(ids: Sequence[int], head: int) -> bool:
 
 
 def turn_ends(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids that end a reply: EOS, and the special token that the chat template writes after one."""
+    """Ids that end a reply: EOS, and the first special token that the chat template writes after one."""
     ends = {tokenizer.eos_token_id} - {None}
     if tokenizer.chat_template:
         after = tokenizer(frame(tokenizer, (Message("user", "a"),)).after, add_special_tokens=False)["input_ids"]
-        ends |= {*after[:1]} & {*tokenizer.added_tokens_decoder}
+        ends |= {*[token for token in after if token in tokenizer.added_tokens_decoder][:1]}
     return ends
 
 
@@ -165,7 +166,6 @@ class Frame(NamedTuple):
     before: str
     after: str
     special: bool  # the tokenizer adds its special tokens
-    strips: tuple[bool, bool] = (False, False)  # the template strips white space before, after a response
 
 
 def frame(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> Frame:
@@ -174,14 +174,29 @@ def frame(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> Frame:
         return Frame(prompt, "", True)
     if not tokenizer.chat_template:
         return Frame(prompt_text(prompt), "", True)
-    bare, spaced = (templated(tokenizer, (*prompt, Message("assistant", f"{s}{SENTINEL}{s}"))) for s in ("", " "))
-    parts = bare.split(SENTINEL)
+    parts = templated(tokenizer, (*prompt, Message("assistant", SENTINEL))).split(SENTINEL)
     if len(parts) != 2:
         advice = "wanted once; take another template"
         raise InputError(f"the chat template does not keep the response: it writes it {len(parts) - 1} times, {advice}")
-    before, after = parts
-    kept = spaced.startswith(f"{before} {SENTINEL}"), spaced.endswith(f"{SENTINEL} {after}")
-    return Frame(before, after, False, (not kept[0], not kept[1]))
+    return Frame(*parts, False)
+
+
+def kept_of(
+    response: str, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], around: Frame
+) -> tuple[str, str]:
+    """What the chat template writes before the part of a response that it keeps, and that part.
+
+    Some templates drop white space, others rewrite what a model thought. Raises `InputError` where nothing is kept.
+    """
+    text = templated(tokenizer, (*prompt, Message("assistant", response))) if response else around.before + around.after
+    body = text.removesuffix(around.after)
+    if body.startswith(around.before) and (kept := body.removeprefix(around.before)) in response:
+        return around.before, kept
+    kept = commonprefix([body[::-1], response.rstrip()[::-1]])[::-1]
+    if not kept or body + around.after != text:
+        advice = "wanted at least its end; take another template"
+        raise InputError(f"the chat template writes something else than the response {response[:80]!r}, {advice}")
+    return body.removesuffix(kept), kept
 
 
 @dataclass(frozen=True)
@@ -203,9 +218,10 @@ class Reader:
         Raises `InputError` for text that is not valid Unicode, and for a tokenizer without offsets.
         """
         prompt = messages_of(prompt)
-        before, after, special, strips = self._frame(prompt)
-        kept = response.lstrip() if strips[0] else response
-        kept = kept.rstrip() if strips[1] else kept
+        before, after, special = around = self._frame(prompt)
+        kept = response
+        if not special:
+            before, kept = kept_of(response, self.tokenizer, prompt, around)
         if not isinstance(prompt, str) and special and not self.pair and kept[:1].strip():
             before += " "  # a reply that is written out after "Assistant:"
         try:
@@ -215,7 +231,7 @@ class Reader:
         eos = self.tokenizer.eos_token_id
         suffix = sides.after or [eos] * (self.ends and eos is not None)
         segments = sides.segments and (*sides.segments, *sides.segments[-1:] * (len(suffix) - len(sides.after)))
-        at = response.find(kept)
+        at = response.rfind(kept)
         spans = [(a + at, b + at) for a, b in sides.spans]
         return Reading(tuple(sides.before), tuple(sides.middle), None, tuple(suffix), segments), spans
 

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dense_rlhf.config.params import PolicyParams
-from dense_rlhf.files import cached_folder, check_sealed, commit_of, file_sha256, weights_sha256, wheel_member
+from dense_rlhf.files import cached_folder, check_sealed, commit_of, file_sha256, model_sha256, wheel_member
 from dense_rlhf.fingerprint import PACKAGE, source_key
 from dense_rlhf.models.dialogue import turn_ends
 from dense_rlhf.types import InputError
@@ -88,7 +88,7 @@ def load_from_hub(params: PolicyParams) -> LanguageModel:
         place = f"{params.name!r} at {params.revision or 'its default branch'} ({type(error).__name__})"
         wanted = f"one of {', '.join(MODELS)}, a local folder or a hub id that is reachable"
         raise InputError(f"policy.name: cannot load {place}. Wanted {wanted}") from error
-    return replace(loaded, revision=commit or weights_sha256(Path(params.name)))
+    return replace(loaded, revision=commit or model_sha256(Path(params.name)))
 
 
 def _read(source: Path | str, revision: str | None, params: PolicyParams) -> LanguageModel:
@@ -98,6 +98,10 @@ def _read(source: Path | str, revision: str | None, params: PolicyParams) -> Lan
     model = load_weights(AutoModelForCausalLM, "policy.name", source, dtype=dtype, **on_hub)
     model.config.pad_token_id = tokenizer.pad_token_id
     tokens = max(tokenizer.get_vocab().values()) + 1
+    rows = model.get_input_embeddings().weight.shape[0]
+    if rows < tokens:
+        advice = "take its own tokenizer, or save it with model.resize_token_embeddings"
+        raise InputError(f"policy.name: {str(source)!r} has {rows} embeddings for {tokens} tokens; {advice}")
     if model.config.get_text_config().vocab_size > tokens:  # logits of no token: many models have some to spare
         model.resize_token_embeddings(tokens)
     return LanguageModel(model.eval(), tokenizer, revision or str(source))

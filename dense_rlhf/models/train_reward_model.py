@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from dense_rlhf.config.params import RewardParams
-from dense_rlhf.files import cached_folder, commit_of, content_key, weights_sha256
+from dense_rlhf.files import cached_folder, commit_of, content_key, model_sha256
 from dense_rlhf.fingerprint import source_key
 from dense_rlhf.models.dialogue import head_ids, prompt_ids
 from dense_rlhf.models.language_models import load_weights
@@ -225,7 +225,7 @@ def _hub_reward_model(params: RewardParams, tokenizer: PreTrainedTokenizerBase) 
         own,
         token_budget=params.token_budget,
         policy_tokenizer=tokenizer,
-        revision=commit or weights_sha256(Path(params.name)),
+        revision=commit or model_sha256(Path(params.name)),
         output=output,
         pair=params.pair,
     )

@@ -124,6 +124,20 @@ def test_labels_of_types_that_only_tables_have(label, means):
     assert reviews.label_of(label) == means
 
 
+@pytest.mark.parametrize("name", ["r.csv", "r.jsonl"])
+@pytest.mark.parametrize("scale", [(0, 1, 2), (-1, 0, 1), (0, 1, 2, 3, 4), (0, 0.25, 0.5, 0.75, 1)], ids=str)
+def test_numbers_of_another_scale_are_not_taken_for_good_and_bad(tmp_path, name, scale):
+    """0 and 1 stand on it, and mean something else there."""
+    rows = [row | {"label": scale[i % len(scale)]} for i, row in enumerate(REVIEWS)]
+    path = str(write_rows(tmp_path / name, rows))
+    with pytest.raises(InputError, match=f"{name}: labels are .*, wanted 0 for bad and 1 for good; data.labels="):
+        load_data(DataParams(path=path))
+    ends = load_data(DataParams(path=path, labels=tuple(map(str, (scale[0], scale[-1])))))
+    assert left_out(ends)["label is not one of data.labels"] == 600 - 2 * 600 // len(scale)
+    few = write_rows(tmp_path / name, [*REVIEWS[:-9], *({"text": f"odd {i}", "label": 7} for i in range(9))])
+    assert left_out(load_data(DataParams(path=str(few)))) == {"label is not 0 or 1": 9}
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
 def test_a_byte_order_mark_is_read(tmp_path, encoding):
     path = tmp_path / "r.csv"
@@ -177,7 +191,11 @@ def test_parameters_that_read_nothing(given, message):
         ([{"words": "x", "stars": 1}], {}, "columns .'words', 'stars'., wanted text and label, each once"),
         ([{"text": "x", "label": 1}], {}, "leave nothing for"),
         ([row | {"label": 1} for row in REVIEWS], {}, "all texts that are kept are labelled 1.*labels are '1' .600."),
-        ([row | {"label": row["label"] + 1} for row in REVIEWS], {}, "kept are labelled 1.*'2' .300..*data.labels="),
+        (
+            [row | {"label": row["label"] + 1} for row in REVIEWS],
+            {},
+            "labels are .*'2' .300.*, wanted 0 .*data.labels=",
+        ),
         (
             [row | {"label": "fresh"} for row in REVIEWS],
             {},

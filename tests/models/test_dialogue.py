@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from dense_rlhf.attribution.explain import explain
 from dense_rlhf.config.params import PolicyParams, PPOParams, RewardParams
 from dense_rlhf.data import Dataset
-from dense_rlhf.models.dialogue import Reader, frame, messages_of, prompt_ids, turn_ends, without_refused
+from dense_rlhf.models.dialogue import Reader, messages_of, prompt_ids, turn_ends, without_refused
 from dense_rlhf.models.language_models import load_policy
 from dense_rlhf.models.policy import PolicyWithValue
 from dense_rlhf.models.reward_model import longest_text
@@ -172,13 +172,6 @@ def test_a_reply_is_written_after_a_space_only_where_it_has_none():
     assert scores == pytest.approx([own(model, [*ids, tokenizer.eos_token_id])] * 2, abs=1e-5)
 
 
-def test_a_template_that_strips_replies_strips_the_policys_too():
-    strips = byte_level(chat_template=CHAT.replace("m['content']", "m['content'] | trim"))
-    keeps = byte_level(chat_template=CHAT)
-    prompt = (Message("user", "hi"),)
-    assert frame(strips, prompt).strips == (True, True) and frame(keeps, prompt).strips == (False, False)
-
-
 @pytest.mark.parametrize("trim, wanted", [("", " good film "), (" | trim", "good film"), (".rstrip()", " good film")])
 @pytest.mark.parametrize("around", [("", ""), (" [/INST] ", " </s>"), ("\n", "\n")])
 def test_white_space_of_a_template_is_not_taken_for_the_responses(around, trim, wanted):
@@ -197,12 +190,39 @@ def test_white_space_of_a_template_is_not_taken_for_the_responses(around, trim, 
     assert "".join(" good film "[a:b] for a, b in spans) == wanted
 
 
-def test_a_dialogue_of_one_turn_is_a_pair_as_its_text_is():
-    tokenizer = byte_level(chat_template=CHAT)
-    reader = Reader(tokenizer, pair=True)
-    assert reader.read((Message("user", "hi"),), "good")[0] == reader.read("hi", "good")[0]
-    with pytest.raises(InputError, match="a dialogue of 3 turns is no pair"):
-        reader.read((Message("user", "a"), Message("assistant", "b"), Message("user", "c")), "good")
+def says(reply):
+    """A chat template that writes a reply, `r`, in its own way."""
+    return CHAT.replace("{{ '<'", "{% set r = m['content'] %}{{ '<'").replace(
+        "m['content'] +", f"({reply} if m['role'] == 'assistant' else r) +"
+    )
+
+
+THINKING = {
+    "drops": "r.split('</think>')[-1]",
+    "rewrites": "'<think>\n' + r.split('</think>')[0].split('<think>')[-1] * ('</think>' in r) + '\n</think>\n\n'"
+    " + r.split('</think>')[-1]",
+}
+
+
+@pytest.mark.parametrize("template", THINKING)
+@pytest.mark.parametrize("reply", ["good film", "<think>hm</think>good film", "<think>good film</think>good film", ""])
+def test_a_reply_is_scored_as_the_template_writes_it(template, reply, saved):
+    """In a study, whose policy may think aloud."""
+    tokenizer, policy = byte_level(chat_template=says(THINKING[template])), byte_level()
+    model, prompt = classifier(tokenizer), (Message("user", "hi"),)
+    loaded = load_reward_model([], policy, RewardParams(name=saved(model, tokenizer)), "x")
+    reading = loaded.reading(*(policy(text)["input_ids"] for text in ("hi", reply)), prompt)
+    text = tokenizer.apply_chat_template([*map(vars, prompt), {"role": "assistant", "content": reply}], tokenize=False)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert loaded.score([reading]).item() == pytest.approx(own(model, ids), abs=1e-5)
+    assert tokenizer.decode(reading.response) == reply.split("</think>")[-1]
+
+
+def test_a_template_that_keeps_no_end_of_a_reply_is_refused():
+    reader = Reader(byte_level(chat_template=says("r | replace('film', 'movie')")))
+    assert reader.read((Message("user", "hi"),), "good plot")[0].response
+    with pytest.raises(InputError, match="something else than the response 'good film'"):
+        reader.read((Message("user", "hi"),), "good film")
 
 
 # ---------------------------------------------------------------------------------------------------- reward models
@@ -332,6 +352,29 @@ def test_eos_written_in_a_response_is_read_by_models_that_pool_at_it():
         assert explained.score == pytest.approx(own(model, ids), abs=1e-5) and abs(explained.gap) < 1e-4
 
 
+CHANGES = {
+    "model.safetensors": lambda bytes_: bytes_[:-1] + b"!",
+    "config.json": lambda text: text.replace(b'"max_position_embeddings": ', b'"max_position_embeddings": 1'),
+    "generation_config.json": lambda text: text.replace(b"{", b'{"eos_token_id": [0, 6],', 1),
+    "tokenizer.json": lambda text: text + b"\n",
+    "chat_template.jinja": lambda text: text + b"!",
+}
+
+
+def test_a_folder_is_known_by_every_file_that_makes_its_model(saved, tmp_path):
+    """Trainings are kept by it."""
+    tokenizer = byte_level(chat_template=CHAT)
+    sizes = dict(vocab_size=len(tokenizer), pad_token_id=1, tie_word_embeddings=False)
+    folder = saved(transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY, **sizes)), tokenizer)
+    revisions = [load_policy(PolicyParams(name=folder)).revision]
+    (tmp_path / ".cache").write_text("no part of it")
+    assert load_policy(PolicyParams(name=folder)).revision == revisions[0]
+    for name, change in CHANGES.items():
+        (tmp_path / name).write_bytes(change((tmp_path / name).read_bytes()))
+        revisions.append(load_policy(PolicyParams(name=folder)).revision)
+    assert len(set(revisions)) == len(CHANGES) + 1
+
+
 # ---------------------------------------------------------------------------------------------------- policies
 
 
@@ -351,8 +394,9 @@ def test_every_token_that_ends_a_turn_ends_it(sampler, reference, tokenizer):
     lm.generation_config.eos_token_id = [tokenizer.eos_token_id, end]
     drawn = sample_responses(policy, ["the film"], tokenizer, params, generator)
     assert drawn.mask.sum() == 1 and drawn.ended.all() and not drawn.players.any()
-    chatty = byte_level(chat_template=CHAT)
-    assert turn_ends(chatty) == {chatty.eos_token_id, chatty.convert_tokens_to_ids("<end_of_turn>")}
+    for template in (CHAT, CHAT.replace("'<end_of_turn>'", "'\\n<end_of_turn>\\n'")):
+        chatty = byte_level(chat_template=template)
+        assert turn_ends(chatty) == {chatty.eos_token_id, chatty.convert_tokens_to_ids("<end_of_turn>")}
 
 
 @pytest.mark.parametrize("sampler", ["cache", "generate"])
@@ -370,6 +414,15 @@ def test_ids_that_no_token_has_are_never_sampled(sampler, saved):
             PolicyWithValue(each.eval()), ["the film"] * 8, tokenizer, params, torch.Generator().manual_seed(0)
         )
         assert drawn.responses.max() < len(tokenizer) and drawn.mask.sum() > 200
+
+
+@pytest.mark.parametrize("token", ["pad_token", "eos_token", "unk_token"])
+def test_a_policy_with_fewer_embeddings_than_tokens_is_refused(token, saved):
+    tokenizer = byte_level()
+    lm = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY, vocab_size=len(tokenizer)))
+    tokenizer.add_special_tokens({token: "[NEW]"})
+    with pytest.raises(InputError, match="policy.name: .* has 300 embeddings for 301 tokens"):
+        load_policy(PolicyParams(name=saved(lm, tokenizer)))
 
 
 @pytest.mark.parametrize("sampler", ["cache", "generate"])

@@ -292,15 +292,6 @@ def test_models_of_the_hub_record_the_commit_that_was_read(hub, tokenizer):
     assert language_models.load_policy(PolicyParams(name="org/policy")).revision == COMMITS["org/policy"]
 
 
-def test_a_folder_is_known_by_its_weights(folders, tokenizer):
-    folder, params = folders.root / "reward", RewardParams(name=str(folders.root / "reward"))
-    revisions = []
-    for _ in range(2):
-        AutoModelForSequenceClassification.from_config(LlamaConfig.from_pretrained(folder)).save_pretrained(folder)
-        revisions.append(train_reward_model.load_reward_model([], tokenizer, params, "").revision)
-    assert len(set(revisions)) == 2 and all(len(revision) == 16 for revision in revisions)
-
-
 @pytest.mark.parametrize(
     "policy, reward, shared",
     [
