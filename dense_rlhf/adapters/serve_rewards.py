@@ -73,8 +73,8 @@ def serve(arguments: argparse.Namespace) -> int:
             signal.signal(one, lambda *_: None)
         server.run(sockets=[listener])
     if rewards.is_alive():
-        print(f"error: not all was finished within limits.stop = {served.limits.stop} seconds", file=sys.stderr)
-        sys.stderr.flush()
+        late = f"error: a batch was not finished within limits.stop = {served.limits.stop} seconds"
+        print(late, file=sys.stderr, flush=True)
         os._exit(1)  # the thread is in a model, and cannot be ended otherwise
     print("stopped", flush=True)
     return 0

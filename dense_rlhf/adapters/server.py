@@ -147,7 +147,7 @@ def make_app(rewards: Batcher, about: dict[str, object], key: str | None, announ
         rewards.start()
         announce()
         yield
-        await asyncio.to_thread(rewards.close, rewards.limits.stop)
+        await asyncio.to_thread(rewards.close, 1)  # all who waited were answered, or have waited `limits.stop`
 
     app = FastAPI(title="dense-rlhf token rewards", lifespan=life, docs_url=None, redoc_url=None, openapi_url=None)
     held = _Held(rewards.limits.held * MIB)
