@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dense_rlhf.data import read_rows
-from dense_rlhf.files import cached_folder, file_sha256, write_json, write_text
+from dense_rlhf.evaluation import environment
+from dense_rlhf.files import write_json, write_text
 from dense_rlhf.runs import shipped
 from dense_rlhf.types import InputError
 
@@ -101,21 +101,7 @@ def write_outputs(path: Path, rows: Sequence[Mapping], outputs: Sequence[str], g
 
 def python() -> Path:
     """The Python that has alpaca_eval. Raises `InputError` if pip cannot make its environment."""
-
-    def build(folder: Path) -> None:
-        venv, pip = folder / "venv", [sys.executable, "-m", "pip", "--quiet", "--python"]
-        subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True)
-        install = [*pip, str(venv / "bin" / "python"), "install", "--requirement", str(LOCK)]
-        done = subprocess.run(install, capture_output=True, text=True)
-        if done.returncode:
-            reason = (done.stderr.strip() or "no reason was given").splitlines()[-1]
-            raise InputError(
-                f"pip could not install {LOCK.name}: {reason}. Check the connection to the package index, "
-                "or leave AlpacaEval out: downstream.alpaca_annotator=null"
-            )
-
-    key = {"lock": file_sha256(LOCK), "python": sys.version.split()[0]}
-    return cached_folder("alpaca_eval", key, build) / "venv" / "bin" / "python"
+    return environment.python("alpaca_eval", LOCK, "or leave AlpacaEval out: downstream.alpaca_annotator=null")
 
 
 def annotator_config(name: str, model: str, folder: Path) -> str:
