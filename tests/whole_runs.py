@@ -14,6 +14,7 @@ from dense_rlhf.runner.execution import preloaded
 from dense_rlhf.runner.kernels import SERVER, Forked
 from dense_rlhf.runs import RunFolder, python_path
 
+SHARED_SERVER = "DENSE_RLHF_TEST_SERVER"  # its path, where the process that hands out tests has started it
 _WORKSPACES = []  # are removed when the tests end
 
 
@@ -26,19 +27,25 @@ def make_workspace() -> Path:
     return folder
 
 
-@cache
-def server() -> str:
-    """The path of the one server of this process of tests, from which whole runs are forked."""
+def start_server() -> str:
+    """The path of a server, still importing, that ends with this process."""
     started = preloaded()
     atexit.register(started.end)
-    with open(os.devnull, "w") as nothing:  # wait until it has imported, or the limit of the first run is spent on it
-        Forked(["this"], os.environ | {SERVER: started.path}, "/", [nothing.fileno()], lambda: False).wait()
     return started.path
 
 
-def command(folder, log, *arguments):
+@cache
+def server() -> str:
+    """The path of the one server of all processes of tests, from which whole runs are forked, when it has imported."""
+    path = os.environ.get(SHARED_SERVER) or start_server()
+    with open(os.devnull, "w") as nothing:  # or the limit of the first run is spent on waiting
+        Forked(["this"], os.environ | {SERVER: path}, "/", [nothing.fileno()], lambda: False).wait()
+    return path
+
+
+def command(folder, log, *arguments, **environment):
     """`python -m` with these arguments in `folder`, preloaded; what it prints is in `log`."""
-    environment = os.environ | {"PYTHONPATH": python_path(), SERVER: server()}
+    environment = os.environ | {"PYTHONPATH": python_path(), SERVER: server()} | environment
     with open(log, "w") as file:
         return Forked(arguments, environment, str(folder), [file.fileno()], lambda: False)
 
@@ -46,8 +53,8 @@ def command(folder, log, *arguments):
 def run_study(file, name, *settings):
     """Run a study at smoke size under another name: its run folders by job, and its folder of reports."""
     folder = make_workspace()
-    log = folder / "log.txt"
-    options = [part for setting in ("size=smoke", f"study={name}", *settings) for part in ("--set", setting)]
+    log, settings = folder / "log.txt", ("size=smoke", f"study={name}", "threads=1", *settings)
+    options = [part for setting in settings for part in ("--set", setting)]
     assert command(folder, log, "dense_rlhf", "run", file, *options).wait() == 0, log.read_text()
     return {path.name: RunFolder(path) for path in (folder / "runs" / name).iterdir()}, folder / "reports" / name
 

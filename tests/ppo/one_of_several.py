@@ -1,12 +1,12 @@
-"""One process of several: `torchrun --nproc_per_node N one_of_several.py FOLDER`; rank 0 writes what it got."""
+"""One process of several: `torchrun --nproc_per_node N one_of_several.py FOLDER`; the first writes what it got."""
 
 import json
 import sys
 from pathlib import Path
 
 import torch
-from conftest import SENTENCES, make_policy, make_rollout
 from safetensors.torch import save_file
+from stand_ins import SENTENCES, make_policy, make_rollout
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
