@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from dense_rlhf.adapters.rewards import Scorer, dense_rewards
-from dense_rlhf.config.strict import Count, Positive, params
+from dense_rlhf.config.strict import Count, Positive, Size, params
 from dense_rlhf.types import InputError, Prompt, RewardShape
 
 log = logging.getLogger(__name__)
@@ -23,6 +23,7 @@ class Limits:
     """How much is taken at once; what is more is refused."""
 
     batch: Count = 64  # responses that are explained together, of all requests that wait
+    linger: Size = 0.02  # seconds that a batch waits to become as large as the last
     waiting: Count = 4096  # responses that wait for the model
     responses: Count = 1024  # of a request
     tokens: Count = 4096  # of a prompt, and of a response
@@ -68,7 +69,7 @@ class Batcher(threading.Thread):
         self.batches = 0  # so far
         self._queue: deque[Asked] = deque()
         self._changed = threading.Condition()
-        self._closing = False
+        self._closing, self._last = False, 0  # responses of the last batch
 
     def submit(self, asked: Asked) -> None:
         """Let a request wait. Raises `Full` where `limits.waiting` responses wait, and once it is closing."""
@@ -99,13 +100,19 @@ class Batcher(threading.Thread):
                 self._answer(wanted)
 
     def _next(self) -> list[Asked]:
-        """The requests that have waited longest and fit in a batch; one alone may be larger. None once it is closed."""
+        """The requests that have waited longest and fit in a batch; one alone may be larger. None once it is closed.
+
+        Clients that were answered together ask again almost together: without lingering, the first would go alone.
+        """
         with self._changed:
             self._changed.wait_for(lambda: self._queue or self._closing)
+            wanted = min(self._last, self.limits.batch)
+            self._changed.wait_for(lambda: self.waiting >= wanted or self._closing, self.limits.linger)
             together: list[Asked] = []
             while self._queue and (not together or self._joins(together, self._queue[0])):
                 together.append(self._queue.popleft())
                 self.waiting -= len(together[-1])
+            self._last = sum(map(len, together))
             return together
 
     def _joins(self, together: list[Asked], asked: Asked) -> bool:

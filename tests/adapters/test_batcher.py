@@ -166,3 +166,20 @@ def test_closing_finishes_what_waits_and_takes_no_more(scorer, monkeypatch):
             one.submit(Asked(*rows(1, 80)))
         gate.set()
         assert one.close(30) and [len(each.rewards.result(0)) for each in asked] == [1, 2, 1]
+
+
+def test_a_batch_waits_to_become_as_large_as_the_last(scorer, monkeypatch):
+    """Clients that were answered together come back one by one; with nobody to come it does not wait for long."""
+    with gated(scorer, monkeypatch, linger=30) as (one, gate, sizes):
+        first = waiting(one, rows(2))
+        gate.set()
+        assert [len(asked.rewards.result(30)) for asked in first] == [1, 2]
+        again = [Asked(*rows(1, 60)), Asked(*rows(1, 70))]
+        for asked in again:
+            one.submit(asked)
+            time.sleep(0.05)
+        assert [len(asked.rewards.result(30)) for asked in again] == [1, 1] and sizes == [1, 2, 2]
+        alone = Asked(*rows(1, 80))
+        one.submit(alone)
+        assert not one.close(0.05) or alone.rewards.done()  # closing ends the wait
+        assert len(alone.rewards.result(30)) == 1
