@@ -152,31 +152,30 @@ def test_decoders(kind, policy, tmp_path):
 
 @pytest.mark.parametrize("kind", [*ENCODERS, *SEQ2SEQ])
 def test_encoders(kind, policy, tmp_path):
-    """One text, a special token in it, a template, and two segments, with segment ids and without."""
-    last = kind in ("xlnet", "flaubert")  # the first token that they read is the last
-    ends = "$A </s>" if kind in SEQ2SEQ or last else "<s> $A </s>"
-    head, model = ends.split()[0:1] if ends[0] == "<" else [], None
-    forms = [
-        (False, False, RESPONSE),
-        (False, False, " good </s> film"),
-        (True, False, "good and great"),
-        (False, True, RESPONSE),
-    ]
-    for form, (template, pair, response) in enumerate(forms[:2] if kind in SEQ2SEQ else forms[1:]):
-        tokenizer = words(ends, **(dict(chat_template=CHAT) if template else {}))
-        model = model or classifier(kind, tokenizer)
-        before, after = [*head, *PROMPT.split()], ["</s>"]
-        if template:
+    """A text, a dialogue and two segments, each in one of eight forms, other ones from one architecture to the next."""
+    number, pools = [*ENCODERS, *SEQ2SEQ].index(kind), kind in SEQ2SEQ  # where its only EOS is
+    for place, shape in enumerate(["text", "text"] if pools else ["text", "dialogue", "pair"]):
+        bare, pad_is_eos, special = list(product([False, True], repeat=3))[(number * 3 + place * 5) % 8]
+        ends = "$A </s>" if pools or kind in ("xlnet", "flaubert") else "<s> $A </s>"  # the first read the last token
+        ends = "" if bare and shape != "pair" and not pools else ends
+        options = dict(pad_token="</s>") if pad_is_eos and not pools else {}
+        response = " good </s> film" if special else RESPONSE
+        before, after = [*ends.split("$A")[0].split(), *PROMPT.split()], ends.split("$A")[-1].split()
+        if shape == "dialogue":
+            options["chat_template"], response = CHAT, response.strip()
             before, after = ["<s>", "<user>", *PROMPT.split(), "<end>", "<assistant>"], ["<end>"]
-        if pair:
-            before, after = [*head, *PROMPT.split(), "<sep>"], ["</s>"]
+        elif shape == "pair":
+            before.append("<sep>")
+        tokenizer = words(ends, **options)
+        model = classifier(kind, tokenizer)
         parts = [tokenizer.convert_tokens_to_ids(part) for part in (before, response.split(), after)]
-        segments = pair and "token_type_ids" in inspect.signature(model.forward).parameters
+        segments = shape == "pair" and "token_type_ids" in inspect.signature(model.forward).parameters
         segments = segments and getattr(model.config, "type_vocab_size", 2) > 1
         if segments:
-            tokenizer = words(ends, model_input_names=["input_ids", "token_type_ids", "attention_mask"])
+            tokenizer = words(ends, model_input_names=["input_ids", "token_type_ids", "attention_mask"], **options)
         kinds = [0] * len(parts[0]) + [1] * (len(parts[1]) + len(parts[2])) if segments else None
-        folder = tmp_path / str(form)
+        folder = tmp_path / str(place)
         folder.mkdir()
-        prompt = [{"role": "user", "content": PROMPT}] if template else PROMPT
-        check(model, tokenizer, prompt, response, (*parts, kinds), policy, folder, **(dict(pair=True) if pair else {}))
+        prompt = [{"role": "user", "content": PROMPT}] if shape == "dialogue" else PROMPT
+        pair = dict(pair=True) if shape == "pair" else {}
+        check(model, tokenizer, prompt, response, (*parts, kinds), policy, folder, **pair)
