@@ -2,7 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/server.py [--quick] > benchmarks/server.jsonl
 
-throughput  seconds for the same number of responses, none known from before; ratio = direct / server
+throughput  seconds for 64 responses that were not known from before; ratio = direct / server, by the clock and in CPU
+            seconds of both processes
 latency     ms of a request with one response, by how many clients ask at once
 memory      MiB of the server's process, before and after requests that are as large as may be
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -62,74 +64,78 @@ def serving(folder: Path):
         assert process.wait() == 0
 
 
-def throughput(direct: Scorer, client: RewardClient, repeats: int) -> None:
+def throughput(direct: Scorer, client: RewardClient, process: psutil.Process, repeats: int) -> None:
     """A batch by one client, and one response by each of as many clients."""
     with ThreadPoolExecutor(BATCH) as pool:
 
         def each(prompts, responses):
             return list(pool.map(lambda row: client([row[0]], [row[1]])[0], zip(prompts, responses)))
 
+        def own(prompts, responses):
+            return dense_rewards(direct, prompts, responses, SHAPE)
+
         for case, ask in (("1 client, batch 64", client), ("64 clients, batch 1", each)):
-            taken, apart = [], 0.0
+            rounds, batches = [], batches_of(client)
             for n in range(repeats + 1):
-                request, seconds = fresh(BATCH), {}
-                for act in (ask, direct_call(direct)) if n % 2 else (direct_call(direct), ask):
-                    start = time.perf_counter()
-                    rewards = act(*request)
-                    seconds[act is ask] = time.perf_counter() - start, rewards
-                apart = max(apart, max(np.abs(a - b).max() for a, b in zip(seconds[True][1], seconds[False][1])))
-                taken.append((seconds[True][0], seconds[False][0]))
-            ours, theirs = zip(*taken[1:])  # the first is a warm-up
-            ratio = statistics.median(b / a for a, b in taken[1:])
-            medians = {"ours": statistics.median(ours), "theirs": statistics.median(theirs)}
+                request = fresh(BATCH)
+                taken = {act: clocked(act, request, process) for act in ((ask, own) if n % 2 else (own, ask))}
+                rounds.append((taken[ask], taken[own]))
+            rounds = rounds[1:]  # the first is a warm-up
+            ours, theirs = (statistics.median(pair[k][0] for pair in rounds) for k in (0, 1))
             line(
                 "throughput",
                 case,
                 peer="direct, batch 64",
-                ratio=ratio,
+                ratio=statistics.median(b[0] / a[0] for a, b in rounds),
                 unit="s",
                 repeats=repeats,
-                **medians,
-                apart=float(apart),
+                ours=ours,
+                theirs=theirs,
+                cpu_ratio=statistics.median(b[1] / a[1] for a, b in rounds),
+                responses_a_batch=BATCH * (repeats + 1) / (batches_of(client) - batches),
+                apart=max(float(np.abs(x - y).max()) for a, b in rounds for x, y in zip(a[2], b[2])),
             )
 
 
-def direct_call(scorer: Scorer):
-    return lambda prompts, responses: dense_rewards(scorer, prompts, responses, SHAPE)
+def clocked(act, request, process: psutil.Process) -> tuple[float, float, list[np.ndarray]]:
+    """Seconds by the clock, CPU seconds of this process and the server's, and the rewards."""
+
+    def cpu() -> float:
+        return time.process_time() + sum(process.cpu_times()[:2])
+
+    start, spent = time.perf_counter(), cpu()
+    rewards = act(*request)
+    return time.perf_counter() - start, cpu() - spent, rewards
 
 
-def latency(client: RewardClient, requests: int) -> None:
-    for clients in (1, 8, 64):
-
-        def ask(row):
-            start = time.perf_counter()
-            client([row[0]], [row[1]])
-            return 1e3 * (time.perf_counter() - start)
-
-        with ThreadPoolExecutor(clients) as pool:
-            rows = list(zip(*fresh(max(requests, 4 * clients))))
-            started = time.perf_counter()
-            ms = np.array(list(pool.map(ask, rows)))
-            seconds = time.perf_counter() - started
-        p50, p99 = np.percentile(ms, [50, 99])
-        each = {"requests": len(ms), "responses_a_second": len(ms) / seconds}
-        line("latency", f"{clients} clients", unit="ms", p50=float(p50), p99=float(p99), **each)
+def batches_of(client: RewardClient) -> float:
+    return float(re.search(r"^dense_rlhf_batches_total (.+)$", client._send("GET", "/metrics").decode(), re.M)[1])
 
 
-def memory(client: RewardClient, process: psutil.Process, rounds: int) -> None:
-    """Many clients at once, each with as many responses as a request may have; most are told to come back."""
+def latency(client: RewardClient, clients: int, requests: int) -> None:
+    def ask(row):
+        start = time.perf_counter()
+        client([row[0]], [row[1]])
+        return 1e3 * (time.perf_counter() - start)
+
+    rows, started = list(zip(*fresh(requests))), time.perf_counter()
+    with ThreadPoolExecutor(clients) as pool:
+        ms = list(pool.map(ask, rows))
+    rate = requests / (time.perf_counter() - started)
+    p50, p99 = map(float, np.percentile(ms, [50, 99]))
+    case = f"{clients} client{'s' * (clients > 1)}"
+    line("latency", case, unit="ms", p50=p50, p99=p99, requests=requests, responses_a_second=rate)
+
+
+def memory(client: RewardClient, process: psutil.Process, responses: int, rounds: int) -> None:
+    """Clients that ask at once for more than may wait, so that some are told to come back."""
     mib = [process.memory_info().rss / 2**20]
-    with ThreadPoolExecutor(16) as pool:
+    with ThreadPoolExecutor(8) as pool:
         for _ in range(rounds):
-            list(pool.map(lambda request: client(*request), [fresh(1024, 4) for _ in range(16)]))
+            list(pool.map(lambda request: client(*request), [fresh(responses, 4) for _ in range(8)]))
             mib.append(process.memory_info().rss / 2**20)
-    line(
-        "memory",
-        "16 clients, 1024 responses each",
-        unit="MiB",
-        before=mib[0],
-        after_each_round=[round(x) for x in mib[1:]],
-    )
+    first, *after = map(round, mib)
+    line("memory", f"8 clients, {responses} responses each", unit="MiB", before=first, after_each_round=after)
 
 
 def main() -> None:
@@ -150,9 +156,10 @@ def main() -> None:
             print(
                 json.dumps({"benchmark": "server/run", "threads": torch.get_num_threads()} | provenance()), flush=True
             )
-            throughput(Scorer(model, tokenizer), client, 2 if quick else 15)
-            latency(client, 20 if quick else 400)
-            memory(client, process, 1 if quick else 5)
+            throughput(Scorer(model, tokenizer), client, process, 2 if quick else 15)
+            for clients, requests in ((1, 100), (8, 400), (64, 1280)):
+                latency(client, clients, requests // 10 if quick else requests)
+            memory(client, process, 128 if quick else 1024, 1 if quick else 4)
 
 
 if __name__ == "__main__":
