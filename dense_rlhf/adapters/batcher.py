@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -12,9 +13,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from dense_rlhf.adapters.rewards import Scorer, dense_rewards
-from dense_rlhf.config.strict import Count, Positive, Size, params
+from dense_rlhf.config.strict import LARGEST, Count, Positive, Share, params
 from dense_rlhf.types import InputError, Prompt, RewardShape
 
+MOMENT = 0.002  # seconds
 log = logging.getLogger(__name__)
 
 
@@ -23,7 +25,7 @@ class Limits:
     """How much is taken at once; what is more is refused."""
 
     batch: Count = 64  # responses that are explained together, of all requests that wait
-    linger: Size = 0.02  # seconds that a batch waits to become as large as the last
+    linger: Share = 0.1  # of the last batch's time, that the next waits for as many requests as the last ones joined
     waiting: Count = 4096  # responses that wait for the model
     responses: Count = 1024  # of a request
     tokens: Count = 4096  # of a prompt, and of a response
@@ -67,9 +69,12 @@ class Batcher(threading.Thread):
         self.scorer, self.shape, self.limits = scorer, shape, limits
         self.waiting = 0  # responses
         self.batches = 0  # so far
+        self.cut_off = 0  # requests that a stop left without an answer
         self._queue: deque[Asked] = deque()
         self._changed = threading.Condition()
-        self._closing, self._last = False, 0  # responses of the last batch
+        self._joined: deque[int] = deque([1], maxlen=4)  # requests of the last batches
+        self._seconds = 0.0  # of the last batch
+        self._closing = False
 
     def submit(self, asked: Asked) -> None:
         """Let a request wait. Raises `Full` where `limits.waiting` responses wait, and once it is closing."""
@@ -79,10 +84,6 @@ class Batcher(threading.Thread):
             self._queue.append(asked)
             self.waiting += len(asked)
             self._changed.notify()
-
-    @property
-    def state(self) -> str:
-        return "stopping" if self._closing else "ok"
 
     def close(self, seconds: float) -> bool:
         """Take no more, finish what waits; whether that was done in time."""
@@ -97,7 +98,9 @@ class Batcher(threading.Thread):
             wanted = [asked for asked in together if asked.rewards.set_running_or_notify_cancel()]
             if wanted:
                 self.batches += 1
+                started = time.perf_counter()
                 self._answer(wanted)
+                self._seconds = time.perf_counter() - started
 
     def _next(self) -> list[Asked]:
         """The requests that have waited longest and fit in a batch; one alone may be larger. None once it is closed.
@@ -106,14 +109,24 @@ class Batcher(threading.Thread):
         """
         with self._changed:
             self._changed.wait_for(lambda: self._queue or self._closing)
-            wanted = min(self._last, self.limits.batch)
-            self._changed.wait_for(lambda: self.waiting >= wanted or self._closing, self.limits.linger)
+            self._linger()
             together: list[Asked] = []
             while self._queue and (not together or self._joins(together, self._queue[0])):
                 together.append(self._queue.popleft())
                 self.waiting -= len(together[-1])
-            self._last = sum(map(len, together))
+            self._joined.append(len(together))
             return together
+
+    def _linger(self) -> None:
+        """Wait for as many requests as came together of late, then until none has come for a moment."""
+        wanted = max(self._joined)
+
+        def is_enough(requests: int) -> bool:
+            return self._closing or len(self._queue) >= requests or self.waiting >= self.limits.batch
+
+        self._changed.wait_for(lambda: is_enough(wanted), self.limits.linger * self._seconds)
+        while wanted > 1 and not is_enough(LARGEST) and self._changed.wait(MOMENT):
+            continue
 
     def _joins(self, together: list[Asked], asked: Asked) -> bool:
         fits = sum(map(len, together)) + len(asked) <= self.limits.batch

@@ -66,18 +66,21 @@ def serve(arguments: argparse.Namespace) -> int:
     with _listening(arguments.host, arguments.port) as listener:
         scorer, about = load(served)
         rewards = Batcher(scorer, served.shape.reward_shape(), served.limits)
-        where = f"http://{arguments.host}:{listener.getsockname()[1]}"
-        what = f"{', '.join(served.shape.sources)} of {about['model']}"
+        host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
+        where, what = (
+            f"http://{host}:{listener.getsockname()[1]}",
+            f"{', '.join(served.shape.sources)} of {about['model']}",
+        )
         server = make_server(rewards, about, key, one_line(f"serving {what} at {where} ({about['served']})"))
         for one in (signal.SIGTERM, signal.SIGINT):  # the server heeds them, and raises them again when it has stopped
             signal.signal(one, lambda *_: None)
         server.run(sockets=[listener])
-    if rewards.is_alive():
-        late = f"error: a batch was not finished within limits.stop = {served.limits.stop} seconds"
-        print(late, file=sys.stderr, flush=True)
-        os._exit(1)  # the thread is in a model, and cannot be ended otherwise
-    print("stopped", flush=True)
-    return 0
+    if not rewards.is_alive() and not rewards.cut_off:
+        print("stopped", flush=True)
+        return 0
+    late = f"error: requests were not finished within limits.stop = {served.limits.stop} seconds"
+    print(late, file=sys.stderr, flush=True)
+    os._exit(1)  # the thread may be in a model, and cannot be ended otherwise
 
 
 def make_server(rewards: Batcher, about: dict[str, object], key: str | None, line: str) -> uvicorn.Server:

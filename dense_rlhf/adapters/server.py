@@ -12,7 +12,14 @@ from contextlib import asynccontextmanager, contextmanager
 import numpy as np
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -121,6 +128,7 @@ class _Metrics:
         steps = [width * 10**power for power in range(-2, 3) for width in (1, 2, 5)]
         self.seconds = Histogram("dense_rlhf_request_seconds", "From arrival to rewards", buckets=steps, **of)
         self.registry.register(self)
+        ProcessCollector(**of)  # its memory and CPU seconds
 
     def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
         cost = self.rewards.scorer.cost
@@ -177,8 +185,9 @@ def make_app(rewards: Batcher, about: dict[str, object], key: str | None, announ
 
     @app.get("/health")
     async def get_health() -> JSONResponse:
-        state = rewards.state
-        return JSONResponse({"status": state}, 200 if state == "ok" else 503)
+        if not rewards.is_alive():
+            raise Refusal(503, "the server is stopping")
+        return JSONResponse({"status": "ok"})
 
     return app
 
@@ -200,9 +209,9 @@ async def _rewards(request: Request, rewards: Batcher, held: _Held) -> Response:
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if kind not in ("application/json", BINARY):
         raise Refusal(415, f"the content type is {one_line(kind)[:80]}, wanted application/json or {BINARY}")
-    size = int(request.headers.get("content-length", -1))  # the HTTP parser has checked it, and that it is kept
-    if size < 0:
-        raise Refusal(411, "no content length; wanted a body that is not chunked")
+    if "content-length" not in request.headers or "transfer-encoding" in request.headers:
+        raise Refusal(411, "no content length, or a body in chunks; wanted a body whose length is told before it")
+    size = int(request.headers["content-length"])  # the HTTP parser has checked it, and that the body keeps to it
     if size > limits.body * MIB:
         raise Refusal(413, f"a body of {size} bytes, wanted at most {limits.body} MiB; send fewer responses a request")
     try:
@@ -213,8 +222,11 @@ async def _rewards(request: Request, rewards: Batcher, held: _Held) -> Response:
             return _packed(await _first(asked, request), kind)
     except Full as full:
         raise Refusal(503, f"{full}; ask again", **{"Retry-After": "1"}) from None
-    except (ClientDisconnect, asyncio.CancelledError):
+    except ClientDisconnect:
         return Response(status_code=GONE)
+    except asyncio.CancelledError:  # the server was told to stop, and `limits.stop` has passed
+        rewards.cut_off += 1
+        raise
     except ModelFailure as failure:
         raise Refusal(500, str(failure)) from None
     except InputError as error:

@@ -161,8 +161,15 @@ def test_told_to_stop_under_load_it_finishes_what_it_took(folder, reward_model):
         np.testing.assert_allclose(row, mine, atol=1e-6)
 
 
-def test_what_takes_longer_than_it_may_ends_it_with_an_error(folder, monkeypatch):
-    monkeypatch.setattr("dense_rlhf.adapters.batcher.dense_rewards", lambda *_: time.sleep(60))
+@pytest.mark.parametrize("ends", [True, False], ids=["ends soon after", "never ends"])
+def test_what_takes_longer_than_it_may_ends_it_with_an_error(folder, tmp_path, monkeypatch, ends):
+    end = tmp_path / "end"
+
+    def slow(*_):
+        while not end.exists():
+            time.sleep(0.01)
+
+    monkeypatch.setattr("dense_rlhf.adapters.batcher.dense_rewards", slow)
     with process("serve-rewards", str(folder), "--port", "0", "--set", "limits.stop=1") as (pid, output):
         client = RewardClient(output.readline().split(" at ")[1].split()[0], timeout=60, retries=0)
         with ThreadPoolExecutor(1) as pool:
@@ -172,5 +179,7 @@ def test_what_takes_longer_than_it_may_ends_it_with_an_error(folder, monkeypatch
             os.kill(pid, signal.SIGTERM)
             with pytest.raises(RewardServerError):
                 lost.result(60)
-        assert "a batch was not finished within limits.stop = 1 seconds" in output.read()
+        if ends:
+            end.touch()
+        assert "requests were not finished within limits.stop = 1 seconds" in output.read()
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
