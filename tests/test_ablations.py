@@ -8,15 +8,28 @@ from whole_runs import check_pages, run_study
 
 from dense_rlhf.attribution import SOURCES
 from dense_rlhf.bayesopt.ledger import trials
+from dense_rlhf.config.params import PolicyParams
 from dense_rlhf.files import read_ledger
+from dense_rlhf.models.language_models import load_policy
+
+
+@pytest.fixture(scope="module")
+def small(few_reviews, tmp_path_factory):
+    """Settings of all ablations: a tenth of the reviews, and the lowest of the policy's layers without the others."""
+    folder, language_model = tmp_path_factory.mktemp("policy"), load_policy(PolicyParams())
+    trunk = language_model.model.base_model
+    trunk.layers, trunk.config.num_hidden_layers = trunk.layers[:1], 1
+    language_model.model.save_pretrained(folder)
+    language_model.tokenizer.save_pretrained(folder)
+    return f"data.path={few_reviews}", f"policy.name={folder}"
 
 
 def executed(name, *settings):
     """A fixture: what the ablation leaves, run whole."""
 
     @pytest.fixture(scope="module")
-    def study(few_reviews):
-        return run_study(f"params/ablations/{name}.yaml", f"pytest_{name}", f"data.path={few_reviews}", *settings)
+    def study(small):
+        return run_study(f"params/ablations/{name}.yaml", f"pytest_{name}", *small, *settings)
 
     return study
 
@@ -29,7 +42,7 @@ labels = executed(
 
 
 @pytest.fixture(scope="module")
-def explainers(few_reviews, tmp_path_factory):
+def explainers(small, tmp_path_factory):
     """The ablation, with a few words that people marked."""
     folder = tmp_path_factory.mktemp("labels")
     (folder / "trees.txt").write_text("(3 (2 a) (3 (4 good) (2 film)))\n(1 (2 a) (1 (0 bad) (2 film)))\n")
@@ -37,7 +50,7 @@ def explainers(few_reviews, tmp_path_factory):
     return run_study(
         "params/ablations/explainers.yaml",
         "pytest_explainers",
-        f"data.path={few_reviews}",
+        *small,
         f"evaluation.sst_path={folder}/trees.txt",
         f"evaluation.toxic_path={folder}/toxic.csv",
     )

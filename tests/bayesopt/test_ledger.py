@@ -97,7 +97,7 @@ def in_children(*works):
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
-def until(condition, seconds=20):
+def until(condition, seconds=120):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it never came"
@@ -125,6 +125,9 @@ def test_lines_of_two_processes_stay_whole_and_in_their_order(tmp_path):
     path, count = tmp_path / "trials.jsonl", 150
 
     def write(name):
+        (tmp_path / name).touch()
+        while not all((tmp_path / other).exists() for other in "ab"):
+            os.sched_yield()  # none may end before the other begins
         for i in range(count):
             append_line(path, {"name": name, "i": i, "filling": "x" * (i * 37 % 5000)})
 
@@ -147,7 +150,7 @@ def test_a_line_waits_until_another_process_has_written_its_own(tmp_path):
         time.sleep(0.2)
         assert other.is_alive() and path.read_bytes() == b'{"a": '
         file.write(b"1}\n")
-    other.join(20)
+    other.join(120)
     assert read_ledger(path) == [{"a": 1}, {"b": 2}]
 
 
@@ -426,6 +429,7 @@ def test_processes_on_one_ledger_run_each_trial_once(tmp_path):
     def work(name):
         def slow(row):
             (tmp_path / f"{row['trial']}-{name}").touch(exist_ok=False)
+            until(lambda: {file.name[-1] for file in tmp_path.glob("[0-9]*-?")} == set("abc"))  # none is late
             time.sleep(0.02 + 0.03 * random.random())
             return observed(row)
 
@@ -460,7 +464,7 @@ def test_a_trial_whose_process_dies_is_taken_up_by_the_one_that_waits(tmp_path):
     assert other.is_alive() and len(seen) == 1, "nothing is left to propose: it waits"
     os.kill(victim, signal.SIGKILL)
     os.waitpid(victim, 0)
-    other.join(20)
+    other.join(120)
     assert [row["trial"] for row in seen] == [2, 1] and seen[1]["pid"] == victim
     assert all(seen[1][name] == proposed[name] for name in ("point", "seed", "rng"))
     assert trials(path)[1]["pid"] == os.getpid() and trials(path)[1]["status"] == "observed"
@@ -469,7 +473,7 @@ def test_a_trial_whose_process_dies_is_taken_up_by_the_one_that_waits(tmp_path):
 def test_a_running_trial_is_pending_and_the_search_ends_with_it(tmp_path):
     path, held = tmp_path / "trials.jsonl", threading.Event()
     first = threading.Thread(
-        target=lambda: toy(path).run(lambda row: (held.wait(20) if row["trial"] == 2 else None, observed(row))[1])
+        target=lambda: toy(path).run(lambda row: (held.wait(120) if row["trial"] == 2 else None, observed(row))[1])
     )
     first.start()
     until(lambda: len(trials(path)) == 3)
@@ -479,8 +483,8 @@ def test_a_running_trial_is_pending_and_the_search_ends_with_it(tmp_path):
     until(lambda: [row["status"] for row in trials(path)].count("observed") == 5)
     assert second.is_alive() and [row["rng"]["pending"] for row in trials(path)] == [[], [], [], [2], [2], [2]]
     held.set()
-    first.join(20)
-    second.join(20)
+    first.join(120)
+    second.join(120)
     assert [row["status"] for row in trials(path)] == ["observed"] * 6
     assert not is_live(path) and not is_live(tmp_path / "other.jsonl") and not (tmp_path / "other.d").exists()
 

@@ -2,8 +2,6 @@
 
 import asyncio
 import json
-import os
-import signal
 import subprocess
 import sys
 import threading
@@ -274,7 +272,7 @@ def test_a_killed_start_is_gone_on_with(server, start, tmp_path):
     process = subprocess.Popen([sys.executable, "-c", code, str(record)])
     while len(server.asked) < 5 and process.poll() is None:
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
+    process.kill()
     process.wait()
     with open(record, "ab") as file:
         file.write(b'{"key": "cut short')

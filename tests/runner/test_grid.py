@@ -101,7 +101,7 @@ def test_a_finished_run_is_not_repeated_until_something_changes(fake_repository)
 
 def test_a_run_without_end_is_stopped(fake_repository):
     write_notebook(fake_repository / "notebooks" / "04_ppo.ipynb", "import time; time.sleep(600)")
-    study = load_study(fake_repository / "params" / "s.yaml", ["arms.bad=null", "timeout_minutes=0.1"])
+    study = load_study(fake_repository / "params" / "s.yaml", ["arms.bad=null", "timeout_minutes=0.04"])
     start = time.monotonic()
     assert [r["status"] for r in grid.run_grid(study)] == ["timeout"]
     assert time.monotonic() - start < 60

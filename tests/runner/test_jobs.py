@@ -6,11 +6,11 @@ import shutil
 import signal
 import time
 from pathlib import Path
-from threading import Event
+from threading import Barrier, Event
 
 import pytest
 import yaml
-from checkout import command, make_checkout, write_notebook
+from checkout import command, make_checkout, slowness, write_notebook
 from kill_runs import processes
 
 from dense_rlhf.__main__ import main
@@ -223,18 +223,16 @@ def test_only_force_and_the_most_failures(study, faked, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_two_workers_take_little_more_than_half_the_time(study, faked, monkeypatch):
+def test_two_workers_always_have_two_runs_at_work(study, faked, monkeypatch):
+    """Each run waits until as many are at work as there are workers."""
     fast = jobs.launch
-    monkeypatch.setattr(jobs, "launch", lambda *arguments: (time.sleep(0.4), fast(*arguments))[1])
     monkeypatch.setattr(jobs, "provenance", dict)
-    took = []
     for workers in (1, 2):
+        together = Barrier(workers)
+        monkeypatch.setattr(jobs, "launch", lambda *given, met=together: (met.wait(60), fast(*given))[1])
         settings = ["notebooks=[04_ppo]", "arms.bo=null", "seeds=[0, 1, 2, 3, 4, 5]"]
         read = load_study(study, [f"workers={workers}", *settings])
-        start = time.monotonic()
         assert {record["status"] for record in grid.run_grid(read, force=True)} == {"ok"}
-        took.append(time.monotonic() - start)
-    assert took[0] / took[1] > 1.6
 
 
 @pytest.mark.parametrize(
@@ -272,7 +270,7 @@ def test_a_kernel_that_died_or_left_cells_out_is_not_ok(study, tmp_path, forked)
         ("import sys; sys.exit(0)", "failed", "code cell 3 was not executed"),
     ):
         write_notebook(tmp_path / "notebooks" / "01_reward_model.ipynb", source, "y = 1")
-        record = run_job(job, tmp_path / "runs" / "s" / job.name, Limits(1, 60))
+        record = run_job(job, tmp_path / "runs" / "s" / job.name, Limits(1, 600))
         assert record["status"] == status and message in record["error"]
         assert not (tmp_path / "runs" / "s" / job.name / ".heartbeat").exists()
 
@@ -286,7 +284,7 @@ def test_an_interrupt_ends_all_at_once_and_is_recorded(study, tmp_path, forked):
     start = time.monotonic()
     runner.send_signal(signal.SIGINT)
     assert "interrupted; finished runs are kept" in runner.communicate()[0]
-    assert runner.returncode == 130 and time.monotonic() - start < 5
+    assert runner.returncode == 130 and time.monotonic() - start < 5 * slowness()
     assert processes(tmp_path) == [] and state(folder, "") == ("cancelled", "interrupted")
 
 

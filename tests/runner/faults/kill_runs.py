@@ -90,7 +90,7 @@ def whole(folder: Path) -> list[str]:
     ]
 
 
-def left_behind(folder: Path, patience: float = 5.0) -> list[str]:
+def left_behind(folder: Path, patience: float = 60.0) -> list[str]:
     """The processes that outlive their runner by some seconds: each ends by itself, on a busy machine not at once."""
     until = time.monotonic() + patience
     while (alive := processes(folder)) and time.monotonic() < until:
@@ -111,7 +111,11 @@ def strike(folder: Path, wanted: dict[str, bytes], target: str, seconds: float) 
     if runner.poll() is not None or not victims:
         runner.communicate()
         return False, []
-    random.choice(victims).send_signal(signal.SIGKILL)
+    try:
+        random.choice(victims).send_signal(signal.SIGKILL)
+    except psutil.NoSuchProcess:  # it ended meanwhile
+        runner.communicate()
+        return False, []
     wrong = []
     if target == "runner":
         runner.communicate()
