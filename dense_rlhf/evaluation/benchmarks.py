@@ -109,7 +109,7 @@ def answers(
     for rows in progress(_batches([temperature for _, temperature in asked])):
         dialogues, temperature = [asked[i][0] for i in rows], asked[rows[0]][1]
         texts = [[vars(message) for message in dialogue] for dialogue in dialogues]
-        key = content_key([lm.revision, texts, temperature, max_new_tokens, seed])
+        key = content_key([lm.revision, str(lm.model.dtype), texts, temperature, max_new_tokens, seed])
         sample = partial(_sampled, lm, dialogues, temperature, max_new_tokens, int(key, 16) % 2**63)
         by_row |= dict(zip(rows, journal.get_or_make(key, lambda sample=sample: {"answers": sample()})["answers"]))
     return [by_row[i] for i in range(len(asked))]

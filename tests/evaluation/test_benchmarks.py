@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from by_hand import compare, ratings_by_hand, recorder
 from conftest import ROOT, SHARED, make_policy
 from whole_runs import check_pages, run_study
@@ -391,6 +392,18 @@ def test_answers_keep_their_order_over_temperatures_and_are_drawn_once(lm, tmp_p
     assert seen == [2] and len(whole) == 6 and len(set(whole)) > 2
     monkeypatch.setattr("dense_rlhf.evaluation.benchmarks._sampled", lambda *_: pytest.fail("drawn twice"))
     assert answers(lm, dialogues, 6, 0, ledger) == whole
+
+
+@pytest.mark.parametrize(
+    "change", [dict(revision="other"), dict(dtype="bfloat16"), dict(seed=1), dict(most=5)], ids=str
+)
+def test_whatever_decides_answers_draws_them_anew(change, lm, tmp_path, monkeypatch):
+    monkeypatch.setattr("dense_rlhf.evaluation.benchmarks._sampled", lambda *_: [str(len(drawn))])
+    drawn, ledger, other = [], tmp_path / "answers.jsonl", dict(revision=lm.revision, dtype="float32", seed=0, most=6)
+    for given in (other, other, other | change):
+        model = replace(lm, revision=given["revision"], model=lm.model.to(getattr(torch, given["dtype"])))
+        drawn += [answers(model, asked(["the film"]), given["most"], given["seed"], ledger)]
+    assert drawn == [["0"], ["0"], ["2"]]
 
 
 def test_without_warmth_the_seed_is_nothing_with_warmth_it_is(lm, tmp_path):
