@@ -12,6 +12,9 @@ import nbformat
 import pytest
 from chromium import launched
 from conftest import ROOT
+from whole_runs import server
+
+from dense_rlhf.runner.kernels import SERVER
 
 SMALL = {
     "reward_steps": 30,
@@ -22,6 +25,11 @@ SMALL = {
     "attribution_lime_samples": 16,
 }
 NEEDED = ("run_dir = None", "open_run(", "load_task(", "explore(")  # cells; `test_notebooks` runs all of them
+KERNEL = """import os, sys
+from dense_rlhf.runner.kernels import Forked
+del os.environ['JPY_PARENT_PID']  # the parent of a fork is another
+fork = Forked(['ipykernel_launcher', '-f', sys.argv[1]], dict(os.environ), os.getcwd(), [1], lambda: False)
+sys.exit(fork.wait())"""
 TRACKER = "lab/settings/@jupyterlab/notebook-extension/tracker.jupyterlab-settings"
 
 
@@ -43,8 +51,12 @@ def lab(tmp_path, few_reviews):
     settings = tmp_path / TRACKER
     settings.parent.mkdir(parents=True)
     settings.write_text(json.dumps({"windowingMode": "none"}))  # all cells are in the page
+    spec = tmp_path / "data" / "kernels" / "python3" / "kernel.json"
+    spec.parent.mkdir(parents=True)
+    argv = [sys.executable, "-c", KERNEL, "{connection_file}"]  # preloaded
+    spec.write_text(json.dumps({"argv": argv, "display_name": "Python 3 (ipykernel)", "language": "python"}))
     places = {f"JUPYTER_{name}_DIR": str(tmp_path / name.lower()) for name in ("CONFIG", "DATA", "RUNTIME")}
-    places |= {"JUPYTERLAB_SETTINGS_DIR": str(tmp_path / "lab" / "settings"), "PYTHONPATH": str(ROOT)}
+    places |= {"JUPYTERLAB_SETTINGS_DIR": str(tmp_path / "lab" / "settings"), "PYTHONPATH": str(ROOT), SERVER: server()}
     options = [
         "--no-browser",
         "--allow-root",
@@ -56,16 +68,16 @@ def lab(tmp_path, few_reviews):
         "--LabApp.extension_manager=readonly",
     ]
     with open(tmp_path / "lab.log", "w") as log:
-        server = subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-m", "jupyterlab", *options],
             stdout=log,
             stderr=log,
             env=os.environ | places,
             cwd=tmp_path,
         )
-    yield address(tmp_path, server)
-    server.terminate()
-    server.wait(30)
+    yield address(tmp_path, process)
+    process.terminate()
+    process.wait(120)
 
 
 def address(folder, server, seconds=90):
