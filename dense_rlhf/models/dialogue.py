@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dense_rlhf.data import Dataset, prompt_text
+from dense_rlhf.files import content_key
 from dense_rlhf.models.text_spans import Spans, overlap, solid, token_spans, tokenise
 from dense_rlhf.types import InputError, LabelledText, Message, Prompt, Reading
 
@@ -155,6 +156,13 @@ def turn_ends(tokenizer: PreTrainedTokenizerBase) -> set[int]:
         after = tokenizer(frame(tokenizer, (Message("user", "a"),)).after, add_special_tokens=False)["input_ids"]
         ends |= {*[token for token in after if token in tokenizer.added_tokens_decoder][:1]}
     return ends
+
+
+def tokens_key(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of how a tokenizer reads texts and dialogues."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
+    return content_key([rules, tokenizer.chat_template, tokenizer.special_tokens_map])
 
 
 # ---------------------------------------------------------------------------------------------------- readings

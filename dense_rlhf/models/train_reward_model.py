@@ -23,7 +23,7 @@ from transformers import (
 from dense_rlhf.config.params import RewardParams
 from dense_rlhf.files import cached_folder, commit_of, content_key, model_sha256
 from dense_rlhf.fingerprint import source_key
-from dense_rlhf.models.dialogue import head_ids, prompt_ids
+from dense_rlhf.models.dialogue import head_ids, prompt_ids, tokens_key
 from dense_rlhf.models.language_models import load_weights
 from dense_rlhf.models.reward_model import RewardModel, chosen_output
 from dense_rlhf.types import InputError, LabelledText, PreferencePair, Prompt, Reading
@@ -198,7 +198,7 @@ def load_reward_model(
         "data": data_revision,
         "examples": content_key([asdict(example) for example in examples]),  # one file is read in several ways
         "params": learned,
-        "vocabulary": sorted(tokenizer.get_vocab().items())[:: max(1, len(tokenizer) // 4096)],
+        "tokens": tokens_key(tokenizer),
         "torch": torch.__version__,
         "code": source_key("dense_rlhf.models.train_reward_model"),
     }

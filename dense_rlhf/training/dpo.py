@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dense_rlhf.config.params import PPOParams, RewardParams
 from dense_rlhf.files import cached_folder, content_key
 from dense_rlhf.fingerprint import source_key
-from dense_rlhf.models.dialogue import render
+from dense_rlhf.models.dialogue import render, tokens_key
 from dense_rlhf.models.policy import PolicyWithValue, state_sha256
 from dense_rlhf.models.reward_model import RewardModel
 from dense_rlhf.ppo.rollout import appraise, scored
@@ -136,7 +136,8 @@ def load_implicit(
     key = {
         "reference": state_sha256(reference.lm),
         "reward": state_sha256(reward_model.model),
-        "reading": [reward_model.suffix, reward_model.output, reward_model.pair],
+        "reading": [reward_model.suffix, reward_model.output, reward_model.pair, reward_model.revision],
+        "policy": tokens_key(tokenizer),
         "prompts": content_key([render(prompt, tokenizer) for prompt in prompts]),
         "steps": params.dpo_steps,
         "beta": params.dpo_beta,

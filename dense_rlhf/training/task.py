@@ -10,14 +10,13 @@ from pathlib import Path
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedTokenizerBase
 
 from dense_rlhf import ppo
 from dense_rlhf.config.params import PolicyParams, PPOParams, RunParams
 from dense_rlhf.data import Dataset, load_data
 from dense_rlhf.files import cached_folder, content_key
 from dense_rlhf.fingerprint import source_key
-from dense_rlhf.models.dialogue import without_refused
+from dense_rlhf.models.dialogue import tokens_key, without_refused
 from dense_rlhf.models.language_models import LanguageModel, default_device, load_policy, within_memory
 from dense_rlhf.models.learned_judge import LearnedJudge
 from dense_rlhf.models.policy import PolicyWithValue, trainable_copy, value_probe
@@ -108,13 +107,6 @@ def machine() -> list:
     """What decides how sums are rounded, and so which tokens are drawn: threads, device, libraries."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return [torch.get_num_threads(), device, torch.__version__, transformers.__version__]
-
-
-def tokens_key(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of how a tokenizer reads texts and dialogues."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
-    return content_key([rules, tokenizer.chat_template, tokenizer.special_tokens_map])
 
 
 def load_task(params: RunParams, progress: Callable = iter) -> Task:

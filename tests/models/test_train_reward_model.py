@@ -182,6 +182,10 @@ def test_a_trained_reward_model_is_found_again(tokenizer, monkeypatch, tmp_path)
     monkeypatch.setattr("dense_rlhf.models.train_reward_model.train_on_labels", None)  # a second training would fail
     second = train_reward_model.load_reward_model(texts, tokenizer, params, "r")
     assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), second.model.parameters()))
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = "[{{ messages[0].content }}]"  # decides what it learns of dialogues
+    with pytest.raises(TypeError):
+        train_reward_model.load_reward_model(texts, other, params, "r")
 
 
 def test_a_reward_model_reads_dialogues_as_its_policy_does(tokenizer):
