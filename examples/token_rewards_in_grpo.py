@@ -8,12 +8,13 @@ prompts to run them on.
 
 import argparse
 import tempfile
+from functools import partial
 
 import torch
 from datasets import Dataset
 from trl import GRPOConfig
 
-from dense_rlhf.adapters import Scorer
+from dense_rlhf.adapters import Scorer, dense_rewards
 from dense_rlhf.adapters.trl import TokenGRPO, TokenRewards, no_reward
 from dense_rlhf.config.params import DataParams, PolicyParams, RewardParams
 from dense_rlhf.data import load_data
@@ -48,7 +49,8 @@ def main(data: str | None = None, reward_steps: int = 500, updates: int = 8) -> 
             processing_class=policy.tokenizer,
         )
         scorer = Scorer(judge.model, judge.tokenizer, adds_end=True)
-        trainer.dense = TokenRewards(scorer, RewardShape(("shap",), (1.0,), "signed"))
+        shape = RewardShape(("shap",), (1.0,), "signed")
+        trainer.dense = TokenRewards(partial(dense_rewards, scorer, shape=shape))
         trainer.train()
     return trainer
 

@@ -1,7 +1,8 @@
 """GRPO of trl with an advantage for each token, `(B, T)`, in place of one for each response.
 
+    shape = RewardShape(("shap",), (1.0,), "signed")
     trainer = TokenGRPO(policy, no_reward, GRPOConfig(...), dataset, processing_class=tokenizer)
-    trainer.dense = TokenRewards(Scorer(reward_model, tokenizer), RewardShape(("shap",), (1.0,), "signed"))
+    trainer.dense = TokenRewards(partial(dense_rewards, Scorer(reward_model, tokenizer), shape=shape))
     trainer.train()
 
 GRPO whitens summed rewards, so it cannot see where in a response a reward was paid; its loss can, where a subclass of
@@ -10,15 +11,18 @@ the trainer gives it the numbers. Run with trl 1.16. RLOO cannot, as its ratio i
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from trl import GRPOTrainer
 
-from dense_rlhf.adapters.rewards import Scorer, dense_rewards
-from dense_rlhf.training.baselines import normalised_to_go
-from dense_rlhf.types import InputError, RewardShape
+from dense_rlhf.adapters.group import group_to_go
+from dense_rlhf.types import InputError
+
+SCALES = {"group": "sd", "none": "none"}  # trl's `scale_rewards` as `group_to_go` names it
 
 
 def no_reward(completions: list, **_: object) -> list[float]:
@@ -28,11 +32,9 @@ def no_reward(completions: list, **_: object) -> list[float]:
 
 @dataclass
 class TokenRewards:
-    """What a `TokenGRPO` pays for each token."""
+    """What a `TokenGRPO` pays for each token: `rewards` of prompt and response ids, an array (T_i,) a response."""
 
-    scorer: Scorer
-    shape: RewardShape
-    gamma: float = 1.0
+    rewards: Callable[[list[Tensor], list[Tensor]], Sequence[np.ndarray]]
 
     def __call__(self, batch: dict[str, Tensor]) -> Tensor:
         """Rewards (B, T) of a batch as trl has it, zero where `completion_mask` is. Does not handle tools' turns."""
@@ -43,13 +45,13 @@ class TokenRewards:
         prompts = [batch["prompt_ids"][i][asked[i]] for i in rows]
         responses = [batch["completion_ids"][i][given[i]] for i in rows]
         rewards = torch.zeros(given.shape, device=given.device)
-        for i, paid in zip(rows, dense_rewards(self.scorer, prompts, responses, self.shape)):
-            rewards[i, given[i]] = torch.from_numpy(paid).to(rewards)
+        for i, paid in zip(rows, self.rewards(prompts, responses)):
+            rewards[i, given[i]] = torch.as_tensor(paid).to(rewards)
         return rewards
 
 
 class TokenGRPO(GRPOTrainer):
-    """GRPO whose advantages are the whitened rewards to go of single tokens (`normalised_to_go`), set as `dense`.
+    """GRPO whose advantages are of single tokens (`group_to_go`), paid by `dense`; of sparse rewards they are trl's.
 
     Each process holds whole groups of completions to a prompt.
     """
@@ -65,5 +67,8 @@ class TokenGRPO(GRPOTrainer):
         if len(mask) % group:
             size = f"a process has {len(mask)} completions and a prompt {group}"
             raise InputError(f"{size}; make per_device_train_batch_size a multiple of num_generations")
-        batch["advantages"] = normalised_to_go(dense(batch), mask, group, dense.gamma)
+        if self.scale_rewards not in SCALES:
+            raise InputError(f"scale_rewards is {self.scale_rewards!r}, wanted one of {', '.join(SCALES)}")
+        prompts = [row // group for row in range(len(mask))]
+        batch["advantages"] = group_to_go(dense(batch), mask, prompts, SCALES[self.scale_rewards], eps=1e-4)
         return batch
