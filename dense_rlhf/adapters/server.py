@@ -6,7 +6,7 @@ import asyncio
 import hmac
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
 import numpy as np
@@ -130,6 +130,17 @@ class _Metrics:
         self.registry.register(self)
         ProcessCollector(**of)  # its memory and CPU seconds
 
+    async def counted(self, request: Request, answer: Awaitable[Response]) -> Response:
+        """The answer, or what it was refused with."""
+        started = time.perf_counter()
+        try:
+            response = await answer
+            self.seconds.observe(time.perf_counter() - started)
+        except Refusal as refusal:
+            response = await _refused(request, refusal)
+        self.requests.labels(response.status_code).inc()
+        return response
+
     def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
         cost = self.rewards.scorer.cost
         yield GaugeMetricFamily("dense_rlhf_waiting_responses", "Wait for the model", self.rewards.waiting)
@@ -149,30 +160,16 @@ def make_app(rewards: Batcher, about: dict[str, object], key: str | None, announ
 
     It starts the batcher, calls `announce`, and closes the batcher when the server stops.
     """
-
-    @asynccontextmanager
-    async def life(app: FastAPI):
-        rewards.start()
-        announce()
-        yield
-        await asyncio.to_thread(rewards.close, 1)  # all who waited were answered, or have waited `limits.stop`
-
-    app = FastAPI(title="dense-rlhf token rewards", lifespan=life, docs_url=None, redoc_url=None, openapi_url=None)
-    held = _Held(rewards.limits.held * MIB)
-    metrics, known = _Metrics(rewards, held), [Depends(_admission(key))]
+    app = FastAPI(lifespan=_lifespan(rewards, announce), docs_url=None, redoc_url=None, openapi_url=None)
+    held, known = _Held(rewards.limits.held * MIB), [Depends(_admission(key))]
+    metrics = _Metrics(rewards, held)
     for kind, handler in ((Refusal, _refused), (HTTPException, _no_such_place), (Exception, _broken)):
         app.add_exception_handler(kind, handler)
 
     @app.post("/rewards", dependencies=known)
     async def post_rewards(request: Request) -> Response:
-        started = time.perf_counter()
-        try:
-            response = await _rewards(request, rewards, held)
-            response.headers[SERVED] = str(about["served"])
-            metrics.seconds.observe(time.perf_counter() - started)
-        except Refusal as refusal:
-            response = await _refused(request, refusal)
-        metrics.requests.labels(response.status_code).inc()
+        response = await metrics.counted(request, _rewards(request, rewards, held))
+        response.headers[SERVED] = str(about["served"])
         return response
 
     @app.get("/about", dependencies=known)
@@ -190,6 +187,17 @@ def make_app(rewards: Batcher, about: dict[str, object], key: str | None, announ
         return JSONResponse({"status": "ok"})
 
     return app
+
+
+def _lifespan(rewards: Batcher, announce: Callable[[], None]) -> Callable:
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        rewards.start()
+        announce()
+        yield
+        await asyncio.to_thread(rewards.close, 1)  # all who waited were answered, or have waited `limits.stop`
+
+    return lifespan
 
 
 def _admission(key: str | None) -> Callable:
@@ -226,7 +234,7 @@ async def _rewards(request: Request, rewards: Batcher, held: _Held) -> Response:
         return Response(status_code=GONE)
     except asyncio.CancelledError:  # the server was told to stop, and `limits.stop` has passed
         rewards.cut_off += 1
-        raise
+        raise Refusal(503, "the server stopped before it was done") from None
     except ModelFailure as failure:
         raise Refusal(500, str(failure)) from None
     except InputError as error:

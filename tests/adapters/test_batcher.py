@@ -168,30 +168,33 @@ def test_closing_finishes_what_waits_and_takes_no_more(scorer, monkeypatch):
         assert one.close(30) and [len(each.rewards.result(0)) for each in asked] == [1, 2, 1]
 
 
-def test_a_batch_waits_for_as_many_requests_as_the_last_ones_joined(scorer, monkeypatch):
+@pytest.fixture
+def patient(monkeypatch):
+    """Every batch counts as one that took a minute."""
+    monkeypatch.setattr(Batcher, "_seconds", property(lambda one: 60.0, lambda one, seconds: None), raising=False)
+
+
+def test_a_batch_waits_for_as_many_requests_as_the_last_ones_joined(scorer, monkeypatch, patient):
     """Clients that were answered together come back one by one; one alone is not kept waiting."""
     with gated(scorer, monkeypatch, linger=1) as (one, gate, sizes):
         first = waiting(one, rows(2), rows(1, 50))
         gate.set()
         assert [len(asked.rewards.result(30)) for asked in first] == [1, 2, 1]
-        one._seconds = 60
         again = [Asked(*rows(1, 60)), Asked(*rows(1, 70))]
         for asked in again:
             one.submit(asked)
             time.sleep(0.05)
         assert [len(asked.rewards.result(30)) for asked in again] == [1, 1] and sizes == [1, 3, 2]
         one._joined.extend([1] * 4)
-        one._seconds = 60
         alone = Asked(*rows(1, 80))
         one.submit(alone)
         assert len(alone.rewards.result(30)) == 1
 
 
-def test_closing_ends_the_wait_for_more(scorer, monkeypatch):
+def test_closing_ends_the_wait_for_more(scorer, monkeypatch, patient):
     with gated(scorer, monkeypatch, linger=1) as (one, gate, _):
         gate.set()
         one._joined.append(9)
-        one._seconds = 60
         asked = Asked(*rows(1))
         one.submit(asked)
         assert one.close(30) and len(asked.rewards.result(0)) == 1
