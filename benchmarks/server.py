@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -132,7 +133,7 @@ def memory(client: RewardClient, process: psutil.Process, responses: int, rounds
     mib = [process.memory_info().rss / 2**20]
     with ThreadPoolExecutor(8) as pool:
         for _ in range(rounds):
-            list(pool.map(lambda request: client(*request), [fresh(responses, 4) for _ in range(8)]))
+            list(pool.map(lambda request: client(*request), [fresh(responses, 2) for _ in range(8)]))
             mib.append(process.memory_info().rss / 2**20)
     first, *after = map(round, mib)
     line("memory", f"8 clients, {responses} responses each", unit="MiB", before=first, after_each_round=after)
@@ -156,10 +157,10 @@ def main() -> None:
             print(
                 json.dumps({"benchmark": "server/run", "threads": torch.get_num_threads()} | provenance()), flush=True
             )
-            throughput(Scorer(model, tokenizer), client, process, 2 if quick else 15)
-            for clients, requests in ((1, 100), (8, 400), (64, 1280)):
-                latency(client, clients, requests // 10 if quick else requests)
-            memory(client, process, 128 if quick else 1024, 1 if quick else 4)
+            throughput(Scorer(model, tokenizer), client, process, 2 if quick else 9)
+            for clients, requests in ((1, 60), (8, 240), (64, 640)):
+                latency(client, clients, requests // 6 if quick else requests)
+            memory(client, process, 128 if quick else 1024, 1 if quick else 3)
 
 
 if __name__ == "__main__":
