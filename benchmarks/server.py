@@ -154,9 +154,9 @@ def main() -> None:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         with serving(Path(folder)) as (client, process):
-            print(
-                json.dumps({"benchmark": "server/run", "threads": torch.get_num_threads()} | provenance()), flush=True
-            )
+            load = round(os.getloadavg()[0], 1)  # of this machine, by others too
+            about = {"benchmark": "server/run", "threads": torch.get_num_threads(), "load": load} | provenance()
+            print(json.dumps(about), flush=True)
             throughput(Scorer(model, tokenizer), client, process, 2 if quick else 9)
             for clients, requests in ((1, 60), (8, 240), (64, 640)):
                 latency(client, clients, requests // 6 if quick else requests)
