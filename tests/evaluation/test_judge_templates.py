@@ -60,6 +60,7 @@ def test_turns_of_a_dialogue_are_told_apart():
         ("<THINKING>[[B]]</THINKING> It says <think> for nothing. **[[A]]**", 1),
         ("<think>[[A]]</think> <think>[[A]]</think> [[B]]", 0),
         ("[THINK][[B]][/THINK][[A]]", 1),
+        ("[Reasoning] A is right. [[A]]", 1),
         ("◁think▷[[B]]◁/think▷[[A]]", 1),
     ],
 )
