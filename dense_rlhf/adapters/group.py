@@ -22,27 +22,28 @@ def group_to_go(
 
         A_i,t = (G_i,t - mean_j G_j,min(t, T_j)) * s,   G_i,t = sum_{u >= t} r_i,u,
 
-    j over the K responses to i's prompt, T_j their last tokens, S_j = G_j,0 their scores. `s` is 1 / (sd_j S_j + eps)
-    for "sd" (GRPO: Shao et al., 2024), K / (K - 1) for "leave_one_out" (RLOO: Ahmadian et al., 2024; the baseline is
-    then the mean of the others, which no action of i can move) and 1 for "none" (Dr. GRPO: Liu et al., 2025). Where
-    only last tokens are paid, G_j is S_j throughout and these are those estimators. A group of one, which
-    has nothing to compare with, gets zeros. Rewards are zero after a response's end. Raises `InputError` for shapes
-    that differ.
+    j over the K responses to i's prompt, t from a response's first token to its last, T_j; S_j = G_j,0 are the scores.
+    `s` is 1 / (sd_j S_j + eps) for "sd" (GRPO: Shao et al., 2024), K / (K - 1) for "leave_one_out" (RLOO: Ahmadian et
+    al., 2024; the baseline is then the mean of the others, which no action of i can move) and 1 for "none" (Dr. GRPO:
+    Liu et al., 2025). Where only last tokens are paid, G_j is S_j throughout and these are those estimators. A group of
+    one, which has nothing to compare with, gets zeros. Rewards are zero outside responses. Raises `InputError` for
+    shapes that differ.
     """
     if rewards.shape != mask.shape or len(rewards) != len(groups):
         shapes = f"rewards {tuple(rewards.shape)}, mask {tuple(mask.shape)}, {len(groups)} groups"
         raise InputError(f"{shapes}; wanted (B, T), (B, T) and B")
     mask, places = mask.bool(), torch.arange(mask.shape[1], device=mask.device)
     to_go = rewards.flip(-1).cumsum(-1).flip(-1)
-    last = (places * mask).amax(-1, keepdim=True)
-    held = to_go.gather(-1, torch.minimum(places, last))
+    first, last = mask.int().argmax(-1, keepdim=True), (places * mask).amax(-1, keepdim=True)
+    held = to_go.gather(-1, torch.minimum(first + places, last))  # responses begin where they do, here all at 0
     advantages = torch.zeros_like(rewards)
     for rows in _rows(groups):
         if len(rows) == 1:
             continue
-        factor = {"leave_one_out": len(rows) / (len(rows) - 1), "none": 1.0}.get(scale)
-        factor = 1 / (to_go[rows, 0].std() + eps) if factor is None else factor
-        advantages[rows] = (held[rows] - held[rows].mean(0)) * factor
+        sd, others = to_go[rows, 0].std() + eps, len(rows) / (len(rows) - 1)
+        factor = {"sd": 1 / sd, "leave_one_out": others, "none": 1.0}[scale]
+        baseline = held[rows].mean(0)[(places - first[rows]).clamp(min=0)]
+        advantages[rows] = (to_go[rows] - baseline) * factor
     return advantages.masked_fill(~mask, 0)
 
 

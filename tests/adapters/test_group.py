@@ -71,6 +71,21 @@ def test_no_action_of_a_response_moves_its_baseline(case, i):
     torch.testing.assert_close(gained[i], (3.0 * left).to(gained))
 
 
+@settings(max_examples=8)
+@given(groups_of_responses(), st.lists(st.integers(0, 2), min_size=5, max_size=5))
+def test_where_in_its_row_a_response_begins_changes_nothing(case, starts):
+    """SkyRL has responses at the right."""
+    rewards, mask, names = case
+
+    def moved(x):
+        wide = torch.nn.functional.pad(x, (0, 2))
+        return torch.stack([row.roll(start) for row, start in zip(wide, starts)])
+
+    torch.testing.assert_close(
+        group_to_go(moved(rewards), moved(mask), names), moved(group_to_go(rewards, mask, names))
+    )
+
+
 def test_rewards_at_tokens_of_tools_count_for_what_led_to_them():
     """A trainer may pay a token that the policy did not write: verl pays the last one, whoever wrote it."""
     rewards = torch.tensor([[0.0, 0.0, 2.0], [0.0, 1.0, 0.0]])

@@ -1,10 +1,14 @@
 """verl's own advantages on our rewards are ours, and its own where rewards are sparse."""
 
+import asyncio
+from types import SimpleNamespace
+
 import pytest
 import torch
-from trainers import asked, batch, compared, gae, mask, padded, rewards, to_go, to_go_in_group
+from trainers import asked, batch, compared, gae, mask, on_stand_ins, padded, rewards, to_go, to_go_in_group
 
 from dense_rlhf.shaping.masked import masked_whiten
+from dense_rlhf.types import InputError
 
 
 @pytest.fixture(scope="module")
@@ -47,3 +51,51 @@ def test_its_own_group_estimators_sum_them(verl, name):
 
 def test_sparse_rewards_give_its_own_numbers(verl):
     assert verl["sparse"] == verl["theirs"] and len(verl["theirs"]) == 6
+
+
+# ---------------------------------------------------------------------------------------------------- without verl
+
+
+class Manager:
+    def __init__(self, config, tokenizer, compute_score):
+        self.compute_score = compute_score
+
+
+@pytest.fixture
+def adapter(monkeypatch):
+    stand_ins = {
+        "verl": {"DataProto": object},
+        "verl__experimental__agent_loop__agent_loop": {"AgentLoopOutput": object},
+        "verl__experimental__agent_loop__single_turn_agent_loop": {"SingleTurnAgentLoop": object},
+        "verl__experimental__reward_loop__reward_manager__base": {"RewardManagerBase": Manager},
+        "verl__trainer__ppo__core_algos": {"register_adv_est": lambda name: lambda function: function},
+    }
+    parents = {"__".join(name.split("__")[:n]): {} for name in stand_ins for n in range(1, name.count("__") + 1)}
+    return on_stand_ins(monkeypatch, "verl", **parents | stand_ins)
+
+
+DATA = SimpleNamespace(
+    batch={
+        "prompts": torch.tensor([[0, 5]]),
+        "responses": torch.tensor([[7, 8, 0]]),
+        "attention_mask": torch.tensor([[0, 1, 1, 1, 0]]),
+    }
+)
+
+
+def test_a_row_is_paid_where_its_tokens_are(adapter):
+    asked_for = []
+    manager = adapter.DenseRewardManager(None, None, lambda *ids: asked_for.append(ids) or [torch.tensor([0.5, 1.0])])
+    score = asyncio.run(manager.run_single(DATA))["reward_score"]
+    assert asked_for == [([[5]], [[7, 8]])] and score == [0.5, 1.0]
+    assert manager.assemble_rm_scores(DATA, [score]).tolist() == [[0.5, 1.0, 0.0]]
+
+
+def test_scores_in_place_of_token_rewards_are_refused(adapter):
+    with pytest.raises(InputError, match="set reward.custom_reward_function.path"):
+        adapter.DenseRewardManager.assemble_rm_scores(DATA, [1.5])
+    with pytest.raises(InputError, match="custom_reward_function.path is not set"):
+        adapter.DenseRewardManager(None, None, None)
+    manager = adapter.DenseRewardManager(None, None, lambda *ids: [[0.5]])
+    with pytest.raises(InputError, match="1 rewards for a response of 2 tokens"):
+        asyncio.run(manager.run_single(DATA))

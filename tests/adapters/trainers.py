@@ -1,11 +1,14 @@
 """verl, OpenRLHF and SkyRL in an environment of their own, 2 GB: `python tests/adapters/trainers.py` makes it."""
 
+import importlib
 import json
 import os
 import re
 import subprocess
+import sys
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -50,6 +53,16 @@ def asked(trainer: str) -> dict:
     assert answer.pop("version") == re.search(f"^{trainer}==([^ ]+)", LOCK.read_text(), re.MULTILINE)[1]
     assert answer.pop("heavy") == []  # of our requirements, an adapter needs none that its trainer lacks
     return answer
+
+
+def on_stand_ins(monkeypatch, adapter: str, **attributes: dict) -> ModuleType:
+    """The adapter, imported where modules with these attributes stand in for its trainer's; "__" is a dot."""
+    for path, names in attributes.items():
+        module = ModuleType(path.replace("__", "."))
+        vars(module).update(names, __path__=[])
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    importlib.import_module(f"dense_rlhf.adapters.{adapter}")
+    return sys.modules.pop(f"dense_rlhf.adapters.{adapter}")
 
 
 def padded(rows) -> torch.Tensor:
