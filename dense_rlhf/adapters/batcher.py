@@ -16,7 +16,7 @@ from dense_rlhf.adapters.rewards import Scorer, dense_rewards
 from dense_rlhf.config.strict import LARGEST, Count, Positive, Share, params
 from dense_rlhf.types import InputError, Prompt, RewardShape
 
-MOMENT = 0.002  # seconds
+MOMENT = 0.002  # seconds without a new request that end the wait for more
 log = logging.getLogger(__name__)
 
 

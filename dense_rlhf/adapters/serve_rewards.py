@@ -63,15 +63,15 @@ def serve(arguments: argparse.Namespace) -> int:
         raise InputError(f"serve-rewards wants {', '.join(missing)}, not installed; pip install 'dense-rlhf[serve]'")
     served, key = read_settings(arguments), read_key(arguments.key_file)
     _check_reach(arguments.host, key)
-    with _listening(arguments.host, arguments.port) as listener:
+    with listening(arguments.host, arguments.port) as listener:
         scorer, about = load(served)
         rewards = Batcher(scorer, served.shape.reward_shape(), served.limits)
         host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
-        where, what = (
+        url, what = (
             f"http://{host}:{listener.getsockname()[1]}",
             f"{', '.join(served.shape.sources)} of {about['model']}",
         )
-        server = make_server(rewards, about, key, one_line(f"serving {what} at {where} ({about['served']})"))
+        server = make_server(rewards, about, key, one_line(f"serving {what} at {url} ({about['served']})"))
         for one in (signal.SIGTERM, signal.SIGINT):  # the server heeds them, and raises them again when it has stopped
             signal.signal(one, lambda *_: None)
         server.run(sockets=[listener])
@@ -105,11 +105,8 @@ def read_settings(arguments: argparse.Namespace) -> Served:
     shape = {"normalise": arguments.normalise} if arguments.normalise else {}
     if arguments.shape:
         parts = [part.partition("=") for part in arguments.shape.split(",")]
-        weights = parse_settings(f"{source}={weight or 1.0}" for source, _, weight in parts)
-        shape |= {
-            "sources": [source for source, _, _ in parts],
-            "weights": [w for one in weights for w in one.values()],
-        }
+        weights = parse_settings(f"weight={weight or 1.0}" for _, _, weight in parts)
+        shape |= {"sources": [source for source, _, _ in parts], "weights": [one["weight"] for one in weights]}
     return parse(Served, reduce(merge, parse_settings(arguments.set or ()), given | {"shape": shape}))
 
 
@@ -117,7 +114,7 @@ def read_key(file: str | None) -> str | None:
     """The key in a file or in the environment, None without. Raises `InputError` for one that no header can hold."""
     place = file or KEY
     with naming(Path(place), "read"):
-        key = Path(file).read_text(encoding="utf-8").strip() if file else os.environ.get(KEY)
+        key = Path(file).read_text(encoding="ascii", errors="replace").strip() if file else os.environ.get(KEY)
     if key is not None and not (key.isascii() and key.isprintable() and len(key.split()) == 1):
         raise InputError(f"{place} holds no key; wanted one word of ASCII, such as `openssl rand -hex 32` prints")
     return key
@@ -132,11 +129,13 @@ def _check_reach(host: str, key: str | None) -> None:
         raise InputError(f"--host {host} can be reached from elsewhere; give --key-file FILE, or set {KEY}")
 
 
-def _listening(host: str, port: int) -> socket.socket:
+def listening(host: str, port: int) -> socket.socket:
     """A socket that is bound before the model is loaded, so that a port in use is told at once."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family, backlog=2048)
+        listener = socket.create_server((host, port), family=family, backlog=2048)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else each answer takes 40 ms longer
+        return listener
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{host}:{port} cannot be served at: {reason}; give another --port or --host") from error

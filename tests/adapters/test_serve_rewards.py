@@ -17,7 +17,7 @@ import torch
 from dense_rlhf.__main__ import main
 from dense_rlhf.adapters import Scorer, dense_rewards
 from dense_rlhf.adapters.client import RewardClient, RewardServerError
-from dense_rlhf.adapters.serve_rewards import KEY, load, read_key, read_settings
+from dense_rlhf.adapters.serve_rewards import KEY, listening, load, read_key, read_settings
 from dense_rlhf.types import InputError, RewardShape
 
 OPTIONS = dict(shape=None, normalise=None, trainer_tokenizer=None, set=None, key_file=None, host="127.0.0.1", port=0)
@@ -39,6 +39,8 @@ def test_options_and_settings_are_one(folder):
     given = settings(folder, shape="shap=0.6,uniform=0.4", normalise="signed", set=["limits.batch=8", "scale=2"])
     assert given.shape.reward_shape() == RewardShape(("shap", "uniform"), (0.6, 0.4), "signed")
     assert given.limits.batch == 8 and given.scale == 2
+    own = settings(folder, shape="my.module:source=0.5,shap=0.5").shape
+    assert own.sources == ("my.module:source", "shap") and own.weights == (0.5, 0.5)
     alone = settings(folder, shape="shap", set=["attribution.permutations=4"])
     assert alone.shape.reward_shape() == RewardShape(("shap",), (1.0,)) and alone.attribution.permutations == 4
 
@@ -96,6 +98,9 @@ def test_a_key_comes_from_a_file_or_the_environment(tmp_path, monkeypatch):
         with pytest.raises(InputError, match="holds no key; wanted one word") as raised:
             read_key(str(file))
         assert not text or text not in str(raised.value)
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match="holds no key"):
+        read_key(str(file))
     with pytest.raises(InputError, match="cannot be read"):
         read_key(str(tmp_path / "missing"))
 
@@ -133,6 +138,13 @@ def process(*command):
         with suppress(ProcessLookupError, ChildProcessError):
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
+
+
+def test_an_answer_is_sent_at_once():
+    """Headers and body are two packets: the second would wait for the client to acknowledge the first."""
+    with listening("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        with listener.accept()[0] as connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_told_to_stop_under_load_it_finishes_what_it_took(folder, reward_model):

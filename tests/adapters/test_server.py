@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from dense_rlhf.adapters import Scorer, batcher, dense_rewards
 from dense_rlhf.adapters.batcher import Batcher, Limits
 from dense_rlhf.adapters.client import BINARY, RewardClient, RewardServerError, pack
-from dense_rlhf.adapters.serve_rewards import make_server
+from dense_rlhf.adapters.serve_rewards import listening, make_server
 from dense_rlhf.models import tiny_recipe
 from dense_rlhf.types import Message, RewardShape
 
@@ -32,7 +32,7 @@ SECRET = "correct-horse"
 def served(scorer, key=None, **limits):
     """A server in a thread of this process; ends as with SIGTERM."""
     rewards = Batcher(scorer, SIGNED, Limits(**limits))
-    server, listener = make_server(rewards, {"served": "abc"}, key, ""), socket.create_server(("127.0.0.1", 0))
+    server, listener = make_server(rewards, {"served": "abc"}, key, ""), listening("127.0.0.1", 0)
     thread, port = threading.Thread(target=server.run, args=([listener],)), listener.getsockname()[1]
     thread.start()
     try:
