@@ -1,5 +1,6 @@
 """The processes of tests: what each has in its environment, which files come first, the server that they share."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ os.environ["NUMBA_DISABLE_JIT"] = "1"  # shap would compile for longer than it t
 os.environ["DENSE_RLHF_SERVER"] = ""  # no study of a test starts a server; whole runs share one, `whole_runs.server`
 
 if not HANDS_OUT:
+    gc.disable()  # until all is imported, which stays: to look it through again and again takes seconds
     from hypothesis import settings
     from stand_ins import *  # noqa: F403  fixtures, and what tests import from here
 
@@ -35,6 +37,11 @@ def pytest_collection_modifyitems(items):
     """The files that take longest are handed out first, so that no worker ends with one."""
     rank = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.name, len(LONGEST)))
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_configure():
