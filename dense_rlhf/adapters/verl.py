@@ -71,7 +71,7 @@ class DenseRewardManager(RewardManagerBase):
 
     def __init__(self, config, tokenizer, compute_score, reward_router_address=None, reward_model_tokenizer=None):
         super().__init__(config, tokenizer, compute_score)
-        if compute_score is None:
+        if not (config.reward.get("custom_reward_function") or {}).get("path"):
             raise InputError("reward.custom_reward_function.path is not set; wanted the file of the token rewards")
 
     async def run_single(self, data: DataProto) -> dict[str, Any]:

@@ -28,6 +28,10 @@ def test_the_agent_loop_writes_token_rewards_and_nothing_else(verl):
         assert loop["other fields"] == ["rm_scores"]
 
 
+def test_what_the_docs_configure_is_loaded(verl):
+    assert verl["configured"] == ["DenseAgentLoop", "RewardClient", "http://127.0.0.1:8700", "DenseRewardManager"]
+
+
 def test_gae_is_ours(verl):
     advantages, returns = verl["dense"]["gae"]
     compared(gae(rewards()) + padded(batch()["values"]), returns)
@@ -83,9 +87,15 @@ DATA = SimpleNamespace(
 )
 
 
+def config(path):
+    return SimpleNamespace(reward={"custom_reward_function": {"path": path}})
+
+
 def test_a_row_is_paid_where_its_tokens_are(adapter):
     asked_for = []
-    manager = adapter.DenseRewardManager(None, None, lambda *ids: asked_for.append(ids) or [torch.tensor([0.5, 1.0])])
+    manager = adapter.DenseRewardManager(
+        config("a.py"), None, lambda *ids: asked_for.append(ids) or [torch.tensor([0.5, 1.0])]
+    )
     score = asyncio.run(manager.run_single(DATA))["reward_score"]
     assert asked_for == [([[5]], [[7, 8]])] and score == [0.5, 1.0]
     assert manager.assemble_rm_scores(DATA, [score]).tolist() == [[0.5, 1.0, 0.0]]
@@ -95,7 +105,7 @@ def test_scores_in_place_of_token_rewards_are_refused(adapter):
     with pytest.raises(InputError, match="set reward.custom_reward_function.path"):
         adapter.DenseRewardManager.assemble_rm_scores(DATA, [1.5])
     with pytest.raises(InputError, match="custom_reward_function.path is not set"):
-        adapter.DenseRewardManager(None, None, None)
-    manager = adapter.DenseRewardManager(None, None, lambda *ids: [[0.5]])
+        adapter.DenseRewardManager(config(None), None, lambda **theirs: 0.0)  # verl's default
+    manager = adapter.DenseRewardManager(config("a.py"), None, lambda *ids: [[0.5]])
     with pytest.raises(InputError, match="1 rewards for a response of 2 tokens"):
         asyncio.run(manager.run_single(DATA))

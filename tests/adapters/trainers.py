@@ -46,6 +46,7 @@ def asked(trainer: str) -> dict:
     if not python.exists():
         pytest.skip("the trainers' environment is not made: python tests/adapters/trainers.py")
     settings = os.environ | {"PYTHONPATH": str(HERE.parent.parent), "OMP_NUM_THREADS": "1"}
+    settings |= {"VERL_USE_EXTERNAL_MODULES": "dense_rlhf.adapters.verl"}
     command = [str(python), str(HERE / "in_trainers" / f"run_{trainer}.py")]
     done = subprocess.run(command, input=json.dumps(batch()), capture_output=True, text=True, env=settings)
     assert not done.returncode, done.stderr[-2000:]

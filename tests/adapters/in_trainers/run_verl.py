@@ -1,10 +1,15 @@
 """verl's own advantages on our token rewards, through its reward manager, and an agent loop's output."""
 
 import asyncio
+import re
+import textwrap
+from pathlib import Path
 
 import common
+import hydra
 import numpy as np
 import torch
+from omegaconf import OmegaConf
 from tensordict import TensorDict
 from verl import DataProto
 from verl.experimental.agent_loop.agent_loop import AgentLoopMetrics, AgentLoopOutput
@@ -12,6 +17,7 @@ from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentL
 from verl.experimental.reward_loop.reward_manager.base import RewardManagerBase
 from verl.trainer.config import AlgoConfig
 from verl.trainer.ppo.ray_trainer import compute_advantage
+from verl.trainer.ppo.reward import load_reward_manager
 
 from dense_rlhf.adapters.verl import DenseAgentLoop, DenseRewardManager
 
@@ -48,12 +54,32 @@ def advantages(rewards):
 
 def managed(kind):
     """Token rewards by our reward manager."""
-    data, manager = as_verl_has_it(), DenseRewardManager(None, None, common.token_rewards(GIVEN, kind))
+    data, manager = as_verl_has_it(), loaded_manager()
+    manager.compute_score = common.token_rewards(GIVEN, kind)
 
     async def scored():
         return [(await manager.run_single(data[i : i + 1]))["reward_score"] for i in range(len(data))]
 
     return manager.assemble_rm_scores(data, asyncio.run(scored()))
+
+
+DOCS = (Path(common.__file__).parents[3] / "docs" / "trainers.md").read_text()
+
+
+def loaded_manager():
+    """The reward manager that verl loads with the lines of docs/trainers.md."""
+    file = str(Path(common.__file__).with_name("token_rewards.py"))
+    lines = re.findall(r"^    (reward\.\S+=\S+)", DOCS, re.MULTILINE)
+    config = OmegaConf.from_dotlist([line.replace("token_rewards.py", file) for line in lines])
+    return load_reward_manager(config, None)
+
+
+def configured():
+    """What verl loads with docs/trainers.md's rewards.yaml and with its lines for a reward manager."""
+    text = textwrap.dedent(re.search(r"In `rewards.yaml`:\n\n((?:    .*\n)+)", DOCS)[1])
+    SingleTurnAgentLoop.__init__ = lambda self, **_: None
+    loop = hydra.utils.instantiate(OmegaConf.create(text)[0])
+    return [*(type(one).__name__ for one in (loop, loop.rewards)), loop.rewards.url, type(loaded_manager()).__name__]
 
 
 def looped(i):
@@ -82,6 +108,7 @@ theirs = RewardManagerBase.assemble_rm_scores.__func__(DenseRewardManager, as_ve
 common.answer(
     "verl",
     {
+        "configured": configured(),
         "rewards": managed("dense").tolist(),
         "dense": advantages(managed("dense")),
         "sparse": advantages(managed("sparse")),
