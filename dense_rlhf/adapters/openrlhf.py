@@ -9,12 +9,13 @@ Run with OpenRLHF 0.11.2, with stubs for DeepSpeed and the models; a script take
     runpy.run_module("openrlhf.cli.train_ppo_ray", run_name="__main__")
 
 and is started with the command's own arguments. The token rewards' sums become the scores; `--reward.remote_url
-zero.py`, a file whose `reward_func` returns zeros, saves a second reward model. Any estimator will do;
-`--train.async_enable`, which makes its trainer elsewhere, is not reached.
+zero.py`, a file whose `reward_func` returns zeros, saves a second reward model. Any estimator will do.
+`--train.async_enable`, which makes its trainer elsewhere, is refused.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -25,6 +26,7 @@ from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
 from torch import Tensor
 
 from dense_rlhf.adapters.group import group_to_go
+from dense_rlhf.adapters.paid import paid
 from dense_rlhf.types import InputError
 
 GROUPED = {"rloo": "leave_one_out", "group_norm": "sd", "reinforce_baseline": "none", "dr_grpo": "none"}
@@ -34,6 +36,9 @@ def install(rewards) -> None:
     """Have OpenRLHF's PPO trainer pay tokens by `rewards`, a callable that can be pickled. Call it in the driver."""
     import ray
     from openrlhf.trainer import ppo_trainer
+
+    if "--train.async_enable" in sys.argv:
+        raise InputError("--train.async_enable makes its trainer where this does not reach; leave it out")
 
     class PPOTrainer(ppo_trainer.PPOTrainer.__ray_metadata__.modified_class.__ray_actor_class__):
         def __init__(self, *args, **kwargs):
@@ -56,14 +61,14 @@ class DenseExperienceMaker(RemoteExperienceMaker):
     @torch.no_grad()
     def compute_advantages_and_returns(self, experiences):
         texts = [text for experience in experiences for text in _texts(experience)]
-        rows = iter([torch.as_tensor(row, dtype=torch.float32) for row in self.rewards(*zip(*texts))])
+        rows = iter(paid(self.rewards, *zip(*texts)))
         dense = []
         for one in experiences:
-            paid = torch.zeros(one.action_mask.shape)
+            rewards = torch.zeros(one.action_mask.shape)
             for i, keep in enumerate(one.action_mask.bool().cpu()):
-                paid[i, keep] = next(rows)
-            one.rewards = one.info["reward"] = paid.sum(-1)
-            dense.append(paid)
+                rewards[i, keep] = torch.from_numpy(next(rows))
+            one.rewards = one.info["reward"] = rewards.sum(-1)
+            dense.append(rewards)
         with _added(self._moves(experiences, dense)):
             return super().compute_advantages_and_returns(experiences)
 
@@ -73,24 +78,26 @@ class DenseExperienceMaker(RemoteExperienceMaker):
         m_t = D_t - D_{t+1}, D_t = A_t of the token rewards less A_t of their sum at the last token, A without KL:
         `group_to_go` where the estimator compares a group, else the reward to go.
         """
-        longest, estimator = max(paid.shape[1] for paid in dense), self.strategy.args.algo.advantage.estimator
-        wide = [torch.nn.functional.pad(paid, (0, longest - paid.shape[1])) for paid in dense]
-        masks = [one.action_mask.bool().cpu() for one in experiences]
-        mask = torch.cat([torch.nn.functional.pad(m, (0, longest - m.shape[1])) for m in masks])
-        paid = torch.cat(wide)
-        sparse = torch.zeros_like(paid)
-        last = (torch.arange(longest) * mask).amax(-1)
-        sparse[torch.arange(len(paid)), last] = paid.sum(-1)
+        estimator, longest = self.strategy.args.algo.advantage.estimator, max(part.shape[1] for part in dense)
+        mask = _stacked([one.action_mask.bool().cpu() for one in experiences], longest)
+        rewards = _stacked(dense, longest)
+        last = (torch.arange(longest) * mask).amax(-1, keepdim=True)
+        sparse = torch.zeros_like(rewards).scatter(-1, last, rewards.sum(-1, keepdim=True))
         if estimator in GROUPED:
             samples = self.strategy.args.rollout.n_samples_per_prompt
             groups = [place // samples for one in experiences for place in one.index]
             gain = partial(group_to_go, mask=mask, groups=groups, scale=GROUPED[estimator], eps=1e-9)
-            ahead = gain(paid) - gain(sparse)
+            ahead = gain(rewards) - gain(sparse)
             moved = ahead - torch.nn.functional.pad(ahead[:, 1:], (0, 1))
         else:
-            moved = paid - sparse
-        rows = moved.split([len(paid) for paid in dense])
-        return [part[:, : paid.shape[1]] for part, paid in zip(rows, dense)]
+            moved = rewards - sparse
+        rows = moved.split([len(part) for part in dense])
+        return [row[:, : part.shape[1]] for row, part in zip(rows, dense)]
+
+
+def _stacked(parts: list[Tensor], width: int) -> Tensor:
+    """Rows of all experiences, padded to one width."""
+    return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts])
 
 
 def _texts(experience) -> list[tuple[list[int], list[int]]]:

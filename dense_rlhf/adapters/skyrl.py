@@ -22,6 +22,7 @@ from skyrl.backends.skyrl_train.utils.ppo_utils import register_advantage_estima
 from skyrl.train.generators.base import GeneratorInput, GeneratorInterface, GeneratorOutput
 
 from dense_rlhf.adapters.group import group_to_go
+from dense_rlhf.adapters.paid import paid
 from dense_rlhf.types import InputError
 
 
@@ -39,10 +40,7 @@ class DenseGenerator(GeneratorInterface):
             raise InputError(f"response {mixed or 0} has turns of tools or steps, which earn no token rewards here")
         prompts = [input_batch["prompts"]] if self.messages else []
         ids = output["prompt_token_ids"], output["response_ids"]
-        paid = await asyncio.to_thread(self.rewards, *ids, *prompts)
-        if list(map(len, paid)) != list(map(len, ids[1])):
-            raise InputError("the rewards are not one for each token of each response")
-        output["rewards"] = [[float(reward) for reward in row] for row in paid]
+        output["rewards"] = [row.tolist() for row in await asyncio.to_thread(paid, self.rewards, *ids, *prompts)]
         return output
 
 

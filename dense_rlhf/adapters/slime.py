@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
+from dense_rlhf.adapters.paid import Rewards, paid
 from dense_rlhf.types import InputError
 
 
@@ -26,7 +27,7 @@ class DensePPO:
     Does not handle context parallelism.
     """
 
-    rewards: object  # prompt_ids, response_ids -> an array (T_i,) for each response
+    rewards: Rewards
 
     def __call__(self, args, rollout_data) -> None:
         """Set advantages and returns, lists of (T_i,). Raises `InputError` for another estimator and parts of rows."""
@@ -40,8 +41,8 @@ class DensePPO:
         texts = [row[:total].tolist() for row, total in zip(rollout_data["tokens"], totals, strict=True)]
         starts = [total - length for total, length in zip(totals, lengths, strict=True)]
         prompts = [text[:start] for text, start in zip(texts, starts)]
-        paid = self.rewards(prompts, [text[start:] for text, start in zip(texts, starts)])
-        rewards = [torch.as_tensor(row).to(k) - args.kl_coef * k for row, k in zip(paid, kl, strict=True)]
+        rows = paid(self.rewards, prompts, [text[start:] for text, start in zip(texts, starts)])
+        rewards = [torch.from_numpy(row).to(k) - args.kl_coef * k for row, k in zip(rows, kl)]
         advantages, returns = get_advantages_and_returns_batch(
             totals, lengths, rollout_data["values"], rewards, args.gamma, args.lambd
         )

@@ -11,15 +11,14 @@ the trainer gives it the numbers. Run with trl 1.16. RLOO cannot, as its ratio i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 from trl import GRPOTrainer
 
 from dense_rlhf.adapters.group import group_to_go
+from dense_rlhf.adapters.paid import Rewards, paid
 from dense_rlhf.types import InputError
 
 SCALES = {"group": "sd", "none": "none"}  # trl's `scale_rewards` as `group_to_go` names it
@@ -34,7 +33,7 @@ def no_reward(completions: list, **_: object) -> list[float]:
 class TokenRewards:
     """What a `TokenGRPO` pays for each token: `rewards` of prompt and response ids, an array (T_i,) a response."""
 
-    rewards: Callable[[list[Tensor], list[Tensor]], Sequence[np.ndarray]]
+    rewards: Rewards
 
     def __call__(self, batch: dict[str, Tensor]) -> Tensor:
         """Rewards (B, T) of a batch as trl has it, zero where `completion_mask` is. Does not handle tools' turns."""
@@ -45,8 +44,8 @@ class TokenRewards:
         prompts = [batch["prompt_ids"][i][asked[i]] for i in rows]
         responses = [batch["completion_ids"][i][given[i]] for i in rows]
         rewards = torch.zeros(given.shape, device=given.device)
-        for i, paid in zip(rows, self.rewards(prompts, responses)):
-            rewards[i, given[i]] = torch.as_tensor(paid).to(rewards)
+        for i, row in zip(rows, paid(self.rewards, prompts, responses)):
+            rewards[i, given[i]] = torch.from_numpy(row).to(rewards)
         return rewards
 
 

@@ -36,6 +36,7 @@ from verl.experimental.reward_loop.reward_manager.base import RewardManagerBase
 from verl.trainer.ppo.core_algos import register_adv_est
 
 from dense_rlhf.adapters.group import group_to_go
+from dense_rlhf.adapters.paid import paid
 from dense_rlhf.types import InputError
 
 
@@ -60,10 +61,10 @@ class DenseAgentLoop(SingleTurnAgentLoop):
     async def run(self, sampling_params: dict[str, Any], **kwargs) -> DenseOutput:
         output = await super().run(sampling_params, **kwargs)
         prompts = [[list(kwargs["raw_prompt"])]] if self.messages else []
-        paid = await asyncio.to_thread(self.rewards, [output.prompt_ids], [output.response_ids], *prompts)
+        ids = [output.prompt_ids], [output.response_ids]
+        (row,) = await asyncio.to_thread(paid, self.rewards, *ids, *prompts)
         fields = {name: getattr(output, name) for name in output.model_fields_set}
-        row = _row(paid, len(output.response_ids))
-        return DenseOutput(**fields | {"reward_score": sum(row), "token_rewards": row})
+        return DenseOutput(**fields | {"reward_score": float(row.sum()), "token_rewards": row.tolist()})
 
 
 class DenseRewardManager(RewardManagerBase):
@@ -80,8 +81,8 @@ class DenseRewardManager(RewardManagerBase):
         ids, kept = torch.cat([data.batch["prompts"], data.batch["responses"]], -1)[0], data.batch["attention_mask"][0]
         ids, kept = ids.cpu(), kept.bool().cpu()
         prompt, response = ids[:asked][kept[:asked]].tolist(), ids[asked:][kept[asked:]].tolist()
-        paid = await asyncio.to_thread(self.compute_score, [prompt], [response])
-        return {"reward_score": _row(paid, len(response)), "reward_extra_info": {}}
+        (row,) = await asyncio.to_thread(paid, self.compute_score, [prompt], [response])
+        return {"reward_score": row.tolist(), "reward_extra_info": {}}
 
     @classmethod
     def assemble_rm_scores(cls, data: DataProto, scores: list[list[float]]) -> torch.Tensor:
@@ -90,17 +91,9 @@ class DenseRewardManager(RewardManagerBase):
             raise InputError("the scores are verl's own, one a response; set reward.custom_reward_function.path")
         kept = data.batch["attention_mask"][:, data.batch["prompts"].shape[1] :].bool()
         rewards = torch.zeros(kept.shape, dtype=torch.float32, device=kept.device)
-        for row, keep, paid in zip(rewards, kept, scores, strict=True):
-            row[keep] = torch.tensor(paid).to(row)
+        for row, keep, score in zip(rewards, kept, scores, strict=True):
+            row[keep] = torch.tensor(score).to(row)
         return rewards
-
-
-def _row(paid, length: int) -> list[float]:
-    """The rewards of a single response."""
-    (row,) = paid
-    if len(row) != length:
-        raise InputError(f"{len(row)} rewards for a response of {length} tokens, wanted one each")
-    return [float(reward) for reward in row]
 
 
 @register_adv_est("dense_grpo")

@@ -81,5 +81,7 @@ def test_turns_of_tools_steps_and_rewards_that_do_not_fit_are_refused(generated)
         generated({"loss_masks": [[1, 0], [1]]}, [])
     with pytest.raises(InputError, match="or steps"):
         generated({"loss_masks": [[1, 1], [1]], "is_last_step": [True, True]}, [])
-    with pytest.raises(InputError, match="not one for each token"):
+    with pytest.raises(InputError, match=r"response 0 have shape \(1,\)"):
         generated({"loss_masks": [[1, 1], [1]]}, [[0.5], [2]])
+    with pytest.raises(InputError, match="rewards of 1 responses, wanted 2"):
+        generated({"loss_masks": [[1, 1], [1]]}, [[0.5, 1]])

@@ -107,5 +107,5 @@ def test_scores_in_place_of_token_rewards_are_refused(adapter):
     with pytest.raises(InputError, match="custom_reward_function.path is not set"):
         adapter.DenseRewardManager(config(None), None, lambda **theirs: 0.0)  # verl's default
     manager = adapter.DenseRewardManager(config("a.py"), None, lambda *ids: [[0.5]])
-    with pytest.raises(InputError, match="1 rewards for a response of 2 tokens"):
+    with pytest.raises(InputError, match=r"response 0 have shape \(1,\), wanted one a token, \(2,\)"):
         asyncio.run(manager.run_single(DATA))
