@@ -25,9 +25,9 @@ def group_to_go(
     j over the K responses to i's prompt, t from a response's first token to its last, T_j; S_j = G_j,0 are the scores.
     `s` is 1 / (sd_j S_j + eps) for "sd" (GRPO: Shao et al., 2024), K / (K - 1) for "leave_one_out" (RLOO: Ahmadian et
     al., 2024; the baseline is then the mean of the others, which no action of i can move) and 1 for "none" (Dr. GRPO:
-    Liu et al., 2025). Where only last tokens are paid, G_j is S_j throughout and these are those estimators. A group of
-    one, which has nothing to compare with, gets zeros. Rewards are zero outside responses. Raises `InputError` for
-    shapes that differ.
+    Liu et al., 2025). Where only last tokens are paid, G_j is S_j throughout and these are those estimators. A response
+    that is masked whole is no part of its group. A group of one, which has nothing to compare with, gets zeros. Rewards
+    are zero outside responses. Raises `InputError` for shapes that differ.
     """
     if rewards.shape != mask.shape or len(rewards) != len(groups):
         shapes = f"rewards {tuple(rewards.shape)}, mask {tuple(mask.shape)}, {len(groups)} groups"
@@ -37,7 +37,7 @@ def group_to_go(
     first, last = mask.int().argmax(-1, keepdim=True), (places * mask).amax(-1, keepdim=True)
     held = to_go.gather(-1, torch.minimum(first + places, last))  # responses begin where they do, here all at 0
     advantages = torch.zeros_like(rewards)
-    for rows in _rows(groups):
+    for rows in _rows(groups, mask.any(-1).tolist()):
         if len(rows) == 1:
             continue
         sd, others = to_go[rows, 0].std() + eps, len(rows) / (len(rows) - 1)
@@ -47,9 +47,10 @@ def group_to_go(
     return advantages.masked_fill(~mask, 0)
 
 
-def _rows(groups: Sequence[Hashable]) -> list[list[int]]:
-    """The rows of each group."""
+def _rows(groups: Sequence[Hashable], kept: Sequence[bool]) -> list[list[int]]:
+    """The rows of each group that are kept."""
     rows: dict[Hashable, list[int]] = {}
     for row, name in enumerate(groups):
-        rows.setdefault(name, []).append(row)
+        if kept[row]:
+            rows.setdefault(name, []).append(row)
     return list(rows.values())

@@ -59,7 +59,7 @@ class TokenGRPO(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs):
         if self.dense is None:
-            raise InputError("trainer.dense is not set; wanted TokenRewards(scorer, shape) before train()")
+            raise InputError("trainer.dense is not set; wanted TokenRewards(rewards) before train()")
         batch, dense = super()._generate_and_score_completions(inputs), self.dense
         group = self.num_generations if self.model.training else self.num_generations_eval
         mask = batch["completion_mask"].bool()

@@ -93,6 +93,13 @@ def test_rewards_at_tokens_of_tools_count_for_what_led_to_them():
     assert group_to_go(rewards, mask, ["a", "a"], "none").tolist() == [[0.5, 0.5, 0], [-0.5, -0.5, 0]]
 
 
+def test_a_response_that_is_masked_whole_is_no_part_of_its_group():
+    rewards, mask = torch.tensor([[1.0, 2.0], [3.0, 1.0], [0.0, 0.0]]), torch.tensor([[1, 1], [1, 1], [0, 0]])
+    advantages = group_to_go(rewards, mask, ["a"] * 3)
+    torch.testing.assert_close(advantages[:2], group_to_go(rewards[:2], mask[:2], ["a"] * 2))
+    assert not advantages[2].any()
+
+
 def test_one_response_learns_nothing():
     assert group_to_go(torch.ones(1, 2), torch.ones(1, 2), ["a"]).tolist() == [[0, 0]]
 
