@@ -1,6 +1,6 @@
 """verl on token rewards: an agent loop and a reward manager that write them, and group estimators that keep them.
 
-Run with verl 0.9.1, whose environment needs of this package's requirements no more than it has. An agent loop pays each
+Run with verl 0.9.1; of this package's requirements it needs none that verl lacks. An agent loop pays each
 response as it comes (`trainer.use_v1`, verl's default); `rewards.yaml` names it:
 
     - name: dense
