@@ -130,6 +130,7 @@ def test_lines_of_two_processes_stay_whole_and_in_their_order(tmp_path):
             os.sched_yield()  # none may end before the other begins
         for i in range(count):
             append_line(path, {"name": name, "i": i, "filling": "x" * (i * 37 % 5000)})
+            os.sched_yield()
 
     assert in_children(lambda: write("a"), lambda: write("b")) == [0, 0]
     events = read_ledger(path)
