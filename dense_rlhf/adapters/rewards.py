@@ -83,6 +83,11 @@ class Scorer:
             raise InputError(f"shape.sources: {cannot}")
 
     @cached_property
+    def trainer_vocabulary(self) -> set[int]:
+        """Ids that the trainer's tokenizer can write out."""
+        return set(self.trainer_tokenizer.get_vocab().values())
+
+    @cached_property
     def ends(self) -> set[int]:
         """Ids of the trainer's that end a response."""
         return turn_ends(self.trainer_tokenizer or self.tokenizer)
@@ -139,6 +144,9 @@ def _rows(scorer: Scorer, prompt_ids, response_ids, shape: RewardShape, prompts)
         prompt = None if prompts is None else messages_of(prompts[i])
         if not scorer.trainer_tokenizer:
             _check_fits(scorer, i, query, response)
+        else:
+            _check_known(scorer, f"prompt_ids[{i}]", query)
+            _check_known(scorer, f"response_ids[{i}]", response)
         rows.append(_Row(content_key([about, query, response, repr(prompt)]), query, response, prompt))
     return rows
 
@@ -156,6 +164,13 @@ def _check_fits(scorer: Scorer, i: int, query: list[int], response: list[int]) -
         check_fits(scorer.model, Reading(tuple(query), tuple(response)))
     except InputError as error:
         raise InputError(f"row {i}: {error}") from None
+
+
+def _check_known(scorer: Scorer, name: str, ids: list[int]) -> None:
+    if lacking := set(ids) - scorer.trainer_vocabulary:  # they would be read as no text at all
+        raise InputError(
+            f"{name} has token {max(lacking)}, which the trainer's tokenizer lacks; give the trainer's own"
+        )
 
 
 def _by_suffix(scorer: Scorer, rows: Sequence[_Row]) -> dict[tuple[int, ...] | None, list[_Row]]:

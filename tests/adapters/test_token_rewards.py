@@ -135,6 +135,14 @@ def test_messages_go_through_the_models_template(reward_model, tokenizer):
     assert row.sum() == pytest.approx(explain(reward_model.model, tokenizer, asked, ANSWERS[0]).score, abs=1e-5)
 
 
+def test_ids_that_the_trainers_tokenizer_lacks_are_named(reward_model, tokenizer, ids):
+    other = Scorer(reward_model.model, reward_model.tokenizer, tokenizer)
+    prompts, (answer, *_) = ids
+    for bad in ([[9999], answer], [prompts[0], [*answer, 9999]]):
+        with pytest.raises(InputError, match=r"_ids\[0\] has token 9999, which the trainer's tokenizer lacks"):
+            dense_rewards(other, [bad[0]], [bad[1]], SIGNED)
+
+
 @pytest.mark.parametrize(
     "prompt_ids, response_ids, message",
     [
