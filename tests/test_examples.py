@@ -67,7 +67,7 @@ def test_grpo_trains_on_an_advantage_for_each_token(example, few_reviews):
     ]
     eos = trainer.processing_class.eos_token_id
     ended = [row if row[-1] == eos else [*row, eos] for row in ids]
-    scores = trainer.dense.scorer.reward_model.read_whole(ended)
+    scores = trainer.dense.rewards.args[0].reward_model.read_whole(ended)
     assert torch.allclose(rewards.sum(-1), scores, atol=1e-4)
 
 

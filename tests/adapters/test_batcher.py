@@ -29,7 +29,7 @@ def gated(scorer, monkeypatch, **limits):
         assert gate.wait(30)
         sizes.append(len(response_ids))
         if any(POISON in row for row in response_ids):
-            raise RuntimeError("/home/somebody/model.py")
+            raise RuntimeError("/secret/model.py")
         return dense_rewards(scorer, prompt_ids, response_ids, *rest)
 
     monkeypatch.setattr(batcher, "dense_rewards", slow)
@@ -80,7 +80,7 @@ def test_a_request_that_fails_spoils_no_other(scorer, monkeypatch, caplog):
             failed.rewards.result(30)
         with pytest.raises(InputError, match="row 0: .* has token 1000000"):
             unreadable.rewards.result(30)
-    assert sizes == [1, 5, 2, 1, 1, 1] and "/home" not in str(failure.value) and "/home" in caplog.text
+    assert sizes == [1, 5, 2, 1, 1, 1] and "/secret" not in str(failure.value) and "/secret" in caplog.text
 
 
 @pytest.mark.parametrize("raised", [SystemExit, MemoryError, RecursionError])
@@ -105,7 +105,7 @@ def test_a_failure_in_a_model_is_no_fault_of_the_content(scorer, monkeypatch):
     one.start()
     with monkeypatch.context() as patch:
         patch.setattr(
-            scorer.model.base_model, "forward", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("/root/x"))
+            scorer.model.base_model, "forward", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("/secret/x"))
         )
         broken = Asked(*rows(1))
         one.submit(broken)
