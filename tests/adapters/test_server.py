@@ -258,7 +258,7 @@ def test_a_reward_model_that_fails_fails_alone(server, scorer, monkeypatch):
     """Its text, which may name files, stays in the log."""
     with monkeypatch.context() as patch:
         patch.setattr(
-            scorer.model.base_model, "forward", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("/root/x"))
+            scorer.model.base_model, "forward", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("/secret/x"))
         )
         status, answer = asked(server, json.dumps({"prompt_ids": [[9]], "response_ids": [[9, 9, 8]]}))
     assert (status, answer["error"]) == (500, "the reward model failed on this request; the server's log says how")
