@@ -12,7 +12,7 @@ from dense_rlhf.runs import RunFolder
 from dense_rlhf.types import InputError
 
 ASIDE = ("seconds", "revisions", "processor", "commit")  # parts of a name that stands for no result: times and names
-INPUT = ("prompt",)  # a column that is no result; records keep hashes in its place where a licence wants it
+COLUMNS = ("prompt", "ms")  # that are no results: prompts, of which a record may keep hashes, and times
 HEAD = ("run", "what", "first", "second")
 Row = tuple[str, str, str, str]
 
@@ -87,7 +87,7 @@ def _of_tables(job: str, name: str, ours: RunFolder, theirs: RunFolder) -> list[
         return [(job, name, *(f"{len(side)} rows" for side in sides))]
     rows: list[Row] = []
     for column in dict.fromkeys((*first, *second)):
-        if column in INPUT or any(part in column for part in ASIDE):
+        if column in COLUMNS or any(part in column for part in ASIDE):
             continue
         if column not in first or column not in second:
             rows.append((job, f"{name}, {column}", *("present" if column in side else "missing" for side in sides)))

@@ -51,6 +51,7 @@ def test_each_difference_is_a_row(study, capsys):
         run.file("metrics.json"), {"warnings": [], "gold": {"mean": 2.0}, "seconds": 9, "revisions": {"data": "x"}}
     )
     test = pd.read_csv(run.file("test.csv"))
+    test = test.assign(ms=1.5)
     test.assign(gold=test["gold"].where(test.index != 3, 7.5)).to_csv(run.file("test.csv"), index=False)
     (copy / JOB / "seconds.csv").write_text("update\n1\n")
     settle(run)
