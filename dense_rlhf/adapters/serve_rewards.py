@@ -22,6 +22,7 @@ from dense_rlhf.config.params import AttributionParams, Dtype, RewardParams, Sha
 from dense_rlhf.config.parse import merge, parse_settings
 from dense_rlhf.config.strict import Flag, Model, Positive, Real, Text, Whole, params, parse
 from dense_rlhf.files import content_key, file_sha256, finite, naming
+from dense_rlhf.models.dialogue import tokens_key
 from dense_rlhf.models.language_models import default_device
 from dense_rlhf.models.train_reward_model import load_reward_model
 from dense_rlhf.types import InputError, one_line
@@ -168,8 +169,8 @@ def describe(served: Served, scorer: Scorer, weights: str) -> dict[str, object]:
     about = {name: settings[name] for name in settings if name not in ("limits", "revision")} | {
         "model": Path(served.model).name if os.path.isdir(served.model) else served.model,
         "weights": weights,
-        "tokenizer": _hash(scorer.tokenizer),
-        "trainer_tokenizer": scorer.trainer_tokenizer and _hash(scorer.trainer_tokenizer),
+        "tokenizer": tokens_key(scorer.tokenizer),
+        "trainer_tokenizer": scorer.trainer_tokenizer and tokens_key(scorer.trainer_tokenizer),
         "version": __version__,
     }
     return about | {"served": content_key(about)}
@@ -181,9 +182,3 @@ def _tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBas
     except Exception as error:  # the tokenizers' own errors share no base class
         wanted = "wanted a folder or hub id that holds a tokenizer"
         raise InputError(f"cannot load the tokenizer of {name!r} ({type(error).__name__}); {wanted}") from error
-
-
-def _hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Of all that decides what it makes of a text."""
-    rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
-    return content_key([rules, tokenizer.chat_template, sorted(tokenizer.all_special_tokens)])
