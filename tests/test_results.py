@@ -1,10 +1,12 @@
 """What is in results/ is whole, and comes from code that is in this history."""
 
 import subprocess
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
+from dense_rlhf.__main__ import main
 from dense_rlhf.files import read_json
 from dense_rlhf.report.record import MANIFEST, check_record
 
@@ -35,3 +37,14 @@ def test_the_table_of_larger_models_is_the_scripts(monkeypatch):
     import scale
 
     assert f"| {' | '.join(scale.row(scale.ONE))} |\n" in (ROOT / "docs" / "scale.md").read_text()
+
+
+@pytest.mark.skipif(not RECORDS, reason="nothing is released")
+def test_released_pages_are_what_the_records_give_today(tmp_path, capsys):
+    """If not, `dense-rlhf report --from results/` renders them again."""
+    assert main(["report", "--from", str(ROOT / "results"), "--to", str(tmp_path)]) == 0, capsys.readouterr().err
+    made = [
+        path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file() and path.name != "summary.json"
+    ]
+    assert Path("RESULTS.md") in made and len(made) > 50
+    assert not [str(name) for name in made if (ROOT / name).read_bytes() != (tmp_path / name).read_bytes()]
