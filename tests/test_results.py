@@ -8,6 +8,7 @@ from conftest import ROOT
 
 from dense_rlhf.__main__ import main
 from dense_rlhf.files import read_json
+from dense_rlhf.report.index import rank
 from dense_rlhf.report.record import MANIFEST, check_record
 
 RECORDS = sorted(path.parent for path in (ROOT / "results").glob(f"[!.]*/{MANIFEST}"))
@@ -48,3 +49,11 @@ def test_released_pages_are_what_the_records_give_today(tmp_path, capsys):
     ]
     assert Path("RESULTS.md") in made and len(made) > 50
     assert not [str(name) for name in made if (ROOT / name).read_bytes() != (tmp_path / name).read_bytes()]
+
+
+@pytest.mark.skipif(not RECORDS, reason="nothing is released")
+def test_the_index_and_results_begin_with_the_main_studies():
+    index, results = ((ROOT / name).read_text() for name in ("reports/index.html", "RESULTS.md"))
+    for place in (lambda name: index.index(f'href="{name}/'), lambda name: results.index(f"\n## {name}\n")):
+        ranks = [rank(one.name) for one in sorted(RECORDS, key=lambda one: place(one.name))]
+        assert ranks == sorted(ranks)

@@ -18,8 +18,14 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
 QUESTION = "Which tokens earned the reward?"
+MAIN = "reviews_full", "reviews", "smollm2", "hh_rlhf", "ultrafeedback"  # in this order; other studies follow
 RUN = ("job", "notebook", "dataset", "arm", "seed", "status", "error", "seconds", "key", "page", "files")
 Column = tuple[str, Mapping, Mapping, str]  # heading, a study's summary, numbers of one dataset, folder of its pages
+
+
+def rank(study: str) -> int:
+    """Where a study stands among others."""
+    return MAIN.index(study) if study in MAIN else len(MAIN)
 
 
 def summary(
@@ -174,8 +180,8 @@ def _run_table(study: Mapping) -> Markup:
 
 
 def overview(studies: Iterable[Mapping], thumbnails: Mapping[str, Markup]) -> tuple[Markup, Markup]:
-    """Body and contents of the index over all studies: failures, then studies by the amount of evidence."""
-    studies = sorted(studies, key=lambda s: (-_evidence(s), -s["started"]))
+    """Body and contents of the index over all studies: failures, then main studies, then others by their evidence."""
+    studies = sorted(studies, key=lambda s: (rank(s["study"]), -_evidence(s), -s["started"]))
     folders = [(s, f"{s['study']}/") for s in studies]
     columns = [
         (draw("column", s["study"], f"{where}index.html", name), s, numbers | {"dataset": name}, where)

@@ -18,13 +18,13 @@ from dense_rlhf.evaluation.words import p_value, plural, signed
 from dense_rlhf.files import write_text
 from dense_rlhf.report.charts import forest
 from dense_rlhf.report.comparison import intervals_in, verdict
+from dense_rlhf.report.index import rank
 from dense_rlhf.report.record import Outline
 from dense_rlhf.runs import RunFolder
 from dense_rlhf.view.escape import scrub, visible
 from dense_rlhf.view.html import TEMPLATES
 from dense_rlhf.view.live import duration
 
-ORDER = ("reviews_full", "reviews", "smollm2", "hh_rlhf", "ultrafeedback")  # of the sections; others follow by name
 MARKS = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "|": "\\|", "`": "'", "*": "\\*", "\n": " "})
 MOST = 12  # intervals of an ablation that are listed
 
@@ -43,14 +43,9 @@ class Study:
         return self.outline.study
 
 
-def place(name: str) -> tuple[int, str]:
-    """Where a study's section stands."""
-    return (ORDER.index(name) if name in ORDER else len(ORDER), name)
-
-
 def write_results(studies: Iterable[Study], to: Path) -> Path:
     """Write `RESULTS.md` into a folder that has the pages in reports/, and its figures next to those pages."""
-    ordered = sorted(studies, key=lambda study: place(study.name))
+    ordered = sorted(studies, key=lambda study: (rank(study.name), study.name))
     sections = [_section(study, to) for study in ordered]
     text = _environment().get_template("results.md.j2").render(sections=sections, names=", ".join)
     write_text(to / "RESULTS.md", scrub(text))
