@@ -42,7 +42,7 @@ def gated(scorer, monkeypatch, **limits):
 
 
 def waiting(one, *requests):
-    """Submit the requests behind one that holds the gate."""
+    """Submit the requests after one that holds the gate."""
     held = Asked(*rows(1, 40))
     one.submit(held)
     while one.waiting:  # until the thread has taken it
