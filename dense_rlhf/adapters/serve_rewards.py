@@ -25,6 +25,7 @@ from dense_rlhf.files import content_key, file_sha256, finite, naming
 from dense_rlhf.models.dialogue import tokens_key
 from dense_rlhf.models.language_models import default_device
 from dense_rlhf.models.train_reward_model import load_reward_model
+from dense_rlhf.ppo.learner import keep_freed_memory
 from dense_rlhf.types import InputError, one_line
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def serve(arguments: argparse.Namespace) -> int:
         raise InputError(f"serve-rewards wants {', '.join(missing)}, not installed; pip install 'dense-rlhf[serve]'")
     served, key = read_settings(arguments), read_key(arguments.key_file)
     _check_reach(arguments.host, key)
+    keep_freed_memory()
     with listening(arguments.host, arguments.port) as listener:
         scorer, about = load(served)
         rewards = Batcher(scorer, served.shape.reward_shape(), served.limits)
