@@ -181,7 +181,7 @@ class PPOParams:
     rollouts: Count = 64  # responses an update
     max_new_tokens: Count = 24  # of a response
     temperature: Positive = 1.0  # of sampling
-    sampler: Literal["cache", "generate"] = "cache"  # our loop; or transformers' own, compiled on CUDA
+    sampler: Literal["cache", "captured", "generate"] = "cache"  # our loop; in CUDA graphs; transformers', compiled
     epochs: Count = 1  # passes over each batch of rollouts
     minibatch: Count = 32  # responses an optimiser step
     lr: Positive = 1e-4  # falls linearly to a tenth

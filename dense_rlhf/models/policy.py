@@ -28,11 +28,10 @@ def position_ids(mask: Tensor) -> Tensor:
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def allowed(logits: Tensor, *barred: int) -> Tensor:
-    """Logits (..., V) in place with some tokens ruled out, for sampler and loss alike: padding, ids without a token."""
-    out = torch.tensor(barred, dtype=torch.long, device=logits.device)
+def allowed(logits: Tensor, barred: Tensor) -> Tensor:
+    """Logits (..., V) in place with the ids `barred` (n,) ruled out, for sampler and loss alike: padding, no token."""
     with torch.no_grad():  # their probability is 0, and so is their gradient
-        return logits.index_fill_(-1, out, torch.finfo(logits.dtype).min)  # finite: its p log p is 0
+        return logits.index_fill_(-1, barred, torch.finfo(logits.dtype).min)  # finite: its p log p is 0
 
 
 def tempered(logits: Tensor, temperature: float) -> Tensor:
@@ -140,7 +139,7 @@ class PolicyWithValue(nn.Module):
 
     def _read_out(self, states: Tensor, targets: Tensor, temperature: float, entropies: bool) -> tuple[Tensor, ...]:
         """Log-probabilities, and entropies where asked for, (N,) of `targets` (N,) after `states` (N, hidden)."""
-        pad_id = self.pad_id
+        pad_id = torch.tensor([self.pad_id], device=states.device)
 
         def part(states: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
             logp = F.log_softmax(allowed(tempered(logits_after(self.lm, states), temperature), pad_id), -1)

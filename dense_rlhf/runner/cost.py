@@ -332,7 +332,7 @@ def _learn(models: Models, ppo: PPOParams, P: float) -> list[Work]:
     if trunk is not None:
         critic, deep = forward(Sizes.of(trunk), *text), Sizes.of(trunk).layers
     adapters = 2 * text[0] * sum(p.numel() for p in _adapters(policy))
-    parts, passes = math.ceil(B / ppo.micro_batch), 1 if policy.samples_as_it_learns and ppo.sampler == "cache" else 2
+    parts, passes = math.ceil(B / ppo.micro_batch), 1 if policy.samples_as_it_learns and ppo.sampler != "generate" else 2
     flops = below + passes * above + 2 * head + adapters + critic
     probabilities = Work("log-probabilities", flops, s, parts, policy.cut + passes * depth + deep)
     back = 1 if _rank(policy) else 2  # frozen maps pass gradients on and have none of their own

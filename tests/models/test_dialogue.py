@@ -78,11 +78,11 @@ def own(model, ids):
 )
 def test_white_space_at_the_end_of_a_response_is_a_token_of_it(kind, trim, response):
     tokenizer = byte_level(trim)
-    model, prompt, eos = classifier(tokenizer, kind), "the answer is", tokenizer.eos_token_id
+    model, prompt = classifier(tokenizer, kind), "the answer is"
     explained = explain(model, tokenizer, prompt, response)
     ids = tokenizer(prompt + response)["input_ids"]
-    assert explained.score == pytest.approx(own(model, [*ids, eos]), abs=1e-5)
-    assert explained.baseline == pytest.approx(own(model, [*tokenizer(prompt)["input_ids"], eos]), abs=1e-5)
+    assert explained.score == pytest.approx(own(model, ids), abs=1e-5)
+    assert explained.baseline == pytest.approx(own(model, tokenizer(prompt)["input_ids"]), abs=1e-5)
     assert len(explained.tokens) == len(ids) - len(tokenizer(prompt)["input_ids"])
     assert "".join(explained.tokens) == response
 
@@ -92,9 +92,8 @@ def test_a_prompt_that_was_rendered_before_gets_no_second_bos():
     model, turns = classifier(tokenizer), [{"role": "user", "content": "what is the answer"}]
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     ids = tokenizer(text + " good film", add_special_tokens=False)["input_ids"]
-    assert explain(model, tokenizer, text, " good film").score == pytest.approx(
-        own(model, [*ids, tokenizer.eos_token_id]), abs=1e-5
-    )
+    with pytest.warns(UserWarning, match="special tokens at the start would stand twice"):
+        assert explain(model, tokenizer, text, " good film").score == pytest.approx(own(model, ids), abs=1e-5)
     for prompt in (text, turns):
         (row,) = prompt_ids([prompt], tokenizer)
         assert row == tokenizer(text, add_special_tokens=False)["input_ids"] and row.count(tokenizer.bos_token_id) == 1
@@ -169,7 +168,7 @@ def test_a_reply_is_written_after_a_space_only_where_it_has_none():
     model = classifier(tokenizer)
     ids = tokenizer("\n\nHuman: hi\n\nAssistant: good")["input_ids"]
     scores = [explain(model, tokenizer, turns, response).score for response in ("good", " good")]
-    assert scores == pytest.approx([own(model, [*ids, tokenizer.eos_token_id])] * 2, abs=1e-5)
+    assert scores == pytest.approx([own(model, ids)] * 2, abs=1e-5)
 
 
 @pytest.mark.parametrize("trim, wanted", [("", " good film "), (" | trim", "good film"), (".rstrip()", " good film")])
@@ -307,9 +306,8 @@ def test_one_of_several_outputs_is_chosen_by_number(saved):
         loaded = load_reward_model([], tokenizer, RewardParams(name=folder, output=output), "x")
         reading = loaded.reading(*(tokenizer(part)["input_ids"] for part in ("the film", " was good")))
         assert loaded.score([reading]).item() == pytest.approx(both[output], abs=1e-5)
-        assert explain(model, tokenizer, "the film", " was good", output=output).score == pytest.approx(
-            both[output], abs=1e-5
-        )
+        explained = explain(model, tokenizer, "the film", " was good", output=output, end="eos")
+        assert explained.score == pytest.approx(both[output], abs=1e-5)
 
 
 def test_a_model_that_can_tell_segments_says_that_they_are_read_as_one():
@@ -378,7 +376,7 @@ def test_a_folder_is_known_by_every_file_that_makes_its_model(saved, tmp_path):
 # ---------------------------------------------------------------------------------------------------- policies
 
 
-@pytest.mark.parametrize("sampler", ["cache", "generate"])
+@pytest.mark.parametrize("sampler", ["cache", "captured", "generate"])
 def test_every_token_that_ends_a_turn_ends_it(sampler, reference, tokenizer):
     """Those of the generation config; and what the chat template writes after a reply, where that is a token."""
     lm, end = transformers.LlamaForCausalLM(copy.deepcopy(reference.lm.config)), 7
@@ -399,7 +397,7 @@ def test_every_token_that_ends_a_turn_ends_it(sampler, reference, tokenizer):
         assert turn_ends(chatty) == {chatty.eos_token_id, chatty.convert_tokens_to_ids("<end_of_turn>")}
 
 
-@pytest.mark.parametrize("sampler", ["cache", "generate"])
+@pytest.mark.parametrize("sampler", ["cache", "captured", "generate"])
 def test_ids_that_no_token_has_are_never_sampled(sampler, saved):
     tokenizer = byte_level()
     config = transformers.LlamaConfig(
@@ -425,7 +423,7 @@ def test_a_policy_with_fewer_embeddings_than_tokens_is_refused(token, saved):
         load_policy(PolicyParams(name=saved(lm, tokenizer)))
 
 
-@pytest.mark.parametrize("sampler", ["cache", "generate"])
+@pytest.mark.parametrize("sampler", ["cache", "captured", "generate"])
 @pytest.mark.parametrize("fault", ["nan weight", "inf logit", "tiny temperature"])
 def test_probabilities_that_are_not_finite_are_one_line(sampler, fault, reference, tokenizer):
     lm = transformers.LlamaForCausalLM(copy.deepcopy(reference.lm.config)).eval()

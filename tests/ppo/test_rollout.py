@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicLayer
 from dense_rlhf.config.params import PolicyParams, PPOParams
 from dense_rlhf.models.dialogue import render
 from dense_rlhf.models.policy import PolicyWithValue, position_ids, trainable_copy
-from dense_rlhf.ppo import sampling
+from dense_rlhf.ppo import decoding
 from dense_rlhf.ppo.rollout import appraise, response_texts
 from dense_rlhf.ppo.sampling import Sampling, encode_prompts, prompt_batches, sample, sample_responses
 from dense_rlhf.types import InputError, Message
@@ -189,7 +189,7 @@ def test_a_dialogue_goes_through_the_chat_template_where_there_is_one(tokenizer)
 @pytest.mark.parametrize("size", [1, 2, 100])
 def test_how_prompts_are_read_together_changes_no_sample(reference, tokenizer, size, monkeypatch):
     wanted = draw(reference.lm, tokenizer, 5, PROMPTS * 5)
-    monkeypatch.setattr(sampling, "PREFILL", size)
+    monkeypatch.setattr(decoding, "PREFILL", size)
     assert all(torch.equal(a, b) for a, b in zip(wanted, draw(reference.lm, tokenizer, 5, PROMPTS * 5)))
 
 
@@ -201,7 +201,7 @@ def test_a_cache_with_room_holds_what_one_that_grows_holds():
 
     prompts = states(3, 5)
     grows.update(*prompts)
-    roomy = sampling._Roomy(prompts, 4)
+    roomy = decoding._Roomy(prompts, 4)
     for kept in ([0, 1, 2], [2, 0], [0, 1], [1]):
         for cache in (grows, roomy):
             cache.batch_select_indices(torch.tensor(kept))
@@ -215,7 +215,7 @@ def test_a_cache_with_room_holds_what_one_that_grows_holds():
 @pytest.mark.parametrize("compact", [0.0, 1.0])
 def test_rows_that_leave_the_batch_change_no_other(reference, tokenizer, compact, monkeypatch):
     wanted = draw(reference.lm, tokenizer, 5, PROMPTS * 5)
-    monkeypatch.setattr(sampling, "COMPACT", compact)
+    monkeypatch.setattr(decoding, "COMPACT", compact)
     assert all(torch.equal(a, b) for a, b in zip(wanted, draw(reference.lm, tokenizer, 5, PROMPTS * 5)))
 
 
