@@ -2,13 +2,12 @@
 
     explanation = explain(model, tokenizer, "prompt", "response")
 
-The model is any Hugging Face sequence classifier, a decoder or an encoder.
+The model is any Hugging Face sequence classifier, a decoder or an encoder, with adapters or without.
 """
 
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -18,12 +17,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dense_rlhf.attribution.engine import is_packed
 from dense_rlhf.attribution.kinds import Designed
+from dense_rlhf.attribution.reading import players_of, read, text_of, where_read, wrap
 from dense_rlhf.attribution.removal import explain_readings, plan
 from dense_rlhf.attribution.sources import SOURCES
 from dense_rlhf.config.params import AttributionParams
-from dense_rlhf.models.dialogue import frame, messages_of, templated
-from dense_rlhf.models.reward_model import RewardModel, check_fits, chosen_output
-from dense_rlhf.models.text_spans import Spans, cut, groups, homes, partition, tile
+from dense_rlhf.models.dialogue import Reader
+from dense_rlhf.models.reward_model import RewardModel
+from dense_rlhf.models.text_spans import Spans
 from dense_rlhf.types import InputError, Message, Reading
 from dense_rlhf.view.display import heat, heat_table, table
 from dense_rlhf.view.escape import esc
@@ -53,6 +53,8 @@ class Explanation:
     seconds: float
     engine: str  # packed: coalitions share common prefixes; plain: each is a text of its own
     model: str  # where its weights came from, or its class
+    text: str = ""  # all that the model read, with its special tokens
+    read_at: str = ""  # the token at which the score is read, or that the model pools
 
     @property
     def gap(self) -> float:
@@ -83,7 +85,7 @@ class Explanation:
     @property
     def _how(self) -> str:
         work = f"{self.evaluations} evaluations, {self.seconds:.2f} s, {self.engine} engine"
-        return f"{self.source} on {self.model}: {work}"
+        return f"{self.source} on {self.model}, read at {self.read_at}: {work}"
 
     def to_frame(self) -> pd.DataFrame:
         """A row for each token: its text, the characters [start, end) that it covers, its player, its credit."""
@@ -147,13 +149,15 @@ def explain(
     `players` are tokens, words, sentences, or spans: rising (start, end) in characters of the response, the text
     between them being players too. A player's credit is spread evenly over its tokens. `options` are fields of
     `AttributionParams` (budgets, removal, seed); `output`, the score among several outputs; `pair`, whether the model
-    reads `tokenizer(prompt, response)` as two segments; `progress`, which wraps the batches and may raise to cancel.
+    reads `tokenizer(prompt, response)` as two segments; `end`, which is "eos" where EOS shall follow a decoder's text
+    to which tokenizer and template add no end; `progress`, which wraps the batches and may raise to cancel.
 
-    Everything around the response always stays: prompt, special tokens, and EOS after a decoder's text to which
-    tokenizer and template add no end. Each text is read where the model's own forward reads it. Tokens are those of the
-    whole text, see `text_spans.tokenise`. Raises `InputError` for a source that removes no tokens, a model that is not
-    a sequence classifier, a tokenizer without offsets, a response that is empty, too long or altered by the chat
-    template, and spans that do not fit.
+    The score is that of `model(**tokenizer(prompt + response))`, or of the templated dialogue. Everything around the
+    response always stays: prompt, special tokens, EOS where `end` adds it. Each text is read where the model's own
+    forward reads it. Tokens are those of the whole text; where one would lie in prompt and response, a warning says
+    that the two are read apart. Raises `InputError` for a source that removes no tokens, a model that is not a sequence
+    classifier, a tokenizer without offsets, a response that is empty, too long or altered by the chat template, a
+    decoder's text of which nothing would be left, and spans that do not fit.
     """
     one = [(prompt, response, players)]
     return _explain(reward_model, tokenizer, one, source, options)[0]
@@ -186,12 +190,10 @@ def _explain(
 ) -> list[Explanation]:
     """An explanation of each row: a prompt, a response and its players."""
     started, progress = time.perf_counter(), options.pop("progress", iter)
-    output, pair = options.pop("output", None), options.pop("pair", None)
+    how = {name: options.pop(name) for name in ("output", "pair", "end") if name in options}
     params, design = AttributionParams(**options), _designed(source)
-    _check_model(model, tokenizer, pair)
-    output = chosen_output(model, output, "output")
-    wrapped = RewardModel(model, tokenizer, suffix=(), output=output, pair=bool(pair))
-    readings, spans, groups = zip(*(_row(wrapped, i if len(rows) > 1 else None, *row) for i, row in enumerate(rows)))
+    wrapped, reader = wrap(model, tokenizer, **how)
+    readings, spans, groups = zip(*(_row(wrapped, reader, i if rows[1:] else None, *row) for i, row in enumerate(rows)))
     explained = explain_readings(wrapped, readings, groups, {source: design}, params, progress)[source]
     each = [plan(int(group.max()) + 1, ((source, design),), params).added[source] for group in groups]
     seconds = (time.perf_counter() - started) / sum(each)
@@ -208,19 +210,26 @@ def _explain(
             each[i],
             seconds * each[i],
             "packed" if is_packed(wrapped, readings, params.removal) else "plain",
-            model.name_or_path or type(model).__name__,
+            wrapped.model.name_or_path or type(wrapped.model).__name__,
+            text_of(wrapped, readings[i]),
+            where_read(wrapped, readings[i]),
         )
         for i, (_, response, _) in enumerate(rows)
     ]
 
 
 def _row(
-    wrapped: RewardModel, number: int | None, prompt: object, response: str, players: str | Sequence[tuple[int, int]]
+    wrapped: RewardModel,
+    reader: Reader,
+    number: int | None,
+    prompt: object,
+    response: str,
+    players: str | Sequence[tuple[int, int]],
 ) -> tuple[Reading, Spans, np.ndarray]:
     """What the model reads, the characters of each response token and its player; errors name the row, if numbered."""
     try:
-        reading, tokens = _read(wrapped, prompt, response)
-        return reading, tokens, np.array(_players(response, tokens, players))
+        reading, tokens = read(wrapped, reader, prompt, response)
+        return reading, tokens, np.array(players_of(response, tokens, players))
     except InputError as error:
         raise InputError(f"{'' if number is None else f'row {number}: '}{error}") from None
 
@@ -230,49 +239,3 @@ def _designed(source: str) -> Designed:
     if source not in able:
         raise InputError(f"source is {source!r}, wanted one that removes tokens: {', '.join(able)}")
     return SOURCES[source]
-
-
-def _check_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pair: bool | None) -> None:
-    name = type(model).__name__
-    if not isinstance(model, PreTrainedModel):
-        raise InputError(f"reward_model is {name}, wanted a Hugging Face sequence classifier; merge adapters first")
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise InputError(f"tokenizer is {type(tokenizer).__name__}, wanted the model's own, from AutoTokenizer")
-    if model.device.type == "meta":
-        raise InputError(f"{name} is on the meta device and has no weights; load it with from_pretrained")
-    if model.training:
-        raise InputError(f"{name} is in training mode, its dropout would be explained too; call eval()")
-    if pair is None and (getattr(model.config, "type_vocab_size", 0) or 0) > 1:
-        reads = f"{name} can tell two segments apart; prompt and response are read as one text"
-        warnings.warn(
-            f"{reads}. Say pair=True if it was trained on tokenizer(prompt, response), else pair=False", stacklevel=4
-        )
-
-
-def _read(wrapped: RewardModel, prompt: object, response: str) -> tuple[Reading, Spans]:
-    """The tokens that the model reads, and the characters of each response token."""
-    if not isinstance(response, str) or not response:
-        raise InputError(f"response is {response!r}, wanted text that is not empty")
-    asked, tokenizer = messages_of(prompt), wrapped.tokenizer
-    if not isinstance(asked, str) and tokenizer.chat_template:
-        around, turns = frame(tokenizer, asked), (*asked, Message("assistant", response))
-        if templated(tokenizer, turns) != around.before + response + around.after:
-            advice = "strip white space around it and markers that the template reads"
-            raise InputError(f"the chat template does not keep the response {response[:80]!r} as it is, once; {advice}")
-    reading, spans = wrapped.reader.read(asked, response)
-    if not reading.response:
-        raise InputError(f"the tokenizer reads nothing in the response {response[:80]!r}; wanted text that it knows")
-    check_fits(wrapped.model, reading)
-    return reading, tile(spans, len(response))
-
-
-def _players(response: str, tokens: Spans, players: str | Sequence[tuple[int, int]]) -> list[int]:
-    """The player of each token, numbered from 0."""
-    if isinstance(players, str):
-        return list(range(len(tokens))) if players == "tokens" else groups(tokens, cut(response, players))
-    parts = partition(players, len(response))
-    owned = {parts[home] for home in homes(tokens, parts)}
-    lost = [span for span in map(tuple, players) if span not in owned]
-    if lost:
-        raise InputError(f"spans: {lost[0]} ({response[slice(*lost[0])]!r}) is the smaller part of a token; widen it")
-    return groups(tokens, parts)

@@ -95,13 +95,31 @@ def by_definition(model, before, middle, after, kinds):
     return values[(False,) * k], values[(True,) * k], credit
 
 
+def inputs(tokenizer, prompt, response, pair):
+    """What a user would give the model."""
+    if pair:
+        return tokenizer(prompt, response, return_tensors="pt")
+    if isinstance(prompt, str):
+        return tokenizer(prompt + response, return_tensors="pt")
+    turns = [*prompt, {"role": "assistant", "content": response}]
+    return tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True)
+
+
 def check(model, tokenizer, prompt, response, reference, policy, folder, **reading):
     """Both ways into the package against the definition; the folder is given the model where it is empty."""
     baseline, score, credit = by_definition(model, *reference)
     assert abs(score - baseline) > 1e-4 and np.ptp(credit) > 1e-5  # the model reads the response
-    explained = explain(model, tokenizer, prompt, response, "kernel", samples_per_token=8, **dict(pair=False) | reading)
+    as_in_studies = dict(pair=False, end="eos") | reading
+    explained = explain(model, tokenizer, prompt, response, "kernel", samples_per_token=8, **as_in_studies)
     assert [explained.baseline, explained.score] == pytest.approx([baseline, score], abs=1e-5)
     assert explained.credit == pytest.approx(credit, abs=1e-4)
+    bare = explain(model, tokenizer, prompt, response, "kernel", samples_per_token=8, **dict(pair=False) | reading)
+    given = inputs(tokenizer, prompt, response, reading.get("pair"))
+    with torch.no_grad():
+        assert bare.score == pytest.approx(model(**given).logits[0, 0].item(), abs=1e-5)
+    if bare.score != explained.score:  # no end: only the response's last token says where it ended
+        _, _, without_end = by_definition(model, *reference[:2], [], None)
+        assert bare.credit == pytest.approx(without_end, abs=1e-4)
     if not any(folder.iterdir()):
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -5,6 +5,7 @@ import math
 from itertools import combinations
 
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
@@ -108,15 +109,19 @@ def bert(bert_tokenizer):
 # ---------------------------------------------------------------------------------------------------- numbers
 
 
-@pytest.mark.parametrize("source", ["shap", "lime", "owen"])
+@pytest.mark.parametrize("source, end", [("shap", None), ("lime", "eos"), ("owen", "eos"), ("owen", None)])
 @pytest.mark.parametrize("kind", DECODERS)
-def test_a_decoders_scores_are_its_own(kind, source, tokenizer):
+def test_a_decoders_scores_are_its_own(kind, source, end, tokenizer):
     model = build(kind, tokenizer)
-    explained = explain(model, tokenizer, PROMPT, RESPONSE, source)
+    explained = explain(model, tokenizer, PROMPT, RESPONSE, source, end=end)
     prompt = tokenizer(PROMPT)["input_ids"]
     whole = tokenizer(PROMPT + RESPONSE)["input_ids"]
-    assert explained.score == pytest.approx(own_score(model, [*whole, tokenizer.eos_token_id]), abs=1e-5)
-    assert explained.baseline == pytest.approx(own_score(model, [*prompt, tokenizer.eos_token_id]), abs=1e-5)
+    after = [tokenizer.eos_token_id] if end else []
+    assert explained.score == pytest.approx(own_score(model, [*whole, *after]), abs=1e-5)
+    assert explained.baseline == pytest.approx(own_score(model, [*prompt, *after]), abs=1e-5)
+    assert explained.text == PROMPT + RESPONSE + "<eos>" * bool(end)
+    last = "<eos>" if end else tokenizer.convert_ids_to_tokens(whole[-1])
+    assert explained.read_at == f"token {len(whole) + len(after)} of {len(whole) + len(after)}, {last!r}"
     assert abs(explained.score - explained.baseline) > 1e-2
     assert explained.engine == ("packed" if kind in ("Llama", "Mistral", "Qwen2", "Qwen3") else "plain")
     assert len(explained.tokens) == len(whole) - len(prompt) and "".join(explained.tokens) == RESPONSE
@@ -132,6 +137,8 @@ def test_an_encoders_scores_are_its_own(kind, removal, bert_tokenizer):
     assert explained.score == pytest.approx(own_score(model, bert_tokenizer(PROMPT + RESPONSE)["input_ids"]), abs=1e-5)
     if removal == "drop":
         assert explained.baseline == pytest.approx(own_score(model, bert_tokenizer(PROMPT)["input_ids"]), abs=1e-5)
+    assert explained.text.startswith(("[CLS] the film", "[CLS]the film")) and explained.text.endswith("[SEP]")
+    assert explained.read_at.startswith(f"what {kind}ForSequenceClassification pools of")
     assert abs(explained.gap) <= 1e-5 and explained.engine == "plain" and len(set(explained.credit)) > 3
     assert "".join(explained.tokens) == RESPONSE and explained.tokens[0] == " was"  # not lower-cased, no ##
 
@@ -152,7 +159,7 @@ def shapley(value, k):
 def test_kernel_shap_of_all_coalitions_is_shapley_by_definition(side, players, tokenizer, bert_tokenizer, llama, bert):
     model, own = (llama, tokenizer) if side == "decoder" else (bert, bert_tokenizer)
     response = {"tokens": " was good.", "words": " was good. A bad plot"}[players]
-    explained = explain(model, own, PROMPT, response, "kernel", players, samples_per_token=40)
+    explained = explain(model, own, PROMPT, response, "kernel", players, samples_per_token=40, end="eos")
     ids = own(PROMPT + response)["input_ids"]
     if side == "decoder":
         ids = [*ids, own.eos_token_id]
@@ -182,14 +189,41 @@ def test_a_tokenizers_own_special_tokens_stay(tokenizer, llama):
 
 def test_an_empty_prompt_and_a_response_that_goes_on_with_a_word(tokenizer, llama, bert, bert_tokenizer):
     assert explain(bert, bert_tokenizer, "", "good film").baseline == pytest.approx(own_score(bert, [2, 3]), abs=1e-5)
-    assert "".join(explain(llama, tokenizer, "", "good film").tokens) == "good film"
+    assert "".join(explain(llama, tokenizer, "", "good film", end="eos").tokens) == "good film"
+    with pytest.raises(InputError, match="reads no token at all, .* end='eos'"):
+        explain(llama, tokenizer, "", "good film")
     assert tokenizer.tokenize(" was") == ["\u0120was"]
-    explained = explain(llama, tokenizer, "the wa", "s film")  # a token would straddle: the two sides are read apart
-    ids = tokenizer("the wa")["input_ids"] + tokenizer("s film")["input_ids"] + [tokenizer.eos_token_id]
+    with pytest.warns(UserWarning, match="a token would lie in both"):
+        explained = explain(llama, tokenizer, "the wa", "s film")
+    ids = tokenizer("the wa")["input_ids"] + tokenizer("s film")["input_ids"]
     assert explained.score == pytest.approx(own_score(llama, ids), abs=1e-5) and "".join(explained.tokens) == "s film"
     explained = explain(llama, tokenizer, "it ", "was")  # white space joins the token that it belongs to
-    whole = tokenizer("it was")["input_ids"] + [tokenizer.eos_token_id]
+    whole = tokenizer("it was")["input_ids"]
     assert explained.score == pytest.approx(own_score(llama, whole), abs=1e-5) and explained.tokens == ["was"]
+
+
+@pytest.mark.parametrize("kind", ["Llama", "GPT2", "Bert"])
+def test_adapters_are_explained_unmerged(kind, tokenizer, bert_tokenizer):
+    own = bert_tokenizer if kind == "Bert" else tokenizer
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules="all-linear")
+    model = peft.get_peft_model(build(kind, own), config)
+    torch.manual_seed(1)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, 0, 0.3)
+    explained = explain(model.eval(), own, PROMPT, RESPONSE)
+    with model.disable_adapter():
+        bare = explain(model, own, PROMPT, RESPONSE)
+    merged = explain(model.merge_and_unload(), own, PROMPT, RESPONSE)
+    assert explained.score == pytest.approx(merged.score, abs=1e-5)
+    assert explained.credit == pytest.approx(merged.credit, abs=1e-5)
+    assert explained.engine == merged.engine and abs(explained.score - bare.score) > 1e-3
+
+
+def test_adapters_that_add_tokens_are_refused(tokenizer):
+    config = peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2)
+    with pytest.raises(InputError, match="PROMPT_TUNING adapters"):
+        explain(peft.get_peft_model(build("Llama", tokenizer), config).eval(), tokenizer, PROMPT, RESPONSE)
 
 
 # ---------------------------------------------------------------------------------------------------- dialogues
@@ -228,7 +262,7 @@ def test_a_template_that_alters_the_response_is_refused(template, response, chat
 def test_a_dialogue_without_a_template_is_written_out(tokenizer, llama):
     explained = explain(llama, tokenizer, DIALOGUE[:1], "good film")
     text = "\n\nHuman: what a good film\n\nAssistant: good film"
-    ids = tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]
+    ids = tokenizer(text)["input_ids"]
     assert (
         explained.score == pytest.approx(own_score(llama, ids), abs=1e-5) and "".join(explained.tokens) == "good film"
     )
@@ -375,7 +409,8 @@ def test_wrong_input_is_refused_in_words(tokenizer, llama, bert, bert_tokenizer,
             transformers.LlamaConfig(**SIZE, vocab_size=len(tokenizer), num_labels=2)
         ).eval(),
     )
-    refuse("merge adapters", model=torch.nn.Linear(1, 1))
+    refuse("wanted a Hugging Face sequence classifier", model=torch.nn.Linear(1, 1))
+    refuse("end is 'EOS', wanted None", end="EOS")
     monkeypatch.setattr(type(tokenizer), "is_fast", False)
     refuse("take a fast tokenizer")
 
@@ -383,7 +418,7 @@ def test_wrong_input_is_refused_in_words(tokenizer, llama, bert, bert_tokenizer,
 @pytest.mark.parametrize("kind, name", [("Llama", "max_position_embeddings"), ("GPT2", "n_positions")])
 def test_a_text_longer_than_the_model_is_refused(kind, name, tokenizer):
     text = " good" * 9
-    fits = len(tokenizer(PROMPT + text)["input_ids"]) + 1
+    fits = len(tokenizer(PROMPT + text)["input_ids"])
     explain(build(kind, tokenizer, **{name: fits}), tokenizer, PROMPT, text)
     with pytest.raises(InputError, match=f"are {fits} tokens, .* at most {fits - 1}"):
         explain(build(kind, tokenizer, **{name: fits - 1}), tokenizer, PROMPT, text)
