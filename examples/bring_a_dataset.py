@@ -45,7 +45,8 @@ def main(reward_steps: int = 100) -> None:
     print(task.data.counts)
     agreed = proxy_correct(task.reward_model, task.data.test, reward.window).mean()
     print(f"the reward model agrees with {agreed:.0%} of {len(task.data.test)} labels; its score of one reply:")
-    print(explain(task.reward_model.model, task.tokenizer, "about your order: ", task.data.test[0].text[40:]))
+    model, reply = task.reward_model.model, task.data.test[0].text[40:]
+    print(explain(model, task.tokenizer, "about your order: ", reply, end="eos"))  # its texts ended in EOS
 
 
 if __name__ == "__main__":

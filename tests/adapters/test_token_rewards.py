@@ -123,7 +123,8 @@ def test_another_tokenizer_reads_the_text(reward_model, tokenizer):
     rewards = dense_rewards(scorer, prompts, responses, SIGNED)
     for text, row, given_ids in zip(ANSWERS, rewards, responses):
         assert len(row) == len(given_ids)
-        assert row.sum() == pytest.approx(explain(reward_model.model, tokenizer, ASKED, text).score, abs=1e-5)
+        explained = explain(reward_model.model, tokenizer, ASKED, text, end="eos")
+        assert row.sum() == pytest.approx(explained.score, abs=1e-5)
 
 
 def test_messages_go_through_the_models_template(reward_model, tokenizer):
@@ -132,7 +133,8 @@ def test_messages_go_through_the_models_template(reward_model, tokenizer):
     scorer = Scorer(reward_model.model, tokenizer, trainer_tokenizer=other)
     ids = [other("whatever the trainer wrote")["input_ids"]], [other(ANSWERS[0])["input_ids"]]
     (row,) = dense_rewards(scorer, *ids, SIGNED, [asked])
-    assert row.sum() == pytest.approx(explain(reward_model.model, tokenizer, asked, ANSWERS[0]).score, abs=1e-5)
+    explained = explain(reward_model.model, tokenizer, asked, ANSWERS[0], end="eos")
+    assert row.sum() == pytest.approx(explained.score, abs=1e-5)
 
 
 def test_ids_that_the_trainers_tokenizer_lacks_are_named(reward_model, tokenizer, ids):

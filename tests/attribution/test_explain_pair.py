@@ -25,9 +25,9 @@ def reader(request):
 @pytest.mark.parametrize("source", ["shap", "lime", "leave_one_out"])
 def test_many_are_each_as_alone(reader, source):
     prompts, responses = [PROMPT, PROMPT, "", OTHER], [RESPONSE, OTHER, RESPONSE, OTHER]
-    many = explain_many(*reader, prompts, responses, source)
+    many = explain_many(*reader, prompts, responses, source, end="eos")
     for prompt, response, together in zip(prompts, responses, many, strict=True):
-        alone = explain(*reader, prompt, response, source)
+        alone = explain(*reader, prompt, response, source, end="eos")
         assert np.allclose(together.credit, alone.credit, atol=1e-5) and together.response == response
         assert together.score == pytest.approx(alone.score, abs=1e-5)
         assert together.baseline == pytest.approx(alone.baseline, abs=1e-5)
