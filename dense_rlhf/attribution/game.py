@@ -1,0 +1,147 @@
+"""One response as a cooperative game of its tokens: the reward model is asked for each coalition's score once.
+
+    game = Game.of(model, tokenizer, "prompt", "response")
+    explain_game(game, "shap")         # as `explain`
+    explain_game(game, "shared_lime")  # from the same scores
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dense_rlhf.attribution.engine import coalition_scores, is_packed
+from dense_rlhf.attribution.explain import Explanation, _designed
+from dense_rlhf.attribution.reading import players_of, read, text_of, where_read, wrap
+from dense_rlhf.attribution.removal import plan
+from dense_rlhf.config.params import AttributionParams
+from dense_rlhf.models.dialogue import messages_of
+from dense_rlhf.models.reward_model import RewardModel
+from dense_rlhf.types import InputError, Message, Prompt, Reading
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is explained: a model, a text, and what the one reads of the other."""
+
+    prompt: Prompt
+    response: str
+    spans: tuple[tuple[int, int], ...]  # characters of the response that each of its n tokens covers
+    reading: Reading
+    removal: str  # what happens to a token outside of a coalition
+    model: str  # where its weights came from, or its class
+    engine: str  # packed or plain
+    text: str  # all that the model reads, with its special tokens
+    read_at: str  # the token at which the score is read
+
+
+@dataclass(frozen=True, repr=False)
+class Game:
+    """v(S), the score of the response of which only the tokens S are kept, and every v(S) asked so far."""
+
+    subject: Subject
+    reward_model: RewardModel | None = None  # None: only coalitions that were scored before have a value
+    scores: dict[bytes, float] = field(default_factory=dict)  # by the packed bits of the n tokens
+    progress: Callable = iter
+
+    @classmethod
+    def of(
+        cls,
+        reward_model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt: str | Sequence[Message | Mapping[str, str]],
+        response: str,
+        **options,
+    ) -> Game:
+        """The game of `response` to `prompt`; nothing is scored yet.
+
+        `options` are `removal`, `output`, `pair`, `end` and `progress` of `explain`, whose `InputError`s it raises.
+        """
+        progress, removal = options.pop("progress", iter), options.pop("removal", "drop")
+        removal = AttributionParams(removal=removal).removal
+        wrapped, reader = wrap(reward_model, tokenizer, **options)
+        reading, spans = read(wrapped, reader, prompt, response)
+        subject = Subject(
+            messages_of(prompt),
+            response,
+            tuple(spans),
+            reading,
+            removal,
+            wrapped.model.name_or_path or type(wrapped.model).__name__,
+            "packed" if is_packed(wrapped, [reading], removal) else "plain",
+            text_of(wrapped, reading),
+            where_read(wrapped, reading),
+        )
+        return cls(subject, wrapped, progress=progress)
+
+    def __call__(self, masks: np.ndarray) -> np.ndarray:
+        """v (m,) float64 of coalitions (m, n) bool; the model is asked, in one pass, for those not scored before.
+
+        Raises `InputError` where there is no model to ask.
+        """
+        keys = [bits.tobytes() for bits in np.packbits(masks, axis=1)]
+        lacking = {key: mask for key, mask in zip(keys, masks) if key not in self.scores}
+        if lacking and self.reward_model is None:
+            held = f"the archive has {len(self.scores)} coalitions, of the {len(set(keys))} needed it lacks"
+            raise InputError(f"{held} {len(lacking)}; give it the model to ask")
+        if lacking:
+            asked, removal = np.stack(list(lacking.values())), self.subject.removal
+            (values,) = coalition_scores(self.reward_model, [self.subject.reading], [asked], removal, self.progress)
+            self.scores.update(zip(lacking, values.double().tolist()))
+        return np.array([self.scores[key] for key in keys])
+
+    def ends(self) -> tuple[float, float]:
+        """The scores without any response token, and of the whole."""
+        baseline, score = self(np.array([[False], [True]]).repeat(len(self.subject.spans), 1)).tolist()
+        return baseline, score
+
+    def coalitions(self) -> np.ndarray:
+        """The coalitions scored so far (m, n) bool, in the order of asking."""
+        bits = np.frombuffer(b"".join(self.scores), np.uint8).reshape(len(self.scores), -1)
+        return np.unpackbits(bits, axis=1, count=len(self.subject.spans)).astype(bool)
+
+    def players(self, players: str | Sequence[tuple[int, int]]) -> np.ndarray:
+        """The player of each token (n,): tokens, words, sentences, or spans of characters, as in `explain`."""
+        return np.array(players_of(self.subject.response, list(self.subject.spans), players))
+
+    def explanation(self, source: str, complete: bool, phi: np.ndarray, players: np.ndarray, **work) -> Explanation:
+        """The explanation by each player's credit `phi`, shared evenly by its tokens; `work`: evaluations, seconds."""
+        subject, (baseline, score) = self.subject, self.ends()
+        return Explanation(
+            response=subject.response,
+            spans=subject.spans,
+            credit=tuple((phi / np.bincount(players))[players].tolist()),
+            player=tuple(players.tolist()),
+            baseline=baseline,
+            score=score,
+            source=source,
+            complete=complete,
+            engine=subject.engine,
+            model=subject.model,
+            text=subject.text,
+            read_at=subject.read_at,
+            **work,
+        )
+
+
+def explain_game(
+    game: Game, source: str = "shap", players: str | Sequence[tuple[int, int]] = "tokens", **options
+) -> Explanation:
+    """`explain` of a game, which asks the model only for what it has not scored before.
+
+    `evaluations` are the coalitions that the source reads, `options` the budgets and seed of `AttributionParams`. Raises
+    `InputError` as `explain` does, and for coalitions that are lacking in a game without a model.
+    """
+    started, design = time.perf_counter(), _designed(source)
+    params = AttributionParams(**options, removal=game.subject.removal)
+    group = game.players(players)
+    planned = plan(int(group.max()) + 1, ((source, design),), params)
+    rows, operator = planned.uses[source]
+    phi = (operator @ torch.from_numpy(game(planned.masks[:, group])[rows])).numpy()
+    seconds = time.perf_counter() - started
+    return game.explanation(source, design.complete, phi, group, evaluations=len(planned.masks), seconds=seconds)
