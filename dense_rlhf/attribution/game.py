@@ -1,8 +1,8 @@
 """One response as a cooperative game of its tokens: the reward model is asked for each coalition's score once.
 
-    game = Game.of(model, tokenizer, "prompt", "response")
-    explain_game(game, "shap")         # as `explain`
-    explain_game(game, "shared_lime")  # from the same scores
+game = Game.of(model, tokenizer, "prompt", "response")
+explain_game(game, "shap")         # as `explain`
+explain_game(game, "shared_lime")  # from the same scores
 """
 
 from __future__ import annotations
@@ -34,10 +34,12 @@ class Subject:
     spans: tuple[tuple[int, int], ...]  # characters of the response that each of its n tokens covers
     reading: Reading
     removal: str  # what happens to a token outside of a coalition
+    output: int  # which of the model's outputs is the score
     model: str  # where its weights came from, or its class
     engine: str  # packed or plain
     text: str  # all that the model reads, with its special tokens
     read_at: str  # the token at which the score is read
+    weights: str = ""  # their hash, where the game was read from an archive
 
 
 @dataclass(frozen=True, repr=False)
@@ -72,6 +74,7 @@ class Game:
             tuple(spans),
             reading,
             removal,
+            wrapped.output,
             wrapped.model.name_or_path or type(wrapped.model).__name__,
             "packed" if is_packed(wrapped, [reading], removal) else "plain",
             text_of(wrapped, reading),
@@ -134,8 +137,8 @@ def explain_game(
 ) -> Explanation:
     """`explain` of a game, which asks the model only for what it has not scored before.
 
-    `evaluations` are the coalitions that the source reads, `options` the budgets and seed of `AttributionParams`. Raises
-    `InputError` as `explain` does, and for coalitions that are lacking in a game without a model.
+    `evaluations` are the coalitions that the source reads; `options`, the budgets and seed of `AttributionParams`.
+    Raises `InputError` as `explain` does, and for coalitions that are lacking in a game without a model.
     """
     started, design = time.perf_counter(), _designed(source)
     params = AttributionParams(**options, removal=game.subject.removal)
