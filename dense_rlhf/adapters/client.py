@@ -13,12 +13,14 @@ import random
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from urllib.parse import urlsplit
+from contextlib import suppress
+from urllib.parse import SplitResult, urlsplit
 
 import numpy as np
 
 BINARY = "application/octet-stream"
 SERVED = "Dense-RLHF-Served"  # the header of rewards that names what is served, a hash
+MIB = 2**20
 LONGEST_PAUSE = 30.0  # seconds between two tries
 
 
@@ -36,12 +38,25 @@ def pack(header: Mapping[str, object], numbers: np.ndarray) -> bytes:
     return len(text).to_bytes(4, "little") + text + numbers.astype(numbers.dtype.newbyteorder("<")).tobytes()
 
 
+def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object. Raises ValueError for one that names a field twice, of which JSON readers take the last."""
+    names = [name for name, _ in pairs]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"{min(twice)[:80]!r} is given twice")
+    return dict(pairs)
+
+
+def is_key(text: str) -> bool:
+    """Whether a header can hold a key."""
+    return text.isascii() and text.isprintable() and len(text.split()) == 1
+
+
 def unpack(body: bytes, dtype: str) -> tuple[object, np.ndarray]:
     """The JSON value and the numbers of `pack`, "<i4" or "<f4", read-only. Raises ValueError for anything else."""
     start = 4 + int.from_bytes(body[:4], "little")
     if len(body) < start or (len(body) - start) % 4:
         raise ValueError(f"{len(body)} bytes hold no header of {start - 4} bytes and whole numbers")
-    return json.loads(body[4:start]), np.frombuffer(body, dtype, offset=start)
+    return json.loads(body[4:start], object_pairs_hook=once), np.frombuffer(body, dtype, offset=start)
 
 
 class RewardClient:
@@ -56,9 +71,9 @@ class RewardClient:
         self, url: str, key: str | None = None, timeout: float = 600.0, retries: int = 5, served: str | None = None
     ):
         self.url, self.timeout, self.retries, self.served, self._key = url, timeout, retries, served, key
-        self._place, self._local = urlsplit(url), threading.local()
-        if self._place.scheme not in ("http", "https") or not self._place.hostname:
-            raise ValueError(f"url is {url!r}, wanted one such as http://127.0.0.1:8700")
+        self._place, self._local = _place(url), threading.local()
+        if key and not is_key(key):
+            raise ValueError("key is no word of ASCII, wanted the server's own")
 
     def __reduce__(self):
         return RewardClient, (self.url, self._key, self.timeout, self.retries, self.served)
@@ -76,20 +91,26 @@ class RewardClient:
         """
         asked, answers = _rows("prompt_ids", prompt_ids), _rows("response_ids", response_ids)
         header = {"prompt_lengths": list(map(len, asked)), "response_lengths": list(map(len, answers))}
-        header["prompts"] = None if prompts is None else [_plain(prompt) for prompt in prompts]
+        header["prompts"] = None if prompts is None else _prompts(prompts)
         body = pack(header, np.concatenate([np.empty(0, "<i4"), *asked, *answers]))
         lengths, answer = header["response_lengths"], self._send("POST", "/rewards", body)
         try:
             named, numbers = unpack(answer, "<f4")
             if named != {"lengths": lengths} or len(numbers) != sum(lengths):
                 raise ValueError("its rewards are not one a response token")
+            if not np.isfinite(numbers).all():
+                raise ValueError("its rewards are not finite")
         except ValueError as error:
             raise RewardServerError(f"{self.url} gave no rewards: {error}") from error
         return [numbers[end - n : end].astype(np.float32) for n, end in zip(lengths, np.cumsum(lengths))]
 
     def about(self) -> dict:
         """What is served: model, shape, hashes, version, and as `served` one hash of all."""
-        return json.loads(self._send("GET", "/about"))
+        answer = self._send("GET", "/about")
+        try:
+            return dict(json.loads(answer))
+        except (ValueError, TypeError) as error:
+            raise RewardServerError(f"{self.url} gave no description: {error}") from error
 
     def _send(self, method: str, path: str, body: bytes | None = None) -> bytes:
         """The body of a good answer, after as many tries as that takes."""
@@ -103,7 +124,8 @@ class RewardClient:
                 pause = min(0.1 * 3 ** (failures - 1), LONGEST_PAUSE) * (failures > 1)  # at once: it closed an idle one
             else:
                 if status == 200:
-                    self._check_served(headers.get(SERVED))
+                    if body:
+                        self._check_served(headers.get(SERVED))
                     return answer
                 problem, pause = f"{self.url}: {_problem(status, answer)}", _seconds(headers.get("Retry-After"))
             is_over = failures > self.retries or time.monotonic() + pause >= deadline
@@ -121,10 +143,24 @@ class RewardClient:
             except (BrokenPipeError, ConnectionResetError):  # it may have refused before it read all
                 pass
             response = connection.getresponse()
-            return response.status, response.headers, response.read()
+            return response.status, response.headers, self._read(response, len(body or b"") + MIB, deadline)
         except BaseException:
             connection.close()
             raise
+
+    def _read(self, response: http.client.HTTPResponse, most: int, deadline: float) -> bytes:
+        """The body of an answer, of at most so many bytes: rewards are no longer than their request."""
+        parts, size = [], response.length or 0
+        while response.length != 0 and size <= most and (ready := response.peek()):
+            parts.append(response.read(len(ready)))
+            size = max(size, sum(map(len, parts)))
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"not whole within {self.timeout:g} seconds")
+        if size > most:
+            raise RewardServerError(f"{self.url} answers with more than {most} bytes", response.status)
+        if response.length:
+            raise http.client.IncompleteRead(b"".join(parts), response.length)
+        return b"".join(parts)
 
     def _connection(self, seconds: float) -> http.client.HTTPConnection:
         """The one of this thread and process: a forked one shares the socket, and would read answers of another."""
@@ -138,8 +174,9 @@ class RewardClient:
         return connection
 
     def _check_served(self, served: str | None) -> None:
-        if served and served != (self.served or served):
-            raise RewardServerError(f"{self.url} serves {served}, wanted {self.served}: another model or shape", 200)
+        if self.served and served != self.served:
+            serves = f"serves {served}" if served else "does not say what it serves"
+            raise RewardServerError(f"{self.url} {serves}, wanted {self.served}: another model or shape", 200)
         self.served = served or self.served
 
 
@@ -152,8 +189,26 @@ def _rows(name: str, given: Sequence[Sequence[int]]) -> list[np.ndarray]:
     return [row.astype("<i4") for row in rows]
 
 
+def _place(url: str) -> SplitResult:
+    with suppress(ValueError):  # no port, no host
+        place = urlsplit(url)
+        if place.scheme in ("http", "https") and place.hostname and place.port != 0 and not place.username:
+            return place
+    shown = url.rpartition("@")[2]  # without a password
+    raise ValueError(f"url is {shown!r}, wanted one such as http://127.0.0.1:8700, and a key apart from it")
+
+
+def _prompts(given: Sequence[object]) -> list[object]:
+    """Prompts as JSON has them."""
+    try:
+        if not isinstance(given, str):
+            return [_plain(prompt) for prompt in given]
+    except (TypeError, KeyError):
+        pass
+    raise ValueError(f"prompts are {given!r:.80}, wanted texts or messages with role and content")
+
+
 def _plain(prompt: object) -> object:
-    """A prompt as JSON has it."""
     if isinstance(prompt, str):
         return prompt
     turns = [turn if isinstance(turn, Mapping) else vars(turn) for turn in prompt]

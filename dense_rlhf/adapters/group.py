@@ -10,6 +10,8 @@ from torch import Tensor
 
 from dense_rlhf.types import InputError
 
+SCALES = ("sd", "leave_one_out", "none")
+
 
 def group_to_go(
     rewards: Tensor,
@@ -27,11 +29,16 @@ def group_to_go(
     al., 2024; the baseline is then the mean of the others, which no action of i can move) and 1 for "none" (Dr. GRPO:
     Liu et al., 2025). Where only last tokens are paid, G_j is S_j throughout and these are those estimators. A response
     that is masked whole is no part of its group. A group of one, which has nothing to compare with, gets zeros. Rewards
-    are zero outside responses. Raises `InputError` for shapes that differ.
+    are zero outside responses. Raises `InputError` for shapes that differ, integers, and another `scale`.
     """
     if rewards.shape != mask.shape or len(rewards) != len(groups):
         shapes = f"rewards {tuple(rewards.shape)}, mask {tuple(mask.shape)}, {len(groups)} groups"
         raise InputError(f"{shapes}; wanted (B, T), (B, T) and B")
+    if not rewards.is_floating_point():
+        raise InputError(f"rewards are {rewards.dtype}, wanted floating point")
+    if scale not in SCALES:
+        raise InputError(f"scale is {scale!r}, wanted one of {', '.join(SCALES)}")
+    groups = groups.tolist() if hasattr(groups, "tolist") else groups  # elements of a tensor equal themselves alone
     mask, places = mask.bool(), torch.arange(mask.shape[1], device=mask.device)
     to_go = rewards.flip(-1).cumsum(-1).flip(-1)
     first, last = mask.int().argmax(-1, keepdim=True), (places * mask).amax(-1, keepdim=True)

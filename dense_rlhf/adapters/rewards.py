@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from dense_rlhf.models.dialogue import messages_of, turn_ends
 from dense_rlhf.models.reward_model import RewardModel, check_fits, chosen_output, padded
 from dense_rlhf.ppo.rollout import scored
 from dense_rlhf.shaping.rewards import shape_rewards
-from dense_rlhf.types import InputError, Prompt, Reading, Responses, RewardShape
+from dense_rlhf.types import InputError, Prompt, Reading, Responses, RewardShape, is_number
 
 
 @dataclass
@@ -33,13 +34,14 @@ class Cost:
     seconds: float = 0.0
 
 
-@dataclass
+@dataclass(frozen=True)
 class Scorer:
     """A reward model, how it reads a trainer's tokens, and how its scores are explained; it remembers its answers.
 
     With the trainer's tokenizer the model reads the text of the tokens in its own, as `explain` does; a dialogue then
     goes through the model's chat template if it is given as messages. Without it, the tokens are the model's, and it
     reads exactly these: prompt, response and the end that the response has. A score is `(output - offset) / scale`.
+    Weights that change need a new scorer.
     """
 
     model: PreTrainedModel
@@ -56,6 +58,13 @@ class Scorer:
     memory: int = 65536  # answers that are kept, the latest
     cost: Cost = field(default_factory=Cost)
     _answers: OrderedDict[str, np.ndarray] = field(default_factory=OrderedDict, repr=False)
+
+    def __post_init__(self):
+        for name, least in (("offset", -math.inf), ("scale", 0), ("memory", -1)):
+            value = getattr(self, name)
+            if not is_number(value) or value <= least:
+                wanted = "a finite number" if least == -math.inf else f"a finite number above {least}"
+                raise InputError(f"{name} is {value!r}, wanted {wanted}")
 
     @cached_property
     def reward_model(self) -> RewardModel:
@@ -135,6 +144,8 @@ def dense_rewards(
 
 def _rows(scorer: Scorer, prompt_ids, response_ids, shape: RewardShape, prompts) -> list[_Row]:
     counts = {len(prompt_ids), len(response_ids), len(prompt_ids if prompts is None else prompts)}
+    if isinstance(prompts, str):
+        raise InputError("prompts are one text, wanted one each a response")
     if len(counts) > 1:
         given = f"{len(prompt_ids)} prompt_ids, {len(response_ids)} response_ids"
         raise InputError(f"{given}{'' if prompts is None else f', {len(prompts)} prompts'}; wanted one each a response")

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dense_rlhf import __version__
 from dense_rlhf.adapters.batcher import Batcher, Limits
+from dense_rlhf.adapters.client import is_key
 from dense_rlhf.adapters.rewards import Scorer
 from dense_rlhf.config.params import AttributionParams, Dtype, RewardParams, ShapeParams
 from dense_rlhf.config.parse import merge, parse_settings
@@ -118,7 +119,7 @@ def read_key(file: str | None) -> str | None:
     place = file or KEY
     with naming(Path(place), "read"):
         key = Path(file).read_text(encoding="ascii", errors="replace").strip() if file else os.environ.get(KEY)
-    if key is not None and not (key.isascii() and key.isprintable() and len(key.split()) == 1):
+    if key is not None and not is_key(key):
         raise InputError(f"{place} holds no key; wanted one word of ASCII, such as `openssl rand -hex 32` prints")
     return key
 

@@ -25,12 +25,11 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from dense_rlhf.adapters.batcher import Asked, Batcher, Full, Limits, ModelFailure
-from dense_rlhf.adapters.client import BINARY, SERVED, pack, unpack
+from dense_rlhf.adapters.client import BINARY, MIB, SERVED, once, pack, unpack
 from dense_rlhf.config.strict import LARGEST, Count, Many, Some, Whole, params, parse
 from dense_rlhf.models.dialogue import messages_of
 from dense_rlhf.types import InputError, Prompt, one_line
 
-MIB = 2**20
 GONE = 499  # nobody is there to read it; nginx's number
 
 
@@ -62,7 +61,7 @@ class Refusal(Exception):
 
 def read_json(body: bytes) -> Asked:
     """A request in JSON. Raises ValueError and `InputError` for what is none."""
-    given = parse(_Json, json.loads(body))
+    given = parse(_Json, json.loads(body, object_pairs_hook=once))
     rows = ([np.array(row, dtype=np.int32) for row in part] for part in (given.prompt_ids, given.response_ids))
     return Asked(*rows, _prompts(given.prompts))
 
@@ -255,7 +254,8 @@ def _asked(body: bytes, kind: str) -> Asked:
     except InputError as error:
         raise Refusal(422, one_line(str(error))[:500]) from None
     except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, nested too deeply, or not in the form of `pack`
-        raise Refusal(400, f"the body cannot be read as {kind} ({type(error).__name__})") from None
+        reason = one_line(f"{type(error).__name__}: {error}")[:200]
+        raise Refusal(400, f"the body cannot be read as {kind} ({reason})") from None
 
 
 async def _first(asked: Asked, request: Request) -> list[np.ndarray]:

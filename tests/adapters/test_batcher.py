@@ -111,8 +111,7 @@ def test_a_failure_in_a_model_is_no_fault_of_the_content(scorer, monkeypatch):
         one.submit(broken)
         with pytest.raises(ModelFailure, match="log says how"):
             broken.rewards.result(30)
-    scorer.__dict__.pop("reward_model", None)
-    scorer.offset = float("nan")
+    monkeypatch.setattr(scorer.model.score, "forward", lambda state: state[..., :1] * float("nan"))
     nan = Asked(*rows(1))
     one.submit(nan)
     with pytest.raises(InputError, match="not finite"):

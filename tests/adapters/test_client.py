@@ -7,7 +7,8 @@ import pickle
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -35,7 +36,7 @@ def scripted(*answers, served="a"):
         protocol_version = "HTTP/1.1"
 
         def do_POST(self):
-            body = self.rfile.read(int(self.headers["Content-Length"]))
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             requests.append((self.path, dict(self.headers), body, self.client_address))
             answer = waiting.pop(0)
             if answer is None:
@@ -43,10 +44,15 @@ def scripted(*answers, served="a"):
                 return
             status, text, *more = answer
             self.send_response(status)
-            for name, value in {"Content-Length": len(text), SERVED: served, **dict(more)}.items():
+            length = len(text) if isinstance(text, bytes) else 0
+            for name, value in {"Content-Length": length, SERVED: served, **dict(more)}.items():
                 self.send_header(name, value)
             self.end_headers()
-            self.wfile.write(text)
+            with suppress(OSError):  # the client has heard enough
+                for part in [text] if isinstance(text, bytes) else text:
+                    self.wfile.write(part)
+
+        do_GET = do_POST
 
         def log_message(self, *_):
             pass
@@ -143,6 +149,47 @@ def test_what_are_no_rewards_of_the_request_is_refused(answer):
             RewardClient(url)(*ASKED)
 
 
+def test_what_is_no_description_is_refused():
+    with scripted((200, b"<html>"), (200, b"[1]")) as (url, _):
+        for _ in range(2):
+            with pytest.raises(RewardServerError, match="gave no description"):
+                RewardClient(url).about()
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_rewards_that_are_not_finite_are_refused(number):
+    with scripted((200, pack({"lengths": [2]}, np.array([1, number], np.float32)))) as (url, _):
+        with pytest.raises(RewardServerError, match="not finite"):
+            RewardClient(url)(*ASKED)
+
+
+def test_an_answer_without_an_end_is_not_read_on():
+    with scripted((200, b"\0" * 2**22)) as (url, _):
+        with pytest.raises(RewardServerError, match=r"answers with more than \d+ bytes"):
+            RewardClient(url)(*ASKED)
+    with scripted((200, b"", ("Content-Length", 10**15))) as (url, _):
+        with pytest.raises(RewardServerError, match="answers with more than"):
+            RewardClient(url)(*ASKED)
+
+
+def test_an_answer_that_drips_is_given_up_in_time():
+    def slow():
+        while True:
+            time.sleep(0.02)
+            yield b"x"
+
+    with scripted((200, slow(), ("Content-Length", 1000))) as (url, _):
+        began = time.monotonic()
+        with pytest.raises(RewardServerError, match="does not answer .*within"):
+            RewardClient(url, timeout=0.2, retries=0)(*ASKED)
+    assert time.monotonic() - began < 10  # the whole answer takes 20 s
+
+
+def test_an_answer_that_is_cut_short_is_asked_for_again(pauses):
+    with scripted((200, GOOD[:-4], ("Content-Length", len(GOOD)), ("Connection", "close")), (200, GOOD)) as (url, _):
+        assert RewardClient(url)(*ASKED)[0].tolist() == [1.5, -2.0]
+
+
 def test_another_model_than_wanted_is_refused():
     with scripted((200, GOOD), (200, GOOD), (200, GOOD), served="b") as (url, _):
         with pytest.raises(RewardServerError, match="serves b, wanted a"):
@@ -152,6 +199,9 @@ def test_another_model_than_wanted_is_refused():
         client.served = "a"  # as if that had come first
         with pytest.raises(RewardServerError, match="serves b, wanted a"):
             client(*ASKED)
+    with scripted((200, GOOD), served="") as (url, _):
+        with pytest.raises(RewardServerError, match="does not say what it serves, wanted a"):
+            RewardClient(url, served="a")(*ASKED)
 
 
 def test_an_answer_that_comes_late_is_nobodys(monkeypatch):
@@ -184,10 +234,26 @@ def test_a_client_can_be_sent_to_another_process():
     assert (same.url, same._key, same.timeout, same.retries, same.served) == (client.url, "secret", 3, 2, "a")
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:8700", "ftp://host", "http://"])
+@pytest.mark.parametrize(
+    "url", ["127.0.0.1:8700", "ftp://host", "http://", "http://host:99999", "http://[::1", "http://me:hidden@host"]
+)
 def test_a_url_is_checked(url):
-    with pytest.raises(ValueError, match="wanted one such as"):
+    with pytest.raises(ValueError, match="wanted one such as") as raised:
         RewardClient(url)
+    assert "hidden" not in str(raised.value)
+
+
+@pytest.mark.parametrize("key", ["two\nlines", "two words", "hidden\u20ac"])
+def test_a_key_that_no_header_holds_is_refused_and_not_told(key):
+    with pytest.raises(ValueError, match="key is no word of ASCII") as raised:
+        RewardClient("http://127.0.0.1:1", key)
+    assert key not in str(raised.value)
+
+
+@pytest.mark.parametrize("prompts", ["a", [None], [5], [{"role": "user"}], [[{"content": "a"}]], [[None]]])
+def test_prompts_are_checked_before_they_are_sent(prompts):
+    with pytest.raises(ValueError, match="wanted texts or messages with role and content"):
+        RewardClient("http://127.0.0.1:1")([[1]], [[1]], prompts)
 
 
 @pytest.mark.parametrize("row", [[], [-1], [0.5], [[1]], [2**31]])

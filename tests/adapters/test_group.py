@@ -1,5 +1,6 @@
 """The group estimator: GRPO and RLOO where last tokens are paid, and a baseline that no action of a response moves."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -104,6 +105,16 @@ def test_one_response_learns_nothing():
     assert group_to_go(torch.ones(1, 2), torch.ones(1, 2), ["a"]).tolist() == [[0, 0]]
 
 
-def test_shapes_that_differ_are_refused():
+@pytest.mark.parametrize("form", [torch.tensor, np.array])
+def test_groups_may_be_an_array(form):
+    rewards, mask = torch.arange(8.0).view(4, 2), torch.ones(4, 2)
+    assert torch.equal(group_to_go(rewards, mask, form([3, 3, 5, 5])), group_to_go(rewards, mask, [3, 3, 5, 5]))
+
+
+def test_what_does_not_fit_is_refused():
     with pytest.raises(InputError, match=r"rewards \(2, 3\), mask \(2, 3\), 1 groups"):
         group_to_go(torch.ones(2, 3), torch.ones(2, 3), ["a"])
+    with pytest.raises(InputError, match="scale is 'std', wanted one of sd, leave_one_out, none"):
+        group_to_go(torch.ones(2, 3), torch.ones(2, 3), ["a", "a"], "std")
+    with pytest.raises(InputError, match="rewards are torch.int64, wanted floating point"):
+        group_to_go(torch.ones(2, 3).long(), torch.ones(2, 3), ["a", "a"])

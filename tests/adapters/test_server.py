@@ -239,6 +239,18 @@ def test_bad_input_is_named(server, change, status, text):
     assert given_status == status and re.search(text, answer["error"]), answer
 
 
+def test_a_field_that_is_given_twice_is_refused(server):
+    for body in (
+        '{"prompt_ids": [[1]], "prompt_ids": [[2]], "response_ids": [[3]]}',
+        '{"prompt_ids": [[1]], "response_ids": [[3]], "prompts": [[{"role": "user", "content": "", "content": "a"}]]}',
+    ):
+        status, answer = asked(server, body)
+        assert status == 400 and "is given twice" in answer["error"], answer
+    header = b'{"prompt_lengths": [2], "prompt_lengths": [1], "response_lengths": [1]}'
+    status, answer = asked(server, len(header).to_bytes(4, "little") + header + bytes(8), BINARY)
+    assert status == 400 and "is given twice" in answer["error"], answer
+
+
 def test_other_refusals(server):
     body = json.dumps(BODY)
     assert asked(server, body, "text/plain")[0] == 415

@@ -1,5 +1,9 @@
 """Token rewards from token ids: they sum to the model's own scores, whatever the batch and the trainer's tokenizer."""
 
+import math
+from copy import deepcopy
+from dataclasses import FrozenInstanceError
+
 import numpy as np
 import pytest
 import torch
@@ -161,6 +165,23 @@ def test_bad_ids_are_named(scorer, prompt_ids, response_ids, message):
         dense_rewards(scorer, prompt_ids, response_ids, SIGNED)
 
 
+@pytest.mark.parametrize("options", [{"scale": 0.0}, {"scale": -1.0}, {"offset": math.inf}, {"memory": -1}])
+def test_a_scorer_of_no_use_is_refused(reward_model, options):
+    with pytest.raises(InputError, match=rf"{next(iter(options))} is .*, wanted"):
+        Scorer(reward_model.model, reward_model.tokenizer, **options)
+
+
+def test_a_scorer_stays_as_it_is(scorer):
+    """What it remembers was answered with these settings."""
+    with pytest.raises(FrozenInstanceError):
+        scorer.offset = 1.0
+
+
+def test_one_text_is_no_list_of_prompts(scorer, ids):
+    with pytest.raises(InputError, match="prompts are one text, wanted one each a response"):
+        dense_rewards(scorer, [ids[0][0]], [ids[1][0]], SIGNED, "a")
+
+
 def test_a_prompt_that_is_none_is_refused(scorer, ids):
     """In place of reading the ids of one row and the messages of another."""
     with pytest.raises(InputError, match="wanted text or messages"):
@@ -188,5 +209,7 @@ def test_a_model_in_training_is_refused(reward_model, ids):
 
 
 def test_a_score_that_is_not_finite_is_refused(reward_model, ids):
+    model = deepcopy(reward_model.model)
+    torch.nn.init.constant_(model.score.weight, math.nan)
     with pytest.raises(InputError, match="not finite"):
-        dense_rewards(Scorer(reward_model.model, reward_model.tokenizer, offset=float("nan")), *ids, SIGNED)
+        dense_rewards(Scorer(model, reward_model.tokenizer), *ids, SIGNED)
