@@ -8,7 +8,6 @@ computed for it, at the largest model measured (gpu.jsonl, one H200, which has t
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +16,12 @@ from transformers import LlamaConfig
 
 from dense_rlhf.config.params import RunParams
 from dense_rlhf.config.study import load_study
-from dense_rlhf.runner import cost
+from dense_rlhf.runner import cost, timing
 from dense_rlhf.runner.plan import expand, updates_of
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDY = ROOT / "params" / "hh_rlhf.yaml"
-H100 = next(device for device in cost.DEVICES if device.name == "H100")
+H100 = next(device for device in timing.DEVICES if device.name == "H100")
 PROMPT, TOKEN_BUDGET = 128, 32768  # tokens
 ARMS = {"sparse": ["terminal"], "SHAP": ["shap"]}
 ONE, EIGHT = "1B on one H100", "8B on eight H100"
@@ -38,27 +37,16 @@ def models(name: str, params: RunParams) -> cost.Models:
     return cost.assemble(cost.empty_policy(config, "bfloat16"), cost.empty_classifier(config, "bfloat16"), params)
 
 
-def measured(params: RunParams) -> dict[str, float]:
-    """By step, seconds measured over seconds computed."""
-    lines = [json.loads(line) for line in (ROOT / "benchmarks" / "gpu.jsonl").read_text().splitlines()]
-    slower = {one["step"]: one["ours"] / one["said"] for one in lines if one["benchmark"] == "gpu/update"}
-    each = [one["ours"] for one in lines if one["benchmark"] == "gpu/explain" and one["case"].startswith("1B")]
-    params = replace(params, ppo=replace(params.ppo, rollouts=64))
-    work = next(w for w in cost.time(models(ONE, params), params, PROMPT, ["shap"]) if w.step == "explain")
-    return slower | {"explain": 64 * each[0] / work.seconds(H100)}
-
-
 def row(name: str) -> list[str]:
     """A table's row: seconds of an update by step and arm, GiB a card, GPU hours of the study."""
     cards = SHAPES[name][0]
     study = load_study(STUDY)
-    slower = measured(study.run)
     each = replace(study.run.ppo, rollouts=study.run.ppo.rollouts // cards, minibatch=study.run.ppo.minibatch // cards)
     each = replace(each, micro_batch=min(each.micro_batch, each.minibatch))
     params = replace(study.run, ppo=each)
     made = models(name, params)
     seconds = {
-        arm: {work.step: slower[work.step] * work.seconds(H100) for work in cost.time(made, params, PROMPT, sources)}
+        arm: {work.step: work.seconds(H100) for work in timing.time(made, params, PROMPT, sources)}
         for arm, sources in ARMS.items()
     }
     updates = Counter()

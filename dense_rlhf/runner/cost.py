@@ -1,4 +1,4 @@
-"""What a study will need, computed from configs alone: bytes of memory and floating-point operations.
+"""What a study will need, computed from configs alone: bytes of memory; `timing` counts operations.
 
 Weights are counted on the meta device, in the objects that a training would make; nothing is read or allocated.
 Letters: B responses of T tokens after P of prompt, L = P + T; n layers, H hidden, Q = heads x head size, K = key-value
@@ -9,22 +9,15 @@ running the steps themselves under torch's FlopCounterMode would need tensors wi
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
-from dense_rlhf.attribution import SOURCES
 from dense_rlhf.attribution.engine import PACKED
-from dense_rlhf.attribution.kinds import Designed
-from dense_rlhf.attribution.packing import pack
-from dense_rlhf.attribution.removal import plan
-from dense_rlhf.config.params import AttributionParams, PPOParams, RunParams
-from dense_rlhf.config.parse import named
+from dense_rlhf.config.params import PPOParams, RunParams
 from dense_rlhf.models.policy import LOGITS, PolicyWithValue, trainable_copy
 from dense_rlhf.models.reward_model import RewardModel
 
@@ -162,7 +155,7 @@ def sampling(models: Models, ppo: PPOParams, P: int) -> list[Need]:
     Cache at its full length L; the working set of the prompts; B V logits, each s + 4 + 4 bytes with its temperature
     and 4 + 8 + 8 for the distribution function.
     """
-    sizes, s, B = Sizes.of(models.reference.lm), _bytes(models.policy.sampling_model()), ppo.rollouts
+    sizes, s, B = Sizes.of(models.reference.lm), bytes_of(models.policy.sampling_model()), ppo.rollouts
     L = P + ppo.max_new_tokens
     return [
         Need("key-value cache", cache(sizes, B * L, s), "sample", f"{B} x {L} tokens"),
@@ -178,7 +171,7 @@ def reading(models: Models, params: RunParams, P: int, token_budget: int) -> lis
     and the attention masks: budget x (N (1 + s) + 10 (T + 1)), with packs of N = max(H, 128 + 2 T) nodes. Models that
     are not packed need the working set only.
     """
-    sizes, s, T = Sizes.of(models.reward), _bytes(models.reward), params.ppo.max_new_tokens
+    sizes, s, T = Sizes.of(models.reward), bytes_of(models.reward), params.ppo.max_new_tokens
     how = f"{token_budget:,} tokens"
     needs = [Need("batch of the reward model", working_set(sizes, token_budget, s), "explain", how)]
     if models.reward.config.model_type in PACKED:
@@ -204,7 +197,7 @@ def updating(models: Models, ppo: PPOParams, P: int) -> list[Need]:
     learning = _learning(policy)
     number, matrices = sum(p.numel() for p in learning), sum(p.numel() for p in learning if p.dim() == 2)
     s = 2 if policy.bf16 else 4
-    layer, layers = kept_by_layer(sizes, s, _rank(policy)), sizes.layers - policy.cut
+    layer, layers = kept_by_layer(sizes, s, rank_of(policy)), sizes.layers - policy.cut
     logits = min(b * ppo.max_new_tokens * sizes.vocabulary, max(LOGITS, sizes.vocabulary))
     needs = [
         Need("gradients", 4 * number, "update", f"{number:,} x 4"),
@@ -236,163 +229,14 @@ def kept_by_layer(sizes: Sizes, s: int, rank: int) -> float:
     return s * numbers + stream * sizes.hidden + 4 * sizes.heads + 8
 
 
-def _bytes(model: PreTrainedModel) -> int:
+def bytes_of(model: PreTrainedModel) -> int:
     return model.dtype.itemsize
 
 
-def _adapters(policy: PolicyWithValue) -> list[torch.nn.Parameter]:
+def adapters(policy: PolicyWithValue) -> list[torch.nn.Parameter]:
     return [p for name, p in policy.lm.named_parameters() if "lora_" in name]
 
 
-def _rank(policy: PolicyWithValue) -> int:
+def rank_of(policy: PolicyWithValue) -> int:
     """The rank of the policy's adapters; 0 without."""
-    return min((min(p.shape) for p in _adapters(policy)), default=0)
-
-
-# ---------------------------------------------------------------------------------------------------- time
-
-
-@dataclass(frozen=True)
-class Device:
-    """The vendor's peak operations a second in bfloat16 and float32 and bytes a second; the share that is reached.
-
-    `layer_seconds` is the time in which Python and the driver start one layer, which bounds small models and sampling
-    token by token. Share and time are assumed for a CPU core; for GPUs they were measured on one H200, which has the
-    H100's chip (benchmarks/gpu.jsonl): 0.12 of the peak for 135M parameters to 0.36 for a billion.
-    """
-
-    name: str
-    bf16: float
-    float32: float
-    bandwidth: float
-    reached: float
-    layer_seconds: float
-
-    def __str__(self) -> str:
-        peak = f"{self.bf16 / 1e12:g} TFLOP/s in bfloat16, {self.float32 / 1e12:g} in float32"
-        return f"{self.name} {self.reached:.0%} of {peak}, {self.bandwidth / 1e9:g} GB/s"
-
-    def seconds(self, flops: float, s: int) -> float:
-        """Time for dense work of numbers of s bytes."""
-        return flops / (self.reached * (self.bf16 if s == 2 else self.float32))
-
-
-DEVICES = (
-    Device("A100", 312e12, 19.5e12, 2.0e12, 0.25, 9e-4),
-    Device("H100", 989e12, 67e12, 3.3e12, 0.25, 9e-4),
-    Device("CPU core", 100e9, 50e9, 10e9, 0.7, 4e-4),
-)
-
-
-@dataclass(frozen=True)
-class Work:
-    """One step of an update: operations on numbers of `size` bytes, in passes that wait for one another."""
-
-    step: str
-    flops: float
-    size: int
-    passes: int = 0
-    layers: int = 0
-    read: float = 0.0  # bytes that each pass reads
-
-    def seconds(self, device: Device) -> float:
-        """The longest of arithmetic, reading memory and starting layers."""
-        waiting = self.passes * max(self.read / device.bandwidth, self.layers * device.layer_seconds)
-        return max(device.seconds(self.flops, self.size), waiting)
-
-
-def forward(sizes: Sizes, tokens: float, context: float, layers: int | None = None) -> float:
-    """Operations of one forward pass through `layers` (default all): tokens (2 W + 4 context Q n).
-
-    `context` is the number of tokens that one attends to, hidden ones included: half the text for a causal kernel.
-    """
-    layers = sizes.layers if layers is None else layers
-    return tokens * layers * (2 * sizes.weights / sizes.layers + 4 * context * sizes.query)
-
-
-def time(models: Models, params: RunParams, P: float, sources: Sequence[str]) -> list[Work]:
-    """The steps of one update with prompts of P tokens and responses of their full length, an upper bound."""
-    reward, s = Sizes.of(models.reward), _bytes(models.reward)
-    tokens = params.ppo.rollouts * (P + params.ppo.max_new_tokens)
-    score = Work("score", forward(reward, tokens, P + params.ppo.max_new_tokens), s)
-    explain = Work("explain", _explain(models, params, P, sources), s)
-    return [_sample(models, params.ppo, P), score, explain, *_learn(models, params.ppo, P)]
-
-
-def _learn(models: Models, ppo: PPOParams, P: float) -> list[Work]:
-    """Log-probabilities under policy and reference, whose layers below the cut are the same; then the epochs.
-
-    The policy's states are the sampler's where those are the training forward's.
-    """
-    policy, sizes, trunk = models.policy, Sizes.of(models.reference.lm), models.policy.value_trunk
-    B, T, s = ppo.rollouts, ppo.max_new_tokens, 2 if policy.bf16 else 4
-    text, depth, deep = (B * (P + T - 1), (P + T) / 2), sizes.layers - policy.cut, 0
-    below, above = forward(sizes, *text, policy.cut), forward(sizes, *text, depth)
-    head, critic = 2 * B * T * sizes.hidden * sizes.vocabulary, 0
-    if trunk is not None:
-        critic, deep = forward(Sizes.of(trunk), *text), Sizes.of(trunk).layers
-    adapters = 2 * text[0] * sum(p.numel() for p in _adapters(policy))
-    parts, passes = math.ceil(B / ppo.micro_batch), 1 if policy.samples_as_it_learns and ppo.sampler != "generate" else 2
-    flops = below + passes * above + 2 * head + adapters + critic
-    probabilities = Work("log-probabilities", flops, s, parts, policy.cut + passes * depth + deep)
-    back = 1 if _rank(policy) else 2  # frozen maps pass gradients on and have none of their own
-    again = min(ppo.micro_batch, ppo.minibatch) * T * sizes.vocabulary > LOGITS
-    heads = head * (2 + again + policy.lm.get_output_embeddings().weight.requires_grad)
-    flops = ppo.epochs * (above * (1 + back) + heads + 3 * (adapters + critic))
-    return [probabilities, Work("update", flops, s, ppo.epochs * parts, 3 * (depth + deep))]
-
-
-def _sample(models: Models, ppo: PPOParams, P: float) -> Work:
-    """B P tokens at once, then T passes of B, each of which reads all weights and a cache of about P + T / 2 tokens."""
-    sizes, B, T = Sizes.of(models.reference.lm), ppo.rollouts, ppo.max_new_tokens
-    s = _bytes(models.policy.sampling_model())
-    flops = forward(sizes, B * P, P) + forward(sizes, B * T, P + T / 2) + 2 * B * T * sizes.hidden * sizes.vocabulary
-    read = (sizes.weights + sizes.hidden * sizes.vocabulary) * s + cache(sizes, round(B * (P + T / 2)), s)
-    return Work("sample", flops, s, T, sizes.layers, read)
-
-
-PLAYER = {"tokens": 1, "words": 1.3, "sentences": 20}  # tokens of a player, about
-WHOLE = {"attention": 1, "prefix": 1, "gradient_input": 3}  # forward passes over the whole responses; backward is two
-
-
-def _explain(models: Models, params: RunParams, P: float, sources: Sequence[str]) -> float:
-    """Operations of all sources: the tokens of the coalitions that they need, and passes over whole responses.
-
-    Where prefixes are shared, prompts are computed once, and of the last layer only keys and values (4 H K a token),
-    except where a score is read.
-    """
-    sizes, B, T = Sizes.of(models.reward), params.ppo.rollouts, params.ppo.max_new_tokens
-    packed = models.reward.config.model_type in PACKED
-    asked = {getattr(SOURCES.get(name), "source", name) for name in sources}  # what is shuffled costs as in order
-    players = np.unique(np.arange(T) // PLAYER[params.attribution.players], return_inverse=True)[1]
-    width = sizes.hidden if packed else None
-    tokens, context, reads = coalition_tokens(players, sorted(asked), params.attribution, P, width)
-    flops = forward(sizes, B * tokens, P + context)
-    if tokens and packed:
-        below = forward(sizes, B * tokens, P + context, sizes.layers - 1) + forward(sizes, B * P, P, sizes.layers - 1)
-        keys = 4 * B * (P + tokens) * sizes.hidden * sizes.key
-        flops = below + keys + forward(sizes, B * reads, P + context, 1)
-    passes = sum(WHOLE.get(name, 0) for name in asked)
-    passes += 3 * params.attribution.ig_steps if "integrated_gradients" in asked else 0
-    return flops + passes * forward(sizes, B * (P + T), P + T)
-
-
-def coalition_tokens(
-    players: np.ndarray, sources: Sequence[str], params: AttributionParams, P: float, width: int | None
-) -> tuple[float, float, int]:
-    """Tokens to compute for the coalitions of a response, how many each sees after the prompt, and the coalitions.
-
-    `players` (T,) is the player that each token belongs to. With `width` (the model's H) prefixes are shared, as the
-    engine packs them; without, every coalition is a text with its prompt.
-    """
-    kinds = [(name, named(SOURCES, name, "sources")) for name in sources]
-    designed = tuple((name, source) for name, source in kinds if isinstance(source, Designed))
-    if not designed:
-        return 0, 0, 0
-    masks = plan(int(players[-1]) + 1, designed, params).masks[:, players]
-    kind, T = params.removal.partition(":")[0], len(players)
-    if width is None:
-        lengths = P + 1 + (masks.sum(1) if kind == "drop" else np.full(len(masks), T))
-        return float(lengths.sum()), float(lengths.mean() - P), len(masks)
-    packs = pack(masks, 1, kind, max(width, 128 + 2 * T))
-    return sum(map(len, packs)), float(np.mean([len(one) for one in packs])), len(masks)
+    return min((min(p.shape) for p in adapters(policy)), default=0)

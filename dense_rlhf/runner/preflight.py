@@ -22,7 +22,7 @@ from dense_rlhf.models.language_models import check_head, load_tokenizer, smollm
 from dense_rlhf.models.reward_model import RewardModel, chosen_output, shares_tokens
 from dense_rlhf.models.train_reward_model import fresh_classifier, pair_ids
 from dense_rlhf.models.word_judge import check_words
-from dense_rlhf.runner import cost
+from dense_rlhf.runner import cost, timing
 from dense_rlhf.runner.plan import expand, updates_of
 from dense_rlhf.types import InputError, PreferencePair, Prompt, one_line
 
@@ -315,15 +315,15 @@ def _gpu() -> tuple[str, float] | None:
 
 
 def _say_time(report: Report, study: StudyParams, models: cost.Models, typical: float) -> None:
-    """Seconds of each step of an update and hours of the study, on `cost.DEVICES`."""
-    run, devices, hours, seen = study.run, cost.DEVICES, dict.fromkeys(cost.DEVICES, 0.0), set()
+    """Seconds of each step of an update and hours of the study, on `timing.DEVICES`."""
+    run, devices, hours, seen = study.run, timing.DEVICES, dict.fromkeys(timing.DEVICES, 0.0), set()
     report.say(f"\ntime of an update, at prompts of {typical:.0f} tokens and responses of {run.ppo.max_new_tokens}\n")
     report.say(f"  {'':32s}{'PFLOP':>10s}" + "".join(f"{device.name + ' s':>14s}" for device in devices))
     updates = Counter()
     for job in expand(study):
         updates[job.params.arm] += updates_of(job)
     for arm, shape in study.arms.items():
-        steps = cost.time(models, run, typical, shape.sources)
+        steps = timing.time(models, run, typical, shape.sources)
         for device in devices:
             hours[device] += updates[arm] * sum(step.seconds(device) for step in steps) / 3600
         for step in steps:

@@ -22,7 +22,7 @@ from dense_rlhf.models.policy import PolicyWithValue, trainable_copy
 from dense_rlhf.models.reward_model import RewardModel
 from dense_rlhf.ppo.rollout import appraise
 from dense_rlhf.ppo.sampling import Sampling, sample
-from dense_rlhf.runner import cost
+from dense_rlhf.runner import cost, timing
 from dense_rlhf.types import InputError, Rollout
 
 SHAPE = {
@@ -178,14 +178,14 @@ def test_a_forward_pass_is_what_torch_counts_on_the_meta_device(name):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.base_model(input_ids=torch.empty(b, L, dtype=torch.long, device="meta"), **seen)
     rel = 0.05 if name == "encoder" else 1e-12
-    assert cost.forward(cost.Sizes.of(model), b * L, L) == pytest.approx(counter.get_total_flops(), rel=rel)
+    assert timing.forward(cost.Sizes.of(model), b * L, L) == pytest.approx(counter.get_total_flops(), rel=rel)
 
 
 @pytest.mark.parametrize("policy", LEARNERS, ids=str)
 def test_operations_are_those_that_torch_counts(policy):
     """Nearly: torch counts the half of causal attention that is not computed; merged adapters are its too."""
     params, rollout = run_params(**policy), made_up()
-    work = {step.step: step.flops for step in cost.time(empty(params), params, P, ["shap"])}
+    work = {step.step: step.flops for step in timing.time(empty(params), params, P, ["shap"])}
     models, reader = real(params)
     assert reader.has_head  # asked before operations are counted
     generator, learner = torch.Generator(), ppo.make_learner(models.policy, PPO, 0)
@@ -210,7 +210,7 @@ def test_operations_are_those_that_torch_counts(policy):
 
 def test_words_make_fewer_coalitions_than_tokens_and_sources_that_ask_nothing_cost_nothing():
     params = run_params()
-    explain = lambda p, *sources: {w.step: w.flops for w in cost.time(empty(params), p, P, sources)}["explain"]  # noqa: E731
+    explain = lambda p, *sources: {w.step: w.flops for w in timing.time(empty(params), p, P, sources)}["explain"]  # noqa: E731
     by_words = replace(params, attribution=AttributionParams(permutations=1, players="words"))
     assert 0 < explain(by_words, "shap") < explain(params, "shap") < explain(params, "shap", "attention")
     assert explain(params, "shuffled") == explain(params, "shap")
