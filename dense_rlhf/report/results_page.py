@@ -7,18 +7,18 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
+from itertools import groupby
 from pathlib import Path
 
 from dense_rlhf.config.params import ABLATIONS, BENCHMARKS
-from dense_rlhf.evaluation.claims import QUESTIONS, Claim, judge
+from dense_rlhf.evaluation.claims import IDENTITY, NOT_ASKED, QUESTIONS, Claim, judge
 from dense_rlhf.evaluation.results import Finding
 from dense_rlhf.evaluation.rule import CONTRADICTED, NO_DIFFERENCE, SUPPORTED, UNDECIDED, Case
-from dense_rlhf.evaluation.words import p_value, plural, signed
+from dense_rlhf.evaluation.words import EQUAL_KL, UPDATES, identity, p_value, plural, signed
 from dense_rlhf.files import write_text
 from dense_rlhf.report.charts import forest
-from dense_rlhf.report.comparison import intervals_in, verdict
-from dense_rlhf.report.index import rank
+from dense_rlhf.report.comparison import HELPED, intervals_in, verdict
+from dense_rlhf.report.index import MAIN, rank
 from dense_rlhf.report.record import Outline
 from dense_rlhf.runs import RunFolder
 from dense_rlhf.view.escape import scrub, visible
@@ -27,6 +27,16 @@ from dense_rlhf.view.live import duration
 
 MARKS = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "|": "\\|", "`": "'", "*": "\\*", "\n": " "})
 MOST = 12  # intervals of an ablation that are listed
+SEPARATE = 2  # datasets or settings of a study up to which each has its own row
+PLACES = "", UPDATES, EQUAL_KL
+GROUNDS = "How sure", "Over the nearest control", "Cost", "Step sizes", "At one common step size"
+OPEN = {  # by the ablation that asks it
+    "contextual": "Do weights that depend on the token teach more than constant ones?",
+    "human": "Does credit from words that people marked teach more than SHAP?",
+    "dimension": "How many more trials does each further source need?",
+    "length": "Do dense rewards help more where responses are longer?",
+    "reward_model": "Does credit from a worse reward model still teach?",
+}
 
 
 @dataclass(frozen=True)
@@ -46,8 +56,14 @@ class Study:
 def write_results(studies: Iterable[Study], to: Path) -> Path:
     """Write `RESULTS.md` into a folder that has the pages in reports/, and its figures next to those pages."""
     ordered = sorted(studies, key=lambda study: (rank(study.name), study.name))
-    sections = [_section(study, to) for study in ordered]
-    text = _environment().get_template("results.md.j2").render(sections=sections, names=", ".join)
+    main = [study for study in ordered if study.name in MAIN] or ordered
+    about = {
+        "sections": [_section(study, to, study in main) for study in ordered],
+        "claims": _claims(ordered),
+        "open": _open(ordered),
+    }
+    about |= {"surprises": _surprises(ordered), "untold": _untold(ordered), "names": ", ".join}
+    text = _environment().get_template("results.md.j2").render(about)
     write_text(to / "RESULTS.md", scrub(text))
     return to / "RESULTS.md"
 
@@ -65,38 +81,158 @@ def plain(value: object) -> str:
     return visible(str(value)).translate(MARKS).replace("](", "]\\(")
 
 
-def _section(study: Study, to: Path) -> dict:
+def _section(study: Study, to: Path, long: bool) -> dict:
+    """A study: if `long` with arms and costs, else what it rests on and one figure."""
     records = [run.record() for run in study.runs]
     return {
         "name": study.name,
-        "datasets": [_dataset(study, finding, to) for finding in study.findings],
+        "datasets": [_dataset(study, finding, to, long) for finding in study.findings],
         "ablations": [_ablation(run) for run in study.runs if run.record()["notebook"] in ABLATIONS + BENCHMARKS],
         "cost": _cost(study, records),
         "command": study.outline.command,
         "commits": sorted({str(record.get("commit")) for record in records}),
         "not_committed": len(study.not_committed),
-        "run_keys": _keys(records),
     }
+
+
+# ---------------------------------------------------------------------------------------------------- the answers
+
+
+def _claims(studies: Sequence[Study]) -> list[dict]:
+    """A row for each claim, place and study that asked it, or one that says that none did."""
+    asked: dict[str, list[dict]] = {}
+    for study in studies:
+        for row in _settings(study) if len(study.findings) > SEPARATE else _datasets(study):
+            asked.setdefault(row["key"], []).append(row)
+    return [row | {"again": i > 0} for _, own in sorted(asked.items()) for i, row in enumerate(_by_place(own))]
+
+
+def _by_place(rows: Sequence[dict]) -> list[dict]:
+    """The answers to one claim in the order of `PLACES`; else one row: an identity, or why no study asked it."""
+    if answers := [row for row in rows if row["verdict"] not in (NOT_ASKED, IDENTITY)]:
+        return sorted(answers, key=lambda row: PLACES.index(row["where"]))
+    if identity := [row for row in rows if row["verdict"] == IDENTITY]:
+        return identity[:1]
+    reasons = {row["why"]: [r["study"] for r in rows if r["why"] == row["why"]] for row in rows}
+    why = " ".join(f"{', '.join(studies)}: {reason}" for reason, studies in reasons.items())
+    return [rows[0] | {"study": "", "why": why}]
+
+
+def _datasets(study: Study) -> list[dict]:
+    return [
+        _claim(claim) | {"study": _named(study, finding), "page": _page(study, finding)}
+        for finding in study.findings
+        for claim in judge(finding)
+    ]
+
+
+def _settings(study: Study) -> list[dict]:
+    """A row for each claim of a study with many settings: how many of them say what."""
+    each = [_claim(claim) for finding in study.findings for claim in judge(finding)]
+    rows = []
+    for place in dict.fromkeys((c["key"], c["where"]) for c in each):
+        own = [c for c in each if (c["key"], c["where"]) == place]
+        verdicts = Counter(c["verdict"] for c in own)
+        why = f"{plural(len(own), 'setting')}: " + ", ".join(
+            f"{verdict} in {n}" for verdict, n in verdicts.most_common()
+        )
+        verdict = own[0]["verdict"] if len(verdicts) == 1 else "differs"
+        rows.append(
+            own[0] | {"verdict": verdict, "why": why, "study": study.name, "page": f"reports/{study.name}/index.html"}
+        )
+    return rows
+
+
+def _open(studies: Sequence[Study]) -> list[dict]:
+    """The answers of ablations to open questions; and the questions that no recorded study has asked."""
+    answers = [
+        answer | {"study": study.name, "page": f"reports/{study.name}/comparison-{run.path.name}.html"}
+        for study in studies
+        for run in study.runs
+        if run.record()["notebook"] in ABLATIONS
+        for answer in run.load_json("metrics.json").get("answers") or ()
+    ]
+    by_setting = [
+        row | {"question": OPEN[study.name], "at": row["where"]}
+        for study in studies
+        if study.name in OPEN
+        for row in _settings(study)
+        if row["key"] == HELPED
+    ]
+    recorded = {study.name for study in studies}
+    unasked = [
+        {
+            "question": question,
+            "at": "",
+            "verdict": NOT_ASKED,
+            "why": f"`params/ablations/{name}.yaml` would",
+            "study": "",
+        }
+        for name, question in OPEN.items()
+        if name not in recorded
+    ]
+    return answers + by_setting + unasked
+
+
+def _surprises(studies: Sequence[Study]) -> list[str]:
+    """Claims that fail, claims whose answer depends on where it is asked, and arms that are another in all but name."""
+    lines: dict[str, list[str]] = {}
+    for study, finding in _findings(studies):
+        for claims in _by_key(judge(finding)):
+            verdicts = {claim.where: claim.verdict for claim in claims}
+            if len(verdicts) > 1 and len({*verdicts.values()} - {UNDECIDED}) > 1:
+                answers = ", ".join(f"{verdict} at {where}" for where, verdict in verdicts.items())
+            elif CONTRADICTED in verdicts.values():
+                answers = CONTRADICTED
+            else:
+                continue
+            lines.setdefault(f"{claims[0].key}. {claims[0].text}: {answers}.", []).append(_named(study, finding))
+        for arm in finding.arms.values():
+            if text := identity(arm):
+                lines.setdefault(text, []).append(_named(study, finding))
+    return [f"{text} ({', '.join(names)})" for text, names in sorted(lines.items())]
+
+
+def _untold(studies: Sequence[Study]) -> list[str]:
+    """What is undecided, and how many seeds would decide it."""
+    return [
+        f"{claim['key']}{claim['at']} in {_named(study, finding)}{claim['needs']}"
+        for study, finding in _findings(studies)
+        for claim in map(_claim, judge(finding))
+        if claim["verdict"] == UNDECIDED
+    ]
+
+
+def _findings(studies: Sequence[Study]) -> list[tuple[Study, Finding]]:
+    return [(study, finding) for study in studies for finding in study.findings]
+
+
+def _by_key(claims: Sequence[Claim]) -> list[list[Claim]]:
+    return [list(group) for _, group in groupby(claims, key=lambda claim: claim.key)]
+
+
+def _named(study: Study, finding: Finding) -> str:
+    """A study, with the dataset or setting where it has several."""
+    return study.name if len(study.findings) == 1 else f"{study.name}, {finding.dataset}"
+
+
+def _page(study: Study, finding: Finding) -> str:
+    return f"reports/{study.name}/comparison-{finding.dataset}.html"
 
 
 # ---------------------------------------------------------------------------------------------------- a dataset
 
 
-def _dataset(study: Study, finding: Finding, to: Path) -> dict:
+def _dataset(study: Study, finding: Finding, to: Path, long: bool) -> dict:
     answer = verdict(finding)
-    claims = [_claim(claim) for claim in judge(finding)]
-    for before, claim in pairwise(claims):
-        claim["again"] = claim["key"] == before["key"]
     return {
         "name": finding.dataset,
-        "page": f"reports/{study.name}/comparison-{finding.dataset}.html",
+        "page": _page(study, finding),
         "line": answer.line,
-        "grounds": answer.grounds,
+        "grounds": {name: text for name, text in answer.grounds.items() if name in (GROUNDS if long else GROUNDS[:1])},
         "head": _head(finding),
-        "arms": _arms(finding),
-        "claims": claims,
-        "open": [f"{c['key']}{c['at']}{c['needs']}" for c in claims if c["verdict"] == UNDECIDED],
-        "figures": _figures(study, finding, to),
+        "arms": _arms(finding) if long else [],
+        "figures": _figures(study, finding, to)[: None if long else 1],
     }
 
 
@@ -129,7 +265,6 @@ def _claim(claim: Claim) -> dict[str, object]:
     case = min(tested, key=lambda c: (ranks.get(c.verdict, 3), min(c.p_differs, c.p_equal)), default=None)
     return {
         "key": claim.key,
-        "again": False,
         "text": claim.text,
         "where": claim.where,
         "at": f" at {claim.where}" * bool(claim.where),
@@ -204,16 +339,3 @@ def _cost(study: Study, records: Sequence[Mapping]) -> dict:
         "threads": " or ".join(threads),
         "machines": "; ".join(f"{name} ({number} runs)" for name, number in machines.items()),
     }
-
-
-def _keys(records: Sequence[Mapping]) -> list[tuple[str, str]]:
-    """For each arm on each dataset the key of every seed, and the key of every other run."""
-    policies: dict[str, list[str]] = {}
-    others = []
-    for record in records:
-        key = str(record.get("key", ""))[:8]
-        if record["notebook"] == "04_ppo":
-            policies.setdefault(f"{record['dataset']}, {record['arm']}", []).append(f"{record['seed']}: {key}")
-        else:
-            others.append((record["job"], key))
-    return [(name, ", ".join(keys)) for name, keys in policies.items()] + others

@@ -17,7 +17,8 @@ def study(root, seeds=(0, 1), texts=("a good film",), commit=COMMIT, dataset="re
         (root / name).mkdir(parents=True, exist_ok=True)
     made_study.policies(root, "made", seeds=seeds, arms=ARMS, texts=texts)
     one = made_study.record("ppo", "ablations/ppo")
-    metrics = {"gain": {"mean": 0.1, "low": -0.1, "high": 0.3}, "warnings": []}
+    answer = {"question": "Is it?", "at": "equal KL", "verdict": "undecided", "why": f"Too few seeds. {texts[-1]}"}
+    metrics = {"gain": {"mean": 0.1, "low": -0.1, "high": 0.3}, "answers": [answer], "warnings": []}
     made_study.run(root, "made", one, metrics=metrics, texts=texts)
     runs = [RunFolder(path.parent) for path in sorted((root / "runs" / "made").glob("*/run.json"))]
     for run in runs:
