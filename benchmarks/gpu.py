@@ -1,6 +1,8 @@
 """On a GPU: the numbers of the CPU, seconds and memory. One JSON object a line; exit code 1 where numbers differ.
 
     python benchmarks/gpu.py [--quick] [--only parity|explain|update|sampler] > benchmarks/gpu.jsonl
+    python benchmarks/gpu.py --quarter [--minutes 14] [--to benchmarks/gpu]    a file a configuration: see quarter.py
+    python benchmarks/gpu.py --quarter --toy                                   all of that at a toy size, anywhere
 
     parity   what float32 on the CPU computes of the same responses with the same weights: `apart` is the largest
              difference over the largest number (of weights: the norm of the difference over that of the change)
@@ -15,59 +17,52 @@ the CPU; parity then says nothing.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
+from card import (
+    DEVICE,
+    PAD,
+    clocked,
+    line,
+    one_update,
+    random_model,
+    random_queries,
+    random_readings,
+    random_scorer,
+    run_params,
+    training,
+)
+from gpu_records import FOLDER
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
+from transformers import AutoModelForCausalLM
 
 from dense_rlhf import ppo
 from dense_rlhf.attribution import attribute
 from dense_rlhf.attribution.coalitions import permutation_shap
 from dense_rlhf.attribution.engine import coalition_scores
 from dense_rlhf.attribution.parity import plain_scores, shap_values
-from dense_rlhf.config.params import AttributionParams, PolicyParams, PPOParams, RewardParams, RunParams
-from dense_rlhf.models.language_models import default_device, load_policy
+from dense_rlhf.config.params import AttributionParams, PolicyParams, PPOParams, RewardParams
+from dense_rlhf.models.language_models import load_policy
 from dense_rlhf.models.policy import PolicyWithValue, trainable_copy
 from dense_rlhf.models.reward_model import RewardModel
 from dense_rlhf.models.train_reward_model import fresh_classifier
 from dense_rlhf.ppo.checkpoint import learner_state, load_checkpoint, restore, save_checkpoint, save_policy
 from dense_rlhf.ppo.rollout import appraise, scored
 from dense_rlhf.ppo.sampling import SAMPLERS, Sampling, sample_responses
-from dense_rlhf.runner import cost
+from dense_rlhf.runner import cost, timing
 from dense_rlhf.runs import provenance
 from dense_rlhf.shaping.rewards import shape_rewards
-from dense_rlhf.types import InputError, Reading, Responses, RewardShape, Rollout
+from dense_rlhf.types import InputError, RewardShape, Rollout
 
-DEVICE = default_device()
 failed: list[str] = []
-
-
-def line(measure: str, case: str, **more) -> None:
-    rounded = {name: float(f"{value:.4g}") if isinstance(value, float) else value for name, value in more.items()}
-    print(json.dumps({"benchmark": f"gpu/{measure}", "case": case} | rounded), flush=True)
-
-
-def clocked(act: Callable) -> tuple[float, float, object]:
-    """Seconds, most GiB at once (0 on a CPU), and what the work returned."""
-    if DEVICE.type == "cpu":
-        start, found = time.perf_counter(), act()
-        return time.perf_counter() - start, 0.0, found
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    start, found = time.perf_counter(), act()
-    torch.cuda.synchronize()
-    return time.perf_counter() - start, torch.cuda.max_memory_allocated() / 2**30, found
 
 
 # ---------------------------------------------------------------------------------------------------- parity
@@ -255,52 +250,6 @@ def memory_errors(gpu: Side, rollout: Rollout, rewards: Tensor) -> None:
 
 # ---------------------------------------------------------------------------------------------------- explain
 
-SHAPES = {
-    "135M": {
-        "vocab_size": 49152,
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-    },
-    "1B": {
-        "vocab_size": 128256,
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-    },
-    "tiny": {
-        "vocab_size": 512,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    },
-}  # of SmolLM2-135M, of Llama-3.2-1B, and for --quick
-EOS, PAD = 0, 1
-TOKENIZER = SimpleNamespace(eos_token_id=EOS, pad_token_id=PAD)
-
-
-def random_model(kind: type, shape: str, **options) -> torch.nn.Module:
-    ends = {"pad_token_id": PAD, "eos_token_id": EOS, "tie_word_embeddings": True}
-    config = LlamaConfig(**SHAPES[shape] | ends | options)
-    torch.manual_seed(0)
-    with torch.device(DEVICE):
-        return kind.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False)
-
-
-def random_scorer(shape: str, **options) -> RewardModel:
-    return RewardModel(random_model(AutoModelForSequenceClassification, shape, num_labels=1, **options), TOKENIZER)
-
-
-def random_readings(shape: str, B: int, P: int, T: int) -> list[Reading]:
-    ids = torch.randint(2, SHAPES[shape]["vocab_size"], (B, P + T), generator=torch.Generator().manual_seed(0)).tolist()
-    return [Reading(tuple(row[:P]), tuple(row[P:])) for row in ids]
-
 
 def explain(shape: str, B: int, few: int, P: int, T: int, repeats: int) -> None:
     """One antithetic permutation of T tokens: ours for B responses, peers for `few` of them."""
@@ -344,23 +293,13 @@ def explain(shape: str, B: int, few: int, P: int, T: int, repeats: int) -> None:
 
 def update(shape: str, reward_shape: str, name: str, policy: dict, B: int, P: int, T: int, repeats: int) -> None:
     """Each step of an update, in the order of a training; the first update is not counted."""
-    wide = PPOParams(rollouts=B, minibatch=B // 2, micro_batch=B // 4, max_new_tokens=T)
-    params = RunParams(
-        policy=PolicyParams(dtype="bfloat16", **policy),
-        reward=RewardParams(dtype="bfloat16"),
-        ppo=wide,
-        attribution=AttributionParams(permutations=1),
-    )
-    lm = random_model(AutoModelForCausalLM, shape)
-    reference = PolicyWithValue(lm, bf16=True).requires_grad_(False)
-    reward_model = random_scorer(reward_shape, vocab_size=SHAPES[shape]["vocab_size"])  # reads what it writes
-    learner = ppo.make_learner(trainable_copy(reference, params.policy, reward_model), params.ppo, seed=0)
-    models = cost.Models(reference, learner.policy, reward_model.model)
-    queries = torch.tensor([one.prompt for one in random_readings(shape, B, P, 0)], device=DEVICE)
+    params = run_params(policy, rollouts=B, minibatch=B // 2, micro_batch=B // 4, max_new_tokens=T)
+    learner, reference, reward_model, models = training(shape, reward_shape, params)
+    queries = random_queries(shape, B, P)
     rounds = [one_update(learner, reference, reward_model, queries, params) for _ in range(repeats + 1)][1:]
-    needs, works = cost.memory(models, params, P, reward_model.budget), cost.time(models, params, P, ["shap"])
+    needs, works = cost.memory(models, params, P, reward_model.budget), timing.time(models, params, P, ["shap"])
     always = sum(need.bytes for need in needs if need.when == "always")
-    h100 = next(device for device in cost.DEVICES if device.name == "H100")
+    h100 = next(device for device in timing.DEVICES if device.name == "H100")
     for work in works:
         taken, gib = (statistics.median(one[work.step][i] for one in rounds) for i in (0, 1))
         said = (always + sum(need.bytes for need in needs if need.when == work.step)) / 2**30
@@ -379,34 +318,10 @@ def update(shape: str, reward_shape: str, name: str, policy: dict, B: int, P: in
         )
 
 
-def one_update(
-    learner: ppo.Learner, reference: PolicyWithValue, reward_model: RewardModel, queries: Tensor, params: RunParams
-) -> dict[str, tuple[float, float]]:
-    """Seconds and GiB of each step; responses have their full length."""
-    policy, T, found = learner.policy, params.ppo.max_new_tokens, {}
-
-    def step(name: str, act: Callable):
-        *found[name], made = clocked(act)
-        return made
-
-    mask, generator = torch.ones_like(queries, dtype=torch.bool), torch.Generator().manual_seed(0)
-    settings = queries, mask, Sampling(T, 1.0, (-1,), PAD), generator
-    drawn, kept, states = step("sample", lambda: SAMPLERS["cache"](policy.sampling_model(), *settings))
-    none = torch.zeros(len(queries), device=DEVICE)
-    states = states if policy.samples_as_it_learns else None
-    texts = Responses(queries, mask, drawn, kept, none, none.bool(), states=states)
-    texts = step("score", lambda: scored(texts, reward_model))
-    read = step("log-probabilities", lambda: appraise(policy, reference, texts, 1.0, params.ppo.micro_batch))
-    credit = step("explain", lambda: attribute(reward_model, read, ["shap"], params.attribution))
-    shaped = shape_rewards(read, credit, RewardShape(("shap",), (1.0,), "signed"))
-    step("update", lambda: ppo.update(learner, read, ppo.token_rewards(read, shaped, params.ppo), params.ppo))
-    return found
-
-
 def sampler(shape: str, B: int, P: int, T: int, repeats: int) -> None:
     """Both samplers on prompts that are each time of another width, as in a study; the last round is compared."""
     lm = random_model(AutoModelForCausalLM, shape)
-    queries = torch.tensor([one.prompt for one in random_readings(shape, B, P, 0)], device=DEVICE)
+    queries = random_queries(shape, B, P)
     widths = [P - 5, P, *(P - 2 * i for i in range(1, repeats))]
 
     def seconds(name: str) -> list[float]:
@@ -463,8 +378,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="end within a minute: tiny models")
     parser.add_argument("--only", action="append", choices=parts(True), help="some parts of it; repeatable")
+    parser.add_argument("--quarter", action="store_true", help="use a quarter of an hour of a card: quarter.py")
+    parser.add_argument("--toy", action="store_true", help="with --quarter: tiny models, into a temporary folder")
+    parser.add_argument("--minutes", type=float, default=14.0, help="with --quarter: ends within them")
+    parser.add_argument("--to", type=Path, default=FOLDER, help="with --quarter: the folder of the files")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
+    if arguments.quarter:
+        import quarter
+
+        toy = arguments.toy
+        if not toy and DEVICE.type == "cpu":
+            parser.error("--quarter: there is no card here; --toy runs all of it on a CPU")
+        return quarter.run(Path(tempfile.mkdtemp()) if toy else arguments.to, arguments.minutes, toy)
     line("run", DEVICE.type, **provenance())
     peak()
     for name, act in parts(arguments.quick).items():

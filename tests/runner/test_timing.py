@@ -77,7 +77,7 @@ JUDGED = [
 
 @pytest.mark.parametrize("name, step, measured", FITTED + JUDGED, ids=lambda x: x if isinstance(x, str) else "")
 def test_seconds_are_within_a_fifth_of_those_on_a_card(name, step, measured, counted):
-    """Those that the constants were fitted to, and four that were not looked at for it; of one shape all of them, as no other was run."""
+    """Those that the constants were fitted to, and four that were not looked at for it. No third shape was ever run."""
     assert seconds(counted, name, step) == pytest.approx(measured, rel=0.2)
 
 
