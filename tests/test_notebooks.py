@@ -14,13 +14,15 @@ from dense_rlhf.bayesopt.ledger import trials
 from dense_rlhf.config.params import NOTEBOOKS
 from dense_rlhf.runs import RunFolder
 
+AUDIT = "12_reward_model_audit"  # of the study's own reward model
 PATHS = sorted((ROOT / "notebooks").rglob("*.ipynb"))
 
 
 @pytest.fixture(scope="module")
 def reviews(few_reviews):
     left_out = [f"arms.{arm}=null" for arm in ("uniform", "shuffled", "shap", "shap-signed")]
-    return run_study("params/reviews.yaml", "pytest_reviews", f"data.path={few_reviews}", *left_out)
+    notebooks = f"notebooks=[{', '.join((*NOTEBOOKS, AUDIT))}]"
+    return run_study("params/reviews.yaml", "pytest_reviews", f"data.path={few_reviews}", notebooks, *left_out)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +56,7 @@ def pairs(tmp_path_factory):
 
 def test_all_notebooks_of_the_study_ran_and_say_so(reviews):
     runs, _ = reviews
-    assert {run.load_json("run.json")["notebook"] for run in runs.values()} == set(NOTEBOOKS)
+    assert {run.load_json("run.json")["notebook"] for run in runs.values()} == {*NOTEBOOKS, AUDIT}
     for name, run in runs.items():
         record = run.load_json("run.json")
         assert record["status"] == "ok" and record["versions"]["torch"] and record["commit"], name
@@ -90,6 +92,18 @@ def test_four_notebooks_compare_the_finished_policies(reviews):
     assert {row["key"] for row in verdicts["claims"]} == {"1a", "1b", "2", "3", "4a", "4b", "4c", "5", "6"}
     saved = {"arms": "06_comparison", "laws": "07_overoptimisation", "verdicts": "09_verdicts", "claims": "09_verdicts"}
     assert all(runs[name].file(f"{table}.csv").exists() for table, name in saved.items())
+
+
+def test_an_audit_says_what_the_reward_model_likes(reviews):
+    run = reviews[0][AUDIT]
+    metrics, words = run.load_json("metrics.json"), run.load_table("words")
+    assert set(words["piece"]) == set(metrics["words"]) and len(words) == 16 and words["texts"].min() >= 8
+    assert sum(metrics["variance"][f"{third} third"]["mean"] for third in ("first", "middle", "last")) == pytest.approx(
+        1
+    )
+    assert {"length", "format", "position", "politeness", "all but words"} < set(metrics["predicted"])
+    assert all(interval["low"] < interval["mean"] < interval["high"] for interval in metrics["words"].values())
+    assert set(metrics["agreement"]) == {"VADER, the model's", "VADER, shuffled"}
 
 
 def test_policies_leave_history_and_judgements(reviews):

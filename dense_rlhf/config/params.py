@@ -259,6 +259,7 @@ class EvaluationParams:
     seeds: Count = 3  # trainings of each arm, in ablations that train
     sst_path: Place | None = None  # trees of the Stanford Sentiment Treebank, if available
     toxic_path: Place | None = None  # a CSV of SemEval-2021 toxic spans, if available
+    rival_path: Place | None = None  # the audit: folder of a second reward model; by default the gold judge
 
 
 @params("dimension")
@@ -371,8 +372,8 @@ NOTEBOOKS = (
     *("01_reward_model", "02_attribution", "03_shaping", "04_one_update", "04_ppo", "05_bayesian_optimisation"),
     *("06_comparison", "07_overoptimisation", "08_critic", "09_verdicts", "11_step_size"),
 )
-ABLATIONS = tuple(  # run where a study names them
-    f"ablations/{name}"
-    for name in ("explainers", "ppo", "baselines", "contextual", "human", "dimension", "more_sources")
+ABLATIONS = (  # run where a study names them
+    *("ablations/explainers", "ablations/ppo", "ablations/baselines", "ablations/contextual", "ablations/human"),
+    *("ablations/dimension", "ablations/more_sources", "12_reward_model_audit"),
 )
 BENCHMARKS = ("10_downstream",)  # likewise; they ask a judge over the network
