@@ -12,6 +12,7 @@ import numpy as np
 
 from dense_rlhf.attribution.explain import Explanation
 from dense_rlhf.attribution.game import Game
+from dense_rlhf.attribution.gaussian import Estimate
 from dense_rlhf.types import InputError
 
 Span = tuple[int, int]  # tokens [start, stop)
@@ -43,7 +44,7 @@ def coarse_to_fine(game: Game, evaluations: int | None = None, permutations: int
     players = np.repeat(np.arange(len(spans)), [stop - start for start, stop in spans])
     phi, seconds = np.array([credit[span] for span in spans]), time.perf_counter() - started
     work = {"evaluations": _evaluations(len(spans), permutations), "seconds": seconds}
-    return game.explanation("coarse_to_fine", True, phi, players, **work)
+    return game.explanation("coarse_to_fine", True, Estimate(phi), players, **work)
 
 
 def _evaluations(players: int, permutations: int) -> int:

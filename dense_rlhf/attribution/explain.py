@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dense_rlhf.attribution.engine import is_packed
+from dense_rlhf.attribution.engine import coalition_scores, is_packed
+from dense_rlhf.attribution.gaussian import Estimate, Gaussian, estimate
 from dense_rlhf.attribution.kinds import Designed
 from dense_rlhf.attribution.reading import players_of, read, text_of, where_read, wrap
-from dense_rlhf.attribution.removal import explain_readings, plan
 from dense_rlhf.attribution.sources import SOURCES
 from dense_rlhf.config.params import AttributionParams
 from dense_rlhf.models.dialogue import Reader
@@ -55,6 +55,8 @@ class Explanation:
     model: str  # where its weights came from, or its class
     text: str = ""  # all that the model read, with its special tokens
     read_at: str = ""  # the token at which the score is read, or that the model pools
+    half_width: tuple[float, ...] | None = None  # of the 95 % interval of each token's credit; None: not known
+    settled: int | None = None  # so many of the largest credits have their rank settled at that level
 
     @property
     def gap(self) -> float:
@@ -78,6 +80,11 @@ class Explanation:
         return np.bincount(self.player, self.credit).tolist()
 
     @property
+    def player_half_width(self) -> list[float]:
+        """Half the width of the 95 % interval of each player's credit; nan where it is not known."""
+        return np.bincount(self.player, self.half_width or [np.nan] * len(self.player)).tolist()
+
+    @property
     def _equation(self) -> str:
         parts = f"baseline {self.baseline:.4f} + credit {sum(self.credit):.4f} + gap {self.gap:.1e}"
         return f"score {self.score:.4f} = {parts}"
@@ -85,22 +92,26 @@ class Explanation:
     @property
     def _how(self) -> str:
         work = f"{self.evaluations} evaluations, {self.seconds:.2f} s, {self.engine} engine"
-        return f"{self.source} on {self.model}, read at {self.read_at}: {work}"
+        sure = "" if self.settled is None else f"; the order of the first {self.settled} is settled"
+        return f"{self.source} on {self.model}, read at {self.read_at}: {work}{sure}"
 
     def to_frame(self) -> pd.DataFrame:
-        """A row for each token: its text, the characters [start, end) that it covers, its player, its credit."""
+        """A row for each token: its text, the characters [start, end) that it covers, its player, its credit, and half
+        the width of the credit's 95 % interval, nan where it is not known."""
         import pandas as pd
 
         start, end = zip(*self.spans)
         columns = {"token": self.tokens, "start": start, "end": end, "player": self.player, "credit": self.credit}
-        return pd.DataFrame(columns)
+        return pd.DataFrame(columns | {"half_width": self.half_width or np.nan})
 
     def ranked(self, most: int = 12) -> pd.DataFrame:
-        """The `most` players with the largest credit either way; share is of the sum of all |credit|."""
+        """The `most` players with the largest credit either way, half the width of its 95 % interval (nan where that is
+        not known), and its share of the sum of all |credit|."""
         import pandas as pd
 
-        rows = [(self.response[a:b], f"{a}-{b}", credit) for (a, b), credit in zip(self.players, self.player_credit)]
-        frame = pd.DataFrame(rows, columns=["part", "characters", "credit"])
+        each = zip(self.players, self.player_credit, self.player_half_width)
+        rows = [(self.response[a:b], f"{a}-{b}", *sure) for (a, b), *sure in each]
+        frame = pd.DataFrame(rows, columns=["part", "characters", "credit", "half_width"])
         total = frame["credit"].abs().sum()
         frame["share"] = frame["credit"].abs() / total if total else 0.0
         return frame.sort_values("credit", key=abs, ascending=False, kind="stable").head(most)
@@ -123,11 +134,12 @@ class Explanation:
 
     def __repr__(self) -> str:
         rows = self.ranked().itertuples(index=False)
-        lines = [f"  {row.credit:+9.4f}  {row.part!r}" for row in rows]
+        sure = "" if self.half_width is None else " ± {:.4f}"
+        lines = [f"  {row.credit:+9.4f}{sure.format(row.half_width)}  {row.part!r}" for row in rows]
         return "\n".join([self._equation, f"({self._how})", *lines])
 
     def _repr_html_(self) -> str:
-        line, frame = heat(self.tokens, self.credit), self.ranked()
+        line, frame = heat(self.tokens, self.credit, half_widths=self.half_width), self.ranked()
         more = len(self.players) - len(frame)
         caption = "What moves the score most" + (f"; {more} more parts move it less" if more else "")
         parts = self._equation, self._how, heat_table({"credit": line}, ""), table(frame, caption, 4).data
@@ -139,7 +151,7 @@ def explain(
     tokenizer: PreTrainedTokenizerBase,
     prompt: str | Sequence[Message | Mapping[str, str]],
     response: str,
-    source: str = "shap",
+    source: str = "gaussian",
     players: str | Sequence[tuple[int, int]] = "tokens",
     **options,
 ) -> Explanation:
@@ -168,7 +180,7 @@ def explain_many(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str | Sequence[Message | Mapping[str, str]]],
     responses: Sequence[str],
-    source: str = "shap",
+    source: str = "gaussian",
     players: str = "tokens",
     **options,
 ) -> list[Explanation]:
@@ -191,31 +203,45 @@ def _explain(
     """An explanation of each row: a prompt, a response and its players."""
     started, progress = time.perf_counter(), options.pop("progress", iter)
     how = {name: options.pop(name) for name in ("output", "pair", "end") if name in options}
-    params, design = AttributionParams(**options), _designed(source)
+    params, kind = removal_params(source, options), designed(source)
     wrapped, reader = wrap(model, tokenizer, **how)
     readings, spans, groups = zip(*(_row(wrapped, reader, i if rows[1:] else None, *row) for i, row in enumerate(rows)))
-    explained = explain_readings(wrapped, readings, groups, {source: design}, params, progress)[source]
-    each = [plan(int(group.max()) + 1, ((source, design),), params).added[source] for group in groups]
-    seconds = (time.perf_counter() - started) / sum(each)
+    sizes = [int(group.max()) + 1 for group in groups]
+    masks = [kind.design(k, params).masks.numpy()[:, group] for k, group in zip(sizes, groups)]
+    values = coalition_scores(wrapped, readings, masks, params.removal, progress)
+    scores = [each.double().cpu().numpy() for each in values]
+    estimates = [estimate(kind, k, params, each) for k, each in zip(sizes, scores)]
+    seconds = (time.perf_counter() - started) / sum(map(len, masks))
     return [
         Explanation(
-            response,
-            tuple(spans[i]),
-            tuple(explained.credits[i].tolist()),
-            tuple(groups[i].tolist()),
-            explained.baseline[i].item(),
-            explained.scores[i].item(),
-            source,
-            design.complete,
-            each[i],
-            seconds * each[i],
-            "packed" if is_packed(wrapped, readings, params.removal) else "plain",
-            wrapped.model.name_or_path or type(wrapped.model).__name__,
-            text_of(wrapped, readings[i]),
-            where_read(wrapped, readings[i]),
+            response=response,
+            spans=tuple(spans[i]),
+            baseline=scores[i][0],
+            score=scores[i][1],
+            source=source,
+            complete=kind.complete,
+            evaluations=len(masks[i]),
+            seconds=seconds * len(masks[i]),
+            engine="packed" if is_packed(wrapped, readings, params.removal) else "plain",
+            model=wrapped.model.name_or_path or type(wrapped.model).__name__,
+            text=text_of(wrapped, readings[i]),
+            read_at=where_read(wrapped, readings[i]),
+            **of_tokens(estimates[i], groups[i]),
         )
         for i, (_, response, _) in enumerate(rows)
     ]
+
+
+def of_tokens(estimate: Estimate, player: np.ndarray) -> dict[str, object]:
+    """The fields of an `Explanation` that an estimate gives; a player's credit and interval are shared evenly."""
+    share = 1 / np.bincount(player)[player]
+    known = estimate.half_width is not None
+    return {
+        "player": tuple(player.tolist()),
+        "credit": tuple((estimate.credit[player] * share).tolist()),
+        "half_width": tuple((estimate.half_width[player] * share).tolist()) if known else None,
+        "settled": estimate.settled,
+    }
 
 
 def _row(
@@ -234,8 +260,16 @@ def _row(
         raise InputError(f"{'' if number is None else f'row {number}: '}{error}") from None
 
 
-def _designed(source: str) -> Designed:
-    able = [name for name, kind in SOURCES.items() if isinstance(kind, Designed)]
+def designed(source: str) -> Designed | Gaussian:
+    """The source of a name; `InputError` for one that does not remove tokens."""
+    able = {name: kind for name, kind in SOURCES.items() if isinstance(kind, Designed)} | {"gaussian": Gaussian()}
     if source not in able:
         raise InputError(f"source is {source!r}, wanted one that removes tokens: {', '.join(able)}")
-    return SOURCES[source]
+    return able[source]
+
+
+def removal_params(source: str, options: dict) -> AttributionParams:
+    """The budgets of a source; `InputError` for the budget of another."""
+    if source == "gaussian" and "permutations" in options:
+        raise InputError("permutations are the budget of source 'shap'; gaussian's is samples_per_token")
+    return AttributionParams(**options)

@@ -1,24 +1,25 @@
 """One response as a cooperative game of its tokens: the reward model is asked for each coalition's score once.
 
-game = Game.of(model, tokenizer, "prompt", "response")
-explain_game(game, "shap")         # as `explain`
-explain_game(game, "shared_lime")  # from the same scores
+    game = Game.of(model, tokenizer, "prompt", "response")
+    explain_game(game, "shap")         # as `explain`
+    explain_game(game, "shared_lime")  # from the same scores
+
+`archive` keeps a game on disk.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dense_rlhf.attribution.engine import coalition_scores, is_packed
-from dense_rlhf.attribution.explain import Explanation, _designed
+from dense_rlhf.attribution.explain import Explanation, designed, of_tokens, removal_params
+from dense_rlhf.attribution.gaussian import Estimate, estimate
 from dense_rlhf.attribution.reading import players_of, read, text_of, where_read, wrap
-from dense_rlhf.attribution.removal import plan
 from dense_rlhf.config.params import AttributionParams
 from dense_rlhf.models.dialogue import messages_of
 from dense_rlhf.models.reward_model import RewardModel
@@ -112,14 +113,12 @@ class Game:
         """The player of each token (n,): tokens, words, sentences, or spans of characters, as in `explain`."""
         return np.array(players_of(self.subject.response, list(self.subject.spans), players))
 
-    def explanation(self, source: str, complete: bool, phi: np.ndarray, players: np.ndarray, **work) -> Explanation:
-        """The explanation by each player's credit `phi`, shared evenly by its tokens; `work`: evaluations, seconds."""
+    def explanation(self, source: str, complete: bool, given: Estimate, players: np.ndarray, **work) -> Explanation:
+        """The explanation by each player's credit, shared evenly by its tokens; `work`: evaluations, seconds."""
         subject, (baseline, score) = self.subject, self.ends()
         return Explanation(
             response=subject.response,
             spans=subject.spans,
-            credit=tuple((phi / np.bincount(players))[players].tolist()),
-            player=tuple(players.tolist()),
             baseline=baseline,
             score=score,
             source=source,
@@ -128,23 +127,37 @@ class Game:
             model=subject.model,
             text=subject.text,
             read_at=subject.read_at,
+            **of_tokens(given, players),
             **work,
         )
 
 
 def explain_game(
-    game: Game, source: str = "shap", players: str | Sequence[tuple[int, int]] = "tokens", **options
+    game: Game, source: str = "gaussian", players: str | Sequence[tuple[int, int]] = "tokens", **options
 ) -> Explanation:
     """`explain` of a game, which asks the model only for what it has not scored before.
 
     `evaluations` are the coalitions that the source reads; `options`, the budgets and seed of `AttributionParams`.
     Raises `InputError` as `explain` does, and for coalitions that are lacking in a game without a model.
     """
-    started, design = time.perf_counter(), _designed(source)
-    params = AttributionParams(**options, removal=game.subject.removal)
-    group = game.players(players)
-    planned = plan(int(group.max()) + 1, ((source, design),), params)
-    rows, operator = planned.uses[source]
-    phi = (operator @ torch.from_numpy(game(planned.masks[:, group])[rows])).numpy()
-    seconds = time.perf_counter() - started
-    return game.explanation(source, design.complete, phi, group, evaluations=len(planned.masks), seconds=seconds)
+    started, kind = time.perf_counter(), designed(source)
+    params, group = removal_params(source, options), game.players(players)
+    k = int(group.max()) + 1
+    values = game(kind.design(k, params).masks.numpy()[:, group])
+    given, seconds = estimate(kind, k, params, values), time.perf_counter() - started
+    return game.explanation(source, kind.complete, given, group, evaluations=len(values), seconds=seconds)
+
+
+def coarser(explanation: Explanation, players: str | Sequence[tuple[int, int]]) -> Explanation:
+    """The same credit for wider players, words or sentences say: each has the sum of its parts'.
+
+    That is its Shapley value where those of the parts are and tokens interact in pairs only. Raises `InputError` where
+    a player of the explanation would be split.
+    """
+    group = np.array(players_of(explanation.response, list(explanation.spans), players))
+    player, own = np.array(explanation.player), np.array(explanation.credit)
+    split = [number for number in range(player.max() + 1) if len(set(group[player == number])) > 1]
+    if split:
+        start, end = explanation.players[split[0]]
+        raise InputError(f"players split {explanation.response[start:end]!r}, which is one; wanted wider ones")
+    return replace(explanation, **of_tokens(Estimate(np.bincount(group, own)), group))

@@ -65,14 +65,23 @@ def table(frame: pd.DataFrame, caption: str, digits: int = 2) -> HTML:
     return HTML(part("table", caption, list(frame.columns), [map(cell, row) for row in frame.values.tolist()]))
 
 
-def heat(tokens: Sequence[str], values: Sequence[float], limit: float | None = None) -> Markup:
+def heat(
+    tokens: Sequence[str],
+    values: Sequence[float],
+    limit: float | None = None,
+    half_widths: Sequence[float] | None = None,
+) -> Markup:
     """Tokens over blue (below zero) to orange (above), the number in each token's title; full colour at `limit`, by
-    default the largest value. Raises ValueError where tokens and values differ in number."""
+    default the largest value. With the half widths of their intervals, values whose interval has zero in it are grey.
+    Raises ValueError where these differ in number."""
     limit = limit or max((abs(v) for v in values), default=0) or 1.0
     spans = []
-    for token, value in zip(tokens, values, strict=True):
+    for token, value, half in zip(tokens, values, half_widths or [None] * len(tokens), strict=True):
         hue, depth = "230,159,0" if value > 0 else "0,114,178", min(1.0, abs(value) / limit) * 0.8
-        spans.append((token, f"{hue},{depth:.2f}", f"{value:+.3f}"))
+        if half is not None and not abs(value) > half:
+            hue = "128,128,128"
+        number = f"{value:+.3f}" if half is None else f"{value:+.3f} ± {half:.3f}"
+        spans.append((token, f"{hue},{depth:.2f}", number))
     return part("heat", spans)
 
 

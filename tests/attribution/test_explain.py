@@ -364,7 +364,7 @@ def test_it_shows_itself(tokenizer, llama):
 def test_frame_and_shap_hold_the_same_numbers(tokenizer, llama):
     explained = explain(llama, tokenizer, PROMPT, RESPONSE + " \U0001f642", players="words")
     frame = explained.to_frame()
-    assert list(frame.columns) == ["token", "start", "end", "player", "credit"]
+    assert list(frame.columns) == ["token", "start", "end", "player", "credit", "half_width"]
     assert frame["credit"].sum() == pytest.approx(explained.score - explained.baseline, abs=1e-5)
     assert (
         "".join(frame["token"]) == explained.response and (frame["start"][1:].values == frame["end"][:-1].values).all()
