@@ -103,7 +103,7 @@ def explained(
 ) -> list[Explanation]:
     """`explain_many` of a study's reward model as studies read it, with EOS after a decoder's text."""
     options = asdict(params) | dict(end="eos", pair=model.pair, output=model.output, progress=progress)
-    return explain_many(model.model, model.tokenizer, prompts, texts, **options)
+    return explain_many(model.model, model.tokenizer, prompts, texts, "shap", **options)  # no bias at any budget
 
 
 # ---------------------------------------------------------------------------------------------------- scores

@@ -25,10 +25,9 @@ def made_texts(number, seed=0, longest=12):
 
 
 def explanation(text, spans, credit):
-    return Explanation(
-        text, tuple(spans), tuple(credit), tuple(range(len(spans))), 0.5, 0.5 + sum(credit), "shap", True, 1, 0.0,
-        engine="plain", model="made",
-    )  # fmt: skip
+    tokens = dict(spans=tuple(spans), credit=tuple(credit), player=tuple(range(len(spans))))
+    about = dict(source="shap", complete=True, evaluations=1, seconds=0.0, engine="plain", model="made")
+    return Explanation(response=text, baseline=0.5, score=0.5 + sum(credit), **tokens, **about)
 
 
 # ---------------------------------------------------------------------------------------------------- texts
