@@ -66,7 +66,7 @@ def test_a_real_model_is_asked_for_a_fifth(tokenizer):
     model, response = build("Llama", tokenizer), " was good. A bad plot, and awful acting. The end was good." * 3
     game = Game.of(model, tokenizer, PROMPT, response)
     explained = coarse_to_fine(game)
-    tokens = explain(model, tokenizer, PROMPT, response, permutations=1)
+    tokens = explain(model, tokenizer, PROMPT, response, "shap", permutations=1)
     assert 5 * len(game.scores) <= tokens.evaluations and explained.evaluations >= len(game.scores)
     assert explained.score == pytest.approx(tokens.score) and abs(explained.gap) < 1e-6
     assert coarse_to_fine(Game.of(model, tokenizer, PROMPT, response)).credit == explained.credit  # the seed decides
