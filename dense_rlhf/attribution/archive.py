@@ -1,8 +1,10 @@
 """Games on disk: what was read, and the score of every coalition asked, in one sealed JSON file.
 
-save(game, "review.json")
-load("review.json")        # answers from the file alone
-load("review.json", game)  # the same model and text, which is asked for what the file lacks
+    save(game, "review.json")
+    load("review.json")        # answers from the file alone
+    load("review.json", game)  # the same model and text, which is asked for what the file lacks
+
+Nothing is unpickled.
 """
 
 from __future__ import annotations

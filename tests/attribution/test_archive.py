@@ -13,7 +13,7 @@ from test_explain import PROMPT, RESPONSE, build
 
 from dense_rlhf.attribution.archive import load, save
 from dense_rlhf.attribution.coarse_to_fine import coarse_to_fine
-from dense_rlhf.attribution.game import Game, explain_game
+from dense_rlhf.attribution.game import Game, coarser, explain_game
 from dense_rlhf.attribution.interactions import interactions
 from dense_rlhf.files import write_json
 from dense_rlhf.types import InputError
@@ -46,12 +46,22 @@ def test_a_file_answers_as_the_game_does(kept):
         explain_game(read, "kernel")
 
 
-def test_players_coarser_than_those_scored(tmp_path):
+def test_players_coarser_than_those_scored(kept):
+    tokens = explain_game(load(kept[1]), "shap", permutations=4)
+    words = coarser(tokens, "words")
+    np.testing.assert_allclose(words.player_credit, np.bincount(words.player, tokens.credit), atol=1e-12)
+    assert words.gap == pytest.approx(tokens.gap) and len(words.players) < len(tokens.players)
+    assert coarser(words, "words") == words and coarser(words, "sentences").players[-1][1] == len(RESPONSE)
+    with pytest.raises(InputError, match=r"players split ' good\.', which is one; wanted wider ones"):
+        coarser(words, "tokens")
+
+
+def test_a_file_with_all_coalitions_has_every_cut(tmp_path):
     values, main, pairs = pairwise(10, np.random.default_rng(0))
     save(table_game(values), tmp_path / "a")
     read = load(tmp_path / "a")
-    words, sentences = (explain_game(read, "shap", players, permutations=1) for players in ("tokens", "sentences"))
-    np.testing.assert_allclose(sentences.player_credit, np.bincount(sentences.player, words.credit), atol=1e-9)
+    tokens, sentences = (explain_game(read, "shap", players, permutations=1) for players in ("tokens", "sentences"))
+    np.testing.assert_allclose(sentences.credit, coarser(tokens, "sentences").credit, atol=1e-9)
     assert coarse_to_fine(read, 10).evaluations == 10
 
 
