@@ -67,6 +67,8 @@ class RewardClient:
     first answer came from.
     """
 
+    KIND = BINARY  # of what is sent
+
     def __init__(
         self, url: str, key: str | None = None, timeout: float = 600.0, retries: int = 5, served: str | None = None
     ):
@@ -139,7 +141,8 @@ class RewardClient:
         secret = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         try:
             try:
-                connection.request(method, self._place.path.rstrip("/") + path, body, {"Content-Type": BINARY} | secret)
+                kind = {"Content-Type": self.KIND}
+                connection.request(method, self._place.path.rstrip("/") + path, body, kind | secret)
             except (BrokenPipeError, ConnectionResetError):  # it may have refused before it read all
                 pass
             response = connection.getresponse()

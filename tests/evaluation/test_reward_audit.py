@@ -91,9 +91,9 @@ def test_models_are_compared_in_their_own_standard_deviations():
 
 
 def test_words_that_earn_and_cost_are_named_with_what_they_earn():
-    found = audit.liked(Scored.by(JUDGE, made_texts(60)), most=2)
-    assert found["piece"].iloc[0] == "good" and found["piece"].iloc[-1] == "bad"
-    assert [found["credit"].iloc[row].mean for row in (0, -1)] == pytest.approx([1.0, -2.0])
+    words = audit.liked(Scored.by(JUDGE, made_texts(60)), most=2)
+    assert words["piece"].iloc[0] == "good" and words["piece"].iloc[-1] == "bad"
+    assert [words["credit"].iloc[row].mean for row in (0, -1)] == pytest.approx([1.0, -2.0])
 
 
 def test_chance_is_rarely_taken_for_a_liking():
