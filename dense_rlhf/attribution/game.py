@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dense_rlhf.attribution.engine import coalition_scores, is_packed
 from dense_rlhf.attribution.explain import Explanation, designed, of_tokens, removal_params
-from dense_rlhf.attribution.gaussian import Estimate, estimate
+from dense_rlhf.attribution.gaussian import Estimate, estimate, posterior
 from dense_rlhf.attribution.reading import players_of, read, text_of, where_read, wrap
 from dense_rlhf.config.params import AttributionParams
 from dense_rlhf.models.dialogue import messages_of
@@ -104,10 +104,12 @@ class Game:
         baseline, score = self(np.array([[False], [True]]).repeat(len(self.subject.spans), 1)).tolist()
         return baseline, score
 
-    def coalitions(self) -> np.ndarray:
-        """The coalitions scored so far (m, n) bool, in the order of asking."""
+    def coalitions(self, players: np.ndarray) -> np.ndarray:
+        """The coalitions of k players, given for each token (n,), scored so far that split none: (m, k) bool."""
         bits = np.frombuffer(b"".join(self.scores), np.uint8).reshape(len(self.scores), -1)
-        return np.unpackbits(bits, axis=1, count=len(self.subject.spans)).astype(bool)
+        tokens = np.unpackbits(bits, axis=1, count=len(players)).astype(bool)
+        masks = tokens[:, np.unique(players, return_index=True)[1]]
+        return masks[(masks[:, players] == tokens).all(1)]
 
     def players(self, players: str | Sequence[tuple[int, int]]) -> np.ndarray:
         """The player of each token (n,): tokens, words, sentences, or spans of characters, as in `explain`."""
@@ -146,6 +148,19 @@ def explain_game(
     values = game(kind.design(k, params).masks.numpy()[:, group])
     given, seconds = estimate(kind, k, params, values), time.perf_counter() - started
     return game.explanation(source, kind.complete, given, group, evaluations=len(values), seconds=seconds)
+
+
+def explain_scored(game: Game, players: str | Sequence[tuple[int, int]] = "tokens") -> Explanation:
+    """Shapley values with their intervals from all coalitions scored so far that split no player.
+
+    Whatever asked for them; they can be of other players' games, as those of `coarse_to_fine` are. At most the two ends
+    are asked of the model. Raises `InputError` as `gaussian.posterior` does.
+    """
+    started, group = time.perf_counter(), game.players(players)
+    game.ends()
+    masks = game.coalitions(group)
+    given, seconds = posterior(masks)(game(masks[:, group])), time.perf_counter() - started
+    return game.explanation("gaussian", True, given, group, evaluations=len(masks), seconds=seconds)
 
 
 def coarser(explanation: Explanation, players: str | Sequence[tuple[int, int]]) -> Explanation:

@@ -145,7 +145,7 @@ def interactions(
         raise InputError(f"the response is {k} player, and pairs take two; wanted finer players, such as tokens")
     if index == "fsii":
         order = _pairs(k, within)
-        masks = _scored(game, group) if samples == 0 else _drawn(k, len(order), samples, seed)
+        masks = game.coalitions(group) if samples == 0 else _drawn(k, len(order), samples, seed)
         main, each = _faithful(game, group, masks, order)
     else:
         masks, order = _all(k, index), _pairs(k, None)
@@ -169,13 +169,6 @@ def _pairs(k: int, within: int | None) -> list[tuple[int, int]]:
 def _drawn(k: int, pairs: int, samples: int | None, seed: int) -> np.ndarray:
     """Coalitions (m, k) as `leverage_shap` draws them; all, where `samples` are enough for that."""
     return coalitions.leverage_shap(k, 4 * (k + pairs) if samples is None else samples, seed).masks.numpy()
-
-
-def _scored(game: Game, group: np.ndarray) -> np.ndarray:
-    """The players (m, k) of the coalitions scored so far that split no player."""
-    scored = game.coalitions()
-    masks = scored[:, np.unique(group, return_index=True)[1]]
-    return masks[(masks[:, group] == scored).all(1)]
 
 
 def _faithful(game: Game, group: np.ndarray, masks: np.ndarray, order: list[tuple[int, int]]) -> tuple:

@@ -1,13 +1,15 @@
 """Games of tokens: each score asked once, explanations as `explain` gives them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
-from games import masks_of, table_game
+from games import masks_of, pairwise, shapley, table_game
 from test_explain import PROMPT, RESPONSE, bert, bert_tokenizer, llama  # noqa: F401
 
 from dense_rlhf.attribution.engine import coalition_scores
 from dense_rlhf.attribution.explain import explain
-from dense_rlhf.attribution.game import Game, explain_game
+from dense_rlhf.attribution.game import Game, explain_game, explain_scored
 from dense_rlhf.attribution.interactions import interactions
 from dense_rlhf.types import InputError
 
@@ -36,7 +38,7 @@ def test_the_model_is_asked_once_for_each_coalition(llama, tokenizer, monkeypatc
 
     monkeypatch.setattr("dense_rlhf.attribution.game.coalition_scores", counted)
     first = explain_game(real, "shap")
-    assert sum(asked) == first.evaluations == len(real.scores) == len(real.coalitions())
+    assert sum(asked) == first.evaluations == len(real.scores) == len(real.coalitions(real.players("tokens")))
     assert explain_game(real, "shared_lime").evaluations <= first.evaluations
     assert explain_game(real, "shap").credit == first.credit and sum(asked) == first.evaluations
     explain_game(real, "leave_one_out")
@@ -67,3 +69,22 @@ def test_pairs_of_a_real_model_are_those_of_its_own_scores(bert, bert_tokenizer)
         total += weight[bin(rest).count("1")] * change
     assert k == 5 and found.pairs[i, j] == pytest.approx(total, abs=1e-6) and abs(total) > 1e-4
     assert found.gap == pytest.approx(0, abs=1e-6)
+
+
+def test_scores_that_other_players_asked_for_are_read_together():
+    values, main, pairs = pairwise(10, np.random.default_rng(0))
+    everything = table_game(values)
+    game = replace(everything, scores={})
+    for mask in masks_of(10)[::7]:
+        key = np.packbits(mask).tobytes()
+        game.scores[key] = everything.scores[key]
+    ends = np.packbits(np.array([[False] * 10, [True] * 10]), axis=1)
+    game.scores.update({end.tobytes(): everything.scores[end.tobytes()] for end in ends})
+    explained = explain_scored(game)
+    assert explained.evaluations == len(game.scores) and explained.gap == pytest.approx(0, abs=1e-6)
+    sure = np.abs(np.array(explained.credit) - shapley(values, 10)) <= np.array(explained.half_width)
+    assert sure.mean() >= 0.8 and explained.complete
+    whole = explain_scored(everything, "sentences")
+    assert whole.evaluations == 8 and whole.player_credit == pytest.approx(
+        np.bincount(whole.player, shapley(values, 10))
+    )
