@@ -25,7 +25,7 @@ from dense_rlhf.types import InputError
 if TYPE_CHECKING:
     from dense_rlhf.attribution.kinds import Designed
 
-FREE = 1e3  # how much more variance main effects have than the kernel gives them
+FREE = 1e5  # how much more variance main effects have than the kernel gives them
 INTERACTIONS = 2.4  # rate = this / k, chosen on 70 responses to the reviews proxy, see docs/explain.md
 MOST = 8192  # coalitions solved together, half a gigabyte
 LEVEL = 0.95
@@ -81,7 +81,7 @@ def posterior(masks: np.ndarray) -> Posterior:
     rate, signs = min(INTERACTIONS / k, 0.5), np.where(masks, 1.0, -1.0)
     linear = signs @ signs.T
     kernel = _product(rate, (k + linear) / 2, k) + FREE * (1 + rate * linear)
-    factor = cholesky(kernel + 1e-9 * np.eye(m), lower=True)
+    factor = cholesky(kernel + 1e-8 * np.eye(m), lower=True)
     along = _product(rate * NODES, masks.sum(1)[:, None], k)  # the kernel to the points (u, ..., u)
     with_i, without_i = ((along / (1 + sign * rate * NODES)) @ WEIGHTS for sign in (1, -1))
     shared = rate * signs * (np.where(masks, with_i[:, None], without_i[:, None]) + 2 * FREE)
