@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dense_rlhf.models.dialogue import Reader, frame, messages_of, templated
+from dense_rlhf.models.dialogue import ROLES, Reader, Turn, frame, messages_of, templated
 from dense_rlhf.models.reward_model import RewardModel, check_fits, chosen_output
 from dense_rlhf.models.text_spans import Spans, cut, groups, homes, partition, tile
-from dense_rlhf.types import InputError, Message, Reading
+from dense_rlhf.types import InputError, Message, Prompt, Reading
 
 ENDS = (None, "eos")
 
@@ -60,7 +60,7 @@ def read(wrapped: RewardModel, reader: Reader, prompt: object, response: str) ->
     """The tokens that the model reads, and the characters of each response token."""
     if not isinstance(response, str) or not response:
         raise InputError(f"response is {response!r}, wanted text that is not empty")
-    asked, tokenizer = messages_of(prompt), wrapped.tokenizer
+    asked, tokenizer = _turns(prompt, wrapped.tokenizer), wrapped.tokenizer
     if not isinstance(asked, str) and tokenizer.chat_template:
         around, turns = frame(tokenizer, asked), (*asked, Message("assistant", response))
         if templated(tokenizer, turns) != around.before + response + around.after:
@@ -79,6 +79,16 @@ def read(wrapped: RewardModel, reader: Reader, prompt: object, response: str) ->
             why = "a token would lie in both, or the special tokens at the start would stand twice"
             warnings.warn(f"prompt and response are not read as tokenizer(prompt + response): {why}", stacklevel=6)
     return reading, tile(spans, len(response))
+
+
+def _turns(prompt: object, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+    """`messages_of`; where a chat template reads them, turns with more than a role and text stay as they are."""
+    is_dialogue = tokenizer.chat_template and isinstance(prompt, Sequence) and not isinstance(prompt, str | bytes)
+    if not is_dialogue or not all(isinstance(turn, Mapping) and isinstance(turn.get("role"), str) for turn in prompt):
+        return messages_of(prompt)
+    plain = [set(turn) == {"role", "content"} and isinstance(turn["content"], str) for turn in prompt]
+    turns = [dict(turn) if ok and turn["role"] in ROLES else Turn(**turn) for turn, ok in zip(prompt, plain)]
+    return messages_of(turns)
 
 
 def text_of(wrapped: RewardModel, reading: Reading) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os.path import commonprefix
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,10 @@ from dense_rlhf.types import InputError, LabelledText, Message, Prompt, Reading
 
 ROLES = ("user", "assistant", "system")
 SENTINEL = "\ue000reply\ue001"  # in place of the response, to see what a chat template writes around it
+
+
+class Turn(SimpleNamespace):
+    """A turn that only a chat template can read: content in parts, tool calls, a role of the template's own."""
 
 
 def messages_of(prompt: object) -> Prompt:
@@ -35,7 +40,9 @@ def messages_of(prompt: object) -> Prompt:
     return tuple(map(_message, turns))
 
 
-def _message(given: object) -> Message:
+def _message(given: object) -> Message | Turn:
+    if isinstance(given, Turn):
+        return given
     fields = given if isinstance(given, Mapping) else getattr(given, "__dict__", {})
     role, content = fields.get("role"), fields.get("content")
     if role not in ROLES or not isinstance(content, str):

@@ -259,6 +259,38 @@ def test_a_template_that_alters_the_response_is_refused(template, response, chat
         explain(build("Llama", chat_tokenizer), chat_tokenizer, DIALOGUE, response)
 
 
+PARTS = (
+    "{% for m in messages %}{{ '<' + m.role + '>' }}{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for part in m.content %}{{ part.text }}{% endfor %}{% endif %}"
+    "{% for call in m.tool_calls or [] %}{{ call.name }}{% endfor %}<end>{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [{"role": "user", "content": [{"type": "text", "text": "what a "}, {"type": "text", "text": "good film"}]}],
+        [{"role": "user", "content": "hi"}, {"role": "tool", "content": "the plot", "name": "look"}],
+        [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "it", "tool_calls": [{"name": "was"}]}],
+        [{"role": "user", "content": "hi"}, {"role": "critic", "content": "bad"}],
+    ],
+)
+def test_turns_of_parts_and_tools_are_what_the_template_makes_of_them(turns, chat_tokenizer):
+    chat_tokenizer.chat_template = PARTS
+    model = build("Llama", chat_tokenizer)
+    explained = explain(model, chat_tokenizer, turns, "<think>bad</think> good")  # and thinking that the template keeps
+    whole = [*turns, {"role": "assistant", "content": "<think>bad</think> good"}]
+    ids = chat_tokenizer.apply_chat_template(whole, return_dict=True)["input_ids"]
+    assert explained.score == pytest.approx(own_score(model, ids), abs=1e-5)
+    assert explained.text == chat_tokenizer.decode(ids)
+    with pytest.raises(InputError, match="wanted a role"):
+        explain(model, chat_tokenizer, [{"content": "hi"}], "good")
+    chat_tokenizer.chat_template = None
+    if not isinstance(turns[-1]["content"], str) or turns[-1]["role"] in ("tool", "critic"):
+        with pytest.raises(InputError, match="wanted a role of user, .* and content as text"):
+            explain(model, chat_tokenizer, turns, "good")
+
+
 def test_a_dialogue_without_a_template_is_written_out(tokenizer, llama):
     explained = explain(llama, tokenizer, DIALOGUE[:1], "good film")
     text = "\n\nHuman: what a good film\n\nAssistant: good film"
