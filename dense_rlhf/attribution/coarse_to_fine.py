@@ -1,7 +1,7 @@
-"""Long responses from coarse to fine: sentences first, then the words and tokens of those that matter.
+"""Long responses from coarse to fine: sentences first, then halves of what matters, down to words and tokens.
 
 Players join and leave along random orders, as in `coalitions.permutation_shap`. To split a player is to let its parts
-join one after another in its place: their credits sum to its own, and only the coalitions between them are new.
+join one after the other in its place: their credits sum to its own, and only the coalitions between them are new.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 from dense_rlhf.attribution.explain import Explanation
 from dense_rlhf.attribution.game import Game
 from dense_rlhf.attribution.gaussian import Estimate
+from dense_rlhf.config.params import AttributionParams
 from dense_rlhf.types import InputError
 
 Span = tuple[int, int]  # tokens [start, stop)
@@ -21,22 +22,23 @@ Span = tuple[int, int]  # tokens [start, stop)
 def coarse_to_fine(game: Game, evaluations: int | None = None, permutations: int = 1, seed: int = 0) -> Explanation:
     """Shapley values of players as fine as they matter, from at most `evaluations` coalitions.
 
-    The first players are sentences. Then, round by round, those of largest |credit| are split, sentences into words and
-    words into tokens, for half of the evaluations that are left. By default there are as many evaluations as two fifths
-    of the tokens for each permutation, a fifth of what all tokens as players need. Complete whatever the budget; exact
-    for the final players where tokens interact in pairs only. A sentence whose words cancel is not split: what has
-    little credit as a whole can hide much. Raises `InputError` for a budget below that of the sentences.
+    The first players are sentences. Then, round by round, half of the evaluations that are left go to the players of
+    largest |credit|, which are halved, between words as far as there are several. By default a fifth of the evaluations
+    of `explain`. Complete whatever the budget; exact for the final players where tokens interact in pairs only. What
+    has little credit as a whole, because its parts cancel, stays whole. Raises `InputError` for a budget below that of
+    the sentences.
     """
     started, rng, n = time.perf_counter(), np.random.default_rng(seed), len(game.subject.spans)
     sentences, words = (_runs(game.players(kind)) for kind in ("sentences", "words"))
-    budget = 2 * permutations * n // 5 if evaluations is None else evaluations
+    budget = AttributionParams().samples_per_token * n // 5 if evaluations is None else evaluations
     least = _evaluations(len(sentences), permutations)
     if budget < least:
         raise InputError(f"evaluations are {budget}, wanted at least {least}, for {len(sentences)} sentences")
     orders = [_shuffled(sentences, rng) for _ in range(permutations)]
     while True:
         credit = _credit(game, orders)
-        splits = _splits(credit, words, permutations, budget - _evaluations(len(credit), permutations))
+        room = (budget - _evaluations(len(credit), permutations)) // (2 * permutations)  # splits
+        splits = _splits(credit, words, room - room // 2)
         if not splits:
             break
         orders = [[part for span in order for part in _shuffled(splits.get(span, [span]), rng)] for order in orders]
@@ -77,20 +79,15 @@ def _credit(game: Game, orders: list[list[Span]]) -> dict[Span, float]:
     return credit
 
 
-def _splits(credit: dict[Span, float], words: list[Span], permutations: int, room: int) -> dict[Span, list[Span]]:
-    """The parts of the players to split: those of largest |credit| that fit half of the evaluations left, or one."""
-    splits: dict[Span, list[Span]] = {}
-    spent = 0
-    for span in sorted(credit, key=lambda span: -abs(credit[span])):
-        parts = _parts(span, words)
-        cost = 2 * permutations * (len(parts) - 1)
-        if cost and spent + cost <= (room / 2 if splits else room):
-            splits[span], spent = parts, spent + cost
-    return splits
+def _splits(credit: dict[Span, float], words: list[Span], most: int) -> dict[Span, list[Span]]:
+    """The halves of the `most` players with the largest |credit|."""
+    wide = sorted((span for span in credit if span[1] - span[0] > 1), key=lambda span: -abs(credit[span]))
+    return {span: _halves(span, words) for span in wide[:most]}
 
 
-def _parts(span: Span, words: list[Span]) -> list[Span]:
-    """The words of a span, the tokens of a word."""
+def _halves(span: Span, words: list[Span]) -> list[Span]:
+    """Two parts of a span, cut between words where it has several, as near to its middle as can be."""
     start, stop = span
-    edges = [start, *(a for a, _ in words if start < a < stop), stop]
-    return list(zip(edges, edges[1:])) if len(edges) > 2 else [(t, t + 1) for t in range(start, stop)]
+    between = [a for a, _ in words if start < a < stop] or range(start + 1, stop)
+    middle = min(between, key=lambda place: abs(2 * place - start - stop))
+    return [(start, middle), (middle, stop)]

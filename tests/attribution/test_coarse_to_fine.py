@@ -42,19 +42,24 @@ def test_parts_sum_to_what_the_whole_had(seed):
     np.testing.assert_allclose(np.bincount(coarse.player, fine.credit), coarse.player_credit, atol=1e-9)
 
 
-def test_only_the_sentence_that_matters_is_split():
+def test_only_what_matters_is_split():
     masks = masks_of(10)
     game = table_game(3.0 * (masks[:, 2] & masks[:, 3]) + 0.01 * masks.sum(1))
-    explained = coarse_to_fine(game, 12)
-    assert [RESPONSE[a:b] for a, b in explained.players] == [
-        "It",
-        " was",
-        " not",
-        " good.",
-        " I liked it.",
-        " Bad end, sadly",
-    ]
-    assert explained.player_credit[2:4] == pytest.approx([1.51, 1.51])
+    explained = coarse_to_fine(game, 10)
+    parts = [RESPONSE[a:b] for a, b in explained.players]
+    assert parts == ["It was", " not", " good.", " I liked it.", " Bad end, sadly"]
+    assert explained.player_credit == pytest.approx([0.02, 1.51, 1.51, 0.03, 0.03])
+
+
+def test_a_word_is_parted_once_it_is_a_player(tokenizer):
+    game = Game.of(build("Llama", tokenizer), tokenizer, PROMPT, " unwatchable acting. The end was good.")
+    words, tokens = (np.flatnonzero(np.diff(game.players(kind))).tolist() for kind in ("words", "tokens"))
+    for budget in (*range(6, 30, 12), 1000):
+        edges = np.flatnonzero(np.diff(coarse_to_fine(game, budget).player)).tolist()
+        for edge in set(edges) - set(words):
+            around = [max((w for w in words if w < edge), default=-1), min((w for w in words if w > edge), default=-1)]
+            assert all(w in edges for w in around if w >= 0)
+    assert edges == tokens
 
 
 def test_a_budget_below_the_sentences_is_one_line():
@@ -63,10 +68,10 @@ def test_a_budget_below_the_sentences_is_one_line():
 
 
 def test_a_real_model_is_asked_for_a_fifth(tokenizer):
-    model, response = build("Llama", tokenizer), " was good. A bad plot, and awful acting. The end was good." * 3
+    model, response = build("Llama", tokenizer), " was good. A bad plot, and awful acting. The end was good." * 2
     game = Game.of(model, tokenizer, PROMPT, response)
     explained = coarse_to_fine(game)
-    tokens = explain(model, tokenizer, PROMPT, response, "shap", permutations=1)
+    tokens = explain(model, tokenizer, PROMPT, response)
     assert 5 * len(game.scores) <= tokens.evaluations and explained.evaluations >= len(game.scores)
     assert explained.score == pytest.approx(tokens.score) and abs(explained.gap) < 1e-6
     assert coarse_to_fine(Game.of(model, tokenizer, PROMPT, response)).credit == explained.credit  # the seed decides
