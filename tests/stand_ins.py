@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from on_device import OnDevice
+from on_device import PRETENDED, OnDevice, pretend
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dense_rlhf.config.params import PPOParams, RewardParams
@@ -22,6 +22,8 @@ from dense_rlhf.ppo.sampling import sample_responses
 from dense_rlhf.training.dpo import ImplicitReward
 
 DEVICE = os.environ.get("DENSE_RLHF_TEST_DEVICE", "cpu")  # cuda: models and tensors that the tests make are there
+if DEVICE == str(PRETENDED):
+    pretend()
 if DEVICE != "cpu":
     OnDevice(DEVICE).__enter__()
 

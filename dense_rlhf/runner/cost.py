@@ -153,14 +153,14 @@ def sampling(models: Models, ppo: PPOParams, P: int) -> list[Need]:
     """While all B responses are sampled at once.
 
     Cache at its full length L; the working set of the prompts; B V logits, each s + 4 + 4 bytes with its temperature
-    and 4 + 8 + 8 for the distribution function.
+    and 4 + 8 + 8 for the distribution function. Captured steps keep cache and logits from update to update.
     """
     sizes, s, B = Sizes.of(models.reference.lm), bytes_of(models.policy.sampling_model()), ppo.rollouts
-    L = P + ppo.max_new_tokens
+    L, kept = P + ppo.max_new_tokens, "always" if ppo.sampler == "captured" else "sample"
     return [
-        Need("key-value cache", cache(sizes, B * L, s), "sample", f"{B} x {L} tokens"),
+        Need("key-value cache", cache(sizes, B * L, s), kept, f"{B} x {L} tokens"),
         Need("prompts", working_set(sizes, B * P, s), "sample", f"{B} x {P} tokens"),
-        Need("logits", B * sizes.vocabulary * (s + 28), "sample", f"{B} x {sizes.vocabulary:,} x {s + 28}"),
+        Need("logits", B * sizes.vocabulary * (s + 28), kept, f"{B} x {sizes.vocabulary:,} x {s + 28}"),
     ]
 
 

@@ -187,7 +187,7 @@ def test_a_step_asks_nothing_of_the_device(kind, models):
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     with torch.device("meta"), torch.no_grad():
         lm = AutoModelForCausalLM.from_config(config).eval()
-        layers = [Remembered(*torch.zeros(2, 2, heads, 3, 8))] * 2
+        layers = [Remembered(*torch.zeros(2, 2, heads, 3, 8, device="meta"))] * 2
         static = captured._Static(lm, SimpleNamespace(layers=layers), (2, 64), Sampling(9, 0.7, (1, 2), PAD, (3,)))
         with Capturing():
             static.step(lm, 2, 64)

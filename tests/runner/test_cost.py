@@ -229,6 +229,15 @@ def test_states_are_kept_and_fewer_activations_where_few_layers_learn():
     assert cut["states under what learns"] == 6 * 24 * 64 * 4 and "states under what learns" not in whole
 
 
+def test_captured_steps_keep_what_they_write():
+    params = run_params()
+    held = [
+        {need.what for need in cost.sampling(empty(params), replace(PPO, sampler=name), P) if need.when == "always"}
+        for name in ("cache", "captured")
+    ]
+    assert held == [set(), {"key-value cache", "logits"}]
+
+
 def test_widths_of_a_head_that_is_not_hidden_over_heads():
     config = Qwen3Config(**SHAPE, head_dim=32)
     sizes = cost.Sizes.of(cost.empty_policy(config))
