@@ -9,7 +9,8 @@ noise of sd 1 / `snr`:
 
     tuning    settings of our search may have been chosen by them (`dense_rlhf.bayesopt.known_functions`)
     reported  none was (`dense_rlhf.bayesopt.reported_functions`)
-    measured  two tables of real mixtures with their own noise (`measured_mixtures.py`), searched among the measured
+    measured  two tables of real mixtures (`measured_mixtures.py`) and our own surface (`measured_surface.py`), with
+              their own noise, searched among the measured
 
 A seed's function and its noise, trial by trial, are the same for every method. A method that can use the standard error
 of an observation is given it. Regret is of the noise-free function, in its sd:
@@ -63,6 +64,7 @@ import numpy as np
 import pandas as pd
 import simplex_peers as peers
 from measured_mixtures import MEASURED, MeasuredExperiment
+from measured_surface import SURFACES, SurfaceExperiment
 from stopping_rules import RULES, stops
 
 from dense_rlhf.bayesopt import audit
@@ -76,7 +78,7 @@ from dense_rlhf.fingerprint import code_key
 from dense_rlhf.runs import provenance
 from dense_rlhf.statistics import bootstrap
 
-GROUPS = {"tuning": tuple(TUNING), "reported": tuple(REPORTED), "measured": MEASURED}
+GROUPS = {"tuning": tuple(TUNING), "reported": tuple(REPORTED), "measured": (*MEASURED, *SURFACES)}
 TARGETS = [name for names in GROUPS.values() for name in names]
 TIMED_AT = 100
 JUDGED = range(8, 1000, 2)  # trials after which the audit and other rules are asked, and after the last
@@ -84,6 +86,10 @@ SDS, SHARE = "sd of the function", "share of seeds"
 UNITS = {"inference": SDS, "simple": SDS, "stopping": SDS, "flat": SHARE, "proposal": "s"}
 
 # ---------------------------------------------------------------------------------------------------- a search
+
+
+def real(target: str, seed: int) -> MeasuredExperiment:
+    return (SurfaceExperiment if target in SURFACES else MeasuredExperiment)(target, seed)
 
 
 @dataclass(frozen=True)
@@ -98,8 +104,8 @@ class Case:
         return f"{self.target}, d {self.d}, snr {self.snr:.3g}, {self.trials} trials"
 
     def experiment(self, seed: int) -> Experiment:
-        if self.target in MEASURED:
-            return MeasuredExperiment(self.target, seed)
+        if self.target in GROUPS["measured"]:
+            return real(self.target, seed)
         return Experiment(self.target, self.d, self.snr, seed)
 
 
@@ -255,7 +261,7 @@ def sum_up(judged: dict[Case, tuple[list[dict], dict]]) -> None:
     stands, audits = [], []
     for case, (own, by_peer) in judged.items():
         group = next(group for group, names in GROUPS.items() if case.target in names)
-        about = {"group": group, "d": case.d, "snr": "own" if case.target in MEASURED else case.snr}
+        about = {"group": group, "d": case.d, "snr": "own" if group == "measured" else case.snr}
         stands += [about | {"peer": peer} | how for peer, how in by_peer.items()]
         rows = [row for of in own for row in of["rows"] if case.target != "flat"]
         audits += [about | {"early": row["n"] < audit.EARLIEST * case.d} | row for row in rows]
@@ -372,10 +378,10 @@ def cases(asked: argparse.Namespace) -> Iterator[Case]:
     wanted = [name for group in asked.group for name in GROUPS[group] if name in asked.target]
     for snr in asked.snr:
         for d in asked.d:
-            yield from (Case(name, d, snr, asked.trials) for name in wanted if name not in MEASURED)
+            yield from (Case(name, d, snr, asked.trials) for name in wanted if name not in GROUPS["measured"])
     for name in wanted:
-        if name in MEASURED:
-            experiment = MeasuredExperiment(name, 0)
+        if name in GROUPS["measured"]:
+            experiment = real(name, 0)
             yield Case(name, experiment.d, experiment.snr, asked.trials)
 
 
