@@ -187,7 +187,7 @@ def _search(arguments: argparse.Namespace) -> int:
 def _report(arguments: argparse.Namespace) -> int:
     if (arguments.study is None) == (arguments.results is None):
         raise InputError("wanted a study, such as params/reviews.yaml, or --from results/")
-    if arguments.results:
+    if arguments.results is not None:
         from dense_rlhf.report.release import render
 
         results = Path(arguments.results)

@@ -62,7 +62,11 @@ class RunFolder:
     def load_table(self, name: str) -> pd.DataFrame:
         import pandas as pd
 
-        return pd.read_csv(self._unaltered(f"{name}.csv"), keep_default_na=True)
+        path = self._unaltered(f"{name}.csv")
+        try:
+            return pd.read_csv(path, keep_default_na=True)
+        except ValueError as error:  # pandas' own, and of bytes that are no text
+            raise InputError(f"{path} is no table ({' '.join(str(error).split())}); run it again") from error
 
     def _unaltered(self, name: str) -> Path:
         """The path of a file. Raises `InputError` if it is not as this run, if it finished, left it."""

@@ -5,6 +5,15 @@ import subprocess
 import pytest
 
 from dense_rlhf import runs
+from dense_rlhf.types import InputError
+
+
+@pytest.mark.parametrize("content", [b"", b"a\n1\n1,2,3\n", bytes(range(256))])
+def test_a_table_that_is_none_is_named(content, tmp_path):
+    (tmp_path / "history.csv").write_bytes(content)
+    with pytest.raises(InputError, match="history.csv is no table") as error:
+        runs.RunFolder(tmp_path).load_table("history")
+    assert "\n" not in str(error.value)
 
 
 @pytest.fixture

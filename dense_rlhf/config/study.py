@@ -259,7 +259,8 @@ def parameters(name: str = "") -> dict[str, tuple[str, object, str]]:
         where = "arms.NAME" if group == "shape" else group
         whole |= {f"{where}.{key}": about for key, about in listed(cls).items()}
     plain = {key.removeprefix("arms.NAME.").replace(".", "_"): key for key in whole} | {key: key for key in whole}
-    found = {key: whole[key] for key in whole if key.startswith(f"{name}." if name else "")}
+    group = "arms.NAME" if name == "shape" else name
+    found = {key: whole[key] for key in whole if key.startswith(f"{group}." if group else "")}
     found = found or ({plain[name]: whole[plain[name]]} if name in plain else {})
     if not found:
         known = [*GROUPS, "arms", *plain]

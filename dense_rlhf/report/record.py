@@ -238,12 +238,21 @@ def read_record(folder: Path) -> Record:
     return Record(Outline(folder.name, arms, seeds, compared, str(manifest["command"])), runs, manifest)
 
 
+def _is_manifest(given: Mapping) -> bool:
+    kinds = {"files": dict, "runs": dict, "command": str}
+    each = {"arms": str, "seeds": int, "comparisons": dict, "not_committed": str}
+    return (
+        all(isinstance(given.get(name), kind) for name, kind in kinds.items())
+        and all(isinstance(given.get(name), list) for name in each)
+        and all(isinstance(one, kind) for name, kind in each.items() for one in given[name])
+        and all(isinstance(one.get(name), str) for one in given["comparisons"] for name in ("where", "setting"))
+    )
+
+
 def check_record(folder: Path) -> None:
     """Raise `InputError`, which names the file, unless a record's files are those that were written."""
     manifest = read_json(folder / MANIFEST)
-    kinds = {"files": dict, "runs": dict, "command": str}
-    kinds |= dict.fromkeys(("arms", "seeds", "comparisons", "not_committed"), list)
-    if not all(isinstance(manifest.get(name), kind) for name, kind in kinds.items()):
+    if not _is_manifest(manifest):
         raise InputError(f"{folder / MANIFEST} is not the manifest of a record; take it anew")
     for name, sha in manifest["files"].items():
         path = RunFolder(folder).file(name)

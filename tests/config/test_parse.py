@@ -168,6 +168,7 @@ def test_every_parameter_is_listed_with_meaning_bounds_and_default():
     assert len(listed) >= len(FLAT) - 3  # arm, setting and seed are the study's
     assert listed["ppo.lr"] == ("a number above 0", 1e-4, "falls linearly to a tenth")
     assert parameters("ppo_lr") == parameters("ppo.lr") == {"ppo.lr": listed["ppo.lr"]}
+    assert parameters("shape") == parameters("arms.NAME")
     assert set(parameters("arms.NAME")) == {name for name in listed if name.startswith("arms.")}
     with pytest.raises(InputError, match="'polcy' is no parameter and no group; did you mean policy?"):
         parameters("polcy")

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import recorded
 
-from dense_rlhf.files import write_json
+from dense_rlhf.files import read_json, write_json
 from dense_rlhf.report.record import read_record, write_record
 from dense_rlhf.runs import RunFolder, artefacts
 from dense_rlhf.types import InputError
@@ -209,9 +209,11 @@ def damages(folder):
     yield manifest, lambda: manifest.write_text(manifest.read_text().replace('"made"', '"mode"'))
     yield manifest, lambda: manifest.write_text("{}")
     yield manifest, lambda: manifest.write_text("[")
+    for part in ({"comparisons": [1]}, {"comparisons": [{"where": 1}]}, {"arms": [1]}, {"seeds": ["a"]}):
+        yield manifest, lambda part=part: write_json(manifest, read_json(manifest) | part, sealed=True)
 
 
-@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize("number", range(9))
 def test_a_damaged_file_is_named(number, folder):
     path, damage = list(damages(folder))[number]
     damage()

@@ -135,6 +135,8 @@ def test_a_folder_without_records_is_refused(tmp_path):
 def test_report_wants_a_study_or_records(capsys):
     assert main(["report"]) == main(["report", "params/reviews.yaml", "--from", "results"]) == 2
     assert capsys.readouterr().err.count("wanted a study") == 2
+    assert main(["report", "--from", ""]) == 2
+    assert "no record in" in capsys.readouterr().err
 
 
 def test_an_archive_is_the_same_twice_and_holds_its_hashes(released, tmp_path):
