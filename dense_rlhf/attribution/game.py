@@ -106,7 +106,7 @@ class Game:
 
     def coalitions(self, players: np.ndarray) -> np.ndarray:
         """The coalitions of k players, given for each token (n,), scored so far that split none: (m, k) bool."""
-        bits = np.frombuffer(b"".join(self.scores), np.uint8).reshape(len(self.scores), -1)
+        bits = np.frombuffer(b"".join(self.scores), np.uint8).reshape(len(self.scores), -(-len(players) // 8))
         tokens = np.unpackbits(bits, axis=1, count=len(players)).astype(bool)
         masks = tokens[:, np.unique(players, return_index=True)[1]]
         return masks[(masks[:, players] == tokens).all(1)]

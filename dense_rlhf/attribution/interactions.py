@@ -1,6 +1,8 @@
 """What two players add together beyond what each adds alone: "not" with "good".
 
-interactions(Game.of(model, tokenizer, "prompt", "response"), players="words")
+    interactions(Game.of(model, tokenizer, "prompt", "response"), players="words")
+
+From the scores that a game has, where they tell, or from coalitions of its own.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 INDICES = ("fsii", "sii", "stii")
 MOST = 12  # players of which all coalitions are scored for sii and stii
+UNKNOWNS = 4096  # main effects and pairs that are fitted together, in some gigabyte
 
 
 @dataclass(frozen=True, repr=False)
@@ -69,18 +72,17 @@ class Interactions:
         from dense_rlhf.view.figures import listed, show
 
         own, (i, j) = self._strongest(most), self._largest
-        names = [repr(self.parts[n].strip())[1:-1].replace("$", r"\$") for n in own]
+        names = [repr(part.strip())[1:-1][:24].replace("$", r"\$") for part in self.parts]
         limit = np.abs(self.pairs).max() or 1.0
         ax = plt.subplots(figsize=(2 + 0.4 * len(own), 1.5 + 0.4 * len(own)), layout="constrained")[1]
         image = ax.imshow(self.pairs[np.ix_(own, own)], cmap="PuOr_r", vmin=-limit, vmax=limit)
-        ax.set_xticks(range(len(own)), names, rotation=60, ha="right")
-        ax.set_yticks(range(len(own)), names)
+        ax.set_xticks(range(len(own)), [names[n] for n in own], rotation=60, ha="right")
+        ax.set_yticks(range(len(own)), [names[n] for n in own])
         ax.figure.colorbar(image, label="added by the two together")
-        pair = f"'{names[own.index(i)]}' with '{names[own.index(j)]}'"
-        ax.set_title(f"Strongest of {comb(len(self.parts), 2)} pairs: {pair}, {self.pairs[i, j]:+.2f}")
-        rows = self.ranked(6).itertuples(index=False)
-        strongest = {f"{row.part.strip()} with {row[1].strip()}": f"{row.interaction:+.2f}" for row in rows}
-        show(ax, f"Heat-map of interactions. {listed(strongest)}")
+        ax.set_title(f"Strongest pair: '{names[i]}' with '{names[j]}', {self.pairs[i, j]:+.2f}")
+        strongest = sorted(combinations(own, 2), key=lambda pair: -abs(self.pairs[pair]))[:6]
+        rows = {f"{names[a]} with {names[b]}": f"{self.pairs[a, b]:+.2f}" for a, b in strongest}
+        show(ax, f"Heat-map of interactions, the strongest: {listed(rows)}")
 
     @property
     def _largest(self) -> tuple[int, int]:
@@ -135,7 +137,7 @@ def interactions(
     weight of that size. `within` fits only pairs of players at most so far apart, which fewer coalitions tell: those of
     `shap` tell neighbours. `sii` (Grabisch and Roubens, 1999) and `stii` (Dhamdhere, Agarwal and Sundararajan, 2020)
     are by definition, from all coalitions of at most 12 players. Raises `InputError` for fewer than two players, more
-    than 12 for an index by definition, and coalitions that do not tell the pairs asked.
+    than 12 for an index by definition, more than 4096 players and pairs, and coalitions that do not tell them.
     """
     group = game.players(players)
     k, order = int(group.max()) + 1, None
@@ -163,7 +165,11 @@ def interactions(
 def _pairs(k: int, within: int | None) -> list[tuple[int, int]]:
     if within is not None and within < 1:
         raise InputError(f"within is {within}, wanted at least 1, which pairs neighbours")
-    return [(i, j) for i, j in combinations(range(k), 2) if within is None or j - i <= within]
+    order = [(i, j) for i, j in combinations(range(k), 2) if within is None or j - i <= within]
+    if k + len(order) > UNKNOWNS:
+        advice = "take wider players, or pairs of neighbours only (within=1)"
+        raise InputError(f"{k} players have {len(order)} pairs, wanted at most {UNKNOWNS} with the players; {advice}")
+    return order
 
 
 def _drawn(k: int, pairs: int, samples: int | None, seed: int) -> np.ndarray:

@@ -124,6 +124,16 @@ def test_what_cannot_be_asked_is_one_line(options, message):
         interactions(game, **{"players": "tokens"} | options)
 
 
+def test_a_game_without_scores_tells_no_pair():
+    with pytest.raises(InputError, match="2 coalitions of 5 players do not tell 15 of 15 effects"):
+        interactions(Game(subject(SHORT)), "tokens", samples=0)
+
+
+def test_more_pairs_than_can_be_fitted_are_one_line():
+    with pytest.raises(InputError, match="100 players have 4950 pairs, wanted at most 4096 with the players"):
+        interactions(Game(subject("a" + " a" * 99)), "tokens")
+
+
 def test_thirteen_players_are_too_many_for_a_definition():
     with pytest.raises(InputError, match="sii needs all coalitions of 13 players"):
         interactions(Game(subject("a" + " a" * 12)), "tokens", "sii")
@@ -146,5 +156,5 @@ def test_the_figure_has_alt_text_and_its_title_names_the_pair(monkeypatch):
     monkeypatch.setattr("dense_rlhf.view.figures.show", lambda ax, alt: shown.update(title=ax.get_title(), alt=alt))
     values = -3.0 * (masks_of(5)[:, 2] & masks_of(5)[:, 3])
     interactions(table_game(values, SHORT), "tokens").figure()
-    assert shown["title"] == "Strongest of 10 pairs: 'not' with 'good', -3.00"
+    assert shown["title"] == "Strongest pair: 'not' with 'good', -3.00"
     assert "not with good: -3.00" in shown["alt"]
