@@ -1,7 +1,7 @@
-"""Our own surface, for `benchmarks/bayesopt.py`: policies trained on reviews at 30 mixtures of four sources.
+"""Our own surface, for `benchmarks/bayesopt.py`: policies trained on reviews at mixtures of four sources.
 
-Searched among these mixtures for the highest value (`dense_rlhf.bayesopt.surfaces`). An observation is the mixture's
-mean plus normal noise of the sd that another seed of one training makes. The noise of that mean is part of the truth.
+Searched among the mixtures of `dense_rlhf.bayesopt.surfaces` for the highest value. An observation is a mixture's mean
+plus normal noise of the sd that another seed of one training makes. The noise of that mean is part of the truth.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ class SurfaceExperiment(MeasuredExperiment):
 
     def __init__(self, name: str, seed: int):
         surface = measured()[name]
-        self.compositions, sd = surface.points, surface.means.std()
-        self.value_of = (surface.means - surface.means.mean()) / sd
+        self.compositions, _, means = surface.layout
+        sd = means.std()
+        self.value_of = (means - means.mean()) / sd
         Experiment.__init__(self, name, self.compositions.shape[1], sd / surface.noise, seed)
