@@ -259,6 +259,7 @@ class EvaluationParams:
     seeds: Count = 3  # trainings of each arm, in ablations that train
     sst_path: Place | None = None  # trees of the Stanford Sentiment Treebank, if available
     toxic_path: Place | None = None  # a CSV of SemEval-2021 toxic spans, if available
+    texts: Count = 1000  # the audit: of a dataset's test split, at most
     rival_path: Place | None = None  # the audit: folder of a second reward model; by default the gold judge
 
 

@@ -32,13 +32,14 @@ from dense_rlhf.statistics import ALPHA, Interval
 from dense_rlhf.types import InputError, LabelledText, PreferencePair, Prompt
 
 PIECE = re.compile(rf"{WORD.pattern}|[^\w\s]+|_+|\n+")
-FORMULAS = """thank you, thanks, please, sorry, apologi[sz]e, my apologies, you(?:'re| are) welcome, of course,
-    certainly, absolutely, great question, good question, happy to help, glad to help, i'd be happy to, i'd be glad to,
-    (?:this|that) helps, let me know, feel free, i understand, i appreciate, as an ai, best regards, best wishes"""
+FORMULAS = """thank you, thanks, please, sorry, apologi[sz]e, my apologies, you(?:'re| are) welcome, great question,
+    good question, happy to help, glad to help, i'd be happy to, i'd be glad to, hope (?:this|that) helps, let me know,
+    feel free, i understand, i appreciate, as an ai, best regards, best wishes"""
 FORMULA = re.compile(rf"\b(?:{'|'.join(re.split(', *', ' '.join(FORMULAS.split())))})\b", re.I)  # of politeness
 MARKDOWN = re.compile(r"^\s*(?:[-*+]|\d+[.)])\s|^#+ |\*\*|`|\[[^\]\n]*\]\(", re.M)
 FEWEST = 8  # units of each half that a word must be in
 KINDS = ("politeness formula", "word that people mark", "other word", "number", "punctuation and format")
+THIRDS = ("first third", "middle third", "last third")  # of a text
 REPEATS = 2000
 
 
@@ -223,7 +224,8 @@ def _simultaneous(values: np.ndarray, number: int) -> Interval:
 
 def kinds(scored: Scored) -> pd.Series:
     """The kind of each piece, one of `KINDS`; words that people mark are VADER's."""
-    lexicon, formulas = load_lexicon().weights, [list(_marked_by(FORMULA, text)) for text in scored.texts]
+    lexicon = load_lexicon().weights
+    formulas = [[match.span() for match in FORMULA.finditer(text)] for text in scored.texts]
 
     def kind(row: tuple) -> str:
         if any(a <= row.start < b for a, b in formulas[row.text]):
@@ -235,13 +237,9 @@ def kinds(scored: Scored) -> pd.Series:
     return pd.Series([kind(row) for row in scored.pieces.itertuples()], index=scored.pieces.index, dtype=object)
 
 
-def _marked_by(pattern: re.Pattern, text: str) -> Iterable[tuple[int, int]]:
-    return (match.span() for match in pattern.finditer(text))
-
-
 def thirds(scored: Scored) -> pd.Series:
-    """The third of its text that each piece is in."""
-    names = np.array(["first third", "middle third", "last third"], dtype=object)
+    """The third of its text that each piece is in, one of `THIRDS`."""
+    names = np.array(THIRDS, dtype=object)
     return pd.Series(names[(scored.pieces["place"] * 3).astype(int).clip(0, 2)], index=scored.pieces.index)
 
 
@@ -249,27 +247,50 @@ def variance_shares(scored: Scored, group: pd.Series) -> dict[str, Interval]:
     """How much of the scores' variance the credit of each group of pieces makes: cov(credit, score) / var(score).
 
     The shares sum to one with that of `the rest`: the prompts, and what credit leaves unexplained. Below zero where a
-    group evens out what the others earn. 95 % percentile intervals, units resampled.
+    group evens out what the others earn. Texts of one unit are compared with each other only. 95 % percentile
+    intervals, units resampled.
     """
     sums = scored.pieces.assign(group=group).pivot_table(
         index="text", columns="group", values="credit", aggfunc="sum", fill_value=0.0
     )
     sums = sums.reindex(range(len(scored.texts)), fill_value=0.0)
     sums["the rest"] = scored.scores - sums.sum(axis=1)
-    counts = _resampled(scored.units)
-    x, y = sums.to_numpy(), scored.scores
-    mean = counts @ x / counts.sum(1, keepdims=True), counts @ y / counts.sum(1)
-    covariance = counts @ (x * y[:, None]) / counts.sum(1, keepdims=True) - mean[0] * mean[1][:, None]
-    draws = covariance / (counts @ y**2 / counts.sum(1) - mean[1] ** 2)[:, None]
+    x, y = _within(sums.to_numpy(), scored.units), _within(scored.scores, scored.units)
+    weights = _resampled(scored.units)
+    draws = _covariance(weights, x, y) / _covariance(weights, y[:, None], y)
     return {name: _percentile(draws[:, k]) for k, name in enumerate(sums.columns)}
 
 
+def rank_correlation(ours: Scored, theirs: Scored) -> Interval:
+    """Spearman's, of two models' scores of the same texts; units resampled, with the ranks among all texts."""
+    x, y = (pd.Series(one.scores).rank().to_numpy() for one in (ours, theirs))
+    weights = _resampled(ours.units)
+    xy, xx, yy = (_covariance(weights, one[:, None], other)[:, 0] for one, other in ((x, y), (x, x), (y, y)))
+    return _percentile(xy / np.sqrt(xx * yy))
+
+
+def _covariance(weights: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Of each column of x (N, K) with y (N,) in every resample, (R, K)."""
+    return weights @ (x * y[:, None]) - (weights @ x) * (weights @ y)[:, None]
+
+
+def _within(values: np.ndarray, units: np.ndarray) -> np.ndarray:
+    """Values (N, ...) less the mean of their unit where units have several texts: prompts differ, and are not asked."""
+    _, number, size = np.unique(units, return_inverse=True, return_counts=True)
+    if size.max() == 1:
+        return values
+    sums = np.zeros((len(size), *values.shape[1:]))
+    np.add.at(sums, number, values)
+    return values - (sums.T / size).T[number]
+
+
 def _resampled(units: np.ndarray, seed: int = 0) -> np.ndarray:
-    """How often each text is in each resample of units (REPEATS + 1, N); the first is the texts as they are."""
+    """The weight of each text in each resample of units (REPEATS + 1, N); the first is the texts as they are."""
     _, number = np.unique(units, return_inverse=True)
     rng, size = np.random.default_rng(seed), number.max() + 1
     drawn = rng.multinomial(size, np.full(size, 1 / size), REPEATS)
-    return np.concatenate([np.ones((1, len(units))), drawn[:, number]]).astype(float)
+    counts = np.concatenate([np.ones((1, len(units))), drawn[:, number]])
+    return counts / counts.sum(1, keepdims=True)
 
 
 def _percentile(draws: np.ndarray) -> Interval:
@@ -307,16 +328,15 @@ def predicted_shares(scored: Scored, features: Mapping[str, pd.DataFrame]) -> di
     """How much of the scores' variance each set of features (N, F) predicts: R^2 of least squares on unseen texts.
 
     Fitted on the units of even number, judged on the others, whose units are resampled for the 95 % interval; below
-    zero where the prediction is worse than the mean.
+    zero where the prediction is worse than the mean. Texts of one unit are compared with each other only.
     """
     even, shares = scored.units % 2 == 0, {}
-    counts, y = _resampled(scored.units[~even]), scored.scores
-    total = counts @ (y[~even] ** 2) / counts.sum(1) - (counts @ y[~even] / counts.sum(1)) ** 2
+    weights, y = _resampled(scored.units[~even]), _within(scored.scores, scored.units)
+    total = _covariance(weights, y[~even, None], y[~even])[:, 0]
     for name, frame in features.items():
-        X = np.column_stack([np.ones(len(y)), frame.to_numpy(float)])
-        weights = np.linalg.lstsq(X[even], y[even], rcond=None)[0]
-        missed = counts @ ((y - X @ weights)[~even] ** 2) / counts.sum(1)
-        shares[name] = _percentile(1 - missed / total)
+        X = np.column_stack([np.ones(len(y)), _within(frame.to_numpy(float), scored.units)])
+        missed = y - X @ np.linalg.lstsq(X[even], y[even], rcond=None)[0]
+        shares[name] = _percentile(1 - weights @ missed[~even] ** 2 / total)
     return shares
 
 

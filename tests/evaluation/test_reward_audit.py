@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import spearmanr
 
 from dense_rlhf.attribution.explain import Explanation
 from dense_rlhf.attribution.human_marks import MarkedText
@@ -133,12 +134,32 @@ def test_shares_of_variance_sum_to_one_and_are_covariances():
     assert sum(s.mean for s in audit.variance_shares(scored, audit.thirds(scored)).values()) == pytest.approx(1)
 
 
+def test_replies_to_one_prompt_are_compared_with_each_other():
+    """What a prompt adds to both changes no share, neither of credit nor of what is seen."""
+    texts, units = made_texts(80), np.repeat(range(40), 2)
+    scored = Scored.by(JUDGE, texts, units)
+    shifted = replace(scored, scores=scored.scores + 9 * np.random.default_rng(0).normal(size=40)[units])
+    features = audit.surface(texts)
+    for measure in (
+        lambda one: audit.variance_shares(one, one.pieces["piece"]),
+        lambda one: audit.predicted_shares(one, features),
+    ):
+        for name, share in measure(scored).items():
+            assert (share.mean, share.low, share.high) == pytest.approx(tuple(vars(measure(shifted)[name]).values()))
+
+
 def test_units_are_resampled_whole():
     """Each text twice, as a unit, tells no more than once."""
-    texts = made_texts(40)
-    once, twice = Scored.by(JUDGE, texts), Scored.by(JUDGE, [t for t in texts for _ in (0, 1)], np.repeat(range(40), 2))
-    one, two = (audit.variance_shares(scored, scored.pieces["piece"])["bad"] for scored in (once, twice))
-    assert (two.mean, two.low, two.high) == pytest.approx((one.mean, one.low, one.high))
+    texts, judges = made_texts(40), (JUDGE, AdditiveJudge("other", {"good": 1.0, "plot": 1.0}))
+    once = [Scored.by(judge, texts) for judge in judges]
+    twice = [Scored.by(judge, [t for t in texts for _ in (0, 1)], np.repeat(range(40), 2)) for judge in judges]
+    one, two = audit.rank_correlation(*once), audit.rank_correlation(*twice)
+    assert (
+        one.mean == pytest.approx(spearmanr(once[0].scores, once[1].scores).statistic) and one.low < one.mean < one.high
+    )
+    assert (two.mean, two.low, two.high) == pytest.approx(
+        (one.mean, one.low, one.high), abs=0.02
+    )  # ties have ranks alike
 
 
 def test_kinds_are_told_apart():
