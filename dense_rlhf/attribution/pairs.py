@@ -40,14 +40,15 @@ class PairExplanation:
 
     def ranked(self, most: int = 12) -> pd.DataFrame:
         """The `most` players that move the margin most; `to_margin` is the credit of the chosen's players and minus
-        that of the rejected's, share is of the sum of all |to_margin|."""
+        that of the rejected's, half_width half its 95 % interval (nan where that is not known), share is of the sum of
+        all |to_margin|."""
         import pandas as pd
 
         frames = []
         for side, sign, one in (("chosen", 1, self.chosen), ("rejected", -1, self.rejected)):
             frame = one.ranked(len(one.players))
             frames.append(frame.assign(response=side, to_margin=sign * frame["credit"]))
-        both = pd.concat(frames)[["response", "part", "characters", "to_margin"]]
+        both = pd.concat(frames)[["response", "part", "characters", "to_margin", "half_width"]]
         total = both["to_margin"].abs().sum()
         both["share"] = both["to_margin"].abs() / total if total else 0.0
         return both.sort_values("to_margin", key=abs, ascending=False, kind="stable").head(most)
@@ -70,7 +71,7 @@ class PairExplanation:
     def _repr_html_(self) -> str:
         limit = max(map(abs, (*self.chosen.credit, *self.rejected.credit)))
         sides = {"chosen": self.chosen, "rejected": self.rejected}
-        lines = {name: heat(one.tokens, one.credit, limit) for name, one in sides.items()}
+        lines = {name: heat(one.tokens, one.credit, limit, one.half_width) for name, one in sides.items()}
         ranked = table(self.ranked(), "What moves the margin most", 4).data
         return str(part("explanation", self._equation, self._how, heat_table(lines, ""), ranked))
 
