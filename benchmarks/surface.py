@@ -62,7 +62,7 @@ TRIAL |= {"evaluation_prompts": 128}  # of `params/reviews.yaml` with half the b
 NORMALISERS = "signed", "softmax"
 MEASURES = "proxy", "gold", "kl", "standard_error"
 EDGE, DRAWN = 5, 20  # mixtures of the first two sources; Sobol points
-ROUNDS = 4096  # functions of each known kind
+ROUNDS = 2048  # functions of each known kind
 
 
 # ---------------------------------------------------------------------------------------------------- trainings
