@@ -5,12 +5,14 @@ import io
 import re
 import shlex
 import textwrap
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
 from dense_rlhf import __main__
 from dense_rlhf.config.study import load_study
+from dense_rlhf.files import cache_root
 
 PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 TEXT = "\n".join(PAGES.values())
@@ -22,6 +24,15 @@ def blocks() -> list[str]:
 
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_bytes()) <= 12_000
+
+
+def test_the_readme_says_what_it_takes_and_where_that_is_kept(monkeypatch):
+    monkeypatch.delenv("DENSE_RLHF_CACHE", raising=False)
+    kept = f"~/{cache_root().relative_to(Path.home())}"
+    text = PAGES[ROOT / "README.md"]
+    for words in (kept, "DENSE_RLHF_CACHE", "locks/cuda.txt", "locks/README.md", "--allow-root", "macOS and Windows"):
+        assert words in text, words
+    assert len(re.findall(r"\d GB", text)) >= 2  # of the environment, and of the cache
 
 
 def said(code: str) -> tuple[str, dict]:

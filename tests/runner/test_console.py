@@ -1,9 +1,26 @@
 """What the command line prints of runs."""
 
+import logging
+import re
+
+import nbformat
 import pytest
+from papermill import execute_notebook
 
 from dense_rlhf.files import write_json
-from dense_rlhf.runner.console import spent
+from dense_rlhf.runner.console import failures, spent
+
+
+def test_a_failed_run_is_repeated_by_hand_without_papermills_warnings(tmp_path, caplog):
+    """It warns of each parameter that a notebook's cell of parameters does not name, as most of a study's."""
+    record = {"status": "failed", "job": "a", "notebook": "04_ppo", "error": "no"}
+    (alone,) = [line for line in failures([record], "made", "again") if "alone:" in line]
+    cell = nbformat.v4.new_code_cell("seed = 0", metadata={"tags": ["parameters"]})
+    kernel = {"kernelspec": {"name": "python3", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata=kernel), tmp_path / "a.ipynb")
+    execute_notebook(tmp_path / "a.ipynb", tmp_path / "b.ipynb", {"ppo_lr": 1.0}, prepare_only=True)
+    (warning,) = [record for record in caplog.records if "unknown parameter: ppo_lr" in record.message]
+    assert warning.levelno < getattr(logging, re.search(r"--log-level (\w+)$", alone)[1])
 
 
 def test_what_runs_took_is_told_from_what_they_left(tmp_path):
