@@ -26,9 +26,7 @@ import numpy as np
 
 SEEDS, BUDGETS, SHORT = 2, (2, 4, 8, 16), 8
 LONG = {"reviews": (12, 20), "encoder": (12, 20), "smollm2": (10, 12)}  # tokens of a response, responses
-CHOSEN_ON = (
-    60  # reviews from the start of the proxy's held-out ones, on which our one constant was chosen; not used here
-)
+CHOSEN_ON = 60  # responses from the start, on which our one constant was chosen; they are not used here
 
 # ---------------------------------------------------------------------------------------------------- tables
 
@@ -38,23 +36,25 @@ def masks_of(k: int) -> np.ndarray:
     return (np.arange(2**k)[:, None] >> np.arange(k) & 1).astype(bool)
 
 
-def snippets(tokenizer, examples: list, tokens: int, seed: int = 0) -> tuple[list[np.ndarray], np.ndarray]:
-    """Random parts of labelled reviews that lack up to 60 % of their tokens, and the labels."""
-    rng, rows = np.random.default_rng(seed), []
-    for example in examples:
-        ids = np.array(tokenizer(example.text, add_special_tokens=False)["input_ids"])
-        start = rng.integers(0, max(1, len(ids) - tokens))
-        ids = ids[start : start + tokens]
-        rows.append(ids[rng.random(len(ids)) > 0.6 * rng.random()])
-    return rows, np.array([example.label for example in examples], dtype=float)
+def encoded(tokenizer, examples: list) -> tuple[list[np.ndarray], np.ndarray]:
+    """The ids of the first words of labelled reviews, and the labels."""
+    ids = tokenizer([example.text[:600] for example in examples], add_special_tokens=False)["input_ids"]
+    return [np.array(row) for row in ids], np.array([example.label for example in examples], dtype=float)
+
+
+def snippet(ids: np.ndarray, tokens: int, rng: np.random.Generator) -> np.ndarray:
+    """A random part that lacks up to 60 % of its tokens, as the proxy is trained on."""
+    start = rng.integers(0, max(1, len(ids) - tokens))
+    ids = ids[start : start + tokens]
+    return ids[rng.random(len(ids)) > 0.6 * rng.random()]
 
 
 def with_head(reward_model, examples: list):
     """The head by ridge regression of labels on the last state of a frozen trunk; its accuracy on a fifth kept out."""
     import torch
 
-    rows, labels = snippets(reward_model.tokenizer, examples, 24)
-    model = reward_model.model
+    (every, labels), rng = encoded(reward_model.tokenizer, examples), np.random.default_rng(0)
+    rows, model = [snippet(ids, 24, rng) for ids in every], reward_model.model
     with torch.no_grad():
         ends = [torch.tensor([[*row, model.config.eos_token_id]]) for row in rows]
         states = torch.cat([model.base_model(row).last_hidden_state[:, -1] for row in ends])
@@ -68,7 +68,7 @@ def with_head(reward_model, examples: list):
     return reward_model
 
 
-def encoder(tokenizer, examples: list, steps: int = 400):
+def encoder(tokenizer, examples: list, steps: int = 300):
     """A BERT of two layers, trained from scratch on the labels of snippets."""
     import torch
     from transformers import BertConfig, BertForSequenceClassification
@@ -80,13 +80,14 @@ def encoder(tokenizer, examples: list, steps: int = 400):
     pad = tokenizer.pad_token_id
     model = BertForSequenceClassification(BertConfig(vocab_size=len(tokenizer), pad_token_id=pad, **sizes))
     optimiser, right = torch.optim.AdamW(model.parameters(), lr=2e-3), []
-    rng = np.random.default_rng(0)
-    for step in range(steps):
-        rows, labels = snippets(tokenizer, [examples[i] for i in rng.integers(0, len(examples), 64)], 40, step)
+    (every, labels), rng = encoded(tokenizer, examples), np.random.default_rng(0)
+    for _ in range(steps):
+        chosen = rng.integers(0, len(every), 48)
+        rows = [snippet(every[i], 40, rng) for i in chosen]
         ids = torch.full((len(rows), max(map(len, rows)) or 1), pad)
         for line, row in zip(ids, rows):
             line[: len(row)] = torch.from_numpy(row)
-        scores, y = model(ids, attention_mask=(ids != pad).long()).logits[:, 0], torch.tensor(labels).float()
+        scores, y = model(ids, attention_mask=(ids != pad).long()).logits[:, 0], torch.tensor(labels[chosen]).float()
         right.append(float(((scores > 0) == (y > 0.5)).float().mean()))
         optimiser.zero_grad()
         torch.nn.functional.binary_cross_entropy_with_logits(scores, y).backward()
@@ -110,8 +111,8 @@ def tables(folder: Path) -> None:
     order = np.random.default_rng(0).permutation(len(examples))
     makers = {
         "reviews": proxy,
-        "encoder": lambda: encoder(proxy().tokenizer, examples),
-        "smollm2": lambda: with_head(smollm2(), [examples[i] for i in order[:500]]),
+        "encoder": lambda: encoder(proxy().tokenizer, [examples[i] for i in order[:2000]]),
+        "smollm2": lambda: with_head(smollm2(), [examples[i] for i in order[:250]]),
     }
     for name, make in makers.items():
         reward_model = make()
