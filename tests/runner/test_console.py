@@ -16,7 +16,7 @@ def test_a_failed_run_is_repeated_by_hand_without_papermills_warnings(tmp_path, 
     record = {"status": "failed", "job": "a", "notebook": "04_ppo", "error": "no"}
     (alone,) = [line for line in failures([record], "made", "again") if "alone:" in line]
     cell = nbformat.v4.new_code_cell("seed = 0", metadata={"tags": ["parameters"]})
-    kernel = {"kernelspec": {"name": "python3", "language": "python"}}
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python", "language": "python"}}
     nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata=kernel), tmp_path / "a.ipynb")
     execute_notebook(tmp_path / "a.ipynb", tmp_path / "b.ipynb", {"ppo_lr": 1.0}, prepare_only=True)
     (warning,) = [record for record in caplog.records if "unknown parameter: ppo_lr" in record.message]
