@@ -129,14 +129,14 @@ def pretend() -> None:
     """From now on there seems to be a card, `cpu:0`."""
     from dense_rlhf.models import language_models
 
-    copied = torch.nn.Parameter.__deepcopy__
+    made_of = torch.Tensor._make_subclass  # parameters, of a tensor
 
-    def deepcopy(self, memo):
-        made = copied(self, memo)
-        if hasattr(self, "pretended"):
+    def make_subclass(kind, data, *options):
+        made = made_of(kind, data, *options)
+        if hasattr(data, "pretended"):
             made.pretended = True
         return made
 
-    torch.nn.Parameter.__deepcopy__ = deepcopy
+    torch.Tensor._make_subclass = make_subclass
     language_models.default_device = lambda: PRETENDED
     Pretended().__enter__()

@@ -119,7 +119,9 @@ class StaticDecoder:
         shape = self.b, _rounded(self.length + sampling.max_new_tokens)
         static = _STATIC.get(lm)
         if static is None or not static.fits(lm, shape, sampling):
-            _STATIC.pop(lm, None)  # its memory first
+            if static is not None:
+                shape = tuple(map(max, shape, static.shape))  # or batches of two kinds would capture in turns
+            static = _STATIC[lm] = None  # its memory first
             static = _STATIC[lm] = _Static(lm, cache, shape, sampling)
         self.static = static
         for kept, read in zip(static.layers, cache.layers):

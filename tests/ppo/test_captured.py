@@ -126,12 +126,12 @@ def test_weights_that_change_in_place_are_read_and_those_that_move_are_captured_
 )
 def test_what_was_captured_serves_what_fits_it(change, again):
     lm, base = tiny("llama"), {"lengths": [5, 3, 4], "T": 6, "temperature": 1.0}
-    for asked in (base, base | change, base):
-        kept = captured._STATIC.get(lm)
-        sampling = Sampling(asked["T"], asked["temperature"], (1,), PAD)
-        assert_equal(lm, prompts(asked["lengths"]), sampling)
-        if asked != base:
-            assert (captured._STATIC[lm] is kept) == again
+    kept = []
+    for asked in (base, base | change, base, base | change):
+        assert_equal(lm, prompts(asked["lengths"]), Sampling(asked["T"], asked["temperature"], (1,), PAD))
+        kept.append(captured._STATIC[lm])
+    assert (kept[1] is kept[0]) == again
+    assert (kept[3] is kept[2] is kept[1]) == ("temperature" not in change)  # what is made anew serves both
 
 
 def test_what_was_captured_goes_with_its_model():
