@@ -9,7 +9,7 @@ from test_explain import PROMPT, build
 
 from dense_rlhf.attribution.coarse_to_fine import coarse_to_fine
 from dense_rlhf.attribution.explain import explain
-from dense_rlhf.attribution.game import Game
+from dense_rlhf.attribution.game import Game, explain_scored
 from dense_rlhf.types import InputError
 
 LEAST = 6  # evaluations of the three sentences
@@ -60,6 +60,16 @@ def test_a_word_is_parted_once_it_is_a_player(tokenizer):
             around = [max((w for w in words if w < edge), default=-1), min((w for w in words if w > edge), default=-1)]
             assert all(w in edges for w in around if w >= 0)
     assert edges == tokens
+
+
+def test_its_scores_give_its_players_intervals():
+    values, main, pairs = pairwise(10, np.random.default_rng(0))
+    game = table_game(values)
+    coarse = coarse_to_fine(game, 14)
+    sure = explain_scored(game, coarse.players)
+    assert len(coarse.players) == 7 and sure.player == coarse.player and sure.evaluations == 2**7
+    np.testing.assert_allclose(sure.player_credit, coarse.player_credit, atol=1e-6)
+    assert len(sure.half_width) == 10 and np.isfinite(sure.half_width).all()
 
 
 def test_a_budget_below_the_sentences_is_one_line():
