@@ -113,13 +113,15 @@ def check(model, tokenizer, prompt, response, reference, policy, folder, **readi
     explained = explain(model, tokenizer, prompt, response, "kernel", samples_per_token=8, **as_in_studies)
     assert [explained.baseline, explained.score] == pytest.approx([baseline, score], abs=1e-5)
     assert explained.credit == pytest.approx(credit, abs=1e-4)
-    bare = explain(model, tokenizer, prompt, response, "kernel", samples_per_token=8, **dict(pair=False) | reading)
     given = inputs(tokenizer, prompt, response, reading.get("pair"))
     with torch.no_grad():
-        assert bare.score == pytest.approx(model(**given).logits[0, 0].item(), abs=1e-5)
-    if bare.score != explained.score:  # no end: only the response's last token says where it ended
-        _, _, without_end = by_definition(model, *reference[:2], [], None)
-        assert bare.credit == pytest.approx(without_end, abs=1e-4)
+        score_as_given = model(**given).logits[0, 0].item()
+    if given["input_ids"].shape[1] == sum(map(len, reference[:3])):
+        assert explained.score == pytest.approx(score_as_given, abs=1e-5)
+    else:  # without EOS, which only end="eos" adds
+        bare = explain(model, tokenizer, prompt, response, "kernel", samples_per_token=8, pair=False)
+        assert bare.score == pytest.approx(score_as_given, abs=1e-5)
+        assert bare.credit == pytest.approx(by_definition(model, *reference[:2], [], None)[2], abs=1e-4)
     if not any(folder.iterdir()):
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
