@@ -54,10 +54,11 @@ class Posterior:
         m, k = self.masks.shape
         credit, freedom = self.operator @ scores, m - k - 1  # the scale follows from what is not additive
         if freedom < 1:
-            return Estimate(credit, np.full(k, np.nan), 0)
+            return Estimate(credit, settled=0)
         reduced = solve_triangular(self.factor, scores, lower=True)
         wide = stdtrit(freedom, (1 + LEVEL) / 2) * np.sqrt(reduced @ reduced / freedom)
-        return Estimate(credit, wide * np.sqrt(np.diag(self.covariance)), self._settled(credit, wide))
+        variance = np.maximum(np.diag(self.covariance), 0)  # rounding may leave it below
+        return Estimate(credit, wide * np.sqrt(variance), self._settled(credit, wide))
 
     def _settled(self, credit: np.ndarray, wide: float) -> int:
         """How many of the largest |credit| are above each that follows, by the interval of their difference."""
