@@ -140,14 +140,13 @@ def lookup(table: np.ndarray):
 
 def peers(folder: Path) -> None:
     """shapiq's values (N, seeds, budgets, k) of each table of the longer responses, and the evaluations it made."""
-    from shapiq.approximator import KernelSHAP, LeverageSHAP, OddSHAP, ProxySPEX, RegressionMSR
+    from shapiq.approximator import KernelSHAP, LeverageSHAP, OddSHAP, RegressionMSR
 
     makers = {
         "shapiq KernelSHAP": KernelSHAP,
         "shapiq LeverageSHAP": LeverageSHAP,
         "shapiq RegressionMSR, linear": lambda **o: RegressionMSR(index="SV", proxy_model="linear", **o),
         "shapiq OddSHAP": OddSHAP,
-        "shapiq ProxySPEX": lambda **o: ProxySPEX(index="SV", max_order=1, hpo=False, **o),
     }
     for name, (k, _) in LONG.items():
         every, made = np.load(folder / f"{name}_{k}.npy"), {}
