@@ -153,14 +153,17 @@ def shipped(name: str) -> Path:
 
 def lay_out(folder: Path) -> None:
     """Begin a study in `folder`: notebooks, parameters and a README. Raises `InputError` where it holds something."""
-    try:
+    with naming(folder, "written"):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise InputError(f"{folder} exists and is not empty; name a new folder")
-        for name in STUDY_FOLDERS:
-            shutil.copytree(shipped(name), folder / name, ignore=shutil.ignore_patterns(".*"))
-        write_text(folder / "README.md", README)
-    except OSError as error:
-        raise InputError(f"{folder} cannot be written: {error}") from error
+        try:
+            for name in STUDY_FOLDERS:
+                shutil.copytree(shipped(name), folder / name, ignore=shutil.ignore_patterns(".*"))
+            write_text(folder / "README.md", README)
+        except (OSError, InputError):  # half of it would stand in the way of another try
+            for name in STUDY_FOLDERS:
+                shutil.rmtree(folder / name, ignore_errors=True)
+            raise
 
 
 def python_path() -> str:

@@ -1,6 +1,9 @@
 """What a run's record says of the code that it ran."""
 
+import errno
+import shutil
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,6 +17,20 @@ def test_a_table_that_is_none_is_named(content, tmp_path):
     with pytest.raises(InputError, match="history.csv is no table") as error:
         runs.RunFolder(tmp_path).load_table("history")
     assert "\n" not in str(error.value)
+
+
+def test_a_workspace_that_finds_no_room_leaves_nothing_in_the_way(tmp_path, monkeypatch):
+    folder = tmp_path / "mine"
+
+    def full(source, target, **options):
+        shutil.copytree(source, target, **options)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="mine cannot be written: .*No space left"):
+        patch.setattr(runs, "shutil", SimpleNamespace(**vars(shutil) | {"copytree": full}))
+        runs.lay_out(folder)
+    runs.lay_out(folder)
+    assert (folder / "params" / "reviews.yaml").is_file()
 
 
 @pytest.fixture

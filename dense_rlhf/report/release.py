@@ -56,8 +56,11 @@ def write_archive(results: Path, target: Path) -> Path:
     lines = [f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in files.items()]
     draft = target.with_name(f".{target.name}")
     with naming(target, "written"):
-        with zipfile.ZipFile(draft, "w") as archive:
-            for name, content in {SUMS: "".join(lines).encode(), **files}.items():
-                archive.writestr(zipfile.ZipInfo(f"results/{name}", EPOCH), content)
-        os.replace(draft, target)
+        try:
+            with zipfile.ZipFile(draft, "w") as archive:
+                for name, content in {SUMS: "".join(lines).encode(), **files}.items():
+                    archive.writestr(zipfile.ZipInfo(f"results/{name}", EPOCH), content)
+            os.replace(draft, target)
+        finally:
+            draft.unlink(missing_ok=True)
     return target

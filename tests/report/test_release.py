@@ -1,5 +1,6 @@
 """Pages and `RESULTS.md` come from records alone: the same each time, and the same as from the run folders."""
 
+import errno
 import hashlib
 import re
 import shutil
@@ -137,6 +138,16 @@ def test_report_wants_a_study_or_records(capsys):
     assert capsys.readouterr().err.count("wanted a study") == 2
     assert main(["report", "--from", ""]) == 2
     assert "no record in" in capsys.readouterr().err
+
+
+def test_an_archive_that_finds_no_room_leaves_nothing(released, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(zipfile.ZipFile, "writestr", full)
+    with pytest.raises(InputError, match="a.zip cannot be written: No space left .*; make room"):
+        write_archive(released[0] / "results", tmp_path / "a.zip")
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_archive_is_the_same_twice_and_holds_its_hashes(released, tmp_path):
