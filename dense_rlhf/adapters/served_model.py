@@ -27,7 +27,7 @@ class ServedModel:
 
     A text prompt and its response are sent as one text, or to `/score` as two; messages with role and content as a
     dialogue that the server's template writes, a request each. `output` is the score among several, `fields` go into
-    each request. Raises `RewardServerError`, after as many tries as `RewardClient` makes in `timeout` seconds.
+    each request. Raises `RewardServerError`, after as many tries as `RewardClient` makes.
     """
 
     def __init__(
