@@ -119,10 +119,10 @@ def searched(run: Path) -> list[dict]:
 
 def tabulated(rows: list[dict]) -> pd.DataFrame:
     """Without what was trained twice: the same point and seed give the same policy."""
-    weights = [dict(zip(SOURCES, np.round(row["point"], 6))) for row in rows]
+    weights = [dict(zip(SOURCES, np.round(row["point"], 9))) for row in rows]
     columns = "normalise", "seed", *MEASURES
     table = pd.DataFrame([w | {name: row[name] for name in columns} for row, w in zip(rows, weights)])
-    return table.drop_duplicates(["normalise", *SOURCES, "seed"]).round(5)
+    return table.drop_duplicates(["normalise", *SOURCES, "seed"]).round(dict.fromkeys(MEASURES, 5))
 
 
 # ---------------------------------------------------------------------------------------------------- their looks
