@@ -44,6 +44,7 @@ class Interactions:
     index: str
     evaluations: int
     model: str
+    within: int | None = None  # pairs of players further apart were not asked, and are zero
 
     @property
     def gap(self) -> float:
@@ -56,10 +57,11 @@ class Interactions:
         return self.main + self.pairs.sum(1) / 2
 
     def ranked(self, most: int = 12) -> pd.DataFrame:
-        """The `most` pairs with the largest interaction either way; share is of the sum of all |interaction|."""
+        """The `most` pairs asked with the largest interaction either way, and its share of the sum of |interaction|."""
         import pandas as pd
 
-        rows = [(self.parts[i], self.parts[j], self.pairs[i, j]) for i, j in combinations(range(len(self.parts)), 2)]
+        asked = _pairs(len(self.parts), self.within)
+        rows = [(self.parts[i], self.parts[j], self.pairs[i, j]) for i, j in asked]
         frame = pd.DataFrame(rows, columns=["part", "with", "interaction"])
         total = frame["interaction"].abs().sum()
         frame["share"] = frame["interaction"].abs() / total if total else 0.0
@@ -140,17 +142,19 @@ def interactions(
     than 12 for an index by definition, more than 4096 players and pairs, and coalitions that do not tell them.
     """
     group = game.players(players)
-    k, order = int(group.max()) + 1, None
+    k = int(group.max()) + 1
     if index not in INDICES:
         raise InputError(f"index is {index!r}, wanted one of {', '.join(INDICES)}")
     if k < 2:
         raise InputError(f"the response is {k} player, and pairs take two; wanted finer players, such as tokens")
+    order = _pairs(k, within)
     if index == "fsii":
-        order = _pairs(k, within)
         masks = game.coalitions(group) if samples == 0 else _drawn(k, len(order), samples, seed)
         main, each = _faithful(game, group, masks, order)
+    elif within is not None or samples is not None:
+        raise InputError(f"within and samples are options of fsii; {index} reads all coalitions")
     else:
-        masks, order = _all(k, index), _pairs(k, None)
+        masks = _all(k, index)
         main, each = _by_definition(game(masks[:, group]), masks, index)
     pairs = np.zeros((k, k))
     for (i, j), value in zip(order, each):
@@ -159,7 +163,7 @@ def interactions(
     spans, response = game.subject.spans, game.subject.response
     ends = [np.flatnonzero(group == player)[[0, -1]] for player in range(k)]
     parts = tuple(response[spans[first][0] : spans[last][1]] for first, last in ends)
-    return Interactions(parts, main, pairs, baseline, score, index, len(masks), game.subject.model)
+    return Interactions(parts, main, pairs, baseline, score, index, len(masks), game.subject.model, within)
 
 
 def _pairs(k: int, within: int | None) -> list[tuple[int, int]]:

@@ -93,6 +93,7 @@ def test_the_coalitions_of_shap_tell_neighbours_and_not_all_pairs():
     )
     found = interactions(game, "tokens", within=1, samples=0)
     np.testing.assert_allclose(found.pairs, near, atol=1e-8)
+    assert len(found.ranked()) == 9  # the pairs that were asked
     with pytest.raises(InputError, match="38 coalitions of 10 players do not tell"):
         interactions(game, "tokens", samples=0)
     with pytest.raises(InputError, match="lacks"):
@@ -115,6 +116,7 @@ def test_players_of_several_tokens_share_no_pair_within():
         (dict(index="banzhaf"), "index is 'banzhaf', wanted one of fsii, sii, stii"),
         (dict(within=0), "within is 0, wanted at least 1"),
         (dict(samples=3), "samples is 3, wanted at least 18"),
+        (dict(index="sii", within=1), "within and samples are options of fsii; sii reads all coalitions"),
         (dict(players=[(0, 43)]), "the response is 1 player"),
     ],
 )
