@@ -40,10 +40,14 @@ class OnDevice(TorchFunctionMode):
         drawn = getattr(kwargs.get("generator"), "device", None)
         if function not in TO_NUMPY and drawn != torch.device("cpu"):
             return function(*args, **kwargs)
-        result = function(*(x.cpu() if isinstance(x, torch.Tensor) else x for x in args), **kwargs)
+        first, at_home = (
+            args[0] if args else kwargs.get("tensor"),
+            lambda x: x.cpu() if isinstance(x, torch.Tensor) else x,
+        )
+        result = function(*map(at_home, args), **{name: at_home(x) for name, x in kwargs.items()})
         if function in TO_NUMPY:
             return result
-        return args[0].data.copy_(result) if function.__name__.endswith("_") else result.to(self.device)
+        return first.data.copy_(result) if function.__name__.endswith("_") else result.to(self.device)
 
 
 # ---------------------------------------------------------------------------------------------------- without a card

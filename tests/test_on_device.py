@@ -52,3 +52,14 @@ def test_what_a_card_does_is_done():
         assert {one.device for one in made} == {PRETENDED} and x.cpu().device == torch.device("cpu") != PRETENDED
         assert x.detach().cpu().numpy().shape == (2, 3) and x.sum().item() == 15 and x.tolist()[0][1] == 1
         torch.ones(2, 3).copy_(x), x.detach().copy_(torch.ones(2, 3))  # copies cross over
+
+
+@pytest.mark.parametrize("draw", [torch.nn.init.normal_, torch.Tensor.normal_, torch.nn.init.uniform_])
+def test_a_generator_of_the_cpu_draws_the_same_numbers_for_every_device(draw):
+    wanted = draw(torch.zeros(4), generator=torch.Generator().manual_seed(0))
+    with Pretended(), OnDevice("cpu:0"):
+        there = torch.zeros(4)
+        draw(there, generator=torch.Generator().manual_seed(0))
+        assert there.device == PRETENDED
+        there = there.cpu()
+    assert torch.equal(there, wanted)
