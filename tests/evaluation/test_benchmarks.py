@@ -107,6 +107,8 @@ def test_the_real_questions_are_read_and_filled_into_the_real_prompts():
     "name, change, message",
     [
         ("question.jsonl", lambda text: text.replace('"math"', "null"), "wanted question_id, category and two turns"),
+        ("question.jsonl", lambda text: text.replace('"math"', '"Math "'), "category is 'Math ', wanted math"),
+        ("question.jsonl", lambda text: text.replace('"turns": ["', '"turns": ["\\ud800'), "half a surrogate pair"),
         ("question.jsonl", lambda text: text + text.splitlines()[0], "no question_id twice"),
         ("question.jsonl", lambda text: "", "at least one question"),
         ("question.jsonl", lambda text: text[:-20], "is not readable: line 10"),
@@ -236,6 +238,7 @@ def test_outputs_are_written_beside_their_instructions(tmp_path):
         ([{"instruction": "a", "output": "b"}], "row 1: wanted instruction, output and generator"),
         ([{"instruction": "a", "output": "b", "generator": g} for g in "xy"], "outputs of one generator"),
         ([{"instruction": 5, "output": "b", "generator": "x"}], "row 1"),
+        ([{"instruction": "a", "output": "\ud800", "generator": "x"}], "row 1: half a surrogate pair"),
     ],
 )
 def test_rows_of_another_form_are_refused(tmp_path, rows, message):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dense_rlhf.data import read_rows
+from dense_rlhf.data.dataset import check_unicode
 from dense_rlhf.evaluation import environment
 from dense_rlhf.files import write_json, write_text
 from dense_rlhf.runs import shipped
@@ -55,8 +56,13 @@ def read_instructions(path: str | None, most: int | None = None, revision: str |
     where = path or _from_hub(revision)
     rows = read_rows(Path(where))[:most]
     for number, row in enumerate(rows, 1):
-        if not all(isinstance(row.get(key), str) and row[key] for key in ("instruction", "output", "generator")):
+        texts = [row.get(key) for key in ("instruction", "output", "generator")]
+        if not all(isinstance(text, str) and text for text in texts):
             raise InputError(f"{where}, row {number}: wanted instruction, output and generator, all of them text")
+        try:
+            check_unicode(*texts)
+        except InputError as error:
+            raise InputError(f"{where}, row {number}: {error}") from None
     if not rows or len({row["generator"] for row in rows}) > 1:
         raise InputError(f"{where}: wanted at least one row, and outputs of one generator")
     return rows

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dense_rlhf.data import hub_rows, read_rows
+from dense_rlhf.data.dataset import check_unicode
 from dense_rlhf.evaluation.judge.templates import NoVerdict, Question, after_thinking
 from dense_rlhf.types import InputError, Message
 
@@ -82,10 +83,16 @@ def _question(row: Mapping, references: object, where: object) -> TwoTurns:
     turns, id, category = row.get("turns"), row.get("question_id"), row.get("category")
     if not (type(id) is int and isinstance(category, str) and _two_texts(turns)):
         raise InputError(f"{where}, question_id {id!r}: wanted question_id, category and two turns of text")
-    guided = category in REFERENCE_GUIDED
+    guided, plain = category in REFERENCE_GUIDED, category.strip().lower()
+    if plain != category and plain in (*REFERENCE_GUIDED, *TEMPERATURES):  # it would be judged as another
+        raise InputError(f"{where}, question_id {id}: category is {category!r}, wanted {plain}")
     if guided and not _two_texts(references):
         files = "reference_answer*.jsonl in the same folder"
         raise InputError(f"{where}, question_id {id}: {category} wants two reference answers, from {files}")
+    try:
+        check_unicode(*turns, *(references if guided else ()))
+    except InputError as error:
+        raise InputError(f"{where}, question_id {id}: {error}") from None
     return TwoTurns(id, category, tuple(turns), tuple(references) if guided else None)
 
 
