@@ -153,10 +153,11 @@ class RewardClient:
 
     def _read(self, response: http.client.HTTPResponse, most: int, deadline: float) -> bytes:
         """The body of an answer, of at most so many bytes: rewards are no longer than their request."""
-        parts, size = [], response.length or 0
+        parts, read, size = [], 0, response.length or 0
         while response.length != 0 and size <= most and (ready := response.peek()):
             parts.append(response.read(len(ready)))
-            size = max(size, sum(map(len, parts)))
+            read += len(parts[-1])
+            size = max(size, read)
             if time.monotonic() > deadline:
                 raise TimeoutError(f"not whole within {self.timeout:g} seconds")
         if size > most:
