@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 SEEDS, BUDGETS, SHORT = 2, (2, 4, 8, 16), 8
-LONG = {"reviews": (12, 20), "encoder": (12, 20), "smollm2": (10, 12)}  # tokens of a response, responses
+LONG = {"reviews": (12, 20), "encoder": (12, 20), "smollm2": (10, 10)}  # tokens of a response, responses
 CHOSEN_ON = 60  # responses from the start, on which our one constant was chosen; they are not used here
 
 # ---------------------------------------------------------------------------------------------------- tables
