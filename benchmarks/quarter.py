@@ -261,7 +261,7 @@ def measured(one: Configuration, order: int, folder: Path) -> bool:
     record, key = records.read(path), source_key("dense_rlhf.runner.train", "dense_rlhf.runner.timing")
     mine = {"card": card(), "code": key}
     earlier = [run for run in record["runs"] if not mine.items() <= run.items() or run["complete"]]
-    if len(earlier) and mine.items() <= earlier[-1].items():
+    if any(mine.items() <= run.items() for run in earlier):
         say("known", name=one.name)
         return True
     about = {name: value for name, value in provenance().items() if name in ("commit", "python", "versions", "gpu")}
