@@ -48,7 +48,7 @@ def test_any_reward_model_is_explained(example, reward_model, tokenizer, tmp_pat
     explained = example("explain_a_reward_model").main(str(tmp_path), "the film", " was good and the cast was bad")
     assert explained.complete and abs(explained.gap) < 1e-4
     output = capsys.readouterr().out
-    assert output.count(" = baseline ") == 2 and "shap on " in output and "leave_one_out on " in output
+    assert output.count(" = baseline ") == 2 and "gaussian on " in output and "leave_one_out on " in output
 
 
 def test_grpo_trains_on_an_advantage_for_each_token(example, few_reviews):
