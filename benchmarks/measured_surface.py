@@ -22,4 +22,4 @@ class SurfaceExperiment(MeasuredExperiment):
         self.compositions, _, means = surface.layout
         sd = means.std()
         self.value_of = (means - means.mean()) / sd
-        Experiment.__init__(self, name, self.compositions.shape[1], sd / surface.noise, seed)
+        Experiment.__init__(self, name, self.compositions.shape[1], float(sd / surface.noise), seed)
