@@ -188,9 +188,11 @@ def explain_many(
 
     Raises `InputError` as `explain` does, with the number of the row, before anything is scored.
     """
-    if isinstance(prompts, str) or isinstance(responses, str) or len(prompts) != len(responses):
+    if any(isinstance(each, str | Mapping) or not hasattr(each, "__len__") for each in (prompts, responses)):
         given = " and ".join(type(each).__name__ for each in (prompts, responses))
         raise InputError(f"prompts and responses are {given}, wanted two lists of the same length")
+    if len(prompts) != len(responses):
+        raise InputError(f"{len(prompts)} prompts and {len(responses)} responses, wanted as many")
     if not isinstance(players, str):
         raise InputError("players are spans, which fit one response; wanted tokens, words or sentences")
     rows = [(prompt, response, players) for prompt, response in zip(prompts, responses)]

@@ -27,6 +27,11 @@ def prompt_text(prompt: Prompt) -> str:
     return "".join(f"\n\n{NAMES[m.role]}: {m.content}" for m in prompt) + "\n\nAssistant:"
 
 
+def as_dialogue(prompt: Prompt) -> tuple[Message, ...]:
+    """A prompt as its turns: text is one of the user's."""
+    return (Message("user", prompt),) if isinstance(prompt, str) else prompt
+
+
 # ---------------------------------------------------------------------------------------------------- one row
 
 
@@ -119,7 +124,8 @@ def _check(pair: PreferencePair, max_chars: int) -> None:
 def collect_pairs(
     rows: Iterable[object], parse: Callable[[dict], PreferencePair], max_chars: int, name: str, revision: str
 ) -> Dataset:
-    """Parse rows, count those left out, and split by the hash of the prompt, so that none is in two splits."""
+    """Parse rows, count those left out, and split by the hash of the prompt as a dialogue, so that none, in whatever
+    layout, is in two splits."""
     splits: dict[str, list[PreferencePair]] = {split: [] for split in PAIR_SHARES}
     counts, seen = Counter(), set()
     for row in rows:
@@ -127,15 +133,16 @@ def collect_pairs(
         try:
             pair = parse(row)
             _check(pair, max_chars)
-            if pair in seen:
+            asked = as_dialogue(pair.prompt)
+            if replace(pair, prompt=asked) in seen:
                 raise InputError("duplicate")
         except InputError as fault:
             counts[f"left out: {fault}"] += 1
         except (LookupError, TypeError, AttributeError, ValueError):  # of a parser of the user's
             counts[f"left out: {OTHER}"] += 1
         else:
-            seen.add(pair)
-            splits[split_of(prompt_text(pair.prompt), PAIR_SHARES)].append(pair)
+            seen.add(replace(pair, prompt=asked))
+            splits[split_of(prompt_text(asked), PAIR_SHARES)].append(pair)
     hint = "; wanted chosen and rejected, texts or lists of {role, content}, and perhaps prompt"
     count_kept(name, splits, counts, hint)
     taught = {split: splits[split] for split in ("reward", "gold", "test")}

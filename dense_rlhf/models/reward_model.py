@@ -13,6 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dense_rlhf.models.dialogue import Reader
 from dense_rlhf.types import InputError, Prompt, Reading, Responses, Rollout
 
+FAILURES = RuntimeError, IndexError, ValueError, TypeError, AttributeError  # each architecture fails in its own way
+
 
 @dataclass(frozen=True)
 class RewardModel:
@@ -171,7 +173,7 @@ class RewardModel:
             return self.model.score(hidden[torch.arange(len(seen), device=seen.device), last])[..., self.output]
         except (torch.OutOfMemoryError, InputError):
             raise
-        except (RuntimeError, IndexError, ValueError, TypeError) as error:  # each architecture fails in its own way
+        except FAILURES as error:
             size, reason = tuple(seen.shape), " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise InputError(f"{type(self.model).__name__} cannot read {size[1]} tokens ({reason})") from error
 

@@ -101,6 +101,12 @@ def llama(tokenizer):
     return build("Llama", tokenizer)
 
 
+@pytest.mark.parametrize("kind", ["Llama", "Bert"])
+def test_a_model_without_a_head_is_one_line(kind, tokenizer):
+    with pytest.raises(InputError, match=f"{kind}Model cannot read .* tokens .*logits"):
+        explain(build(kind, tokenizer).base_model, tokenizer, PROMPT, RESPONSE, pair=False)
+
+
 @pytest.fixture(scope="module")
 def bert(bert_tokenizer):
     return build("Bert", bert_tokenizer)

@@ -41,7 +41,9 @@ def test_nothing_to_explain_is_an_empty_list(reader):
 @pytest.mark.parametrize(
     "prompts, responses, players, error",
     [
-        ([PROMPT], [RESPONSE, OTHER], "tokens", "wanted two lists of the same length"),
+        ([PROMPT], [RESPONSE, OTHER], "tokens", "1 prompts and 2 responses, wanted as many"),
+        ({PROMPT: 0}, [RESPONSE], "tokens", "dict and list, wanted two lists"),
+        (iter([PROMPT]), [RESPONSE], "tokens", "list_iterator and list, wanted two lists"),
         (PROMPT, RESPONSE, "tokens", "str and str, wanted two lists"),
         ([PROMPT, PROMPT], [RESPONSE, ""], "tokens", "row 1: response is '', wanted text"),
         ([PROMPT], [RESPONSE], [(0, 3)], "players are spans"),

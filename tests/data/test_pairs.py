@@ -6,7 +6,7 @@ from made_rows import CHATS, HH_ROWS, hh_row, left_out, total, turns, write_rows
 
 from dense_rlhf.config.params import DataParams
 from dense_rlhf.data import collect_pairs, load_data, preference_pair, prompt_text
-from dense_rlhf.data.pairs import parse_turns
+from dense_rlhf.data.pairs import as_dialogue, parse_turns
 from dense_rlhf.types import InputError, Message, PreferencePair
 
 OTHER = "fields missing or of another type"
@@ -163,6 +163,18 @@ def test_one_prompt_is_never_in_two_splits():
     prompts += [set(dataset.train_prompts), set(dataset.validation_prompts)]
     assert len(set().union(*prompts)) == sum(map(len, prompts)) == 400
     assert dataset.is_pairwise and set(dataset.test_prompts) == prompts[2]
+
+
+def test_a_prompt_of_two_layouts_is_in_one_split_and_its_pair_is_one():
+    asked = [f"Is film {i} good?" for i in range(200)]
+    texts = [{"prompt": text, "chosen": "yes", "rejected": "no"} for text in asked]
+    messages = [row | {"prompt": [{"role": "user", "content": row["prompt"]}]} for row in texts]
+    other = [row | {"chosen": "well, yes"} for row in messages]
+    dataset = collect_pairs([*texts, *messages, *other], preference_pair, 200, "p", "r")
+    assert left_out(dataset) == {"duplicate": 200}
+    splits = dataset.reward, dataset.gold, dataset.test, dataset.train_prompts, dataset.validation_prompts
+    prompts = [{prompt_text(as_dialogue(getattr(one, "prompt", one))) for one in split} for split in splits]
+    assert len(set().union(*prompts)) == sum(map(len, prompts)) == 200
 
 
 def test_too_few_rows_for_the_splits_raise():

@@ -49,7 +49,7 @@ def test_an_arm_that_is_its_rival_makes_no_difference():
 
 @pytest.mark.parametrize("twins, verdict", [((), SUPPORTED), (("a", "b", "c"), UNDECIDED)])
 def test_the_tests_of_a_question_share_one_error_rate(twins, verdict):
-    """A p of 0.003 decides with ten seeds, at a level of 0.01, where it is one of two tests, not where it is of eight."""
+    """With ten seeds, at a level of 0.01, a p of 0.003 decides where it is one of two tests, not where of eight."""
     arms = made(lifts={"sparse": 0.0, "better": 0.0} | dict.fromkeys(twins, 0.0))
     spread = np.linspace(-1, 1, 10) / np.std(np.linspace(-1, 1, 10), ddof=1)
     for arm, ends in {"sparse": 0 * spread, "better": 0.4 + 0.4 / 4 * 10**0.5 * spread}.items():  # t is 4
