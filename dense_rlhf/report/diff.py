@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from dense_rlhf.report.record import MANIFEST, PLACE, read_record
+from dense_rlhf.report.record import MANIFEST, complete, read_record
 from dense_rlhf.runs import RunFolder
 from dense_rlhf.types import InputError
 
@@ -59,7 +59,7 @@ def _of_runs(job: str, ours: RunFolder, theirs: RunFolder) -> list[Row]:
 
 def _values(run: RunFolder) -> dict[str, object]:
     """Parameters, but for where the run lies, and metrics, by name."""
-    flat = {f"parameter {name}": value for name, value in run.parameters().items() if name != PLACE}
+    flat = {f"parameter {name}": value for name, value in complete(run.parameters()).items()}
     return flat | _leaves(run.load_json("metrics.json"))
 
 

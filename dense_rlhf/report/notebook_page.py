@@ -54,11 +54,24 @@ def notebook_body(path: Path) -> tuple[Markup, Markup]:
     _settle(notebook)
     notebook.cells = _arranged(notebook.cells)
     _gather_messages(notebook.cells)
-    html, _ = _exporter().from_notebook_node(notebook)
-    soup = BeautifulSoup(html, "html.parser")
+    soup = BeautifulSoup(_exported(notebook), "html.parser")
     clean(soup)
     heads = _dress(soup)
     return Markup(soup), draw("contents", heads)
+
+
+def _exported(notebook: NotebookNode) -> str:
+    """What `HTMLExporter` makes of a notebook, without its own pass over the HTML: `_dress` does more."""
+    from nbconvert.exporters.templateexporter import TemplateExporter
+    from nbconvert.filters import Highlight2HTML
+    from nbconvert.filters.widgetsdatatypefilter import WidgetsDataTypeFilter
+
+    exporter, metadata = _exporter(), notebook.metadata
+    language = metadata.get("language_info", {})
+    lexer = language.get("pygments_lexer", language.get("name"))
+    exporter.register_filter("highlight_code", Highlight2HTML(pygments_lexer=lexer, parent=exporter))
+    exporter.register_filter("filter_data_type", WidgetsDataTypeFilter(notebook_metadata=metadata, parent=exporter))
+    return TemplateExporter.from_notebook_node(exporter, notebook, exporter._init_resources(None))[0]
 
 
 @cache

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dense_rlhf.config.params import RunParams
 from dense_rlhf.files import content_key, file_sha256, lock, naming, read_json, to_disk, write_json
 from dense_rlhf.report.redact import redacted, scrubbed_file
 from dense_rlhf.runs import RunFolder, altered, workspace
@@ -150,8 +151,12 @@ def _check_same_parameters(folder: Path, job: str, fresh: Files, old: Files) -> 
 def _parameters(files: Files) -> dict:
     import yaml
 
-    flat = yaml.safe_load(files.get("params.yaml", b"")) or {}
-    return {name: value for name, value in flat.items() if name != PLACE}
+    return complete(yaml.safe_load(files.get("params.yaml", b"")) or {})
+
+
+def complete(flat: Mapping) -> dict:
+    """A run's parameters without its place; one that was added to the project since has its default."""
+    return RunParams().flat() | {name: value for name, value in flat.items() if name != PLACE}
 
 
 def _facts(files: Files) -> dict:

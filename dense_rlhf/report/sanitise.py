@@ -33,6 +33,7 @@ DROPPED = set(
     meta base annotation annotation-xml
     """.split()
 )
+KEPT = TEXT | MATH
 ATTRIBUTES = set(
     "title lang dir role scope colspan rowspan alt value max open start aria-label aria-hidden headers".split()
 )
@@ -76,12 +77,10 @@ def clean(soup: BeautifulSoup, classes: Set[str] = frozenset(OURS)) -> None:
             text.extract()
         elif (shown := visible(text.replace("\t", "    "))) != text:
             text.replace_with(shown)
+    while dropped := soup.find(list(DROPPED)):
+        dropped.decompose()
     for tag in soup.find_all(True):
-        if tag.decomposed:
-            continue
-        if tag.name in DROPPED:
-            tag.decompose()
-        elif tag.name not in TEXT | MATH:
+        if tag.name not in KEPT:
             tag.unwrap()
         else:
             given = {name: _attribute(tag, name, value, classes) for name, value in tag.attrs.items()}

@@ -58,7 +58,7 @@ def test_each_difference_is_a_row(study, capsys):
     shutil.rmtree(copy / "ppo")
     rows = differences(record, copy)
     assert ("ppo", "run", "present", "missing") in rows and len(rows) == 4
-    assert (JOB, "parameter ppo_lr", "–", "0.5") in rows and (JOB, "gold.mean", "–", "2.0") in rows
+    assert (JOB, "parameter ppo_lr", "0.0001", "0.5") in rows and (JOB, "gold.mean", "–", "2.0") in rows
     assert (JOB, "test.csv, gold, 1 of 60 rows, first in 3", str(test["gold"][3]), "7.5") in rows
     assert main(["diff", str(record), str(copy)]) == 1
     assert len(capsys.readouterr().out.splitlines()) == 1 + len(rows)

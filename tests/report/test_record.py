@@ -99,6 +99,16 @@ def test_a_run_that_was_repeated_takes_its_place(made, tmp_path):
     assert len(list(folder.glob("study-*"))) == 1
 
 
+def test_a_parameter_that_was_added_since_is_no_other_one(made, tmp_path):
+    """It had its default before it had a name."""
+    outline, runs = made
+    write_record(outline, runs, tmp_path / "results")
+    again = job(outline, runs, "ppo")
+    again.file("params.yaml").write_text(again.file("params.yaml").read_text() + "evaluation_texts: 1000\n")
+    write_json(again.file("run.json"), again.load_json("run.json") | {"artefacts": artefacts(again.path)})
+    write_record(outline, [again], tmp_path / "results")
+
+
 def test_other_parameters_are_refused_by_name(made, tmp_path):
     outline, runs = made
     folder = write_record(outline, runs, tmp_path / "results")
