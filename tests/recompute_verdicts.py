@@ -217,7 +217,8 @@ def learned(study):
             and next(iter(study.searches[a].values())).get("bo_strategy") == "random"
             and next(iter(study.searches[a].values())).get("bo_trials") == flat.get("bo_trials")
         ]
-        if fixed := [a for a in alike if a not in study.searches]:
+        fixed = [a for a in alike if a not in study.searches]
+        if not all(set(study.sources(a)) <= SPARSE for a in fixed):
             yield arm, fixed, study.controls(arm) + random
 
 

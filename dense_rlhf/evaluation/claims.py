@@ -88,9 +88,10 @@ def _learned(finding: Finding) -> list[Matchup] | Unasked:
         alike = [o for o in mixed if o.kind == SPARSE or o.normalise == arm.normalise]
         searched = [o for o in alike if o.search and o.trials == arm.trials and set(o.sources) == set(arm.sources)]
         drawn = [o.name for o in searched if o.search.strategy == "random"]
-        if fixed := [o.name for o in alike if not o.search]:
-            asked.append(Matchup(arm, fixed, _controls(finding, arm) + drawn))
-    return asked or Unasked("no arm with learned weights to compare with fixed weights of its sources")
+        fixed = [o for o in alike if not o.search]
+        if any(o.kind != SPARSE for o in fixed):  # to beat sparse rewards is the first claim
+            asked.append(Matchup(arm, [o.name for o in fixed], _controls(finding, arm) + drawn))
+    return asked or Unasked("no arm with learned weights to compare with fixed, dense weights of its sources")
 
 
 def _wide(finding: Finding) -> list[Matchup] | Unasked:

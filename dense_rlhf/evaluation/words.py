@@ -192,5 +192,8 @@ def basis(finding: Finding) -> str:
     for name, what in (("ppo_lam", "Lambda"), ("ppo_kl_coef", "KL coefficient")):
         values = sorted({flat[name] for flat in flats if name in flat})
         text += f" {what} {' or '.join(f'{value:g}' for value in values)}." if values else ""
+    steps = {arm.step for arm in finding.arms.values() if arm.step}
+    if len(steps) == 1 and not tuning(finding):
+        text += f" All arms have one step size, {steps.pop():g}: what a larger step gains is not taken out."
     shared = finding.drawn_once
     return text + (f" All seeds share {', '.join(shared)}: no interval covers another draw of it." if shared else "")

@@ -127,6 +127,10 @@ def test_learned_weights_meet_the_fixed_ones_and_the_random_search_that_they_cou
     assert "drawn" not in [c.rival for c in claim_on(made(golds, searches=by), "2").cases[0].comparisons]
     assert claim_on(made(golds | {"shap": about(3.0)}, searches={"bo-shap": search()}), "2").verdict == CONTRADICTED
     assert claim_on(made(golds), "2").verdict == NOT_ASKED
+    alone = claim_on(made(BASE | {"bo-shap": about(2.0)}, searches={"bo-shap": search()}), "2")
+    assert (
+        alone.verdict == NOT_ASKED and "fixed, dense weights" in alone.why
+    )  # it beats the sparse arm, as claim 1 says
 
 
 def test_one_search_speaks_of_these_weights_only():

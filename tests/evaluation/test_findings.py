@@ -199,13 +199,16 @@ def test_longer_and_common_steps_stand_beside_and_are_no_findings_of_their_own(t
 
 def test_the_first_page_tells_the_step_sizes_and_what_choosing_them_took(tmp_path):
     study = Study(tmp_path / "s", ARMS_OF_A_FRONTIER, (0, 1), params={"ppo_lr": 5e-4}).write()
-    assert "Step sizes" not in verdict(*findings(finished_runs(study.folder))).grounds
+    grounds = verdict(*findings(finished_runs(study.folder))).grounds
+    assert "Step sizes" not in grounds and "All arms have one step size, 0.0005:" in grounds["How sure"]
     for arm, size in (("sparse", 5e-4), ("shap-signed", 5e-4)):
         job = f"11_step_size-{arm}"
         cost = {"trainings": 3, "updates": 36, "seconds": 60.0, "step_size": size}
         (study._folder(job) / "metrics.json").write_text(json.dumps(cost))
         study._end(study.folder / job, job, "11_step_size", {"arm": arm, "seed": 500}, "own")
-    words = verdict(*findings(finished_runs(study.folder), list(study.arms))).grounds["Step sizes"]
+    grounds = verdict(*findings(finished_runs(study.folder), list(study.arms))).grounds
+    words = grounds["Step sizes"]
+    assert "one step size" not in grounds["How sure"]
     assert words.startswith("sparse 0.0005, shap-signed 0.0005. ") and "6 trainings, 72 updates, 2 min in all" in words
 
 
