@@ -34,13 +34,13 @@ def line(measure: str, case: str, **more) -> None:
 def clocked(act: Callable) -> tuple[float, float, object]:
     """Seconds, most GiB at once (0 on a CPU), and what the work returned."""
     if DEVICE.type == "cpu":
-        start, found = time.perf_counter(), act()
-        return time.perf_counter() - start, 0.0, found
+        start, result = time.perf_counter(), act()
+        return time.perf_counter() - start, 0.0, result
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    start, found = time.perf_counter(), act()
+    start, result = time.perf_counter(), act()
     torch.cuda.synchronize()
-    return time.perf_counter() - start, torch.cuda.max_memory_allocated() / 2**30, found
+    return time.perf_counter() - start, torch.cuda.max_memory_allocated() / 2**30, result
 
 
 SHAPES = {
@@ -120,11 +120,11 @@ def one_update(
     learner: ppo.Learner, reference: PolicyWithValue, reward_model: RewardModel, queries: Tensor, params: RunParams
 ) -> dict[str, tuple[float, float]]:
     """Seconds and GiB of each step, in the order of a training; responses have their full length."""
-    policy, T, found = learner.policy, params.ppo.max_new_tokens, {}
+    policy, T, measured = learner.policy, params.ppo.max_new_tokens, {}
     draw_from = SAMPLERS[params.ppo.sampler]
 
     def step(name: str, act: Callable):
-        *found[name], made = clocked(act)
+        *measured[name], made = clocked(act)
         return made
 
     mask, generator = torch.ones_like(queries, dtype=torch.bool), torch.Generator().manual_seed(0)
@@ -138,4 +138,4 @@ def one_update(
     credit = step("explain", lambda: attribute(reward_model, read, ["shap"], params.attribution))
     shaped = shape_rewards(read, credit, RewardShape(("shap",), (1.0,), "signed"))
     step("update", lambda: ppo.update(learner, read, ppo.token_rewards(read, shaped, params.ppo), params.ppo))
-    return found
+    return measured

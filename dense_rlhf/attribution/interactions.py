@@ -193,8 +193,8 @@ def _faithful(game: Game, group: np.ndarray, masks: np.ndarray, order: list[tupl
     seen, operator = design.masks.numpy(), design.operator.numpy()
     lost = ~np.isclose(operator @ seen, np.eye(len(operator)), atol=1e-6).all(1)
     if lost.any():
-        told = f"{len(seen)} coalitions of {k} players do not tell {lost.sum()} of {len(lost)} effects"
-        raise InputError(f"{told}; take more (samples), pairs of neighbours only (within=1), or coarser players")
+        lacking = f"{len(seen)} coalitions of {k} players do not tell {lost.sum()} of {len(lost)} effects"
+        raise InputError(f"{lacking}; take more (samples), pairs of neighbours only (within=1), or coarser players")
     effects = operator @ game(seen[:, :k][:, group])
     return effects[:k], effects[k:]
 

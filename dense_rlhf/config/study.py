@@ -260,12 +260,12 @@ def parameters(name: str = "") -> dict[str, tuple[str, object, str]]:
         whole |= {f"{where}.{key}": about for key, about in listed(cls).items()}
     plain = {key.removeprefix("arms.NAME.").replace(".", "_"): key for key in whole} | {key: key for key in whole}
     group = "arms.NAME" if name == "shape" else name
-    found = {key: whole[key] for key in whole if key.startswith(f"{group}." if group else "")}
-    found = found or ({plain[name]: whole[plain[name]]} if name in plain else {})
-    if not found:
+    wanted = {key: whole[key] for key in whole if key.startswith(f"{group}." if group else "")}
+    wanted = wanted or ({plain[name]: whole[plain[name]]} if name in plain else {})
+    if not wanted:
         known = [*GROUPS, "arms", *plain]
         raise InputError(f"{shown(name)} is no parameter and no group{did_you_mean(name, known)}")
-    return found
+    return wanted
 
 
 def schema() -> dict:
