@@ -105,6 +105,8 @@ def test_contextual_weights_are_searched_beside_static_ones_and_trained_again(co
     assert not fresh & {t["seed"] for tries in tried.values() for t in tries} and set(metrics["slopes"]) == {"position"}
     low = metrics["gain"]["static"]["proxy"]["low"]  # null where one seed has no interval
     assert metrics["real"] <= metrics["told_apart"] == (low is not None and low > 0)
+    asked = [(answer["at"], answer["verdict"]) for answer in metrics["answers"]]
+    assert asked == [("equal updates", "undecided"), ("equal KL", "undecided")]  # by one seed
 
 
 def test_trials_are_counted_against_sources_on_known_functions(dimension):
