@@ -1,7 +1,7 @@
 """Scores and credit of every architecture are those of its own forward, in `explain` and as a study's reward model."""
 
 import inspect
-from itertools import product
+from itertools import compress, product
 from math import factorial
 
 import numpy as np
@@ -72,20 +72,21 @@ def classifier(kind, tokenizer, **options):
 
 
 @torch.no_grad()
-def own(model, ids, kinds=None):
-    """The model's own forward on one text."""
-    kinds = {} if kinds is None else {"token_type_ids": torch.tensor([kinds])}
-    return model(input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), **kinds).logits[0, 0].item()
+def own(model, rows, kinds):
+    """The model's own forward on texts of one length."""
+    ids, kinds = torch.tensor(rows), {"token_type_ids": torch.tensor(kinds)} if kinds else {}
+    return model(input_ids=ids, attention_mask=torch.ones(ids.shape), **kinds).logits[:, 0].tolist()
 
 
 def by_definition(model, before, middle, after, kinds):
     """Scores of no and of all response tokens, and the Shapley value of each, from the own forward of every text."""
     k, p = len(middle), len(before)
     values = {}
-    for keep in product([False, True], repeat=k):
-        of = [True] * p + list(keep) + [True] * len(after)
-        chosen = [[x for x, kept in zip(part, of) if kept] for part in ([*before, *middle, *after], kinds or of)]
-        values[keep] = own(model, chosen[0], chosen[1] if kinds else None)
+    for size in range(k + 1):
+        coalitions = [keep for keep in product([False, True], repeat=k) if sum(keep) == size]
+        kept = [[True] * p + list(keep) + [True] * len(after) for keep in coalitions]
+        rows = [list(compress([*before, *middle, *after], of)) for of in kept]
+        values |= zip(coalitions, own(model, rows, kinds and [list(compress(kinds, of)) for of in kept]))
     credit = np.zeros(k)
     for keep, value in values.items():
         for t in range(k):
@@ -199,3 +200,31 @@ def test_encoders(kind, policy, tmp_path):
         prompt = [{"role": "user", "content": PROMPT}] if shape == "dialogue" else PROMPT
         pair = dict(pair=True) if shape == "pair" else {}
         check(model, tokenizer, prompt, response, (*parts, kinds), policy, folder, **pair)
+
+
+@pytest.mark.parametrize(
+    "kind, shape",
+    [
+        *(("llama", "decoder"), ("gpt2", "decoder"), ("qwen3", "decoder")),
+        *(("bert", "encoder"), ("modernbert", "encoder"), ("deberta-v2", "encoder")),
+        *(("bart", "encoder-decoder"), ("t5", "encoder-decoder")),
+        *(("bert", "two segments"), ("electra", "two segments"), ("xlnet", "two segments")),
+    ],
+)
+def test_values_of_eight_players_are_those_of_all_coalitions(kind, shape):
+    pair, last = shape == "two segments", kind in ("bart", "t5", "xlnet")  # those read their last token
+    ends = "" if shape == "decoder" else "$A </s>" if last else "<s> $A </s>"
+    names = ["input_ids", "attention_mask", *["token_type_ids"] * pair]
+    tokenizer, response = words(ends, model_input_names=names), " good and bad ; the film was good"
+    around = [part.split() for part in ends.split("$A")] if ends else [[], []]
+    parts = [*around[0], *PROMPT.split(), *["<sep>"] * pair], response.split(), around[1]
+    before, middle, after = (tokenizer.convert_tokens_to_ids(part) for part in parts)
+    kinds = [0] * len(before) + [1] * (8 + len(after)) if pair else None
+    model = classifier(kind, tokenizer)
+    baseline, score, credit = by_definition(model, before, middle, after, kinds)
+    assert np.ptp(credit) > 1e-4
+    for source in ("gaussian", "kernel"):
+        explained = explain(model, tokenizer, PROMPT, response, source, samples_per_token=32, pair=pair)
+        assert explained.evaluations == 2**8
+        assert [explained.baseline, explained.score] == pytest.approx([baseline, score], abs=1e-5)
+        assert explained.credit == pytest.approx(credit, abs=1e-5)
