@@ -18,6 +18,7 @@ from dense_rlhf.evaluation.words import EQUAL_KL, UPDATES, Measure, p_value, sig
 from dense_rlhf.statistics import Difference
 
 NOT_ASKED, IDENTITY = "not asked", "an identity"  # in place of a verdict
+HELPED = "1b"  # the claim that answers the main question: gold of every dense arm
 MANY, BUDGET = 4, 25  # sources and trials of the third claim
 GOOD_CRITIC = 0.5  # explained variance of returns from which on the sixth claim calls a critic good
 EXACT = 1e-9  # score lost that is rounding

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dense_rlhf.evaluation import claims
-from dense_rlhf.evaluation.claims import Claim, judge
+from dense_rlhf.evaluation.claims import HELPED, Claim, judge
 from dense_rlhf.evaluation.findings import across
 from dense_rlhf.evaluation.overoptimisation import fits, law_table
 from dense_rlhf.evaluation.results import CONTROL, DENSE, Arm, Finding
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
 ROWS = 60  # of an ablation's table that its page shows; the file has all
-HELPED = "1b"  # the claim that answers the question: gold of every dense arm
 METHOD = "mean over seeds with its 95 % t interval; a point without a bar has none"
 CLOCK = "Seconds to a KL, and of a training, are those of sampling, explaining and learning, by the clock."
 

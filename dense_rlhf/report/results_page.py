@@ -12,12 +12,13 @@ from pathlib import Path
 
 from dense_rlhf.config.params import ABLATIONS, BENCHMARKS
 from dense_rlhf.evaluation.claims import IDENTITY, NOT_ASKED, QUESTIONS, Claim, judge
+from dense_rlhf.evaluation.open_questions import LONGER, WORSE, by_settings
 from dense_rlhf.evaluation.results import Finding
 from dense_rlhf.evaluation.rule import CONTRADICTED, NO_DIFFERENCE, SUPPORTED, UNDECIDED, Case
 from dense_rlhf.evaluation.words import EQUAL_KL, UPDATES, identity, p_value, plural, signed
 from dense_rlhf.files import write_text
 from dense_rlhf.report.charts import forest
-from dense_rlhf.report.comparison import HELPED, intervals_in, verdict
+from dense_rlhf.report.comparison import intervals_in, verdict
 from dense_rlhf.report.index import MAIN, rank
 from dense_rlhf.report.record import Outline
 from dense_rlhf.runs import RunFolder
@@ -34,8 +35,8 @@ OPEN = {  # by the ablation that asks it
     "contextual": "Do weights that depend on the token teach more than constant ones?",
     "human": "Does credit from words that people marked teach more than SHAP?",
     "dimension": "How many more trials does each further source need?",
-    "length": "Do dense rewards help more where responses are longer?",
-    "reward_model": "Does credit from a worse reward model still teach?",
+    "length": LONGER,
+    "reward_model": WORSE,
 }
 
 
@@ -152,12 +153,10 @@ def _open(studies: Sequence[Study]) -> list[dict]:
         if run.record()["notebook"] in ABLATIONS
         for answer in run.load_json("metrics.json").get("answers") or ()
     ]
-    by_setting = [
-        row | {"question": OPEN[study.name], "at": row["where"]}
+    across = [
+        answer | {"study": study.name, "page": f"reports/{study.name}/comparison-{answer['dataset']}.html"}
         for study in studies
-        if study.name in OPEN
-        for row in _settings(study)
-        if row["key"] == HELPED
+        for answer in by_settings(study.name, study.findings)
     ]
     recorded = {study.name for study in studies}
     unasked = [
@@ -171,7 +170,7 @@ def _open(studies: Sequence[Study]) -> list[dict]:
         for name, question in OPEN.items()
         if name not in recorded
     ]
-    return answers + by_setting + unasked
+    return answers + across + unasked
 
 
 def _surprises(studies: Sequence[Study]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from dense_rlhf.config.params import RunParams
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 EQUAL_UPDATES = "after equal updates on the same prompts, 95 % interval over seeds"
 EQUAL_KL = "at the largest KL that both reach, 95 % interval over seeds"
+ANSWER = ("question", "at", "verdict", "why")
 HEAD = ("setting", "arm", "gold (log-odds)", "KL (nats)", "gain at equal updates", "gain at equal KL")
 
 
@@ -25,15 +26,22 @@ def in_order(findings: Sequence[Finding], comparisons: Sequence[RunParams]) -> l
     return sorted(findings, key=lambda f: places.index(f.dataset) if f.dataset in places else len(places))
 
 
-def settings_html(findings: Sequence[Finding], comparisons: Sequence[RunParams]) -> Markup:
-    """Two figures for each arm with a line for each setting, and all numbers; empty for a study without settings."""
+def settings_html(
+    findings: Sequence[Finding], comparisons: Sequence[RunParams], answers: Sequence[Mapping[str, str]] = ()
+) -> Markup:
+    """What the settings answer (`by_settings`), two figures for each arm with a line for each setting, and all numbers;
+    empty for a study without settings."""
     several = len({run.where.removesuffix(f"-{run.setting}") for run in comparisons}) > 1
     names = {run.where: run.where if several else run.setting for run in comparisons if run.setting}
     varied = {names[f.dataset]: f for f in findings if f.dataset in names}
     arms = dict.fromkeys(arm for f in varied.values() for arm in f.arms if arm not in (f.baseline, "reference"))
     figures = [figure for arm in arms for figure in _figures(arm, {n: f for n, f in varied.items() if arm in f.arms})]
     rows = [_row(name, arm) for name, f in varied.items() for arm in f.arms.values()]
-    return draw("joined", [*figures, table(f"Every arm in every setting; {METHOD}", HEAD, rows)] if varied else [])
+    parts = [*figures, table(f"Every arm in every setting; {METHOD}", HEAD, rows)] if varied else []
+    if answers:
+        cells = [[answer[key] for key in ANSWER] for answer in answers]
+        parts = [table("What the settings answer, by the rule of the claims", ANSWER, cells), *parts]
+    return draw("joined", parts)
 
 
 def _figures(arm: str, varied: dict[str, Finding]) -> list[Markup | str]:
