@@ -48,7 +48,9 @@ def test_each_arm_is_held_against_the_baseline_of_its_own_setting(compared):
 def test_what_the_settings_answer_comes_first_and_is_escaped(compared):
     answer = {"question": "Does <b>more</b> help?", "at": "equal KL", "verdict": "undecided", "why": "<script>"}
     page = BeautifulSoup(settings_html(compared, load_study(KL).comparisons, [answer]), "html.parser")
-    assert [cell.text for cell in page.table.find_all("td")] == list(answer.values()) and not page.find("script")
+    assert [cell.text for cell in page.table.tbody.find_all(["th", "td"])] == list(answer.values()) and not page.find(
+        "script"
+    )
 
 
 def test_several_datasets_are_named_and_no_settings_are_nothing(compared):
