@@ -120,6 +120,8 @@ def test_trials_are_counted_against_sources_on_known_functions(dimension):
     rows = run.load_table("searches")
     powers = rows[(rows["landscape"] == "powers") & (rows["method"] == "gp")].groupby("d")["regret"].mean()
     assert {int(d): at["mean"] for d, at in metrics["regret"]["gp"].items()} == pytest.approx(dict(powers))
+    (answer,) = metrics["answers"]
+    assert answer["verdict"] == "undecided" and "3 sources" in answer["why"] and "1 function," in answer["why"]
     assert metrics["group"] == "reported" and set(run.load_table("calibration")["group"]) == {"reported", "tuning"}
 
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from dense_rlhf.evaluation.claims import GOLD
 from dense_rlhf.evaluation.frontier import difference_at_kl
-from dense_rlhf.evaluation.rule import Case, Comparison, decide, overall
-from dense_rlhf.evaluation.words import EQUAL_KL, UPDATES, why
-from dense_rlhf.statistics import Difference, difference
+from dense_rlhf.evaluation.rule import NO_DIFFERENCE, Case, Comparison, decide, overall
+from dense_rlhf.evaluation.words import EQUAL_KL, UPDATES, p_value, plural, signed, why
+from dense_rlhf.statistics import Difference, difference, paired
 
 if TYPE_CHECKING:
     from dense_rlhf.evaluation.arms import Arms
@@ -32,6 +32,17 @@ def answers(question: str, asked: Mapping[str, Rivals], arms: Arms, margin: floa
         verdict = overall([case.verdict for case in own])
         rows.append({"question": question, "at": where, "verdict": verdict, "why": why(own, (GOLD,), verdict)})
     return rows
+
+
+def answer_pairs(
+    question: str, at: str, ours: Sequence[float], theirs: Sequence[float], margin: float
+) -> dict[str, str]:
+    """Whether `ours` are higher than `theirs`, both (N,) of the same functions: a row as of `answers`."""
+    more = paired(ours, theirs)
+    case = decide([Case("ours", (Comparison("theirs", False, "", None, more),), 1, margin)], more.seeds)[0]
+    p = case.p_equal if case.verdict == NO_DIFFERENCE else case.p_differs
+    reason = f"{signed(more)} ({plural(more.seeds, 'function')}, margin {margin:g}, {p_value(p)})"
+    return {"question": question, "at": at, "verdict": case.verdict, "why": reason}
 
 
 def _case(arm: str, rivals: Rivals, arms: Arms, margin: float, where: str) -> Case:

@@ -34,7 +34,7 @@ GROUNDS = "How sure", "Over the nearest control", "Cost", "Step sizes", "At one 
 OPEN = {  # by the ablation that asks it
     "contextual": "Do weights that depend on the token teach more than constant ones?",
     "human": "Does credit from words that people marked teach more than SHAP?",
-    "dimension": "How many more trials does each further source need?",
+    "dimension": "Does each further source need more trials?",
     "length": LONGER,
     "reward_model": WORSE,
 }

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dense_rlhf.evaluation.answers import answers
+from dense_rlhf.evaluation.answers import answer_pairs, answers
 from dense_rlhf.evaluation.arms import Arms
 from dense_rlhf.evaluation.rule import CONTRADICTED, NO_DIFFERENCE, SUPPORTED, UNDECIDED
 
@@ -56,3 +56,14 @@ def test_the_tests_of_a_question_share_one_error_rate(twins, verdict):
         arms.judged[arm] = [pd.DataFrame({"gold": [end]}) for end in ends]
     asked = {name: (["sparse"], []) for name in ("better", *twins)}
     assert answers("?", asked, arms, 0.01)[0]["verdict"] == verdict
+
+
+@pytest.mark.parametrize(
+    "more, noise, verdict",
+    [(1.0, 0.1, SUPPORTED), (-1.0, 0.1, CONTRADICTED), (0.0, 0.1, NO_DIFFERENCE), (0.0, 2.0, UNDECIDED)],
+)
+def test_numbers_of_the_same_functions_are_compared_in_pairs(more, noise, verdict):
+    rng = np.random.default_rng(0)
+    theirs = rng.normal(0, 5, 12)
+    row = answer_pairs("Is it more?", "25 trials", theirs + rng.normal(more, noise, 12), theirs, 0.25)
+    assert row["verdict"] == verdict and row["at"] == "25 trials" and "12 functions" in row["why"]
