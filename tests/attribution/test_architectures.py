@@ -1,6 +1,7 @@
 """Scores and credit of every architecture are those of its own forward, in `explain` and as a study's reward model."""
 
 import inspect
+from collections import defaultdict
 from itertools import compress, product
 from math import factorial
 
@@ -73,7 +74,7 @@ def classifier(kind, tokenizer, **options):
 
 @torch.no_grad()
 def own(model, rows, kinds):
-    """The model's own forward on texts of one length."""
+    """The model's own forward on texts of one length, with as many ends."""
     ids, kinds = torch.tensor(rows), {"token_type_ids": torch.tensor(kinds)} if kinds else {}
     return model(input_ids=ids, attention_mask=torch.ones(ids.shape), **kinds).logits[:, 0].tolist()
 
@@ -81,12 +82,14 @@ def own(model, rows, kinds):
 def by_definition(model, before, middle, after, kinds):
     """Scores of no and of all response tokens, and the Shapley value of each, from the own forward of every text."""
     k, p = len(middle), len(before)
-    values = {}
-    for size in range(k + 1):
-        coalitions = [keep for keep in product([False, True], repeat=k) if sum(keep) == size]
-        kept = [[True] * p + list(keep) + [True] * len(after) for keep in coalitions]
-        rows = [list(compress([*before, *middle, *after], of)) for of in kept]
-        values |= zip(coalitions, own(model, rows, kinds and [list(compress(kinds, of)) for of in kept]))
+    values, alike = {}, defaultdict(list)
+    for keep in product([False, True], repeat=k):
+        kept = [True] * p + list(keep) + [True] * len(after)
+        text, segments = (list(compress(part, kept)) for part in ([*before, *middle, *after], kinds or kept))
+        alike[len(text), text.count(model.config.eos_token_id)].append((keep, text, segments))
+    for group in alike.values():
+        coalitions, rows, segments = zip(*group)
+        values |= zip(coalitions, own(model, rows, kinds and segments))
     credit = np.zeros(k)
     for keep, value in values.items():
         for t in range(k):
