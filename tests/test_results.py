@@ -30,7 +30,7 @@ def test_a_released_record_is_whole_and_of_committed_code(folder):
 
 def test_released_studies_are_in_results_md():
     text = (ROOT / "RESULTS.md").read_text() if RECORDS else ""
-    assert all(f"## {folder.name}\n" in text for folder in RECORDS)
+    assert all(f"| [{folder.name}](reports/{folder.name}/index.html) |" in text for folder in RECORDS)
 
 
 def test_the_table_of_larger_models_is_the_scripts(monkeypatch):
@@ -54,6 +54,6 @@ def test_released_pages_are_what_the_records_give_today(tmp_path, capsys):
 @pytest.mark.skipif(not RECORDS, reason="nothing is released")
 def test_the_index_and_results_begin_with_the_main_studies():
     index, results = ((ROOT / name).read_text() for name in ("reports/index.html", "RESULTS.md"))
-    for place in (lambda name: index.index(f'href="{name}/'), lambda name: results.index(f"\n## {name}\n")):
+    for place in (lambda name: index.index(f'href="{name}/'), lambda name: results.index(f"\n| [{name}](")):
         ranks = [rank(one.name) for one in sorted(RECORDS, key=lambda one: place(one.name))]
         assert ranks == sorted(ranks)

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 
 from dense_rlhf.config.params import ABLATIONS, BENCHMARKS
@@ -15,10 +15,10 @@ from dense_rlhf.evaluation.claims import IDENTITY, NOT_ASKED, QUESTIONS, Claim, 
 from dense_rlhf.evaluation.open_questions import LONGER, WORSE, by_settings
 from dense_rlhf.evaluation.results import Finding
 from dense_rlhf.evaluation.rule import CONTRADICTED, NO_DIFFERENCE, SUPPORTED, UNDECIDED, Case
-from dense_rlhf.evaluation.words import EQUAL_KL, UPDATES, identity, p_value, plural, signed
+from dense_rlhf.evaluation.words import EQUAL_KL, UPDATES, basis, identity, p_value, plural, signed
 from dense_rlhf.files import write_text
 from dense_rlhf.report.charts import forest
-from dense_rlhf.report.comparison import intervals_in, verdict
+from dense_rlhf.report.comparison import verdict
 from dense_rlhf.report.index import MAIN, rank
 from dense_rlhf.report.record import Outline
 from dense_rlhf.runs import RunFolder
@@ -26,11 +26,11 @@ from dense_rlhf.view.escape import scrub, visible
 from dense_rlhf.view.html import TEMPLATES
 from dense_rlhf.view.live import duration
 
+OTHERS = ABLATIONS + BENCHMARKS  # notebooks that answer on pages of their own
 MARKS = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "|": "\\|", "`": "'", "*": "\\*", "\n": " "})
-MOST = 12  # intervals of an ablation that are listed
 SEPARATE = 2  # datasets or settings of a study up to which each has its own row
-PLACES = "", UPDATES, EQUAL_KL
-GROUNDS = "How sure", "Over the nearest control", "Cost", "Step sizes", "At one common step size"
+FIGURES = 5  # in all
+GROUNDS = "Cost", "Step sizes", "At one common step size"
 OPEN = {  # by the ablation that asks it
     "contextual": "Do weights that depend on the token teach more than constant ones?",
     "human": "Does credit from words that people marked teach more than SHAP?",
@@ -58,12 +58,21 @@ def write_results(studies: Iterable[Study], to: Path) -> Path:
     """Write `RESULTS.md` into a folder that has the pages in reports/, and its figures next to those pages."""
     ordered = sorted(studies, key=lambda study: (rank(study.name), study.name))
     main = [study for study in ordered if study.name in MAIN] or ordered
+    long = [_long(study, finding, to) for study, finding in _findings(main)]
+    room = FIGURES - sum(len(one["figures"]) for one in long)
     about = {
-        "sections": [_section(study, to, study in main) for study in ordered],
+        "studies": [_study(study) for study in ordered],
+        "main": long,
+        "figures": _further((study for study in ordered if study not in main), room, to),
         "claims": _claims(ordered),
         "open": _open(ordered),
     }
-    about |= {"surprises": _surprises(ordered), "untold": _untold(ordered), "names": ", ".join}
+    about |= {
+        "surprises": _surprises(ordered),
+        "untold": _untold(ordered),
+        "names": ", ".join,
+        "places": (UPDATES, EQUAL_KL),
+    }
     text = _environment().get_template("results.md.j2").render(about)
     write_text(to / "RESULTS.md", scrub(text))
     return to / "RESULTS.md"
@@ -82,16 +91,18 @@ def plain(value: object) -> str:
     return visible(str(value)).translate(MARKS).replace("](", "]\\(")
 
 
-def _section(study: Study, to: Path, long: bool) -> dict:
-    """A study: if `long` with arms and costs, else what it rests on and one figure."""
-    records = [run.record() for run in study.runs]
+def _study(study: Study) -> dict:
+    """A study in a few lines: what it says of each dataset, unless of many, what it rests on, and its cost."""
+    records, several = [run.record() for run in study.runs], len(study.findings) > SEPARATE
     return {
         "name": study.name,
-        "datasets": [_dataset(study, finding, to, long) for finding in study.findings],
-        "ablations": [_ablation(run) for run in study.runs if run.record()["notebook"] in ABLATIONS + BENCHMARKS],
+        "lines": [] if several else [(_named(study, f), verdict(f).line) for f in study.findings],
+        "pages": [(run.path.name, _page_of(run)) for run in study.runs if run.record()["notebook"] in OTHERS],
+        "settings": len(study.findings) * several,
+        "basis": basis(study.findings[0]) if study.findings else "",
         "cost": _cost(study, records),
         "command": study.outline.command,
-        "commits": sorted({str(record.get("commit")) for record in records}),
+        "commits": sorted({str(record.get("commit"))[:12] for record in records}),
         "not_committed": len(study.not_committed),
     }
 
@@ -100,23 +111,25 @@ def _section(study: Study, to: Path, long: bool) -> dict:
 
 
 def _claims(studies: Sequence[Study]) -> list[dict]:
-    """A row for each claim, place and study that asked it, or one that says that none did."""
+    """A row for each claim and study that asked it, or one that says that none did."""
     asked: dict[str, list[dict]] = {}
     for study in studies:
         for row in _settings(study) if len(study.findings) > SEPARATE else _datasets(study):
             asked.setdefault(row["key"], []).append(row)
-    return [row | {"again": i > 0} for _, own in sorted(asked.items()) for i, row in enumerate(_by_place(own))]
+    return [row | {"again": i > 0} for _, own in sorted(asked.items()) for i, row in enumerate(_answered(own))]
 
 
-def _by_place(rows: Sequence[dict]) -> list[dict]:
-    """The answers to one claim in the order of `PLACES`; else one row: an identity, or why no study asked it."""
+def _answered(rows: Sequence[dict]) -> list[dict]:
+    """The studies that answer one claim; else one row: an identity, or why no study asked it."""
     if answers := [row for row in rows if row["verdict"] not in (NOT_ASKED, IDENTITY)]:
-        return sorted(answers, key=lambda row: PLACES.index(row["where"]))
+        pages = dict.fromkeys(row["page"] for row in answers)
+        by_page = [[row for row in answers if row["page"] == page] for page in pages]
+        return [own[0] | {"at": {row["where"]: row for row in own}} for own in by_page]
     if identity := [row for row in rows if row["verdict"] == IDENTITY]:
-        return identity[:1]
+        return [identity[0] | {"at": {"": identity[0]}}]
     reasons = {row["why"]: [r["study"] for r in rows if r["why"] == row["why"]] for row in rows}
     why = " ".join(f"{', '.join(studies)}: {reason}" for reason, studies in reasons.items())
-    return [rows[0] | {"study": "", "why": why}]
+    return [rows[0] | {"study": "", "at": {"": rows[0] | {"why": why}}}]
 
 
 def _datasets(study: Study) -> list[dict]:
@@ -134,20 +147,17 @@ def _settings(study: Study) -> list[dict]:
     for place in dict.fromkeys((c["key"], c["where"]) for c in each):
         own = [c for c in each if (c["key"], c["where"]) == place]
         verdicts = Counter(c["verdict"] for c in own)
-        why = f"{plural(len(own), 'setting')}: " + ", ".join(
-            f"{verdict} in {n}" for verdict, n in verdicts.most_common()
-        )
         verdict = own[0]["verdict"] if len(verdicts) == 1 else "differs"
-        rows.append(
-            own[0] | {"verdict": verdict, "why": why, "study": study.name, "page": f"reports/{study.name}/index.html"}
-        )
+        why = f"{plural(len(own), 'setting')}: " + ", ".join(f"{v} in {n}" for v, n in verdicts.most_common())
+        about = {"study": study.name, "page": f"reports/{study.name}/index.html"}
+        rows.append(own[0] | {"verdict": verdict, "why": why} | about)
     return rows
 
 
 def _open(studies: Sequence[Study]) -> list[dict]:
     """The answers of ablations to open questions; and the questions that no recorded study has asked."""
     answers = [
-        answer | {"study": study.name, "page": f"reports/{study.name}/comparison-{run.path.name}.html"}
+        answer | {"study": study.name, "page": _page_of(run)}
         for study in studies
         for run in study.runs
         if run.record()["notebook"] in ABLATIONS
@@ -203,7 +213,9 @@ def _untold(studies: Sequence[Study]) -> list[str]:
 
 
 def _findings(studies: Sequence[Study]) -> list[tuple[Study, Finding]]:
-    return [(study, finding) for study in studies for finding in study.findings]
+    """Each dataset of the studies that do not have many."""
+    few = [study for study in studies if len(study.findings) <= SEPARATE]
+    return [(study, finding) for study in few for finding in study.findings]
 
 
 def _by_key(claims: Sequence[Claim]) -> list[list[Claim]]:
@@ -219,20 +231,24 @@ def _page(study: Study, finding: Finding) -> str:
     return f"reports/{study.name}/comparison-{finding.dataset}.html"
 
 
+def _page_of(run: RunFolder) -> str:
+    return f"reports/{run.path.parent.name}/comparison-{run.path.name}.html"
+
+
 # ---------------------------------------------------------------------------------------------------- a dataset
 
 
-def _dataset(study: Study, finding: Finding, to: Path, long: bool) -> dict:
-    answer = verdict(finding)
-    return {
-        "name": finding.dataset,
-        "page": _page(study, finding),
-        "line": answer.line,
-        "grounds": {name: text for name, text in answer.grounds.items() if name in (GROUNDS if long else GROUNDS[:1])},
-        "head": _head(finding),
-        "arms": _arms(finding) if long else [],
-        "figures": _figures(study, finding, to)[: None if long else 1],
-    }
+def _long(study: Study, finding: Finding, to: Path) -> dict:
+    """A dataset with its arms, its costs and its figures."""
+    grounds = {name: text for name, text in verdict(finding).grounds.items() if name in GROUNDS}
+    about = {"name": _named(study, finding), "page": _page(study, finding), "grounds": grounds}
+    return about | {"head": _head(finding), "arms": _arms(finding), "figures": _figures(study, finding, to)}
+
+
+def _further(studies: Iterable[Study], room: int, to: Path) -> list[tuple[str, str]]:
+    """The first figure of each study of one dataset, with the study's name, as many as there is room for."""
+    drawn = (_figures(study, study.findings[0], to, 1) for study in studies if len(study.findings) == 1)
+    return list(islice((figure for figures in drawn for figure in figures), max(0, room)))
 
 
 def _columns(finding: Finding) -> dict[str, str]:
@@ -293,34 +309,23 @@ def _seeds_needed(case: Case) -> str:
     return f" ({fewest:.0f} seeds would decide)" if math.isfinite(fewest) else " (no number of seeds up to 1000 would)"
 
 
-def _figures(study: Study, finding: Finding, to: Path) -> list[tuple[str, str]]:
+def _figures(study: Study, finding: Finding, to: Path, most: int | None = None) -> list[tuple[str, str]]:
     """Files of the gains over the baseline at equal updates and at equal KL, each with its alt text."""
     trained = [arm for arm in finding.arms.values() if arm.kind != "reference"]
     over, kl = f"Gold over {finding.baseline} (log-odds, 95 % interval over seeds)", finding.levels
     asked = {"gain": f"{over} after equal updates"}
     asked |= {field: f"{over} at {level:.1f} nats" for field, level in zip(("gain_at_kl", "gain_far"), kl)}
     drawn = []
-    for field, what in asked.items():
+    for field, what in list(asked.items())[:most]:
         gains = {arm.name: gain for arm in trained if (gain := getattr(arm, field))}
         if picture := forest(gains, what, alone=True):
             name = f"reports/{study.name}/{field}-{finding.dataset}.svg"
             write_text(to / name, f"{picture}\n")
-            drawn.append((name, what))
+            drawn.append((name, f"{_named(study, finding)}: {what[0].lower()}{what[1:]}"))
     return drawn
 
 
 # ---------------------------------------------------------------------------------------------------- the rest
-
-
-def _ablation(run: RunFolder) -> dict:
-    """An ablation's first intervals, by the names of its metrics."""
-    values = [pair for name, value in run.load_json("metrics.json").items() for pair in intervals_in(value, name)]
-    return {
-        "name": run.path.name,
-        "page": f"reports/{run.path.parent.name}/comparison-{run.path.name}.html",
-        "intervals": [(name.replace("_", " "), str(value)) for name, value in values[:MOST]],
-        "more": max(0, len(values) - MOST),
-    }
 
 
 def _cost(study: Study, records: Sequence[Mapping]) -> dict:
