@@ -68,7 +68,7 @@ def _show_reports(study, jobs: list, records: list[dict]) -> bool:
     began = time.monotonic()
     try:
         index = _reports(study, jobs, records)
-    except Exception as error:  # from pandas, nbconvert or jinja; the runs are kept
+    except Exception as error:  # from pandas, a parser or jinja; the runs are kept
         reason = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
         print(f"the reports could not be written: {one_line(reason)}", file=sys.stderr)
         return False

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import base64
+import json
 import re
-from functools import cache, partial
+from collections import Counter
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 
-from dense_rlhf.fingerprint import PACKAGE
 from dense_rlhf.report.page import LIMIT, draw
 from dense_rlhf.report.pictures import compact, source
 from dense_rlhf.report.sanitise import clean, fragment
@@ -18,11 +20,14 @@ from dense_rlhf.view.html import escaped, part
 
 if TYPE_CHECKING:
     from bs4 import BeautifulSoup, Tag
-    from nbformat import NotebookNode
+    from mistune import Markdown
 
+KINDS = """application/javascript text/html text/markdown image/svg+xml text/vnd.mermaid text/latex image/png image/jpeg
+           text/plain""".split()  # of an output a page takes the first that there is; Jupyter's order
 MATH = re.compile(r"(?P<code>```.*?```|`[^`\n]+`)|(?<!\\)(?P<mark>\$\$?)(?=\S)(?P<tex>.+?)(?<=\S)(?P=mark)", re.S)
 LEARNED = "## What we learned"
 HASH = re.compile(r"\b[0-9a-f]{40,64}\b")  # whole in the notebook
+ANSI = re.compile(r"\x1b\[.*?[@-~]")  # colours of a terminal
 LONGEST = 20_000  # characters of one printed output; the whole is in the notebook
 SPARE = 100_000  # characters of a page that are not outputs
 
@@ -42,97 +47,138 @@ def mathml(markdown: str) -> str:
     return MATH.sub(one, markdown)
 
 
-def notebook_body(path: Path) -> tuple[Markup, Markup]:
-    """An executed notebook as HTML that holds only what `sanitise` lets through, and its table of contents."""
-    import nbformat
-    from bs4 import BeautifulSoup
+@dataclass
+class Output:
+    """What a page shows of an output."""
 
-    notebook = nbformat.read(path, as_version=4)
-    for cell in notebook.cells:
-        if cell.cell_type == "markdown":
-            cell.source = mathml(cell.source)
-    _settle(notebook)
-    notebook.cells = _arranged(notebook.cells)
-    _gather_messages(notebook.cells)
-    soup = BeautifulSoup(_exported(notebook), "html.parser")
+    kind: str  # stdout, stderr, error, or a MIME type
+    value: str  # text, HTML, or the data URI of an image
+    alt: str = ""  # of an image
+    plain: str = ""  # the same in words
+
+
+@dataclass
+class Cell:
+    """A cell whose text and outputs are each in one piece."""
+
+    kind: str  # code, markdown or raw
+    source: str
+    outputs: list[Output]
+
+
+def notebook_body(path: Path) -> tuple[Markup, Markup]:
+    """An executed notebook as HTML that holds only what `sanitise` lets through, and its table of contents.
+
+    Images that are attached to text cells are left out.
+    """
+    cells = [_cell(cell) for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]]
+    _settle(cells)
+    cells = _arranged(cells)
+    _gather_messages(cells)
+    soup = _drawn(cells)
     clean(soup)
     heads = _dress(soup)
     return Markup(soup), draw("contents", heads)
 
 
-def _exported(notebook: NotebookNode) -> str:
-    """What `HTMLExporter` makes of a notebook, without its own pass over the HTML: `_dress` does more."""
-    from nbconvert.exporters.templateexporter import TemplateExporter
-    from nbconvert.filters import Highlight2HTML
-    from nbconvert.filters.widgetsdatatypefilter import WidgetsDataTypeFilter
+def _drawn(cells: list[Cell]) -> BeautifulSoup:
+    """The cells as a tree; HTML of outputs and text cells is parsed alone, so that it closes in itself."""
+    from bs4 import BeautifulSoup
 
-    exporter, metadata = _exporter(), notebook.metadata
-    language = metadata.get("language_info", {})
-    lexer = language.get("pygments_lexer", language.get("name"))
-    exporter.register_filter("highlight_code", Highlight2HTML(pygments_lexer=lexer, parent=exporter))
-    exporter.register_filter("filter_data_type", WidgetsDataTypeFilter(notebook_metadata=metadata, parent=exporter))
-    return TemplateExporter.from_notebook_node(exporter, notebook, exporter._init_resources(None))[0]
+    foreign: list[BeautifulSoup] = []
+
+    def keep(html: str) -> int:
+        foreign.append(fragment(html))
+        return len(foreign) - 1
+
+    def text(printed: str) -> Markup:
+        return escaped(ANSI.sub("", printed), LONGEST)
+
+    html = part("cells", cells, text, keep, _markdown(), template="notebook.html.j2")
+    soup = BeautifulSoup(html, "html.parser")
+    for place in soup.find_all("slot"):
+        place.replace_with(*foreign[int(place.string)].contents)
+    return soup
 
 
 @cache
-def _exporter():
-    from nbconvert import HTMLExporter
+def _markdown() -> Markdown:
+    import mistune
 
-    exporter = HTMLExporter(extra_template_basedirs=[str(PACKAGE / "report")], template_name="template")
-    exporter.register_filter("text_base64", lambda text: base64.b64encode("".join(text).encode()).decode())
-    exporter.register_filter("uncut", lambda text: escaped(text, len(text)))
-    exporter.register_filter("fragment", fragment)
-    exporter.environment.autoescape, exporter.environment.finalize = True, partial(escaped, limit=LONGEST)
-    return exporter
+    class Renderer(mistune.HTMLRenderer):
+        def heading(self, text: str, level: int, **attrs: object) -> str:
+            return super().heading(text, level, **attrs).rstrip()
 
-
-# ---------------------------------------------------------------------------------------------------- before: outputs
+    plugins = ["strikethrough", "table", "url", "task_lists", "def_list"]
+    return mistune.create_markdown(renderer=Renderer(escape=False), plugins=plugins)
 
 
-def _settle(notebook: NotebookNode) -> None:
-    """Keep bars as they ended and figures in few bytes; a note replaces outputs that would exceed the limit."""
-    room = LIMIT - SPARE - sum(len(cell.source) for cell in notebook.cells)
-    for cell in notebook.cells:
-        for output in cell.get("outputs", ()):
-            if output.output_type == "stream":
-                output.text = overwritten(output.text)
-            elif "image/png" in (data := output.get("data", {})):
-                data["image/png"] = source(compact(data["image/png"]))
-            size = min(LONGEST, len(output.get("text", ""))) + sum(map(_size, output.get("data", {}).items()))
-            room -= size
-            if room < 0:
-                _leave_out(output, size)
-                room += size
-        cell["outputs"] = [o for o in cell.get("outputs", ()) if o.get("text", "x").strip()]
+# ---------------------------------------------------------------------------------------------------- before: cells
 
 
-def _arranged(cells: list[NotebookNode]) -> list[NotebookNode]:
+def _cell(cell: dict) -> Cell:
+    text, kind = "".join(cell["source"]), cell["cell_type"]
+    return Cell(kind, mathml(text) if kind == "markdown" else text, [_output(o) for o in cell.get("outputs", ())])
+
+
+def _output(output: dict) -> Output:
+    if output["output_type"] == "stream":
+        return Output(output["name"], overwritten("".join(output["text"])))
+    if output["output_type"] == "error":
+        return Output("error", "\n".join(output["traceback"]))
+    data = {kind: "".join(output["data"][kind]) for kind in KINDS if kind in output["data"]}
+    kind, value = next(iter(data.items()), ("", ""))
+    alt = output.get("metadata", {}).get(kind, {}).get("alt", "")
+    return Output(kind, _uri(kind, value) if kind.startswith("image/") else value, alt, data.get("text/plain", ""))
+
+
+def _uri(kind: str, image: str) -> str:
+    """A notebook's image as a data URI, of a PNG in few bytes."""
+    if kind == "image/png":
+        return source(compact(image))
+    text = base64.b64encode(image.encode()).decode() if kind == "image/svg+xml" else "".join(image.split())
+    return f"data:{kind};base64,{text}"
+
+
+def _settle(cells: list[Cell]) -> None:
+    """Take out what shows nothing; a note replaces outputs that would exceed the limit."""
+    room = LIMIT - SPARE - sum(len(cell.source) for cell in cells)
+    for cell in cells:
+        cell.outputs = [output for output in cell.outputs if output.value.strip()]
+        for n, output in enumerate(cell.outputs):
+            whole = output.kind == "text/html" or output.kind.startswith("image/")
+            size = len(output.value) if whole else min(LONGEST, len(output.value))
+            if size > room:
+                note = f"[{size:,} characters left out to keep this page small; the notebook has them] {output.plain}"
+                cell.outputs[n] = Output("stdout", note)
+            else:
+                room -= size
+
+
+def _arranged(cells: list[Cell]) -> list[Cell]:
     """What was learned right after the question; code that shows nothing joins the code after it."""
-    kinds = [cell.cell_type for cell in cells]
+    kinds = [cell.kind for cell in cells]
     begun = kinds.index("code") if "code" in kinds else 0
     learned = [n for n, cell in enumerate(cells) if kinds[n] == "markdown" and cell.source.startswith(LEARNED)]
     if begun and learned and learned[0] > begun:
-        from nbformat.v4 import new_markdown_cell
-
-        cells = [*cells[:begun], *cells[learned[0] :], new_markdown_cell("## The run"), *cells[begun : learned[0]]]
-    arranged: list[NotebookNode] = []
+        run = Cell("markdown", "## The run", [])
+        cells = [*cells[:begun], *cells[learned[0] :], run, *cells[begun : learned[0]]]
+    arranged: list[Cell] = []
     for cell in cells:
-        if arranged and cell.cell_type == arranged[-1].cell_type == "code" and not arranged[-1].outputs:
+        if arranged and cell.kind == arranged[-1].kind == "code" and not arranged[-1].outputs:
             cell.source = f"{arranged.pop().source}\n\n{cell.source}"
         arranged.append(cell)
     return arranged
 
 
-def _gather_messages(cells: list[NotebookNode]) -> None:
+def _gather_messages(cells: list[Cell]) -> None:
     """All that was written to stderr in one place, after the last code."""
-    from nbformat.v4 import new_output
-
-    texts, last = [], next((cell for cell in reversed(cells) if cell.cell_type == "code"), None)
+    texts, last = [], next((cell for cell in reversed(cells) if cell.kind == "code"), None)
     for cell in cells:
-        texts += [o.text.rstrip() for o in cell.get("outputs", ()) if o.get("name") == "stderr"]
-        cell["outputs"] = [o for o in cell.get("outputs", ()) if o.get("name") != "stderr"]
+        texts += [output.value.rstrip() for output in cell.outputs if output.kind == "stderr"]
+        cell.outputs = [output for output in cell.outputs if output.kind != "stderr"]
     if texts and last is not None:
-        last.outputs.append(new_output("stream", name="stderr", text="\n".join(texts)))
+        last.outputs.append(Output("stderr", "\n".join(texts)))
 
 
 def overwritten(text: str) -> str:
@@ -141,52 +187,30 @@ def overwritten(text: str) -> str:
     return "\n".join(line.replace("\x1b[A", "") for line in lines)
 
 
-def _size(item: tuple[str, object]) -> int:
-    """Characters of one representation in the page; 0 if pages do not show it."""
-    kind, data = item
-    return len(data) if isinstance(data, str) and (kind.startswith("image/") or kind == "text/html") else 0
-
-
-def _leave_out(output: NotebookNode, size: int) -> None:
-    alt = output.get("data", {}).get("text/plain", "")
-    output.pop("metadata", None)
-    text = f"[{size:,} characters left out to keep this page small; the notebook has them] {alt}"
-    output.clear()
-    output.update(output_type="stream", name="stdout", text=text)
-
-
 # ---------------------------------------------------------------------------------------------------- after: structure
 
 
 def _dress(soup: BeautifulSoup) -> list[tuple[str, Markup]]:
     """Add missing anchors, captions, header scopes and alt texts; returns anchor and words of each heading."""
-    for link in soup.select(":is(h1, h2, h3, h4, h5, h6) > a"):
-        if link.get_text() == "¶":  # nbconvert's own
-            link.decompose()
-    seen: dict[str, int] = {}
-    for head in soup.find_all(["h1", "h2", "h3"]):
-        name = re.sub(r"\W+", "-", head.get_text()).strip("-") or "part"
-        seen[name] = seen.get(name, 0) + 1
-        head["id"] = name if seen[name] == 1 else f"{name}-{seen[name]}"
-    for table in soup.find_all("table"):
-        _dress_table(soup, table)
-    for text in soup.find_all(string=HASH):
-        if text.find_parent("td"):
-            text.replace_with(HASH.sub(lambda found: f"{found[0][:12]}…", text))
-    for image in soup.find_all("img"):
-        if not image.get("alt", "").strip():
-            image["alt"] = f"A figure without a description, in: {_section(image)}"
+    section, seen = "this notebook", Counter()
+    for node in list(soup.descendants):
+        if node.name in ("h1", "h2", "h3"):
+            section = node.get_text()
+            name = re.sub(r"\W+", "-", section).strip("-") or "part"
+            seen[name] += 1
+            node["id"] = name if seen[name] == 1 else f"{name}-{seen[name]}"
+        elif node.name == "table":
+            _dress_table(soup, node, section)
+        elif node.name == "img" and not node.get("alt", "").strip():
+            node["alt"] = f"A figure without a description, in: {section}"
+        elif node.name is None and HASH.search(node) and node.find_parent("td"):
+            node.replace_with(HASH.sub(lambda whole: f"{whole[0][:12]}…", node))
     return [(head["id"], Markup(head.decode_contents())) for head in soup.find_all("h2")]
 
 
-def _section(tag: Tag) -> str:
-    head = tag.find_previous(["h1", "h2", "h3"])
-    return head.get_text() if head else "this notebook"
-
-
-def _dress_table(soup: BeautifulSoup, table: Tag) -> None:
+def _dress_table(soup: BeautifulSoup, table: Tag, section: str) -> None:
     if not table.caption:
-        table.insert(0, soup.new_tag("caption", string=_section(table)))
+        table.insert(0, soup.new_tag("caption", string=section))
     for cell in table.find_all("th"):
         cell.attrs.setdefault("scope", "col" if cell.find_parent("thead") else "row")
     name = table.caption.get_text()[:120]

@@ -6,7 +6,6 @@ Our own outputs are escaped at source (`escape.esc`); this is for what a library
 from __future__ import annotations
 
 import re
-from collections.abc import Set
 from typing import TYPE_CHECKING
 
 from dense_rlhf.view.escape import visible
@@ -59,41 +58,48 @@ STYLES = (
 HEADINGS = {"h1", "h2", "h3", "h4", "h5", "h6"}
 
 
-def fragment(html: str) -> str:
-    """HTML of an output or a text cell: closed in itself, and without classes."""
+def fragment(html: str) -> BeautifulSoup:
+    """HTML of an output or a text cell: closed in itself, without classes, not yet clean."""
     from bs4 import BeautifulSoup
 
     soup = BeautifulSoup(html, "html.parser")
-    clean(soup, classes=frozenset())
-    return str(soup)
+    for tag in soup.find_all(class_=True):
+        del tag["class"]
+    return soup
 
 
-def clean(soup: BeautifulSoup, classes: Set[str] = frozenset(OURS)) -> None:
+def clean(soup: BeautifulSoup) -> None:
     """Remove from a page's body all that is not on the lists; what is left of a foreign tag is its text."""
-    from bs4.element import PreformattedString
+    from bs4.element import NavigableString, PreformattedString
 
-    for text in list(soup.find_all(string=True)):
-        if isinstance(text, PreformattedString):  # comments, declarations, processing instructions
-            text.extract()
-        elif (shown := visible(text.replace("\t", "    "))) != text:
-            text.replace_with(shown)
-    while dropped := soup.find(list(DROPPED)):
-        dropped.decompose()
-    for tag in soup.find_all(True):
-        if tag.name not in KEPT:
-            tag.unwrap()
+    for node in list(soup.descendants):
+        if node.decomposed:
+            continue
+        if isinstance(node, PreformattedString):  # comments, declarations, processing instructions
+            node.extract()
+        elif isinstance(node, NavigableString):
+            if (shown := visible(node.replace("\t", "    "))) != node:
+                node.replace_with(shown)
+        elif node.name in DROPPED:
+            node.decompose()
+        elif node.name not in KEPT:
+            node.unwrap()
         else:
-            given = {name: _attribute(tag, name, value, classes) for name, value in tag.attrs.items()}
-            tag.attrs = {name: value for name, value in given.items() if value}
-            if tag.name == "img" and "src" not in tag.attrs:
-                tag.replace_with(f"[image left out: {tag.attrs.get('alt', 'no description')}]")
+            _clean_attributes(node)
 
 
-def _attribute(tag: Tag, name: str, value: object, classes: Set[str]) -> str | None:
+def _clean_attributes(tag: Tag) -> None:
+    given = {name: _attribute(tag, name, value) for name, value in tag.attrs.items()}
+    tag.attrs = {name: value for name, value in given.items() if value}
+    if tag.name == "img" and "src" not in tag.attrs:
+        tag.replace_with(f"[image left out: {tag.attrs.get('alt', 'no description')}]")
+
+
+def _attribute(tag: Tag, name: str, value: object) -> str | None:
     """The attribute as it may stay, None where it may not."""
     value = visible(" ".join(value) if isinstance(value, list) else str(value))
     if name == "class":
-        return " ".join(word for word in value.split() if word in classes)
+        return " ".join(word for word in value.split() if word in OURS)
     if name == "style":
         return ";".join(part.strip() for part in value.split(";") if _harmless(*part.partition(":")[::2]))
     if name == "src":
