@@ -1,10 +1,16 @@
 """Shapley values given the scores of any coalitions, and how sure they are: the posterior of a Gaussian process.
 
-The score of the players S is v(S) = sum over T of c_T prod_{i in T} s_i, with s_i = 1 for those in S and -1 for the
-others, and independent c_T ~ N(0, scale^2 rate^|T|): interactions are the weaker the more players they take. Terms of
-no player and of one have `FREE` times that variance, so that an additive game costs nothing. All terms together are the
-kernel prod_i (1 + rate s_i t_i). The Shapley value of i, the integral of dv / du_i at (u, ..., u) over u from -1 to 1
-(Owen, 1972), is linear in v: given scores, values and scale follow a multivariate t distribution.
+The score of the players S is v(S) = f(|S|) + sum over T of c_T prod_{i in T} s_i, with s_i = 1 for those in S and -1
+for the others, and independent c_T ~ N(0, scale^2 rate^|T|): interactions are the weaker the more players they take.
+Terms of no player and of one have `FREE` times that variance, so that an additive game costs nothing; f, what the
+number of players does whichever they are, has variance `LENGTH` scale^2. The Shapley value of i, the integral of
+dv / du_i at (u, ..., u) over u from -1 to 1 (Owen, 1972), is linear in v: given scores and rate, values and scale
+follow a multivariate t distribution.
+
+Only interactions of an odd number of players enter Shapley values and v(S) - v(complement of S). So where coalitions
+come in such pairs, intervals rest on the differences alone, whose residuals are of what may be wrong. There the rate is
+not taken as known either: the variances by several are averaged, each weighed by its likelihood of the differences. The
+credit is always that of one rate, and so linear in the scores.
 """
 
 from __future__ import annotations
@@ -26,10 +32,12 @@ if TYPE_CHECKING:
     from dense_rlhf.attribution.kinds import Designed
 
 FREE = 1e5  # how much more variance main effects have than the kernel gives them
-INTERACTIONS = 2.4  # rate = this / k, chosen on 70 responses to the reviews proxy, see docs/explain.md
+INTERACTIONS, LENGTH = 2.4, 2.0  # of the credit; rate = INTERACTIONS / k: chosen on some texts, see docs/explain.md
+RATES = (0.8, 2.4, 4.8, 7.2)  # of intervals, over k
+FEWEST = 3  # more pairs than players from which the scale is estimated by differences
 MOST = 8192  # coalitions solved together, half a gigabyte
 LEVEL = 0.95
-NODES, WEIGHTS = np.polynomial.legendre.leggauss(16)  # for integrands near exp(INTERACTIONS u)
+NODES, WEIGHTS = np.polynomial.legendre.leggauss(16)  # for integrands near exp(RATES u)
 
 
 class Estimate(NamedTuple):
@@ -41,34 +49,50 @@ class Estimate(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Errors:
+    """How far the credit may be from the Shapley values, by one rate; n scores, or differences of scores, are read."""
+
+    factor: np.ndarray  # (n, n) lower Cholesky factor of their kernel
+    log_volume: float  # the log-determinant of the kernel without main effects
+    covariance: np.ndarray  # (k, k) of the credit at scale 1
+
+
+@dataclass(frozen=True)
 class Posterior:
     """Shapley values of k players given the scores of m coalitions."""
 
     masks: np.ndarray  # (m, k) bool
     operator: np.ndarray  # (k, m): credit = operator @ scores
-    factor: np.ndarray  # (m, m) lower Cholesky factor of the kernel
-    covariance: np.ndarray  # (k, k) of the credit at scale 1
+    pairs: np.ndarray | None  # (2, m / 2) rows of coalitions and their complements; None: all scores are read
+    errors: tuple[Errors, ...]  # of each rate
 
     def __call__(self, scores: np.ndarray) -> Estimate:
         """Credit, intervals and ranking from the scores (m,)."""
-        m, k = self.masks.shape
-        credit, freedom = self.operator @ scores, m - k - 1  # the scale follows from what is not additive
+        credit, k = self.operator @ scores, self.masks.shape[1]
+        read = scores if self.pairs is None else (scores[self.pairs[0]] - scores[self.pairs[1]]) / 2
+        freedom = len(read) - k - (self.pairs is None)  # the scale follows from what is not additive
         if freedom < 1:
             return Estimate(credit, settled=0)
-        reduced = solve_triangular(self.factor, scores, lower=True)
-        wide = stdtrit(freedom, (1 + LEVEL) / 2) * np.sqrt(reduced @ reduced / freedom)
-        variance = np.maximum(np.diag(self.covariance), 0)  # rounding may leave it below
-        return Estimate(credit, wide * np.sqrt(variance), self._settled(credit, wide))
+        reduced = [solve_triangular(each.factor, read, lower=True) for each in self.errors]
+        rounding = np.finfo(np.float32).eps * np.abs(scores).max()  # models score in single precision
+        scales = np.array([one @ one / freedom for one in reduced]) + max(rounding, 1e-30) ** 2
+        likely = -freedom / 2 * np.log(scales) - np.array([each.log_volume for each in self.errors]) / 2
+        weights = np.exp(likely - likely.max())
+        shares = scales * weights / weights.sum()
+        covariance = sum(share * each.covariance for share, each in zip(shares, self.errors))
+        wide, variance = stdtrit(freedom, (1 + LEVEL) / 2), np.maximum(np.diag(covariance), 0)  # by rounding below
+        return Estimate(credit, wide * np.sqrt(variance), _settled(credit, covariance * wide**2))
 
-    def _settled(self, credit: np.ndarray, wide: float) -> int:
-        """How many of the largest |credit| are above each that follows, by the interval of their difference."""
-        order = np.argsort(-np.abs(credit), kind="stable")
-        sign = np.sign(credit)[order]
-        size, cov = np.abs(credit)[order], self.covariance[np.ix_(order, order)] * np.outer(sign, sign)
-        variance = np.diag(cov)[:, None] + np.diag(cov) - 2 * cov
-        above = size[:, None] - size > wide * np.sqrt(np.maximum(variance, 0))
-        first = [bool(above[n, n + 1 :].all()) for n in range(len(size))]
-        return first.index(False) if False in first else len(first)
+
+def _settled(credit: np.ndarray, spread: np.ndarray) -> int:
+    """How many of the largest |credit| are above each that follows, by the interval of their difference."""
+    order = np.argsort(-np.abs(credit), kind="stable")
+    sign = np.sign(credit)[order]
+    size, spread = np.abs(credit)[order], spread[np.ix_(order, order)] * np.outer(sign, sign)
+    squared = np.diag(spread)[:, None] + np.diag(spread) - 2 * spread
+    above = size[:, None] - size > np.sqrt(np.maximum(squared, 0))
+    first = [bool(above[n, n + 1 :].all()) for n in range(len(size))]
+    return first.index(False) if False in first else len(first)
 
 
 def posterior(masks: np.ndarray) -> Posterior:
@@ -79,28 +103,70 @@ def posterior(masks: np.ndarray) -> Posterior:
     m, k = masks.shape
     if m > MOST:
         raise InputError(f"{m} coalitions, wanted at most {MOST}; lower samples_per_token, or take source 'shap'")
-    rate, signs = min(INTERACTIONS / k, 0.5), np.where(masks, 1.0, -1.0)
-    linear = signs @ signs.T
-    kernel = _product(rate, (k + linear) / 2, k) + FREE * (1 + rate * linear)
-    factor = cholesky(kernel + 1e-8 * np.eye(m), lower=True)
-    along = _product(rate * NODES, masks.sum(1)[:, None], k)  # the kernel to the points (u, ..., u)
+    rate = min(INTERACTIONS / k, 0.5)
+    factor = (cholesky(_kernel(masks, masks, rate) + 1e-8 * np.eye(m), lower=True), True)
+    operator = cho_solve(factor, _shared(masks, rate).T).T
+    pairs = _pairs(masks)
+    rates = (rate,) if pairs is None else np.array(RATES) / k
+    return Posterior(masks, operator, pairs, tuple(_errors(masks, operator, pairs, each) for each in rates))
+
+
+def _pairs(masks: np.ndarray) -> np.ndarray | None:
+    """The rows (2, m / 2) of coalitions and of their complements, where all have theirs and they tell the scale."""
+    row = {mask.tobytes(): number for number, mask in enumerate(masks)}
+    pairs = [(number, row.get((~mask).tobytes(), -1)) for number, mask in enumerate(masks)]
+    pairs = [pair for pair in pairs if pair[0] < pair[1]]
+    m, k = masks.shape
+    return np.array(pairs).T if 2 * len(pairs) == m >= 2 * (k + FEWEST) else None
+
+
+def _errors(masks: np.ndarray, operator: np.ndarray, pairs: np.ndarray | None, rate: float) -> Errors:
+    """By one rate. Main effects have no share in them: the credit has those as they are."""
+    k = masks.shape[1]
+    if pairs is None:
+        kernel, bare = (_kernel(masks, masks, rate, free) for free in (FREE, -1))
+        shared = _shared(masks, rate, -1)
+    else:
+        one, other = masks[pairs]
+        kernel, bare = ((_kernel(one, one, rate, f) - _kernel(one, other, rate, f)) / 2 for f in (FREE, -1))
+        shared = (_shared(one, rate, -1) - _shared(other, rate, -1)) / 2
+        operator = operator[:, pairs[0]] - operator[:, pairs[1]]
+    factor = cholesky(kernel + 1e-8 * np.eye(len(kernel)), lower=True)
+    log_volume, cross = 2 * np.log(np.diag(factor)).sum() - k * np.log(rate), operator @ shared.T
+    return Errors(factor, log_volume, _prior(k, rate, -1) - cross - cross.T + operator @ bare @ operator.T)
+
+
+# ---------------------------------------------------------------------------------------------------- covariances
+
+
+def _kernel(one: np.ndarray, other: np.ndarray, rate: float, free: float = FREE) -> np.ndarray:
+    """Of the scores of coalitions (m, k) and (n, k): (m, n). Main effects have 1 + `free` times their variance."""
+    k, linear = one.shape[1], np.where(one, 1.0, -1.0) @ np.where(other, 1.0, -1.0).T
+    same = one.sum(1)[:, None] == other.sum(1)
+    return _product(rate, (k + linear) / 2, k) + LENGTH * same + free * (1 + rate * linear)
+
+
+def _shared(masks: np.ndarray, rate: float, free: float = FREE) -> np.ndarray:
+    """Of k Shapley values and the scores of coalitions (m, k): (k, m)."""
+    k, size = masks.shape[1], masks.sum(1)
+    along = _product(rate * NODES, size[:, None], k)  # the kernel to the points (u, ..., u)
     with_i, without_i = ((along / (1 + sign * rate * NODES)) @ WEIGHTS for sign in (1, -1))
-    shared = rate * signs * (np.where(masks, with_i[:, None], without_i[:, None]) + 2 * FREE)
-    operator = cho_solve((factor, True), shared).T
-    return Posterior(masks, operator, factor, _prior(k, rate) - operator @ shared)
+    own = np.where(masks, with_i[:, None] + 2 * free, -without_i[:, None] - 2 * free)
+    ends = (size == k).astype(float) - (size == 0)
+    return (rate * own + LENGTH / k * ends[:, None]).T
+
+
+def _prior(k: int, rate: float, free: float = FREE) -> np.ndarray:
+    """Of the Shapley values (k, k) before any score."""
+    product, weight = rate * np.outer(NODES, NODES), np.outer(WEIGHTS, WEIGHTS)
+    own = rate * (weight * (1 + product) ** (k - 1)).sum()
+    two = rate * (weight * product * (1 + product) ** (k - 2)).sum()
+    return np.full((k, k), two + 2 * LENGTH / k**2) + np.eye(k) * (own - two + 4 * free * rate)
 
 
 def _product(rate: np.ndarray | float, agree: np.ndarray, k: int) -> np.ndarray:
     """prod over k players of 1 + rate where two points agree, 1 - rate where they do not."""
     return (1 + rate) ** agree * (1 - rate) ** (k - agree)
-
-
-def _prior(k: int, rate: float) -> np.ndarray:
-    """Covariance (k, k) of the Shapley values before any score."""
-    product, weight = rate * np.outer(NODES, NODES), np.outer(WEIGHTS, WEIGHTS)
-    own = rate * (weight * (1 + product) ** (k - 1)).sum()
-    two = rate * (weight * product * (1 + product) ** (k - 2)).sum()
-    return np.full((k, k), two) + np.eye(k) * (own - two + 4 * FREE * rate)
 
 
 # ---------------------------------------------------------------------------------------------------- as a source
