@@ -4,7 +4,7 @@
     explain_game(game, "shap")         # as `explain`
     explain_game(game, "shared_lime")  # from the same scores
 
-`archive` keeps a game on disk.
+`archive` keeps a game on disk, `black_box` makes one of any function that scores texts.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ class Game:
     reward_model: RewardModel | None = None  # None: only coalitions that were scored before have a value
     scores: dict[bytes, float] = field(default_factory=dict)  # by the packed bits of the n tokens
     progress: Callable = iter
+    ask: Callable[[np.ndarray], np.ndarray] | None = None  # in place of the model: scores (m,) of coalitions (m, n)
 
     @classmethod
     def of(
@@ -90,14 +91,17 @@ class Game:
         """
         keys = [bits.tobytes() for bits in np.packbits(masks, axis=1)]
         lacking = {key: mask for key, mask in zip(keys, masks) if key not in self.scores}
-        if lacking and self.reward_model is None:
+        if lacking and self.reward_model is None and self.ask is None:
             held = f"the archive has {len(self.scores)} coalitions, of the {len(set(keys))} needed it lacks"
             raise InputError(f"{held} {len(lacking)}; give it the model to ask")
         if lacking:
-            asked, removal = np.stack(list(lacking.values())), self.subject.removal
-            (values,) = coalition_scores(self.reward_model, [self.subject.reading], [asked], removal, self.progress)
-            self.scores.update(zip(lacking, values.double().tolist()))
+            ask = self.ask or self._ask_model
+            self.scores.update(zip(lacking, ask(np.stack(list(lacking.values()))).tolist(), strict=True))
         return np.array([self.scores[key] for key in keys])
+
+    def _ask_model(self, masks: np.ndarray) -> np.ndarray:
+        reading, removal = self.subject.reading, self.subject.removal
+        return coalition_scores(self.reward_model, [reading], [masks], removal, self.progress)[0].double().cpu().numpy()
 
     def ends(self) -> tuple[float, float]:
         """The scores without any response token, and of the whole."""
@@ -140,10 +144,13 @@ def explain_game(
     """`explain` of a game, which asks the model only for what it has not scored before.
 
     `evaluations` are the coalitions that the source reads; `options`, the budgets and seed of `AttributionParams`.
-    Raises `InputError` as `explain` does, and for coalitions that are lacking in a game without a model.
+    Raises `InputError` as `explain` does, for another removal than the game's, and for coalitions that are lacking in a
+    game without a model.
     """
     started, kind = time.perf_counter(), designed(source)
-    params, group = removal_params(source, options), game.players(players)
+    params, group = removal_params(source, {"removal": game.subject.removal} | options), game.players(players)
+    if params.removal != game.subject.removal:
+        raise InputError(f"removal is {params.removal!r}, the game's is {game.subject.removal!r}; give it to the game")
     k = int(group.max()) + 1
     values = game(kind.design(k, params).masks.numpy()[:, group])
     given, seconds = estimate(kind, k, params, values), time.perf_counter() - started

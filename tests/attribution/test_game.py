@@ -52,6 +52,13 @@ def test_without_a_model_what_is_lacking_is_one_line():
         game.ends()
 
 
+def test_a_removal_that_is_not_the_games_is_refused():
+    game = table_game(np.arange(2.0**10))
+    assert explain_game(game, removal="drop").source == "gaussian"
+    with pytest.raises(InputError, match="removal is 'attention_mask', the game's is 'drop'"):
+        explain_game(game, removal="attention_mask")
+
+
 def test_pairs_of_a_real_model_are_those_of_its_own_scores(bert, bert_tokenizer):  # noqa: F811
     response = " was good. A bad plot"
     game = Game.of(bert, bert_tokenizer, PROMPT, response, pair=False)
