@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
@@ -79,7 +79,8 @@ class RunFolder:
     def parameters(self) -> dict:
         """The flat parameters in `params.yaml`, as they were written; empty where there are none that can be read."""
         try:
-            return read_yaml(self.file("params.yaml"))
+            path = self.file("params.yaml")
+            return dict(_parameters(path, file_sha256(path) if path.is_file() else ""))
         except InputError:
             return {}
 
@@ -111,6 +112,11 @@ class RunFolder:
             if all(_is_a(found[key], kind) for key, kind in kinds.items() if key in found):
                 return found
         return {}
+
+
+@lru_cache(maxsize=1000)
+def _parameters(path: Path, sha256: str) -> dict:
+    return read_yaml(path)  # which takes longer than all else that a report reads
 
 
 def _is_name(name: str) -> bool:

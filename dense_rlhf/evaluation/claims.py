@@ -167,7 +167,7 @@ def _text(question: Question, asked: list[Matchup]) -> str:
 # ---------------------------------------------------------------------------------------------------- the verdicts
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=256)
 def judge(finding: Finding) -> tuple[Claim, ...]:
     """All claims on one dataset, in the order of their keys."""
     asked = {question: question.asks(finding) for question in QUESTIONS}

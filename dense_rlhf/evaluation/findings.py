@@ -27,21 +27,14 @@ STEP = "ppo_lr"  # so may this one: every arm has its own step size
 
 
 class _ReadOnce(RunFolder):
-    """A run folder whose record and parameters are read once."""
+    """A run folder whose record is read once."""
 
     def record(self) -> dict:
         return self._record
 
-    def parameters(self) -> dict:
-        return self._parameters
-
     @cached_property
     def _record(self) -> dict:
         return super().record()
-
-    @cached_property
-    def _parameters(self) -> dict:
-        return super().parameters()
 
 
 def findings(runs: Iterable[RunFolder], order: Sequence[str] = ()) -> list[Finding]:

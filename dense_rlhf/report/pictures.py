@@ -64,7 +64,7 @@ def _opened(png: str) -> Image:
 
 def _webp(figure: Image) -> str:
     colours = figure.convert("RGBA")
-    opaque = colours.getextrema()[3] == (255, 255)
+    opaque = colours.getchannel("A").getextrema() == (255, 255)
     return _encoded(colours.convert("RGB") if opaque else colours, "webp", lossless=True, quality=100, method=4)
 
 

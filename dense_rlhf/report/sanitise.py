@@ -63,8 +63,8 @@ def fragment(html: str) -> BeautifulSoup:
     from bs4 import BeautifulSoup
 
     soup = BeautifulSoup(html, "html.parser")
-    for tag in soup.find_all(class_=True):
-        del tag["class"]
+    for tag in soup.find_all(True):
+        tag.attrs.pop("class", None)
     return soup
 
 
@@ -72,9 +72,9 @@ def clean(soup: BeautifulSoup) -> None:
     """Remove from a page's body all that is not on the lists; what is left of a foreign tag is its text."""
     from bs4.element import NavigableString, PreformattedString
 
-    for node in list(soup.descendants):
-        if node.decomposed:
-            continue
+    waiting = list(soup.contents)
+    while waiting:
+        node = waiting.pop()
         if isinstance(node, PreformattedString):  # comments, declarations, processing instructions
             node.extract()
         elif isinstance(node, NavigableString):
@@ -82,10 +82,9 @@ def clean(soup: BeautifulSoup) -> None:
                 node.replace_with(shown)
         elif node.name in DROPPED:
             node.decompose()
-        elif node.name not in KEPT:
-            node.unwrap()
         else:
-            _clean_attributes(node)
+            waiting += node.contents
+            _clean_attributes(node) if node.name in KEPT else node.unwrap()
 
 
 def _clean_attributes(tag: Tag) -> None:

@@ -107,8 +107,10 @@ def write_study(study: StudyParams, records: list[dict], place: Place) -> list[F
     """Write all pages of a study, and `summary.json` for the index over all studies; returns what they say."""
     folder = place.reports / study.study
     runs = {record["job"]: RunFolder(place.runs(study.study) / record["job"]) for record in records}
-    pages, notes, lost = _run_pages(records, runs, place)
+    lost: list[str] = []
     compared = _comparisons(study, records, runs, place, lost)
+    pages, notes, broken = _run_pages(records, runs, place)
+    lost = broken + lost
     listed = [r | {"page": pages.get(r["job"]), "files": place.files_of(runs[r["job"]])} for r in records]
     facts = summary(study.study, study.seeds, listed, compared, lost)
     facts |= {} if place.released else {"pages": pages_key()}
@@ -129,8 +131,9 @@ def _run_pages(
     """The page of each run by job, its warnings in short, and what could not be rendered."""
     jobs = [(record, runs[record["job"]], place) for record in records]
     if place.released and len(jobs) >= MANY:  # a process that only renders: no thread of its own is cut off by forks
+        first = _run_page(*jobs[0])  # what it imports and compiles is there before the forks
         with ProcessPoolExecutor(mp_context=get_context("fork")) as pool:
-            drawn = list(pool.map(_run_page, *zip(*jobs), chunksize=4))
+            drawn = [first, *pool.map(_run_page, *zip(*jobs[1:]), chunksize=4)]
     else:
         drawn = [_run_page(*job) for job in jobs]
     whole = dict(zip(runs, drawn))

@@ -28,7 +28,7 @@ def esc(text: object, limit: int = 2000) -> str:
 
 def visible(text: str) -> str:
     """Control, direction, zero-width and other unseen characters as ⟨202e⟩; a newline stays."""
-    if text.isascii() and text.isprintable():
+    if text.isascii() and text.replace("\n", "").isprintable():
         return text
     shown, marks = [], 0
     for c in text:
@@ -71,16 +71,21 @@ SECRET_NAMES = re.compile(
 
 def scrubbed(value: object, root: Path | None = None) -> object:
     """A JSON value whose texts, apart from embedded images, are scrubbed."""
-    if isinstance(value, str):
-        return scrub(value, root)
-    if isinstance(value, list):
-        return [scrubbed(item, root) for item in value]
-    if isinstance(value, dict):
-        return {
-            name: item if name.startswith("image/") and isinstance(item, str) else scrubbed(item, root)
-            for name, item in zip(scrubbed(list(value), root), value.values())
-        }
-    return value
+    known = _known(root)
+
+    def clean(value: object) -> object:
+        if isinstance(value, str):
+            return _scrub(value, known)
+        if isinstance(value, list):
+            return [clean(item) for item in value]
+        if isinstance(value, dict):
+            return {
+                name: item if name.startswith("image/") and isinstance(item, str) else clean(item)
+                for name, item in zip(clean(list(value)), value.values())
+            }
+        return value
+
+    return clean(value)
 
 
 def scrub(page: str, root: Path | None = None) -> str:
@@ -89,13 +94,11 @@ def scrub(page: str, root: Path | None = None) -> str:
     Takes text or HTML and leaves embedded images as they are. Of this process's environment it removes the values of
     variables that are named like secrets, whatever they look like.
     """
-    known = sorted(_known(root).items(), key=lambda pair: -len(pair[0]))
-    parts = IMAGES.split(page)
-    return "".join(part if i % 2 else _scrub(part, known) for i, part in enumerate(parts))
+    return _scrub(page, _known(root))
 
 
-def _known(root: Path | None) -> dict[str, str]:
-    """Exact strings of this machine, and what replaces them."""
+def _known(root: Path | None) -> list[tuple[str, str]]:
+    """Exact strings of this machine, and what replaces them, the longest first."""
     values = {
         word
         for name, value in os.environ.items()
@@ -107,10 +110,16 @@ def _known(root: Path | None) -> dict[str, str]:
     secrets = {form: "⟨secret⟩" for value in written for form in (value, html.escape(value))}
     places = {str(Path.home()): "~", sys.prefix: "⟨python⟩"}
     places = {place: shown for place, shown in places.items() if len(Path(place).parts) > 2}  # neither / nor /usr
-    return places | ({f"{root}/": "", str(root): "."} if root else {}) | secrets
+    known = places | ({f"{root}/": "", str(root): "."} if root else {}) | secrets
+    return sorted(known.items(), key=lambda pair: -len(pair[0]))
 
 
-def _scrub(text: str, known: list[tuple[str, str]]) -> str:
+def _scrub(page: str, known: list[tuple[str, str]]) -> str:
+    parts = IMAGES.split(page)
+    return "".join(part if i % 2 else _scrub_text(part, known) for i, part in enumerate(parts))
+
+
+def _scrub_text(text: str, known: list[tuple[str, str]]) -> str:
     for secret, shown in known:
         text = text.replace(secret, shown)
     text = HOMES.sub("~", TOKENS.sub("⟨secret⟩", text))
