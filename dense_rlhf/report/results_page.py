@@ -28,7 +28,6 @@ from dense_rlhf.view.live import duration
 
 OTHERS = ABLATIONS + BENCHMARKS  # notebooks that answer on pages of their own
 MARKS = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "|": "\\|", "`": "'", "*": "\\*", "\n": " "})
-SEPARATE = 2  # datasets or settings of a study up to which each has its own row
 FIGURES = 5  # in all
 GROUNDS = "Cost", "Step sizes", "At one common step size"
 OPEN = {  # by the ablation that asks it
@@ -52,6 +51,11 @@ class Study:
     @property
     def name(self) -> str:
         return self.outline.study
+
+    @property
+    def is_summed(self) -> bool:
+        """Whether one row says how many of its settings say what."""
+        return self.name not in MAIN and len(self.findings) > 1
 
 
 def write_results(studies: Iterable[Study], to: Path) -> Path:
@@ -93,12 +97,12 @@ def plain(value: object) -> str:
 
 def _study(study: Study) -> dict:
     """A study in a few lines: what it says of each dataset, unless of many, what it rests on, and its cost."""
-    records, several = [run.record() for run in study.runs], len(study.findings) > SEPARATE
+    records = [run.record() for run in study.runs]
     return {
         "name": study.name,
-        "lines": [] if several else [(_named(study, f), verdict(f).line) for f in study.findings],
+        "lines": [] if study.is_summed else [(_named(study, f), verdict(f).line) for f in study.findings],
         "pages": [(run.path.name, _page_of(run)) for run in study.runs if run.record()["notebook"] in OTHERS],
-        "settings": len(study.findings) * several,
+        "settings": len(study.findings) * study.is_summed,
         "basis": basis(study.findings[0]) if study.findings else "",
         "cost": _cost(study, records),
         "command": study.outline.command,
@@ -114,7 +118,7 @@ def _claims(studies: Sequence[Study]) -> list[dict]:
     """A row for each claim and study that asked it, or one that says that none did."""
     asked: dict[str, list[dict]] = {}
     for study in studies:
-        for row in _settings(study) if len(study.findings) > SEPARATE else _datasets(study):
+        for row in _settings(study) if study.is_summed else _datasets(study):
             asked.setdefault(row["key"], []).append(row)
     return [row | {"again": i > 0} for _, own in sorted(asked.items()) for i, row in enumerate(_answered(own))]
 
@@ -213,9 +217,8 @@ def _untold(studies: Sequence[Study]) -> list[str]:
 
 
 def _findings(studies: Sequence[Study]) -> list[tuple[Study, Finding]]:
-    """Each dataset of the studies that do not have many."""
-    few = [study for study in studies if len(study.findings) <= SEPARATE]
-    return [(study, finding) for study in few for finding in study.findings]
+    """Each dataset of the studies that are not summed."""
+    return [(study, finding) for study in studies if not study.is_summed for finding in study.findings]
 
 
 def _by_key(claims: Sequence[Claim]) -> list[list[Claim]]:
