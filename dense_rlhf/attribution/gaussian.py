@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from dense_rlhf.attribution.kinds import Designed
 
 FREE = 1e5  # how much more variance main effects have than the kernel gives them
-INTERACTIONS, LENGTH = 2.4, 2.0  # of the credit; rate = INTERACTIONS / k: chosen on some texts, see docs/explain.md
+INTERACTIONS, LENGTH = 2.4, 0.5  # of the credit; rate = INTERACTIONS / k: chosen on some texts, see docs/explain.md
 RATES = (0.8, 2.4, 4.8, 7.2)  # of intervals, over k
 FEWEST = 3  # more pairs than players from which the scale is estimated by differences
 MOST = 8192  # coalitions solved together, half a gigabyte
