@@ -4,14 +4,15 @@
     python benchmarks/estimators.py peers FOLDER           shapiq's values; in an environment of its own, python >= 3.12
     python benchmarks/estimators.py FOLDER >> benchmarks/attribution.jsonl
 
-Three reward models: the reviews proxy, SmolLM2-135M with a head trained on reviews (weights of the trunk as they were),
-and a small encoder trained as the proxy is. The responses are the middle of real reviews; their exact values come from
-all 2^k coalitions, in which every estimator looks up what it asks for.
+Four reward models: the reviews proxy; a small BERT and a small GPT-2, trained as it is; SmolLM2-135M with a head
+trained on reviews, the weights of its trunk as they were. The responses are the middle of real reviews; their exact
+values come from all 2^k coalitions, in which every estimator looks up what it asks for. Our constants were chosen on
+other responses to the proxy and to the BERT, on none to the GPT-2 and to SmolLM2.
 
     error     10 or 12 tokens, 2, 4, 8 and 16 evaluations a token: median over responses and seeds of |values - exact|
               over |exact|, with a 95 % bootstrap interval over responses, and mean rank correlation
-    coverage  share of exact values in our 95 % intervals, 200 responses of 8 tokens to each model, and of our
-              settled ranks that are right
+    coverage  share of exact values in our 95 % intervals, 200 responses of 5 to 12 tokens (SmolLM2: 20 of 5 to 8) to
+              each model, without those of which all coalitions are asked, and of our settled ranks that are right
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ from pathlib import Path
 
 import numpy as np
 
-SEEDS, BUDGETS, SHORT = 2, (2, 4, 8, 16), 8
-LONG = {"reviews": (12, 20), "encoder": (12, 20), "smollm2": (10, 10)}  # tokens of a response, responses
-CHOSEN_ON = 60  # responses from the start, on which our one constant was chosen; they are not used here
+SEEDS, BUDGETS = 2, (2, 4, 8, 16)
+LONG = {"reviews": (12, 20), "bert": (12, 20), "gpt2": (12, 20), "smollm2": (10, 10)}  # tokens, responses: for errors
+COVERED = dict.fromkeys(LONG, (range(5, 13), 25)) | {"smollm2": (range(5, 9), 5)}  # tokens, responses of each number
+CHOSEN_ON = 260  # responses from the start, on which our constants were chosen; they are not used here
 
 # ---------------------------------------------------------------------------------------------------- tables
 
@@ -68,17 +70,16 @@ def with_head(reward_model, examples: list):
     return reward_model
 
 
-def encoder(tokenizer, examples: list, steps: int = 300):
-    """A BERT of two layers, trained from scratch on the labels of snippets."""
+def trained(config, tokenizer, examples: list, steps: int = 300):
+    """A classifier of two layers, trained from scratch on the labels of snippets."""
     import torch
-    from transformers import BertConfig, BertForSequenceClassification
+    from transformers import AutoModelForSequenceClassification
 
     from dense_rlhf.models.reward_model import RewardModel
 
     torch.manual_seed(0)
-    sizes = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, num_labels=1)
-    pad = tokenizer.pad_token_id
-    model = BertForSequenceClassification(BertConfig(vocab_size=len(tokenizer), pad_token_id=pad, **sizes))
+    pad = config.pad_token_id
+    model = AutoModelForSequenceClassification.from_config(config)
     optimiser, right = torch.optim.AdamW(model.parameters(), lr=2e-3), []
     (every, labels), rng = encoded(tokenizer, examples), np.random.default_rng(0)
     for _ in range(steps):
@@ -93,7 +94,8 @@ def encoder(tokenizer, examples: list, steps: int = 300):
         torch.nn.functional.binary_cross_entropy_with_logits(scores, y).backward()
         optimiser.step()
     fresh = round(float(np.mean(right[-50:])), 3)  # snippets are drawn anew each step
-    print(json.dumps({"benchmark": "attribution/head", "case": "encoder", "accuracy of the last 50 steps": fresh}))
+    case = config.model_type
+    print(json.dumps({"benchmark": "attribution/head", "case": case, "accuracy of the last 50 steps": fresh}))
     return RewardModel(model.eval(), tokenizer, suffix=())
 
 
@@ -101,6 +103,7 @@ def tables(folder: Path) -> None:
     """Scores (N, 2^k) of every coalition, for each reward model and length."""
     import torch
     from attribution import cut_reviews, proxy, smollm2
+    from transformers import BertConfig, GPT2Config
 
     from dense_rlhf.attribution.engine import coalition_scores
     from dense_rlhf.config.params import DataParams
@@ -109,18 +112,25 @@ def tables(folder: Path) -> None:
     torch.set_num_threads(1)
     examples = load_data(DataParams()).reward
     order = np.random.default_rng(0).permutation(len(examples))
+    many, tokenizer = [examples[i] for i in order[:2000]], proxy().tokenizer
+    sizes = dict(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, num_labels=1)
+    bert = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128)
+    gpt2 = dict(n_embd=64, n_layer=2, n_head=4, bos_token_id=None, eos_token_id=tokenizer.eos_token_id)
     makers = {
         "reviews": proxy,
-        "encoder": lambda: encoder(proxy().tokenizer, [examples[i] for i in order[:2000]]),
+        "bert": lambda: trained(BertConfig(**sizes, **bert), tokenizer, many),
+        "gpt2": lambda: trained(GPT2Config(**sizes, **gpt2), tokenizer, many),
         "smollm2": lambda: with_head(smollm2(), [examples[i] for i in order[:250]]),
     }
     for name, make in makers.items():
         reward_model = make()
-        for k, number in ((SHORT, 200), LONG[name]):
-            readings = cut_reviews(12, k, CHOSEN_ON + number, reward_model.tokenizer)[CHOSEN_ON:]
+        lengths, each = COVERED[name]
+        for kind, k, number in [("coverage", k, each) for k in lengths] + [("error", *LONG[name])]:
+            skipped = CHOSEN_ON + (each * (k - lengths[0]) if kind == "coverage" else 0)
+            readings = cut_reviews(12, k, skipped + number, reward_model.tokenizer)[skipped:]
             scores = [coalition_scores(reward_model, [one], [masks_of(k)])[0].double().numpy() for one in readings]
-            np.save(folder / f"{name}_{k}.npy", np.stack(scores))
-            print(name, k, len(scores), flush=True)
+            np.save(folder / f"{name}_{kind}_{k}.npy", np.stack(scores))
+            print(name, kind, k, len(scores), flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------- estimators
@@ -149,7 +159,7 @@ def peers(folder: Path) -> None:
         "shapiq OddSHAP": OddSHAP,
     }
     for name, (k, _) in LONG.items():
-        every, made = np.load(folder / f"{name}_{k}.npy"), {}
+        every, made = np.load(folder / f"{name}_error_{k}.npy"), {}
         for method, make in makers.items():
             values = np.full((len(every), SEEDS, len(BUDGETS), k), np.nan)
             for (n, table), seed, (b, each) in [
@@ -194,7 +204,7 @@ def error_lines(name: str, folder: Path) -> None:
     from scipy.stats import spearmanr
 
     k = LONG[name][0]
-    every = np.load(folder / f"{name}_{k}.npy")
+    every = np.load(folder / f"{name}_error_{k}.npy")
     exact, bits = shapley(every), 1 << np.arange(k)
     values = dict(np.load(folder / f"peers_{name}.npz"))
     for (b, each), seed in [(budget, seed) for budget in enumerate(BUDGETS) for seed in range(SEEDS)]:
@@ -225,22 +235,26 @@ def coverage_lines(name: str, folder: Path) -> None:
     """A line for each budget."""
     from dense_rlhf.attribution.gaussian import drawn
 
-    every = np.load(folder / f"{name}_{SHORT}.npy")
-    exact, bits = shapley(every), 1 << np.arange(SHORT)
+    lengths, _ = COVERED[name]
     for each in BUDGETS:
         inside, right, settled = [], [], []
-        for n, (table, truth) in enumerate(zip(every, exact)):
-            made = drawn(SHORT, each * SHORT - 2, n % 5)
-            result = made(table[made.masks @ bits])
-            inside.append(np.abs(result.credit - truth) <= result.half_width)
-            first = (np.argsort(-np.abs(values), kind="stable")[: result.settled] for values in (result.credit, truth))
-            right += [np.array_equal(*first)] if result.settled else []
-            settled.append(result.settled)
+        for k in [k for k in lengths if each * k < 2**k]:
+            every = np.load(folder / f"{name}_coverage_{k}.npy")
+            exact, bits = shapley(every), 1 << np.arange(k)
+            for n, (table, truth) in enumerate(zip(every, exact)):
+                made = drawn(k, each * k - 2, n % 5)
+                result = made(table[made.masks @ bits])
+                inside.append(np.mean(np.abs(result.credit - truth) <= result.half_width))
+                first = [np.argsort(-np.abs(v), kind="stable")[: result.settled] for v in (result.credit, truth)]
+                right += [np.array_equal(*first)] if result.settled else []
+                settled.append(result.settled)
+        draws = np.random.default_rng(0).choice(inside, (2000, len(inside))).mean(1)
         emit(
             "coverage",
-            f"{name}, {SHORT} tokens, {len(every)} responses",
+            f"{name}, {lengths[0]} to {lengths[-1]} tokens, {len(inside)} responses",
             evaluations_a_token=each,
             coverage=float(np.mean(inside)),
+            interval=[float(end) for end in np.quantile(draws, [0.025, 0.975])],
             settled=float(np.mean(settled)),
             settled_right=float(np.mean(right)) if right else None,
         )
