@@ -7,7 +7,7 @@
 Four reward models: the reviews proxy; a small BERT and a small GPT-2, trained as it is; SmolLM2-135M with a head
 trained on reviews, the weights of its trunk as they were. The responses are the middle of real reviews; their exact
 values come from all 2^k coalitions, in which every estimator looks up what it asks for. Our constants were chosen on
-other responses to the proxy and to the BERT, on none to the GPT-2 and to SmolLM2.
+other responses to the proxy, to the BERT and to SmolLM2, on none to the GPT-2.
 
     error     10 or 12 tokens, 2, 4, 8 and 16 evaluations a token: median over responses and seeds of |values - exact|
               over |exact|, with a 95 % bootstrap interval over responses, and mean rank correlation

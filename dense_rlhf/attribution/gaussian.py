@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from dense_rlhf.attribution.kinds import Designed
 
 FREE = 1e5  # how much more variance main effects have than the kernel gives them
-INTERACTIONS, LENGTH = 2.4, 0.5  # of the credit; rate = INTERACTIONS / k: chosen on some texts, see docs/explain.md
+INTERACTIONS, LENGTH = 2.4, 0.5  # rate = INTERACTIONS / k; docs/explain.md has the responses that both were chosen on
 RATES = (0.8, 2.4, 4.8, 7.2)  # of intervals, over k
 FEWEST = 3  # more pairs than players from which the scale is estimated by differences
 MOST = 8192  # coalitions solved together, half a gigabyte
@@ -50,7 +50,7 @@ class Estimate(NamedTuple):
 
 @dataclass(frozen=True)
 class Errors:
-    """How far the credit may be from the Shapley values, by one rate; n scores, or differences of scores, are read."""
+    """How far the credit may be from the Shapley values, by one rate and n scores, or differences of scores."""
 
     factor: np.ndarray  # (n, n) lower Cholesky factor of their kernel
     log_volume: float  # the log-determinant of the kernel without main effects

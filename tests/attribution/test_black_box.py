@@ -19,7 +19,7 @@ PROMPT, RESPONSE = "the film", " was good. A bad plot"
 SOURCES_OF_SCORES = ("gaussian", "shap", "owen", "kernel", "leverage", "lime", "shared_lime", "leave_one_out")
 
 
-def behind(model, tokenizer, calls):
+def function_of(model, tokenizer, calls):
     """A function of texts that scores by a model, and what it was asked."""
 
     def score(prompt, responses):
@@ -31,9 +31,9 @@ def behind(model, tokenizer, calls):
 
 
 @pytest.mark.parametrize("source", SOURCES_OF_SCORES)
-def test_a_model_behind_a_function_has_the_credit_that_it_has_itself(source, reward_model, tokenizer):
+def test_a_function_of_texts_has_the_credit_of_its_model(source, reward_model, tokenizer):
     model, calls = reward_model.model, []
-    seen = explain_black_box(behind(model, tokenizer, calls), PROMPT, RESPONSE, source, samples_per_token=4)
+    seen = explain_black_box(function_of(model, tokenizer, calls), PROMPT, RESPONSE, source, samples_per_token=4)
     own = explain(model, tokenizer, PROMPT, RESPONSE, source, "words", samples_per_token=4)
     assert [seen.baseline, seen.score] == pytest.approx([own.baseline, own.score], abs=1e-5)
     assert seen.player_credit == pytest.approx(own.player_credit, abs=1e-5)
@@ -52,7 +52,7 @@ def test_those_are_all_sources_that_need_only_scores():
 
 def test_a_game_of_texts_is_asked_once_and_read_many_times(reward_model, tokenizer, tmp_path):
     model, calls = reward_model.model, []
-    score = behind(model, tokenizer, calls)
+    score = function_of(model, tokenizer, calls)
     game, own = black_box_game(score, PROMPT, RESPONSE), Game.of(model, tokenizer, PROMPT, RESPONSE)
     pairs = interactions(game).pairs
     assert pairs == pytest.approx(interactions(own, "words").pairs, abs=1e-4, nan_ok=True)
