@@ -29,8 +29,8 @@ if not HANDS_OUT:
     settings.load_profile("tests")
 
 LONGEST = """
-    ablations notebooks inner_loop lab browser outer_loop environment escape engine architectures baselines search
-    findings attribution live grid jobs kernels claims benchmarks policy plan text_spans examples audit faults
+    ablations notebooks inner_loop lab browser results outer_loop environment escape engine architectures baselines
+    search findings attribution live grid jobs kernels claims benchmarks policy plan text_spans examples audit faults
     """.split()
 
 
