@@ -63,6 +63,9 @@ def fragment(html: str) -> BeautifulSoup:
     from bs4 import BeautifulSoup
 
     soup = BeautifulSoup(html, "html.parser")
+    if "<!" in html or "<?" in html or any(tag.name not in KEPT for tag in soup.find_all(True)):
+        clean(soup)
+        soup = BeautifulSoup(str(soup), "html.parser")  # texts between which something stood are one
     for tag in soup.find_all(True):
         tag.attrs.pop("class", None)
     return soup

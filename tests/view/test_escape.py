@@ -159,6 +159,13 @@ def test_an_output_cannot_wear_our_classes(name, tmp_path):
     assert section.find_all(string="and")
 
 
+@pytest.mark.parametrize("between", ["<x-y></x-y>", "<!-- c -->", "<script>1</script>", "<?p?>"])
+def test_marks_are_not_stacked_by_what_is_taken_out(between, tmp_path):
+    three = "\u0301" * 3
+    html = str(displayed(f"<p>e{between.join([three] * 9)}</p>", tmp_path))
+    assert three in html and 2 * three not in html
+
+
 def test_our_own_classes_stay(tmp_path):
     v4 = nbformat.v4
     outputs = [v4.new_output("stream", name=name, text="x") for name in ("stdout", "stderr")]
