@@ -19,6 +19,15 @@ def test_a_table_that_is_none_is_named(content, tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_parameters_are_those_of_the_file_as_it_is_now(tmp_path):
+    run = runs.RunFolder(tmp_path)
+    assert run.parameters() == {}
+    for seed in (0, 1):
+        (tmp_path / "params.yaml").write_text(f"seed: {seed}")
+        run.parameters()["seed"] = 9
+        assert run.parameters() == {"seed": seed}
+
+
 def test_a_workspace_that_finds_no_room_leaves_nothing_in_the_way(tmp_path, monkeypatch):
     folder = tmp_path / "mine"
 
