@@ -10,12 +10,12 @@ from functools import cache
 from itertools import groupby, islice
 from pathlib import Path
 
-from dense_rlhf.config.params import ABLATIONS, BENCHMARKS
+from dense_rlhf.config.params import ABLATIONS
 from dense_rlhf.evaluation.claims import IDENTITY, NOT_ASKED, QUESTIONS, Claim, judge
 from dense_rlhf.evaluation.open_questions import LONGER, WORSE, by_settings
 from dense_rlhf.evaluation.results import Finding
 from dense_rlhf.evaluation.rule import CONTRADICTED, NO_DIFFERENCE, SUPPORTED, UNDECIDED, Case
-from dense_rlhf.evaluation.words import EQUAL_KL, UPDATES, basis, identity, p_value, plural, signed
+from dense_rlhf.evaluation.words import EQUAL_KL, UPDATES, identity, p_value, plural, signed, tuning
 from dense_rlhf.files import write_text
 from dense_rlhf.report.charts import forest
 from dense_rlhf.report.comparison import verdict
@@ -26,7 +26,6 @@ from dense_rlhf.view.escape import scrub, visible
 from dense_rlhf.view.html import TEMPLATES
 from dense_rlhf.view.live import duration
 
-OTHERS = ABLATIONS + BENCHMARKS  # notebooks that answer on pages of their own
 MARKS = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "|": "\\|", "`": "'", "*": "\\*", "\n": " "})
 FIGURES = 5  # in all
 GROUNDS = "Cost", "Step sizes", "At one common step size"
@@ -67,6 +66,7 @@ def write_results(studies: Iterable[Study], to: Path) -> Path:
     about = {
         "studies": [_study(study) for study in ordered],
         "main": long,
+        "lines": [(_named(study, finding), verdict(finding).line) for study, finding in _findings(main)],
         "figures": _further((study for study in ordered if study not in main), room, to),
         "claims": _claims(ordered),
         "open": _open(ordered),
@@ -100,15 +100,27 @@ def _study(study: Study) -> dict:
     records = [run.record() for run in study.runs]
     return {
         "name": study.name,
-        "lines": [] if study.is_summed else [(_named(study, f), verdict(f).line) for f in study.findings],
-        "pages": [(run.path.name, _page_of(run)) for run in study.runs if run.record()["notebook"] in OTHERS],
         "settings": len(study.findings) * study.is_summed,
-        "basis": basis(study.findings[0]) if study.findings else "",
+        "basis": _basis(study.findings[0]) if study.findings else [],
         "cost": _cost(study, records),
         "command": study.outline.command,
         "commits": sorted({str(record.get("commit"))[:12] for record in records}),
         "not_committed": len(study.not_committed),
     }
+
+
+def _basis(finding: Finding) -> list[str]:
+    """Seeds, prompts, lambda, KL coefficient, step sizes and what all seeds share, as in `words.basis`."""
+    flats = [flat for by_seed in finding.settings.values() for flat in by_seed.values() if isinstance(flat, dict)]
+    lam, kl = (sorted({flat[name] for flat in flats if name in flat}) for name in ("ppo_lam", "ppo_kl_coef"))
+    steps = sorted({arm.step for arm in finding.arms.values() if arm.step})
+    chosen = "chosen: " if tuning(finding) else ""
+    about = [min(len(arm.seeds) for arm in finding.arms.values()), finding.prompts, *map(_listed, (lam, kl))]
+    return [*map(str, about), f"{chosen}{_listed(steps)}", ", ".join(finding.drawn_once) or "–"]
+
+
+def _listed(numbers: Sequence[float]) -> str:
+    return ", ".join(f"{number:g}" for number in numbers) or "–"
 
 
 # ---------------------------------------------------------------------------------------------------- the answers
@@ -184,7 +196,8 @@ def _open(studies: Sequence[Study]) -> list[dict]:
         for name, question in OPEN.items()
         if name not in recorded
     ]
-    return answers + across + unasked
+    rows = answers + across + unasked
+    return [row | {"again": i > 0 and row["question"] == rows[i - 1]["question"]} for i, row in enumerate(rows)]
 
 
 def _surprises(studies: Sequence[Study]) -> list[str]:

@@ -75,7 +75,7 @@ def test_results_hold_each_number_of_the_study_and_lead_to_its_keys(released):
     assert all(run.record()["key"] in page for run in runs) and "](results/made/manifest.json)" in text
     assert all(f"| {arm} | 2 |" in text for arm in outline.arms)
     assert "1b. Dense rewards speed learning" in text
-    assert "| made | 5 | 80 |" in text and outline.command in text and recorded.COMMIT[:12] in text
+    assert "](reports/made/index.html) | 5 | 80 |" in text and outline.command in text and recorded.COMMIT[:12] in text
     assert len(text.split()) < 2000  # four pages
 
 
