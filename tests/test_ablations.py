@@ -58,16 +58,16 @@ def explainers(small, tmp_path_factory):
 
 def test_each_setting_has_its_own_reward_model_and_comparison(labels):
     runs, reports = labels
-    names = ("labels-1", "labels-100")
+    names = ("labels-1", "labels-10")
     taught = {name: runs[f"{name}-04_ppo-shap-signed-seed0"].load_json("metrics.json") for name in names}
-    assert taught["labels-1"]["revisions"]["reward"] != taught["labels-100"]["revisions"]["reward"]
+    assert taught["labels-1"]["revisions"]["reward"] != taught["labels-10"]["revisions"]["reward"]
     for name in names:
         beside = runs[f"{name}-06_comparison"].load_json("metrics.json")
         judged = runs[f"{name}-04_ppo-shap-signed-seed0"].load_table(beside["table"])
         assert beside["gold"]["shap-signed"] == pytest.approx(judged["gold"].mean()) and len(beside["gold"]) == 2
         assert (reports / f"comparison-reviews-{name}.html").exists()
     index = (reports / "index.html").read_text()
-    assert index.index("Gold of shap-signed over reference") < index.index(": labels-1 ") < index.index("; labels-100 ")
+    assert index.index("Gold of shap-signed over reference") < index.index(": labels-1 ") < index.index("; labels-10 ")
 
 
 def test_settings_of_ppo_are_compared_at_equal_updates_and_equal_kl(settings):
