@@ -157,14 +157,14 @@ def _datasets(study: Study) -> list[dict]:
 
 
 def _settings(study: Study) -> list[dict]:
-    """A row for each claim of a study with many settings: how many of them say what."""
-    each = [_claim(claim) for finding in study.findings for claim in judge(finding)]
+    """A row for each claim of a study with settings: which of them say what."""
+    each = [_claim(claim) | {"setting": finding.dataset} for finding in study.findings for claim in judge(finding)]
     rows = []
     for place in dict.fromkeys((c["key"], c["where"]) for c in each):
         own = [c for c in each if (c["key"], c["where"]) == place]
-        verdicts = Counter(c["verdict"] for c in own)
-        verdict = own[0]["verdict"] if len(verdicts) == 1 else "differs"
-        why = f"{plural(len(own), 'setting')}: " + ", ".join(f"{v} in {n}" for v, n in verdicts.most_common())
+        saying = {v: [c["setting"] for c in own if c["verdict"] == v] for v in dict.fromkeys(c["verdict"] for c in own)}
+        verdict = own[0]["verdict"] if len(saying) == 1 else "differs"
+        why = "; ".join(f"{verdict} with {', '.join(settings)}" for verdict, settings in saying.items())
         about = {"study": study.name, "page": f"reports/{study.name}/index.html"}
         rows.append(own[0] | {"verdict": verdict, "why": why} | about)
     return rows
