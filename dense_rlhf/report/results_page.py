@@ -164,7 +164,8 @@ def _settings(study: Study) -> list[dict]:
         own = [c for c in each if (c["key"], c["where"]) == place]
         saying = {v: [c["setting"] for c in own if c["verdict"] == v] for v in dict.fromkeys(c["verdict"] for c in own)}
         verdict = own[0]["verdict"] if len(saying) == 1 else "differs"
-        why = "; ".join(f"{verdict} with {', '.join(settings)}" for verdict, settings in saying.items())
+        why = "; ".join(f"{v} with {', '.join(settings)}" for v, settings in saying.items())
+        why = why.removeprefix(f"{verdict} ")
         about = {"study": study.name, "page": f"reports/{study.name}/index.html"}
         rows.append(own[0] | {"verdict": verdict, "why": why} | about)
     return rows

@@ -96,7 +96,7 @@ def test_a_study_with_settings_has_a_row_for_what_they_say(released):
     assert {row["question"] for row in rows} == {OPEN["reward_model"]}
     assert [row["at"] for row in rows[:2]] == ["equal updates, reviews-labels-1", "equal KL, reviews-labels-1"]
     by_claim = {row["key"]: row["at"] for row in _claims([study]) if row["study"]}
-    assert by_claim["1b"]["equal updates"]["why"] == f"undecided with {', '.join(f.dataset for f in study.findings)}"
+    assert by_claim["1b"]["equal updates"]["why"] == f"with {', '.join(f.dataset for f in study.findings)}"
 
 
 def test_tables_of_results_are_tables(released):
