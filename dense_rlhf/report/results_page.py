@@ -11,7 +11,7 @@ from itertools import groupby, islice
 from pathlib import Path
 
 from dense_rlhf.config.params import ABLATIONS
-from dense_rlhf.evaluation.claims import IDENTITY, NOT_ASKED, QUESTIONS, Claim, judge
+from dense_rlhf.evaluation.claims import HELPED, IDENTITY, NOT_ASKED, QUESTIONS, Claim, judge
 from dense_rlhf.evaluation.open_questions import LONGER, WORSE, by_settings
 from dense_rlhf.evaluation.results import Finding
 from dense_rlhf.evaluation.rule import CONTRADICTED, NO_DIFFERENCE, SUPPORTED, UNDECIDED, Case
@@ -28,6 +28,7 @@ from dense_rlhf.view.live import duration
 
 MARKS = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "|": "\\|", "`": "'", "*": "\\*", "\n": " "})
 FIGURES = 5  # in all
+SEPARATE = 2  # settings of a study up to which each has its own row
 GROUNDS = "Cost", "Step sizes", "At one common step size"
 OPEN = {  # by the ablation that asks it
     "contextual": "Do weights that depend on the token teach more than constant ones?",
@@ -54,7 +55,7 @@ class Study:
     @property
     def is_summed(self) -> bool:
         """Whether one row says how many of its settings say what."""
-        return self.name not in MAIN and len(self.findings) > 1
+        return self.name not in MAIN and len(self.findings) > SEPARATE
 
 
 def write_results(studies: Iterable[Study], to: Path) -> Path:
@@ -66,8 +67,8 @@ def write_results(studies: Iterable[Study], to: Path) -> Path:
     about = {
         "studies": [_study(study) for study in ordered],
         "main": long,
-        "lines": [(_named(study, finding), verdict(finding).line) for study, finding in _findings(main)],
-        "figures": _further((study for study in ordered if study not in main), room, to),
+        "lines": _short(ordered, main),
+        "figures": _further([pair for pair in _findings(ordered) if pair[0] not in main], room, to),
         "claims": _claims(ordered),
         "open": _open(ordered),
     }
@@ -95,12 +96,25 @@ def plain(value: object) -> str:
     return visible(str(value)).translate(MARKS).replace("](", "]\\(")
 
 
+def _short(studies: Sequence[Study], main: Sequence[Study]) -> list[tuple[str, str]]:
+    """What main studies say, and others where dense rewards help at equal KL too: name, one line."""
+    return [
+        (_named(study, finding), verdict(finding).line)
+        for study, finding in _findings(studies)
+        if study in main or _helps_at_kl(finding)
+    ]
+
+
+def _helps_at_kl(finding: Finding) -> bool:
+    return (HELPED, EQUAL_KL, SUPPORTED) in [(claim.key, claim.where, claim.verdict) for claim in judge(finding)]
+
+
 def _study(study: Study) -> dict:
     """A study in a few lines: what it says of each dataset, unless of many, what it rests on, and its cost."""
     records = [run.record() for run in study.runs]
     return {
         "name": study.name,
-        "settings": len(study.findings) * study.is_summed,
+        "settings": len(study.findings),
         "basis": _basis(study.findings[0]) if study.findings else [],
         "cost": _cost(study, records),
         "command": study.outline.command,
@@ -262,9 +276,10 @@ def _long(study: Study, finding: Finding, to: Path) -> dict:
     return about | {"head": _head(finding), "arms": _arms(finding), "figures": _figures(study, finding, to)}
 
 
-def _further(studies: Iterable[Study], room: int, to: Path) -> list[tuple[str, str]]:
-    """The first figure of each study of one dataset, with the study's name, as many as there is room for."""
-    drawn = (_figures(study, study.findings[0], to, 1) for study in studies if len(study.findings) == 1)
+def _further(pairs: Sequence[tuple[Study, Finding]], room: int, to: Path) -> list[tuple[str, str]]:
+    """A figure of each dataset, as many as there is room for: first of those where dense rewards help at equal KL."""
+    ordered = sorted(pairs, key=lambda pair: not _helps_at_kl(pair[1]))
+    drawn = (_figures(*pair, to, "gain_at_kl" if _helps_at_kl(pair[1]) else "gain") for pair in ordered)
     return list(islice((figure for figures in drawn for figure in figures), max(0, room)))
 
 
@@ -326,14 +341,14 @@ def _seeds_needed(case: Case) -> str:
     return f" ({fewest:.0f} seeds would decide)" if math.isfinite(fewest) else " (no number of seeds up to 1000 would)"
 
 
-def _figures(study: Study, finding: Finding, to: Path, most: int | None = None) -> list[tuple[str, str]]:
-    """Files of the gains over the baseline at equal updates and at equal KL, each with its alt text."""
+def _figures(study: Study, finding: Finding, to: Path, only: str = "") -> list[tuple[str, str]]:
+    """Files of gains over the baseline at equal updates and at equal KL, or of `only` one, each with its alt text."""
     trained = [arm for arm in finding.arms.values() if arm.kind != "reference"]
     over, kl = f"Gold over {finding.baseline} (log-odds, 95 % interval over seeds)", finding.levels
     asked = {"gain": f"{over} after equal updates"}
     asked |= {field: f"{over} at {level:.1f} nats" for field, level in zip(("gain_at_kl", "gain_far"), kl)}
     drawn = []
-    for field, what in list(asked.items())[:most]:
+    for field, what in asked.items() if not only else [(only, asked[only])]:
         gains = {arm.name: gain for arm in trained if (gain := getattr(arm, field))}
         if picture := forest(gains, what, alone=True):
             name = f"reports/{study.name}/{field}-{finding.dataset}.svg"
