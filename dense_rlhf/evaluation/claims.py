@@ -132,10 +132,8 @@ def _cancelled(finding: Finding) -> list[Matchup] | Unasked:
     asked = _dense(finding)
     if isinstance(asked, Unasked):
         return asked
-    flats = [flat for by_seed in finding.settings.values() for flat in by_seed.values() if isinstance(flat, dict)]
-    lambdas = {flat["ppo_lam"] for flat in flats if "ppo_lam" in flat}
-    if lambdas != {1} and lambdas != {1.0}:
-        return Unasked(f"lambda is {', '.join(f'{lam:g}' for lam in sorted(lambdas)) or 'not known'}, wanted 1")
+    if (lambdas := finding.parameter_values("ppo_lam")) != [1]:
+        return Unasked(f"lambda is {', '.join(f'{lam:g}' for lam in lambdas) or 'not known'}, wanted 1")
     late = finding.late(finding.baseline, "explained_variance_mc") or finding.late(
         finding.baseline, "explained_variance"
     )

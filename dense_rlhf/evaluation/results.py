@@ -101,6 +101,11 @@ class Finding:
         both = [seed for seed in a if seed in b]
         return "reference" in (ours, theirs) or bool(both) and all(a[seed] == b[seed] for seed in both)
 
+    def parameter_values(self, parameter: str) -> list:
+        """What the runs of all arms have for a parameter, each value once, in order."""
+        flats = [flat for by_seed in self.settings.values() for flat in by_seed.values() if isinstance(flat, dict)]
+        return sorted({flat[parameter] for flat in flats if parameter in flat})
+
     def compare(self, ours: str, theirs: str, column: str = "gold") -> Difference | None:
         """Held-out judgements of one arm less those of another; None if either has none."""
         sides = [

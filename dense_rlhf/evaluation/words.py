@@ -188,9 +188,8 @@ def basis(finding: Finding) -> str:
     """Seeds and prompts that all verdicts of a dataset rest on, and what every seed shares, in words."""
     seeds = min(len(arm.seeds) for arm in finding.arms.values())
     text = f"{plural(seeds, 'seed')}, {finding.prompts} held-out prompts each: {TABLES[finding.table]}."
-    flats = [flat for by_seed in finding.settings.values() for flat in by_seed.values() if isinstance(flat, dict)]
     for name, what in (("ppo_lam", "Lambda"), ("ppo_kl_coef", "KL coefficient")):
-        values = sorted({flat[name] for flat in flats if name in flat})
+        values = finding.parameter_values(name)
         text += f" {what} {' or '.join(f'{value:g}' for value in values)}." if values else ""
     steps = {arm.step for arm in finding.arms.values() if arm.step}
     if len(steps) == 1 and not tuning(finding):

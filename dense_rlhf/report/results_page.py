@@ -125,8 +125,7 @@ def _study(study: Study) -> dict:
 
 def _basis(finding: Finding) -> list[str]:
     """Seeds, prompts, lambda, KL coefficient, step sizes and what all seeds share, as in `words.basis`."""
-    flats = [flat for by_seed in finding.settings.values() for flat in by_seed.values() if isinstance(flat, dict)]
-    lam, kl = (sorted({flat[name] for flat in flats if name in flat}) for name in ("ppo_lam", "ppo_kl_coef"))
+    lam, kl = map(finding.parameter_values, ("ppo_lam", "ppo_kl_coef"))
     steps = sorted({arm.step for arm in finding.arms.values() if arm.step})
     chosen = "chosen: " if tuning(finding) else ""
     about = [min(len(arm.seeds) for arm in finding.arms.values()), finding.prompts, *map(_listed, (lam, kl))]
