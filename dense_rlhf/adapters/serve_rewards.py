@@ -147,7 +147,7 @@ def listening(host: str, port: int) -> socket.socket:
 
 def load(served: Served) -> tuple[Scorer, dict[str, object]]:
     """A scorer of the reward model on its device, and what its rewards depend on: names, versions, hashes."""
-    if served.model in ("scratch", "tiny"):
+    if served.model in ("scratch", "policy", "tiny"):
         raise InputError(f"model is {served.model!r}, wanted the folder or hub id of a finished reward model")
     kept = {name: getattr(served, name) for name in ("revision", "dtype", "output", "pair")}
     trainers = _tokenizer(served.trainer_tokenizer) if served.trainer_tokenizer else None

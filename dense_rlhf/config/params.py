@@ -102,18 +102,18 @@ class PolicyParams:
 class RewardParams:
     """The proxy reward model: a small transformer trained here, or a finished one from the hub."""
 
-    name: Model = "scratch"  # scratch, or the hub id or folder of a sequence classifier with one output
+    name: Model = "scratch"  # scratch, policy (its first layers, trained on), or a classifier's hub id or folder
     revision: Text | None = None  # of a hub id; the commit it resolves to is recorded
-    labels: Part = 1.0  # scratch: the share of the human labels, or pairs, to learn from
+    labels: Part = 1.0  # trained here: the share of the human labels, or pairs, to learn from
     hidden: Count = 64  # scratch: width of the model
-    layers: Count = 2  # scratch
+    layers: Count = 2  # scratch, policy
     heads: Count = 4  # scratch: attention heads
-    steps: Whole = 500  # scratch: of its training
-    batch: Count = 96  # scratch: examples a step
-    lr: Size = 3e-3  # scratch: learning rate
+    steps: Whole = 500  # trained here: of its training
+    batch: Count = 96  # trained here: examples a step
+    lr: Size = 3e-3  # trained here: learning rate
     window: Count = 48  # labels: tokens of a training snippet; pairs: the most tokens of a dialogue
     max_drop: Share = 0.6  # labels: each snippet loses a uniform share of its tokens, up to this
-    seed: Whole = 0  # scratch: of its weights and batches; a study adds the run's where it redraws the proxy
+    seed: Whole = 0  # trained here: of its weights and batches; a study adds the run's where it redraws the proxy
     token_budget: Count | None = None  # tokens in one forward pass; by default set by the device
     dtype: Dtype = "float32"  # of the weights when it scores and explains
     output: Whole | None = None  # which output is the score, from 0, of a finished model that has several
@@ -122,11 +122,16 @@ class RewardParams:
     dpo_beta: Positive = 0.1  # log_ratio: how strongly DPO holds its policy to the reference
 
     def __post_init__(self):
-        if self.labels < 1 and self.name != "scratch":
+        if self.labels < 1 and not self.trained_here:
             raise InputError(
                 f"reward.labels is {self.labels} for {self.name!r}, which is already trained; wanted 1, or "
-                "reward.name 'scratch'"
+                "reward.name 'scratch' or 'policy'"
             )
+
+    @property
+    def trained_here(self) -> bool:
+        """Whether the study trains it, on its own labels or pairs."""
+        return self.name in ("scratch", "policy")
 
 
 @params("attribution")

@@ -20,7 +20,7 @@ from pydantic.dataclasses import dataclass
 from dense_rlhf.types import InputError, did_you_mean
 
 LARGEST = 2**31  # whole numbers stay below
-SHIPPED = ("tiny", "smollm2", "scratch", "endpoint")  # names that are no folder's, whatever lies here
+SHIPPED = ("tiny", "smollm2", "scratch", "policy", "endpoint")  # names that are no folder's, whatever lies here
 LONGEST = 200  # characters of a hub id
 NUMBER = re.compile(r"[-+]?((\d+\.?\d*|\.\d+)e[-+]?\d+|nan|inf|infinity)", re.IGNORECASE)  # text to YAML 1.1
 T = TypeVar("T")

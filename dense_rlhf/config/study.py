@@ -72,7 +72,7 @@ class StudyParams:
                 run.bo.check(shape)
             self._check_updates(run)
             self._check_steps(run)
-        if "proxy" in self.redraws and self.run.reward.name != "scratch":
+        if "proxy" in self.redraws and not self.run.reward.trained_here:
             raise InputError(f"redraws names proxy, but {self.run.reward.name!r} is trained already; leave it out")
 
     def _check_steps(self, run: RunParams) -> None:

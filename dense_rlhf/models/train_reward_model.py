@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from itertools import compress
@@ -24,7 +25,7 @@ from dense_rlhf.config.params import RewardParams
 from dense_rlhf.files import cached_folder, commit_of, content_key, model_sha256
 from dense_rlhf.fingerprint import source_key
 from dense_rlhf.models.dialogue import head_ids, prompt_ids, tokens_key
-from dense_rlhf.models.language_models import load_weights
+from dense_rlhf.models.language_models import LanguageModel, load_weights
 from dense_rlhf.models.reward_model import RewardModel, chosen_output
 from dense_rlhf.types import InputError, LabelledText, PreferencePair, Prompt, Reading
 
@@ -46,8 +47,16 @@ def share_of(examples: list, labels: float, seed: int) -> list:
     return [examples[i] for i in order[:kept].tolist()]
 
 
-def fresh_classifier(params: RewardParams, tokenizer: PreTrainedTokenizerBase) -> LlamaForSequenceClassification:
-    """A Llama classifier of this size with one output and random weights."""
+def fresh_classifier(
+    params: RewardParams, tokenizer: PreTrainedTokenizerBase, policy: PreTrainedModel | None = None
+) -> PreTrainedModel:
+    """An untrained classifier with one output, in float32: a Llama of this size, with random weights.
+
+    With `reward.name` policy it has the policy's embeddings, first `reward.layers` blocks and norm, and a random head.
+    Raises `InputError` where the policy has fewer blocks, or `transformers` no classifier of its kind.
+    """
+    if params.name == "policy":
+        return _first_layers(policy, params.layers)
     config = LlamaConfig(
         vocab_size=max(tokenizer.get_vocab().values()) + 1,  # ids may have gaps
         hidden_size=params.hidden,
@@ -60,6 +69,25 @@ def fresh_classifier(params: RewardParams, tokenizer: PreTrainedTokenizerBase) -
         eos_token_id=tokenizer.eos_token_id,
     )
     return LlamaForSequenceClassification(config)
+
+
+def _first_layers(policy: PreTrainedModel, layers: int) -> PreTrainedModel:
+    config = copy.deepcopy(policy.config)
+    if layers > config.num_hidden_layers:
+        raise InputError(f"reward.layers is {layers}, wanted at most the policy's {config.num_hidden_layers}")
+    config.num_hidden_layers, config.num_labels, config.dtype = layers, 1, torch.float32
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+    try:
+        model = AutoModelForSequenceClassification.from_config(config)
+    except ValueError as error:
+        lacks = f"transformers has no classifier of a {config.model_type}"
+        raise InputError(f"reward.name is 'policy', but {lacks}; wanted 'scratch', a folder or a hub id") from error
+    with torch.no_grad():
+        given = policy.base_model.state_dict()
+        for name, weight in model.base_model.state_dict().items():
+            weight.copy_(given[name])
+    return model
 
 
 def pack_kept(ids: Tensor, keep: Tensor, eos_id: int) -> tuple[Tensor, Tensor]:
@@ -84,9 +112,9 @@ def _snippets(encoded: list[list[int]], params: RewardParams, generator: torch.G
     return ids, keep & (torch.rand(keep.shape, generator=generator) >= share)
 
 
-def _logits(model: LlamaForSequenceClassification, ids: Tensor, lengths: Tensor) -> Tensor:
+def _logits(model: PreTrainedModel, ids: Tensor, lengths: Tensor) -> Tensor:
     """Outputs (N,) at the last tokens of right-padded ids (N, L), which a causal model reads without their padding."""
-    hidden = model.model(input_ids=ids[:, : lengths.max()], use_cache=False).last_hidden_state
+    hidden = model.base_model(input_ids=ids[:, : lengths.max()], use_cache=False).last_hidden_state
     return model.score(hidden[torch.arange(len(ids)), lengths - 1]).squeeze(-1)
 
 
@@ -96,6 +124,7 @@ def train_on_labels(
     params: RewardParams,
     seed: int,
     progress: Callable = iter,
+    policy: PreTrainedModel | None = None,
 ) -> PreTrainedModel:
     """A fresh classifier trained by logistic loss on snippets with random token dropout.
 
@@ -103,7 +132,7 @@ def train_on_labels(
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    model = fresh_classifier(params, tokenizer)
+    model = fresh_classifier(params, tokenizer, policy)
     encoded = tokenizer([e.text for e in examples], add_special_tokens=False)["input_ids"]
     head = torch.tensor([head_ids(tokenizer)] * params.batch, dtype=torch.long)
     labels = torch.tensor([float(e.label) for e in examples])
@@ -133,7 +162,12 @@ def pair_ids(pair: PreferencePair, tokenizer: PreTrainedTokenizerBase) -> tuple[
 
 
 def train_on_pairs(
-    examples: list[PreferencePair], tokenizer: PreTrainedTokenizerBase, params: RewardParams, seed: int, folder: Path
+    examples: list[PreferencePair],
+    tokenizer: PreTrainedTokenizerBase,
+    params: RewardParams,
+    seed: int,
+    folder: Path,
+    policy: PreTrainedModel | None = None,
 ) -> PreTrainedModel:
     """A fresh classifier trained on pairs by trl's RewardTrainer; pairs longer than `window` tokens are left out."""
     import datasets
@@ -161,7 +195,7 @@ def train_on_pairs(
         gradient_checkpointing=False,
         **quiet,
     )
-    data, model = datasets.Dataset.from_list(rows), fresh_classifier(params, tokenizer)
+    data, model = datasets.Dataset.from_list(rows), fresh_classifier(params, tokenizer, policy)
     trainer = RewardTrainer(model, config, train_dataset=data, processing_class=tokenizer)
     trainer.train()
     return trainer.model.float().eval()
@@ -174,21 +208,23 @@ def load_reward_model(
     data_revision: str,
     progress: Callable = iter,
     meanwhile: Callable | None = None,
+    policy: LanguageModel | None = None,
 ) -> RewardModel:
     """The proxy of `params`: trained on its share of `examples` and cached by content, or loaded from the hub.
 
-    `meanwhile` is called where another process is training it. A hub model may have another vocabulary than the
-    policy's; its tokens are then aligned by characters.
+    `meanwhile` is called where another process is training it. With `reward.name` policy it starts from `policy`. A hub
+    model may have another vocabulary than the policy's; its tokens are then aligned by characters.
     """
-    if params.name != "scratch":
+    if not params.trained_here:
         return _hub_reward_model(params, tokenizer)
     examples = share_of(examples, params.labels, params.seed)
+    start = policy.model if params.name == "policy" else None
 
     def build(folder: Path) -> None:
         if isinstance(examples[0], PreferencePair):
-            model = train_on_pairs(examples, tokenizer, params, params.seed, folder)
+            model = train_on_pairs(examples, tokenizer, params, params.seed, folder, start)
         else:
-            model = train_on_labels(examples, tokenizer, params, params.seed, progress)
+            model = train_on_labels(examples, tokenizer, params, params.seed, progress, start)
         model.save_pretrained(folder)
 
     # parameters that its training does not use
@@ -201,9 +237,9 @@ def load_reward_model(
         "tokens": tokens_key(tokenizer),
         "torch": torch.__version__,
         "code": source_key("dense_rlhf.models.train_reward_model"),
-    }
+    } | ({"policy": policy.revision} if start is not None else {})
     folder = cached_folder("reward", key, build, meanwhile=meanwhile)
-    model = LlamaForSequenceClassification.from_pretrained(folder, use_safetensors=True)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, use_safetensors=True)
     model = model.eval().to(getattr(torch, params.dtype))
     return RewardModel(model, tokenizer, token_budget=params.token_budget, revision=folder.name)
 
@@ -215,7 +251,7 @@ def _hub_reward_model(params: RewardParams, tokenizer: PreTrainedTokenizerBase) 
     except InputError:
         raise
     except Exception as error:  # the tokenizers' own errors share no base class
-        wanted = "'scratch', a local folder or a hub id that is reachable"
+        wanted = "'scratch', 'policy', a local folder or a hub id that is reachable"
         failed = f"cannot load {params.name!r} ({type(error).__name__})"
         raise InputError(f"reward.name: {failed}. Wanted {wanted}") from error
     model = load_weights(AutoModelForSequenceClassification, "reward.name", params.name, revision=commit or "main")

@@ -170,8 +170,8 @@ def _check_tokenizer(report: Report, tokenizer: PreTrainedTokenizerBase, config:
 def read_reward(report: Report, params: RewardParams, policy: EmptyModel) -> EmptyModel | None:
     """The reward model's tokenizer, config and empty model; None for one to be trained here, without a tokenizer."""
     field, name = "reward.name", params.name
-    if name == "scratch":
-        return policy.tokenizer and EmptyModel(policy.tokenizer, *_scratch(report, params, policy.tokenizer))
+    if params.trained_here:
+        return _trained_here(report, params, policy) if policy.tokenizer and policy.model else None
     at = _resolve(report, field, name, params.revision)
     tokenizer = report.attempt(field, "its tokenizer", lambda: AutoTokenizer.from_pretrained(name, **at))
     config = report.attempt(field, "its config.json", lambda: AutoConfig.from_pretrained(name, **at))
@@ -191,11 +191,15 @@ def _check_sources(report: Report, study: StudyParams, reward: EmptyModel) -> No
     report.demand(not asked, "arms", "ask for sources that the reward model can give", bad)
 
 
-def _scratch(report: Report, params: RewardParams, tokenizer: PreTrainedTokenizerBase) -> tuple:
-    with torch.device("meta"):
-        model = fresh_classifier(params, tokenizer).to(getattr(torch, params.dtype))
-    report.ok("reward.name", f"scratch: {model.num_parameters():,} parameters, to be trained here")
-    return model.config, model
+def _trained_here(report: Report, params: RewardParams, policy: EmptyModel) -> EmptyModel:
+    def build() -> PreTrainedModel:
+        with torch.device("meta"):
+            return fresh_classifier(params, policy.tokenizer, policy.model).to(getattr(torch, params.dtype))
+
+    model = report.attempt("reward.name", "its layers", build)
+    if model:
+        report.ok("reward.name", f"{params.name}: {model.num_parameters():,} parameters, to be trained here")
+    return EmptyModel(policy.tokenizer, model and model.config, model)
 
 
 # ---------------------------------------------------------------------------------------------------- data
@@ -217,7 +221,7 @@ def _check_data(report: Report, run: RunParams, policy: EmptyModel, reward: Empt
         report.demand(len(prompts) >= run.ppo.rollouts, "ppo.rollouts", f"{len(prompts):,} training prompts", bad)
     if not policy.tokenizer:
         return []
-    if run.data.path and run.reward.name == "scratch" and data.is_pairwise:
+    if run.data.path and run.reward.trained_here and data.is_pairwise:
         report.attempt("reward.window", "pairs", lambda: _check_window(report, run.reward, data, policy.tokenizer))
     if reward and reward.tokenizer:
         align = lambda: _check_alignment(report, run, data, policy, reward)  # noqa: E731

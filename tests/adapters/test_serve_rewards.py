@@ -69,6 +69,8 @@ def test_what_cannot_be_served_is_told_before_it_is(folder, tmp_path):
         load(settings(folder, shape="log_ratio"))
     with pytest.raises(InputError, match="finished reward model"):
         load(settings("scratch"))
+    with pytest.raises(InputError, match="finished reward model"):
+        load(settings("policy"))
     with pytest.raises(InputError, match="cannot load the tokenizer"):
         load(settings(folder, trainer_tokenizer=str(tmp_path)))
 

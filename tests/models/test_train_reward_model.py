@@ -5,11 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import make_policy
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dense_rlhf.config.params import RewardParams
 from dense_rlhf.models import train_reward_model
+from dense_rlhf.models.language_models import LanguageModel
 from dense_rlhf.models.reward_model import RewardModel, batches
 from dense_rlhf.models.train_reward_model import pack_kept, pair_ids, share_of
 from dense_rlhf.types import InputError, LabelledText, Message, PreferencePair, Reading
@@ -148,6 +150,42 @@ def test_training_on_pairs_prefers_the_chosen_reply(tokenizer, tmp_path):
     assert ours[0] > ours[1] + 0.5
     with pytest.raises(InputError, match="0 of 8 pairs have at most 3 tokens"):
         train_reward_model.train_on_pairs(pairs, tokenizer, replace(params, window=3), 0, tmp_path)
+
+
+FROM_POLICY = RewardParams(name="policy", layers=1, steps=15, batch=8, lr=1e-2, window=64)
+
+
+def test_a_reward_model_starts_as_the_first_layers_of_the_policy(tokenizer):
+    policy = make_policy(tokenizer)
+    ids = torch.tensor([tokenizer("the film was good")["input_ids"]])
+    model = train_reward_model.fresh_classifier(FROM_POLICY, tokenizer, policy)
+    assert (model.config.num_hidden_layers, model.config.num_labels, model.dtype) == (1, 1, torch.float32)
+    given = policy(ids, output_hidden_states=True).hidden_states[1]
+    assert torch.allclose(model.base_model(ids).last_hidden_state, policy.base_model.norm(given), atol=1e-6)
+    half = train_reward_model.fresh_classifier(FROM_POLICY, tokenizer, make_policy(tokenizer).to(torch.bfloat16))
+    assert half.dtype == torch.float32
+    assert len(policy.base_model.layers) == policy.config.num_hidden_layers > 1  # the policy keeps its own
+    with pytest.raises(InputError, match="reward.layers is 9, wanted at most the policy's"):
+        train_reward_model.fresh_classifier(replace(FROM_POLICY, layers=9), tokenizer, policy)
+
+
+@pytest.mark.parametrize(
+    "examples",
+    [
+        [PreferencePair("the film was", "good and great", "bad and awful")] * 8,
+        [LabelledText("good and great", 1), LabelledText("bad and awful", 0)] * 4,
+    ],
+)
+def test_a_reward_model_learns_from_the_policys_layers(tokenizer, examples, monkeypatch, tmp_path):
+    monkeypatch.setenv("DENSE_RLHF_CACHE", str(tmp_path))
+    load = lambda start: train_reward_model.load_reward_model(examples, tokenizer, FROM_POLICY, "r", policy=start)  # noqa: E731
+    policy = LanguageModel(make_policy(tokenizer), tokenizer, "one")
+    before = copy.deepcopy(policy.model.state_dict())
+    proxy = load(policy)
+    good, bad = proxy.outputs(tokenizer(["good and great", "bad and awful"], add_special_tokens=False)["input_ids"])
+    assert good > bad + 0.5
+    assert all(torch.equal(weight, before[name]) for name, weight in policy.model.state_dict().items())
+    assert load(policy).revision == proxy.revision != load(replace(policy, revision="two")).revision
 
 
 def test_an_unreachable_hub_model_raises(tokenizer):

@@ -224,16 +224,24 @@ def test_a_gpu_that_is_too_small_fails(dry_run, monkeypatch):
     assert dry_run()[0] == 0
 
 
-@pytest.mark.parametrize("settings", [[], ["reward.name=scratch"]])
+@pytest.mark.parametrize("settings", [[], ["reward.name=scratch"], ["reward.name=policy", "reward.layers=1"]])
 def test_labelled_texts_are_read_as_continuations(dry_run, few_reviews, settings):
     code, lines = dry_run(f"data={{name: reviews, path: {few_reviews}}}", *settings)
     assert code == 0 and not lines["FAIL"], lines
 
 
-def test_a_reward_model_to_be_trained_here(dry_run):
-    code, lines = dry_run("reward.name=scratch")
+@pytest.mark.parametrize("name", ["scratch", "policy"])
+def test_a_reward_model_to_be_trained_here(dry_run, name):
+    code, lines = dry_run(f"reward.name={name}", "reward.layers=1")
     assert code == 0, lines
-    assert any("scratch:" in line for line in lines["ok"])
+    assert any(f"{name}:" in line for line in lines["ok"])
+
+
+def test_a_reward_model_of_more_layers_than_the_policy_has(dry_run):
+    code, lines = dry_run("reward.name=policy", "reward.layers=99")
+    assert code == 2 and any("reward.layers is 99, wanted at most the policy's" in line for line in lines["FAIL"]), (
+        lines
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- the hub
