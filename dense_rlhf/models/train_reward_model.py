@@ -237,7 +237,7 @@ def load_reward_model(
         "tokens": tokens_key(tokenizer),
         "torch": torch.__version__,
         "code": source_key("dense_rlhf.models.train_reward_model"),
-    } | ({"policy": policy.revision} if start is not None else {})
+    } | ({"policy": [policy.revision, str(start.dtype)]} if start is not None else {})
     folder = cached_folder("reward", key, build, meanwhile=meanwhile)
     model = AutoModelForSequenceClassification.from_pretrained(folder, use_safetensors=True)
     model = model.eval().to(getattr(torch, params.dtype))

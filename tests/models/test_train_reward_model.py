@@ -185,7 +185,9 @@ def test_a_reward_model_learns_from_the_policys_layers(tokenizer, examples, monk
     good, bad = proxy.outputs(tokenizer(["good and great", "bad and awful"], add_special_tokens=False)["input_ids"])
     assert good > bad + 0.5
     assert all(torch.equal(weight, before[name]) for name, weight in policy.model.state_dict().items())
-    assert load(policy).revision == proxy.revision != load(replace(policy, revision="two")).revision
+    halved = replace(policy, model=make_policy(tokenizer).to(torch.bfloat16))
+    assert load(policy).revision == proxy.revision
+    assert len({proxy.revision, load(replace(policy, revision="two")).revision, load(halved).revision}) == 3
 
 
 def test_an_unreachable_hub_model_raises(tokenizer):
