@@ -203,18 +203,21 @@ def train_on_pairs(
 
 def load_reward_model(
     examples: list[LabelledText] | list[PreferencePair],
-    tokenizer: PreTrainedTokenizerBase,
+    policy: LanguageModel | PreTrainedTokenizerBase,
     params: RewardParams,
     data_revision: str,
     progress: Callable = iter,
     meanwhile: Callable | None = None,
-    policy: LanguageModel | None = None,
 ) -> RewardModel:
     """The proxy of `params`: trained on its share of `examples` and cached by content, or loaded from the hub.
 
-    `meanwhile` is called where another process is training it. With `reward.name` policy it starts from `policy`. A hub
-    model may have another vocabulary than the policy's; its tokens are then aligned by characters.
+    Of the policy its tokenizer is enough, unless `reward.name` is policy: then the proxy starts from its model.
+    `meanwhile` is called where another process is training the proxy. A hub model may have another vocabulary than the
+    policy's; its tokens are then aligned by characters. Raises `InputError` where a tokenizer alone is too little.
     """
+    tokenizer = policy.tokenizer if isinstance(policy, LanguageModel) else policy
+    if params.name == "policy" and tokenizer is policy:
+        raise InputError("reward.name is 'policy', but only a tokenizer is given; wanted the policy as a LanguageModel")
     if not params.trained_here:
         return _hub_reward_model(params, tokenizer)
     examples = share_of(examples, params.labels, params.seed)

@@ -123,9 +123,8 @@ def load_task(params: RunParams, progress: Callable = iter) -> Task:
     second = None
     if len({review.label for review in dataset.second}) == 2:
         second = LearnedJudge(dataset.second, tokenizer, revision, params.reward.steps)
-    reward = dataset.reward, tokenizer, params.reward, revision
-    meanwhile = lambda: second and second.model  # noqa: E731
-    reward_model = load_reward_model(*reward, progress=progress, meanwhile=meanwhile, policy=language_model)
+    reward = dataset.reward, language_model, params.reward, revision
+    reward_model = load_reward_model(*reward, progress=progress, meanwhile=lambda: second and second.model)
     reward_model.model.to(default_device())
     dataset = without_refused(dataset, {"the reward model": reward_model.tokenizer})
     gold = load_gold_judge(dataset.gold, revision)

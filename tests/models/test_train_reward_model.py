@@ -178,13 +178,15 @@ def test_a_reward_model_starts_as_the_first_layers_of_the_policy(tokenizer):
 )
 def test_a_reward_model_learns_from_the_policys_layers(tokenizer, examples, monkeypatch, tmp_path):
     monkeypatch.setenv("DENSE_RLHF_CACHE", str(tmp_path))
-    load = lambda start: train_reward_model.load_reward_model(examples, tokenizer, FROM_POLICY, "r", policy=start)  # noqa: E731
+    load = lambda start: train_reward_model.load_reward_model(examples, start, FROM_POLICY, "r")  # noqa: E731
     policy = LanguageModel(make_policy(tokenizer), tokenizer, "one")
     before = copy.deepcopy(policy.model.state_dict())
     proxy = load(policy)
     good, bad = proxy.outputs(tokenizer(["good and great", "bad and awful"], add_special_tokens=False)["input_ids"])
     assert good > bad + 0.5
     assert all(torch.equal(weight, before[name]) for name, weight in policy.model.state_dict().items())
+    with pytest.raises(InputError, match="only a tokenizer is given"):
+        load(tokenizer)
     halved = replace(policy, model=make_policy(tokenizer).to(torch.bfloat16))
     assert load(policy).revision == proxy.revision
     assert len({proxy.revision, load(replace(policy, revision="two")).revision, load(halved).revision}) == 3
