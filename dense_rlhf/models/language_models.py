@@ -37,6 +37,12 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def machine() -> list:
+    """What decides how sums are rounded, and so which tokens are drawn: threads, device, libraries."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return [torch.get_num_threads(), device, torch.__version__, transformers.__version__]
+
+
 @contextmanager
 def within_memory(doing: str, lower: str) -> Iterator[None]:
     """Turn the GPU's out-of-memory error in a block or function into an `InputError` that says what to `lower`."""

@@ -25,7 +25,7 @@ from dense_rlhf.config.params import RewardParams
 from dense_rlhf.files import cached_folder, commit_of, content_key, model_sha256
 from dense_rlhf.fingerprint import source_key
 from dense_rlhf.models.dialogue import head_ids, prompt_ids, tokens_key
-from dense_rlhf.models.language_models import LanguageModel, load_weights
+from dense_rlhf.models.language_models import LanguageModel, load_weights, machine
 from dense_rlhf.models.reward_model import RewardModel, chosen_output
 from dense_rlhf.types import InputError, LabelledText, PreferencePair, Prompt, Reading
 
@@ -238,7 +238,7 @@ def load_reward_model(
         "examples": content_key([asdict(example) for example in examples]),  # one file is read in several ways
         "params": learned,
         "tokens": tokens_key(tokenizer),
-        "torch": torch.__version__,
+        "machine": machine(),
         "code": source_key("dense_rlhf.models.train_reward_model"),
     } | ({"policy": [policy.revision, str(start.dtype)]} if start is not None else {})
     folder = cached_folder("reward", key, build, meanwhile=meanwhile)

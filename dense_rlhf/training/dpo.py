@@ -18,6 +18,7 @@ from dense_rlhf.config.params import PPOParams, RewardParams
 from dense_rlhf.files import cached_folder, content_key
 from dense_rlhf.fingerprint import source_key
 from dense_rlhf.models.dialogue import render, tokens_key
+from dense_rlhf.models.language_models import machine
 from dense_rlhf.models.policy import PolicyWithValue, state_sha256
 from dense_rlhf.models.reward_model import RewardModel
 from dense_rlhf.ppo.rollout import appraise, scored
@@ -143,7 +144,7 @@ def load_implicit(
         "beta": params.dpo_beta,
         "tokens": pairs.max_new_tokens,
         "seed": pairs.seed,
-        "torch": torch.__version__,
+        "machine": machine(),
         "trl": trl.__version__,
         "code": source_key("dense_rlhf.training.dpo"),
     }

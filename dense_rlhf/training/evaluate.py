@@ -14,9 +14,10 @@ from dense_rlhf.config.params import PPOParams
 from dense_rlhf.data import Dataset
 from dense_rlhf.files import cached_folder, write_text
 from dense_rlhf.fingerprint import source_key
+from dense_rlhf.models.language_models import machine
 from dense_rlhf.models.policy import PolicyWithValue, state_sha256
 from dense_rlhf.ppo.rollout import response_texts
-from dense_rlhf.training.task import Task, machine, step_seed
+from dense_rlhf.training.task import Task, step_seed
 from dense_rlhf.types import InputError, Prompt, Responses
 
 HELD_OUT = 50_000  # a step no training reaches: from it on, held-out responses have their seeds

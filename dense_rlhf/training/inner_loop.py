@@ -20,6 +20,7 @@ from dense_rlhf.config.params import AttributionParams, PPOParams, RunParams
 from dense_rlhf.config.parse import module_file
 from dense_rlhf.files import content_key, lock, settled_sha256
 from dense_rlhf.fingerprint import source_key
+from dense_rlhf.models.language_models import machine
 from dense_rlhf.models.policy import PolicyWithValue
 from dense_rlhf.models.reward_model import RewardModel
 from dense_rlhf.ppo.checkpoint import discard_damaged, keep, resume, save_failure
@@ -28,7 +29,7 @@ from dense_rlhf.ppo.rollout import response_texts
 from dense_rlhf.ppo.sampling import prompt_batches
 from dense_rlhf.ppo.warnings import Sign, diagnose
 from dense_rlhf.shaping.rewards import Shaped, shaped
-from dense_rlhf.training.task import Task, machine, step_seed
+from dense_rlhf.training.task import Task, step_seed
 from dense_rlhf.types import InputError, Prompt, RewardShape, Rollout
 
 RANKS = 1_000_000_007  # between the sampling seeds of two processes

@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 
 from dense_rlhf import ppo
@@ -17,7 +16,7 @@ from dense_rlhf.data import Dataset, load_data
 from dense_rlhf.files import cached_folder, content_key
 from dense_rlhf.fingerprint import source_key
 from dense_rlhf.models.dialogue import tokens_key, without_refused
-from dense_rlhf.models.language_models import LanguageModel, default_device, load_policy, within_memory
+from dense_rlhf.models.language_models import LanguageModel, default_device, load_policy, machine, within_memory
 from dense_rlhf.models.learned_judge import LearnedJudge
 from dense_rlhf.models.policy import PolicyWithValue, trainable_copy, value_probe
 from dense_rlhf.models.reward_model import RewardModel
@@ -101,12 +100,6 @@ class Task:
         responses = self.scored_responses(policy, prompts, params, seed)
         with within_memory("log-probabilities are read", "ppo.micro_batch"):
             return ppo.appraise(policy, self.reference, responses, params.temperature, params.micro_batch)
-
-
-def machine() -> list:
-    """What decides how sums are rounded, and so which tokens are drawn: threads, device, libraries."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return [torch.get_num_threads(), device, torch.__version__, transformers.__version__]
 
 
 def load_task(params: RunParams, progress: Callable = iter) -> Task:

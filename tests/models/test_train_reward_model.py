@@ -224,6 +224,9 @@ def test_a_trained_reward_model_is_found_again(tokenizer, monkeypatch, tmp_path)
     monkeypatch.setattr("dense_rlhf.models.train_reward_model.train_on_labels", None)  # a second training would fail
     second = train_reward_model.load_reward_model(texts, tokenizer, params, "r")
     assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), second.model.parameters()))
+    with monkeypatch.context() as elsewhere, pytest.raises(TypeError):
+        elsewhere.setattr(torch, "get_num_threads", lambda: 99)  # rounds otherwise, so it is trained again
+        train_reward_model.load_reward_model(texts, tokenizer, params, "r")
     other = copy.deepcopy(tokenizer)
     other.chat_template = "[{{ messages[0].content }}]"  # decides what it learns of dialogues
     with pytest.raises(TypeError):
