@@ -14,7 +14,7 @@ from dense_rlhf.data.dataset import Dataset, check_unicode, count_kept, split_of
 from dense_rlhf.data.rows import OTHER, file_rows, hub_rows, read_bytes
 from dense_rlhf.types import InputError, Message, PreferencePair, Prompt
 
-PAIR_SHARES = {"reward": 0.45, "gold": 0.25, "train": 0.18, "validation": 0.02, "test": 0.10}
+PAIR_SHARES = {"reward": 0.35, "gold": 0.35, "train": 0.16, "validation": 0.04, "test": 0.10}
 NAMES = {"user": "Human", "assistant": "Assistant", "system": "System"}  # of roles, in text
 FIELDS = ("prompt", "chosen", "rejected")
 TURN = re.compile(r"(?:\r?\n){2}(Human|Assistant): ?")

@@ -115,10 +115,12 @@ class Together(Alone):
         return super().total(self.accelerator.gather(super().total(logs)[None]))
 
     def gather(self, rollout: Rollout, rewards: Tensor) -> tuple[Rollout, Tensor]:
+        from accelerate.utils import gather_object
+
         fields = rollout.tensors() | {"rewards": rewards}
         whole = {name: self.accelerator.gather(self._widened(name, x).contiguous()) for name, x in fields.items()}
-        rewards = whole.pop("rewards")
-        return Rollout(**whole), rewards
+        rewards, prompts = whole.pop("rewards"), rollout.prompts
+        return Rollout(**whole, prompts=prompts and tuple(gather_object(list(prompts)))), rewards
 
     def _widened(self, name: str, x: Tensor) -> Tensor:
         """A field of a rollout padded to the widest of all processes; prompts are padded on the left."""

@@ -87,5 +87,5 @@ def judged(task: Task, prompts: Sequence[Prompt], responses: Responses) -> pd.Da
     """The responses with their scores: columns prompt, response, proxy, and those of `Task.judge`."""
     texts = response_texts(responses, task.tokenizer)
     asked = [str(p) if isinstance(p, str) else p[-1].content for p in prompts]
-    scores = {"proxy": responses.scores.cpu()} | task.judge(texts)
+    scores = {"proxy": responses.scores.cpu()} | task.judge(prompts, texts)
     return pd.DataFrame({"prompt": asked, "response": texts} | scores)

@@ -195,7 +195,7 @@ def explain_and_shape(reward_model: RewardModel, rollout: Rollout, recipe: Recip
 
 def measure(task: Task, rollout: Rollout, step: int) -> dict[str, float]:
     """Training metrics of one batch, before the update that it causes."""
-    judged = task.judge(response_texts(rollout, task.tokenizer))
+    judged = task.judge(rollout.prompts, response_texts(rollout, task.tokenizer))
     return {
         "update": step,
         "proxy": rollout.scores.mean().item(),

@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dense_rlhf import ppo
-from dense_rlhf.config.params import PolicyParams, PPOParams, RunParams
+from dense_rlhf.config.params import PolicyParams, PPOParams, RewardParams, RunParams
 from dense_rlhf.data import Dataset, load_data
 from dense_rlhf.files import cached_folder, content_key
 from dense_rlhf.fingerprint import source_key
 from dense_rlhf.models.dialogue import tokens_key, without_refused
 from dense_rlhf.models.language_models import LanguageModel, default_device, load_policy, machine, within_memory
-from dense_rlhf.models.learned_judge import LearnedJudge
+from dense_rlhf.models.learned_judge import LearnedJudge, judge_params
 from dense_rlhf.models.policy import PolicyWithValue, trainable_copy, value_probe
 from dense_rlhf.models.reward_model import RewardModel
 from dense_rlhf.models.train_reward_model import load_reward_model
@@ -46,7 +46,7 @@ class Task:
     lexicon: AdditiveJudge
     policy: PolicyParams
     value_head: dict[str, torch.Tensor] | None = None  # initial weights of a shared critic, if not zero
-    second: LearnedJudge | None = None  # where the dataset has labels for one
+    second: LearnedJudge | None = None  # where there is something for it to learn
 
     @property
     def tokenizer(self):
@@ -66,18 +66,18 @@ class Task:
         tokens = [tokens_key(self.tokenizer), tokens_key(proxy.tokenizer), proxy.policy_tokenizer is None]
         learned = [implicit and implicit.key, {name: x.tolist() for name, x in head.items()}]
         texts = [[str(prompt) for prompt in self.data.train_prompts], self.gold.weights]
-        texts.append(self.second and self.second.steps)
+        texts.append(self.second and asdict(self.second.params))
         return content_key([self.revisions, asdict(self.policy), read, tokens, learned, texts])
 
-    def judge(self, texts: Sequence[str]) -> dict[str, list[float]]:
-        """What held-out judges say of each text: `gold`, `distinct` (gold with each word counted once) and, where there
-        is a second judge, `second`, all log-odds; `repetition`, the share of words that occur earlier in the text."""
+    def judge(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> dict[str, list[float]]:
+        """What held-out judges say of each response: `gold`, `distinct` (gold with each word counted once) and, where
+        there is a second judge, `second`, all log-odds; `repetition`, the share of words that occur earlier in it."""
         judgements = {
             "gold": [self.gold.score(text) for text in texts],
             "distinct": [self.gold.distinct_score(text) for text in texts],
             "repetition": [repetition(text) for text in texts],
         }
-        return judgements if self.second is None else judgements | {"second": self.second.scores(texts)}
+        return judgements if self.second is None else judgements | {"second": self.second.scores(prompts, texts)}
 
     def fresh_policy(self) -> PolicyWithValue:
         """A copy of the reference whose trainable weights are those that `self.policy` names."""
@@ -113,9 +113,7 @@ def load_task(params: RunParams, progress: Callable = iter) -> Task:
     reference = reference.to(default_device()).eval()
     tokenizer, revision = language_model.tokenizer, dataset.revision
     dataset = without_refused(dataset, {"the policy": tokenizer})
-    second = None
-    if len({review.label for review in dataset.second}) == 2:
-        second = LearnedJudge(dataset.second, tokenizer, revision, params.reward.steps)
+    second = _second_judge(dataset, language_model, params.reward)
     reward = dataset.reward, language_model, params.reward, revision
     reward_model = load_reward_model(*reward, progress=progress, meanwhile=lambda: second and second.model)
     reward_model.model.to(default_device())
@@ -124,6 +122,16 @@ def load_task(params: RunParams, progress: Callable = iter) -> Task:
     judges = dict(gold=gold, lexicon=load_lexicon(), second=second)
     task = Task(dataset, language_model, reference, reward_model, policy=params.policy, **judges)
     return _calibrated(task, params, progress)
+
+
+def _second_judge(dataset: Dataset, policy: LanguageModel, proxy: RewardParams) -> LearnedJudge | None:
+    """A judge of the labels left for it. Pairs leave none: it learns from the gold judge's, where a start is known that
+    needs few of them, the policy."""
+    if dataset.is_pairwise and proxy.name == "policy":
+        return LearnedJudge(dataset.gold, policy, dataset.revision, judge_params(proxy))
+    if len({review.label for review in dataset.second}) == 2:
+        return LearnedJudge(dataset.second, policy.tokenizer, dataset.revision, judge_params(proxy))
+    return None
 
 
 def _calibrated(task: Task, params: RunParams, progress: Callable) -> Task:

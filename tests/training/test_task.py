@@ -9,7 +9,7 @@ from conftest import PROMPTS
 
 from dense_rlhf import ppo
 from dense_rlhf.attribution import attribute
-from dense_rlhf.config.params import AttributionParams, DataParams, PolicyParams, PPOParams, RunParams
+from dense_rlhf.config.params import AttributionParams, DataParams, PolicyParams, PPOParams, RewardParams, RunParams
 from dense_rlhf.data import Dataset
 from dense_rlhf.models.language_models import LanguageModel
 from dense_rlhf.models.learned_judge import LearnedJudge
@@ -19,8 +19,8 @@ from dense_rlhf.training.baselines import best_of_n
 from dense_rlhf.training.evaluate import evaluate
 from dense_rlhf.training.inner_loop import Recipe, train_policy
 from dense_rlhf.training.outer_loop import Objective
-from dense_rlhf.training.task import Task, _reference_scores, load_task
-from dense_rlhf.types import InputError, LabelledText, RewardShape
+from dense_rlhf.training.task import Task, _reference_scores, _second_judge, load_task
+from dense_rlhf.types import InputError, LabelledText, PreferencePair, RewardShape
 
 PARAMS = PPOParams(updates=3, rollouts=4, max_new_tokens=6, minibatch=2, lr=1e-2)
 EXPLAIN = AttributionParams(lime_samples=8)
@@ -39,18 +39,16 @@ def task(tokenizer, reference, reward_model):
 
 def test_every_judged_table_shows_repetition_and_a_second_judge_where_there_is_one(task, tokenizer):
     class Second:
-        steps = 1
+        params = RewardParams()
 
-        def scores(self, texts):
-            return [float(len(text)) for text in texts]
+        def scores(self, prompts, texts):
+            return [len(prompt) + len(text) / 1000 for prompt, text in zip(prompts, texts, strict=True)]
 
     judged = evaluate(task, task.reference, PROMPTS[:4], PARAMS, 0)
     assert [*judged] == ["prompt", "response", "proxy", "gold", "distinct", "repetition", "kl"]
     both = replace(task, second=Second())
-    assert (
-        evaluate(both, task.reference, PROMPTS[:4], PARAMS, 0)["second"].tolist()
-        == judged["response"].str.len().tolist()
-    )
+    read = [len(prompt) + len(text) / 1000 for prompt, text in zip(PROMPTS[:4], judged["response"])]
+    assert evaluate(both, task.reference, PROMPTS[:4], PARAMS, 0)["second"].tolist() == read
     assert both.key != task.key
     assert {"gold", "distinct", "repetition", "second"} <= set(
         train_policy(both, Recipe(SPARSE, PARAMS, EXPLAIN, 0)).history
@@ -69,6 +67,17 @@ def test_the_second_judge_is_taught_while_another_process_trains_the_proxy(rewar
     monkeypatch.setattr(LearnedJudge, "model", property(lambda judge: ("taught", len(judge.examples))))
     task = load_task(RunParams(data=DataParams(path=str(few_reviews))))
     assert helps[0]() == ("taught", len(task.second.examples))
+
+
+def test_pairs_have_a_second_judge_of_the_gold_pairs_where_the_proxy_starts_from_the_policy(tokenizer, reference):
+    pairs = {name: [PreferencePair("the film", f"was {name}", "was bad")] * 2 for name in ("reward", "gold", "test")}
+    data = Dataset("inline", "r0", **pairs, train_prompts=PROMPTS, validation_prompts=PROMPTS)
+    policy = LanguageModel(reference.lm, tokenizer, "m0")
+    proxy = RewardParams(name="policy", layers=2, steps=7, batch=2, window=32, labels=0.5, seed=5)
+    judge = _second_judge(data, policy, proxy)
+    assert judge.examples == data.gold and judge.policy is policy
+    assert judge.params == replace(proxy, layers=1, labels=1.0, seed=1)
+    assert _second_judge(data, policy, RewardParams()) is None  # from scratch it would learn nothing of a few pairs
 
 
 # ---------------------------------------------------------------------------------------------------- inner loop
