@@ -18,7 +18,14 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
 QUESTION = "Which tokens earned the reward?"
-MAIN = "reviews_full", "reviews", "smollm2", "hh_rlhf", "ultrafeedback"  # in this order; other studies follow
+MAIN = (
+    "reviews_full",
+    "reviews",
+    "smollm2",
+    "hh_rlhf",
+    "hh_smollm2",
+    "ultrafeedback",
+)  # in this order; other studies follow
 RUN = ("job", "notebook", "dataset", "arm", "seed", "status", "error", "seconds", "key", "page", "files")
 Column = tuple[str, Mapping, Mapping, str]  # heading, a study's summary, numbers of one dataset, folder of its pages
 

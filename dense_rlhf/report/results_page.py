@@ -71,6 +71,7 @@ def write_results(studies: Iterable[Study], to: Path) -> Path:
         "figures": _further([pair for pair in _findings(ordered) if pair[0] not in main], room, to),
         "claims": _claims(ordered),
         "open": _open(ordered),
+        "machines": _machines(ordered),
     }
     about |= {
         "surprises": _surprises(ordered),
@@ -140,25 +141,31 @@ def _listed(numbers: Sequence[float]) -> str:
 
 
 def _claims(studies: Sequence[Study]) -> list[dict]:
-    """A row for each claim and study that asked it, or one that says that none did."""
+    """A row for each claim: at each place, by verdict, what the studies that asked it say."""
     asked: dict[str, list[dict]] = {}
     for study in studies:
         for row in _settings(study) if study.is_summed else _datasets(study):
             asked.setdefault(row["key"], []).append(row)
-    return [row | {"again": i > 0} for _, own in sorted(asked.items()) for i, row in enumerate(_answered(own))]
+    return [own[0] | {"at": _by_place(_answered(own))} for _, own in sorted(asked.items())]
+
+
+def _by_place(rows: Sequence[dict]) -> dict[str, dict[str, list[dict]]]:
+    """Rows by where a claim was asked, then by their verdict; what has no place stands at the first."""
+    places: dict[str, dict[str, list[dict]]] = {}
+    for row in rows:
+        places.setdefault(row["where"] or UPDATES, {}).setdefault(row["verdict"], []).append(row)
+    return places
 
 
 def _answered(rows: Sequence[dict]) -> list[dict]:
-    """The studies that answer one claim; else one row: an identity, or why no study asked it."""
+    """The rows that answer one claim; else one row: an identity, or why no study asked it."""
     if answers := [row for row in rows if row["verdict"] not in (NOT_ASKED, IDENTITY)]:
-        pages = dict.fromkeys(row["page"] for row in answers)
-        by_page = [[row for row in answers if row["page"] == page] for page in pages]
-        return [own[0] | {"at": {row["where"]: row for row in own}} for own in by_page]
+        return answers
     if identity := [row for row in rows if row["verdict"] == IDENTITY]:
-        return [identity[0] | {"at": {"": identity[0]}}]
+        return identity[:1]
     reasons = {row["why"]: [r["study"] for r in rows if r["why"] == row["why"]] for row in rows}
     why = " ".join(f"{', '.join(studies)}: {reason}" for reason, studies in reasons.items())
-    return [rows[0] | {"study": "", "at": {"": rows[0] | {"why": why}}}]
+    return [rows[0] | {"study": "", "why": why}]
 
 
 def _datasets(study: Study) -> list[dict]:
@@ -321,16 +328,15 @@ def _claim(claim: Claim) -> dict[str, object]:
 
 
 def _evidence(case: Case, logs: Mapping[str, bool]) -> str:
-    """An arm less its first rival, and less the control that it is least above, with seeds and p."""
+    """An arm less its first rival, and less the control that it is least above, with p."""
     first = [c for c in case.comparisons if c.rival == case.comparisons[0].rival and c.difference]
     controls = [c for c in case.comparisons if c.is_control and c.difference and c.measure == first[0].measure]
     least = min(controls, key=lambda c: case.wanted * c.difference.mean, default=None)
-    texts = []
-    for c in [first[0], *([least] if least else [])]:
-        at = "" if c.kl is None or math.isnan(c.kl) else f" at {c.kl:.1f} nats"
-        texts.append(f"{c.rival}{' (control)' * c.is_control} {signed(c.difference, logs[c.measure])}{at}")
+    shown = [first[0], *([least] if least else [])]
+    texts = [f"{signed(c.difference, logs[c.measure])} against {c.rival}" for c in shown]
+    nats = {f" at {c.kl:.1f} nats" for c in shown if c.kl is not None and not math.isnan(c.kl)}
     p = case.p_equal if case.verdict == NO_DIFFERENCE else case.p_differs
-    return f"{case.arm} less {'; less '.join(texts)}; {plural(case.seeds, 'seed')}, {p_value(p)}"
+    return f"{case.arm} {', '.join(texts)}{', '.join(sorted(nats))} ({p_value(p)})"
 
 
 def _seeds_needed(case: Case) -> str:
@@ -360,17 +366,22 @@ def _figures(study: Study, finding: Finding, to: Path, only: str = "") -> list[t
 
 
 def _cost(study: Study, records: Sequence[Mapping]) -> dict:
-    """Runs, PPO updates, time by the clock, threads and machines."""
+    """Runs, PPO updates, and time by the clock."""
     policies = [run for run in study.runs if run.file("history.csv").exists()]
-    machines = Counter(
-        f"{r.get('gpu') or r.get('processor') or r.get('machine') or 'unknown'}, {r.get('cores', '?')} cores"
-        for r in records
-    )
-    threads = sorted({str(run.parameters().get("threads", "?")) for run in study.runs})
     return {
         "runs": len(records),
         "updates": sum(len(run.load_table("history")) for run in policies),
         "time": duration(sum(record.get("seconds") or 0 for record in records)),
-        "threads": " or ".join(threads),
-        "machines": "; ".join(f"{name} ({number} runs)" for name, number in machines.items()),
     }
+
+
+def _machines(studies: Sequence[Study]) -> list[str]:
+    """What the runs of all studies ran on, with how many threads, the most common first."""
+    every = Counter(_machine(run) for study in studies for run in study.runs)
+    return [f"{name} ({plural(number, 'run')})" for name, number in every.most_common()]
+
+
+def _machine(run: RunFolder) -> str:
+    record, threads = run.record(), run.parameters().get("threads", "?")
+    name = record.get("gpu") or record.get("processor") or record.get("machine") or "unknown"
+    return f"{name}, {record.get('cores', '?')} cores, {threads} of them used"

@@ -84,6 +84,7 @@ def test_results_answer_each_claim_and_each_open_question(released):
     claims, rest = text.partition("## The claims")[2].split("## Open questions")
     assert all(f"\n| {key}" in claims for key in ("1a", "1b", "2", "3", "4a", "4b", "4c", "5", "6"))
     assert claims.count("| *not asked.* ") == 6 and claims.count("| *an identity.* ") == 1
+    assert claims.count("\n| ") == 1 + 9  # the head, and a row for each
     assert "| Is it? | equal KL | [made](reports/made/comparison-ppo.html) | undecided | Too few seeds." in rest
     assert rest.count("| not asked |") == len(OPEN) and "1b at equal KL in made" in rest
 
@@ -95,8 +96,8 @@ def test_a_study_with_settings_has_a_row_for_what_they_say(released):
     rows = [row for row in _open([study]) if row["study"] == "reward_model"]
     assert {row["question"] for row in rows} == {OPEN["reward_model"]}
     assert [row["at"] for row in rows[:2]] == ["equal updates, reviews-labels-1", "equal KL, reviews-labels-1"]
-    by_claim = {row["key"]: row["at"] for row in _claims([study]) if row["study"]}
-    assert by_claim["1b"]["equal updates"]["why"] == f"with {', '.join(f.dataset for f in study.findings)}"
+    ((answer,),) = next(row["at"]["equal updates"] for row in _claims([study]) if row["key"] == "1b").values()
+    assert answer["why"] == f"with {', '.join(f.dataset for f in study.findings)}"
 
 
 def test_tables_of_results_are_tables(released):
