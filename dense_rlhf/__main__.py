@@ -39,6 +39,10 @@ def _run(arguments: argparse.Namespace) -> int:
     from dense_rlhf.runs import GOOD
 
     study = _study(arguments)
+    if arguments.results:
+        from dense_rlhf.report.record import lay_out
+
+        lay_out(Path(arguments.results), study.study)
     jobs, folder = expand(study), runs_folder(study)
     names = selected(jobs, folder, arguments.only)
     why = reasons(jobs, folder, study.workers, arguments.force)
@@ -284,13 +288,11 @@ def _add_options(command: argparse.ArgumentParser, name: str) -> None:
     several = {"nargs": "?"} if name == "report" else {}
     command.add_argument("study", help="a YAML file, such as params/reviews.yaml", **several)
     command.add_argument("--set", action="append", metavar="KEY=VALUE", help="override one parameter; repeatable")
+    if name in ("run", "report"):
+        use = "go on from the study's record there" if name == "run" else "render records, and RESULTS.md, instead"
+        command.add_argument("--from", dest="results", metavar="RESULTS", help=use)
     if name == "report":
-        command.add_argument(
-            "--from", dest="results", metavar="RESULTS", help="render records, and RESULTS.md, instead"
-        )
-        command.add_argument(
-            "--to", metavar="FOLDER", help="where reports/ and RESULTS.md go; by default next to RESULTS"
-        )
+        command.add_argument("--to", metavar="FOLDER", help="where pages and RESULTS.md go; by default next to RESULTS")
     if name == "record":
         command.add_argument("--to", metavar="RESULTS", default="results", help="folder of records; results by default")
         command.add_argument("--anyway", action="store_true", help="also runs of code that was not committed")
@@ -363,9 +365,7 @@ def _parser() -> argparse.ArgumentParser:
         if name == "serve-rewards":
             _add_serving(command)
         if name == "params":
-            command.add_argument(
-                "name", nargs="?", default="", help="a group or one of its parameters, as ppo or ppo.lr"
-            )
+            command.add_argument("name", nargs="?", default="", help="a group or one of its parameters, as ppo.lr")
     return parser
 
 

@@ -82,12 +82,14 @@ class Record:
     manifest: Mapping
 
     def write_runs(self, root: Path) -> Path:
-        """Write the run folders below `root`/runs, as they were; returns the study's folder."""
+        """Write the run folders that are not there yet below `root`/runs, as they were; returns the study's folder."""
         folder = root / "runs" / self.outline.study
         for job, files in self.runs.items():
-            (folder / job).mkdir(parents=True)
-            for name, content in files.items():
-                (folder / job / name).write_bytes(content)
+            with naming(folder / job, "written"):
+                if not (folder / job).exists():
+                    (folder / job).mkdir(parents=True)
+                    for name, content in files.items():
+                        (folder / job / name).write_bytes(content)
         return folder
 
 
@@ -241,6 +243,14 @@ def read_record(folder: Path) -> Record:
     compared = tuple(Compared(one["where"], one["setting"]) for one in manifest["comparisons"])
     arms, seeds = tuple(manifest["arms"]), tuple(manifest["seeds"])
     return Record(Outline(folder.name, arms, seeds, compared, str(manifest["command"])), runs, manifest)
+
+
+def lay_out(results: Path, study: str) -> None:
+    """Write the recorded runs of a study into the workspace, from where it goes on. Raises `InputError` without one."""
+    known = {folder.name: folder for folder in records(results)}
+    if study not in known:
+        raise InputError(f"{results} has no record of {study}, but of {', '.join(known)}")
+    read_record(known[study]).write_runs(workspace())
 
 
 def _is_manifest(given: Mapping) -> bool:

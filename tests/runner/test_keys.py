@@ -54,10 +54,28 @@ def python(root, *arguments):
     return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=True).stdout
 
 
-def planned(root):
+def planned(root, *options):
     """What each run would do, `cached`, `render` or `run`, by its name."""
-    lines = python(root, "-m", "dense_rlhf", "run", "params/reviews.yaml", "--dry-run").splitlines()[:-1]
+    lines = python(root, "-m", "dense_rlhf", "run", "params/reviews.yaml", "--dry-run", *options).splitlines()[:-1]
     return {line.split()[1].rstrip(":"): line.split()[0] for line in lines}
+
+
+def test_a_study_goes_on_from_its_record_on_another_machine(checkout):
+    """Of the runs that the record holds none is run again, the others are; what is there already stays."""
+    before = (whole := checkout / "runs" / "reviews").rename(checkout / "before")
+    try:
+        for name in (kept := {POLICY, "11_step_size-shap"}):
+            shutil.copytree(before / name, whole / name)
+        python(checkout, "-m", "dense_rlhf", "record", "params/reviews.yaml", "--anyway")
+        shutil.rmtree(whole)
+        assert set(planned(checkout).values()) == {"run"}
+        again = planned(checkout, "--from", "results")
+        assert {name for name, what in again.items() if what == "cached"} == kept
+        (whole / POLICY / "metrics.json").write_text("{}")
+        assert planned(checkout, "--from", "results")[POLICY] == "run"
+    finally:
+        shutil.rmtree(whole)
+        before.rename(whole)
 
 
 @pytest.fixture
