@@ -54,8 +54,9 @@ class _Grid:
             self._interrupt()
             raise
 
-    def threads(self, job: Job) -> int:
-        return threads_of(job, self.jobs, self.executor.workers)
+    @property
+    def threads(self) -> int:
+        return threads_of(self.jobs, self.executor.workers)
 
     def _start_ready(self) -> None:
         begun = {job.name for job in self.running.values()} | self.ended.keys()
@@ -71,7 +72,7 @@ class _Grid:
         return sum(record["status"] in BAD for record in self.ended.values())
 
     def _start(self, job: Job) -> None:
-        folder, threads = self.folder / job.name, self.threads(job)
+        folder, threads = self.folder / job.name, self.threads
         if reason := self._hopeless(job):
             self._end(job, cancel(job, folder, reason))
         elif held_by(folder):
@@ -179,7 +180,7 @@ def run_grid(
     with executor or Local(study.workers) as where:
         grid = _Grid(jobs, chosen, folder, study, where, screen or Screen(), force, max_failures)
         for job in [job for job in jobs if job.name not in chosen]:
-            grid.ended[job.name] = finished(job, folder / job.name, grid.threads(job)) or {"status": "pending"}
+            grid.ended[job.name] = finished(job, folder / job.name, grid.threads) or {"status": "pending"}
         grid.run()
     return [grid.ended[name] for name in sorted(chosen)]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -170,13 +170,9 @@ def awaits(job: Job, jobs: Iterable[Job]) -> set[str]:
     return {other.name for other in jobs if other.stage == 0 < job.stage} | set(job.upstream)
 
 
-def threads_of(job: Job, jobs: list[Job], workers: int) -> int:
-    """A job's share of the cores: as many jobs share them as can, of those that fill the cache or of all others.
-
-    So all trainings round alike, and an arm that learned another's weights is that arm, at any stage.
-    """
-    at_once = min(workers, sum((other.stage == 0) == (job.stage == 0) for other in jobs))
-    return max(1, len(os.sched_getaffinity(0)) // at_once)
+def threads_of(jobs: Sequence[Job], workers: int) -> int:
+    """Each job's share of the cores, the same for all: sums round alike, so what one has trained the others read."""
+    return max(1, len(os.sched_getaffinity(0)) // min(workers, len(jobs)))
 
 
 def updates_of(job: Job) -> int:
@@ -346,7 +342,7 @@ def reasons(jobs: list[Job], runs: Path, workers: int, force: bool = False) -> d
     found: dict[str, str] = {}
     for job in jobs:
         upstream = "forced" if force else _upstream(job, found)
-        own = "" if act(upstream) == "run" else _reason(job, runs / job.name, threads_of(job, jobs, workers))
+        own = "" if act(upstream) == "run" else _reason(job, runs / job.name, threads_of(jobs, workers))
         found[job.name] = own if act(own) == "run" else upstream or own
     return found
 

@@ -130,7 +130,7 @@ def search(study: StudyParams, arm: str, progress: Callable = iter) -> tuple[Run
     jobs = expand(study)
     job = next(job for job in jobs if (job.notebook, job.params.arm) == ("05_bayesian_optimisation", arm))
     run = RunFolder(runs_folder(study) / job.name)
-    if prepare(job, run.path, threads_of(job, jobs, study.workers)) == "ok":
+    if prepare(job, run.path, threads_of(jobs, study.workers)) == "ok":
         return run, None
     return run, _search(RunParams.read(run.file("params.yaml")), run, progress)
 

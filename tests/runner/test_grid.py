@@ -231,7 +231,7 @@ def test_the_search_command_fills_the_ledger_that_the_notebook_looks_for(fake_re
     run = RunFolder(fake_repository / "runs" / "s" / "05_bayesian_optimisation-bo")
     wanted = load_study(Path(study), settings)
     first, *others = plan.expand(wanted)
-    threads = plan.threads_of(first, [first, *others], wanted.workers)
+    threads = plan.threads_of([first, *others], wanted.workers)
     assert jobs.prepare(first, run.path, threads) == "pending"
     assert first.name == run.path.name and len(run.file("trials.jsonl").read_text().splitlines()) == 2
     jobs.finish(first, run.path, "ok", "", 0.0)

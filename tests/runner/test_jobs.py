@@ -152,7 +152,7 @@ def test_a_hundred_finished_runs_are_checked_within_five_seconds(study, faked, t
     assert len(planned) == 100
     for job in planned:
         folder = tmp_path / "runs" / "s" / job.name
-        prepare(job, folder, plan.threads_of(job, planned, 1))
+        prepare(job, folder, plan.threads_of(planned, 1))
         (folder / "notebook.ipynb").write_bytes(os.urandom(300_000))
         finish(job, folder, "ok", "", time.time())
     (tmp_path / "reports" / "s").mkdir(parents=True)

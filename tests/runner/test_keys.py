@@ -20,7 +20,7 @@ from dense_rlhf.runner import jobs, plan
 study = load_study(Path("params/reviews.yaml"))
 for job in (every := plan.expand(study)):
     folder = plan.runs_folder(study) / job.name
-    jobs.prepare(job, folder, plan.threads_of(job, every, study.workers))
+    jobs.prepare(job, folder, plan.threads_of(every, study.workers))
     (folder / "metrics.json").write_text(json.dumps({"shape": {"weights": [0.5, 0.5]}, "step_size": 5e-4}))
     jobs.finish(job, folder, "ok", "", 0.0)
 """
@@ -33,7 +33,7 @@ from dense_rlhf.runner import jobs, plan
 study = load_study(Path("params/reviews.yaml"))
 every = plan.expand(study)
 job = next(job for job in every if job.name == "{POLICY}")
-assert jobs.prepare(job, plan.runs_folder(study) / job.name, plan.threads_of(job, every, study.workers)) == "pending"
+assert jobs.prepare(job, plan.runs_folder(study) / job.name, plan.threads_of(every, study.workers)) == "pending"
 """
 
 

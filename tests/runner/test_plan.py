@@ -275,12 +275,13 @@ def test_the_default_study_begins_with_both_learned_judges_and_ends_with_the_com
     assert order.index("04_ppo") < order.index("02_attribution") < order.index("06_comparison")
 
 
-def test_all_trainings_have_as_many_threads_whatever_their_stage(stepping, monkeypatch):
+def test_all_runs_have_as_many_threads_so_that_what_one_trained_the_others_read(stepping, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(4))
     every = plan.expand(load_study(stepping[0], [*STEPS, LEARNED]))
     assert len({job.stage for job in every if plan.updates_of(job)}) == 3
-    assert {plan.threads_of(job, every, 4) for job in every if plan.updates_of(job)} == {1}
-    assert {plan.threads_of(job, every, 1) for job in every} == {4}
+    assert plan.threads_of(every, 4) == 1 and plan.threads_of(every, 1) == 4
+    assert plan.threads_of(every[:1], 8) == 4  # of one run alone all are its own
+    assert plan.threads_of(every, 8) == 1
 
 
 # ---------------------------------------------------------------------------------------------------- seeds
