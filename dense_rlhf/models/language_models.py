@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import timeit
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -41,6 +43,25 @@ def machine() -> list:
     """What decides how sums are rounded, and so which tokens are drawn: threads, device, libraries."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return [torch.get_num_threads(), device, torch.__version__, transformers.__version__]
+
+
+@cache
+def bfloat16_slowdown() -> float:
+    """How many times as long the processor takes over a product of matrices in bfloat16 as in float32, measured here.
+
+    Many have no bfloat16 arithmetic of their own, and take some eight times as long; with it they are faster.
+    """
+
+    def seconds(dtype: torch.dtype) -> float:
+        matrix = torch.ones(512, 512, dtype=dtype)
+        return min(timeit.repeat(lambda: torch.nn.functional.linear(matrix, matrix), number=1, repeat=9))
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # several would wait for cores that other work has
+    try:
+        return seconds(torch.bfloat16) / seconds(torch.float32)
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from dense_rlhf.config.study import StudyParams
 from dense_rlhf.data import Dataset, load_data
 from dense_rlhf.fingerprint import PACKAGE
 from dense_rlhf.models.dialogue import Reader, prompt_ids
-from dense_rlhf.models.language_models import check_head, load_tokenizer, smollm2_folder
+from dense_rlhf.models.language_models import bfloat16_slowdown, check_head, load_tokenizer, smollm2_folder
 from dense_rlhf.models.reward_model import RewardModel, chosen_output, shares_tokens
 from dense_rlhf.models.train_reward_model import fresh_classifier, pair_ids
 from dense_rlhf.models.word_judge import check_words
@@ -63,6 +63,7 @@ def check(study: StudyParams, say: Callable[[str], None], budget: bool = True) -
     report, run = Report(say), study.run
     if study.settings:
         report.line("note", "settings", f"checked without what these change: {', '.join(study.settings)}")
+    _check_arithmetic(report, run)
     policy = read_policy(report, run)
     reward = read_reward(report, run.reward, policy)
     if reward and reward.model:
@@ -83,6 +84,14 @@ def check(study: StudyParams, say: Callable[[str], None], budget: bool = True) -
     else:
         report.line("skip", "budget", "needs the policy's and the reward model's configs and one dataset")
     return report.failed
+
+
+def _check_arithmetic(report: Report, run: RunParams) -> None:
+    """Say where the processor, for want of a GPU, has no arithmetic of its own for what a model computes in."""
+    for field, dtype in (("policy.dtype", run.policy.dtype), ("reward.dtype", run.reward.dtype)):
+        if dtype == "bfloat16" and not torch.cuda.is_available() and (times := bfloat16_slowdown()) > 1.5:
+            slow = f"this processor takes {times:.0f} times as long in bfloat16 as in float32"
+            report.line("note", field, f"{slow}, and there is no GPU; --set {field}=float32")
 
 
 def refuse(study: StudyParams) -> None:

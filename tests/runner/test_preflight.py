@@ -15,6 +15,7 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig, PreTra
 from dense_rlhf.__main__ import main
 from dense_rlhf.config.params import PolicyParams, RewardParams
 from dense_rlhf.models import language_models, reward_model, tiny_recipe, train_reward_model
+from dense_rlhf.runner import preflight
 
 TURNS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 TEMPLATE = TURNS + "{% if add_generation_prompt %}<a>{% endif %}"
@@ -86,6 +87,16 @@ def test_a_sound_study_passes_and_has_a_budget(dry_run):
     assert "reads prompt and response as text" in text and "through its chat template: least" in text
     assert "400 rows read, 0 left out" in text and "memory, at the longest prompt" in text and "explain shap" in text
     assert text.count("1 safetensors") == 2 and "128 positions for" in text
+
+
+def test_a_processor_without_bfloat16_is_said_where_a_model_computes_in_it(dry_run, monkeypatch):
+    monkeypatch.setattr(preflight, "bfloat16_slowdown", lambda: 8.04)
+    assert not dry_run()[1]["note"]
+    (note,) = dry_run("policy.dtype=bfloat16")[1]["note"]
+    assert "policy.dtype" in note and "takes 8 times as long in bfloat16 as in float32" in note
+    monkeypatch.setattr(preflight, "bfloat16_slowdown", lambda: 0.5)
+    assert not dry_run("policy.dtype=bfloat16")[1]["note"]
+    assert 0.01 < language_models.bfloat16_slowdown() < 1000
 
 
 def test_no_weights_are_read(dry_run, monkeypatch):
