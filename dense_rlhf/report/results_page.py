@@ -28,6 +28,7 @@ from dense_rlhf.view.live import duration
 
 MARKS = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "|": "\\|", "`": "'", "*": "\\*", "\n": " "})
 FIGURES = 5  # in all
+ANSWERS = SUPPORTED, CONTRADICTED, NO_DIFFERENCE  # in this order, others follow
 SEPARATE = 2  # settings of a study up to which each has its own row
 GROUNDS = "Cost", "Step sizes", "At one common step size"
 OPEN = {  # by the ablation that asks it
@@ -150,9 +151,9 @@ def _claims(studies: Sequence[Study]) -> list[dict]:
 
 
 def _by_place(rows: Sequence[dict]) -> dict[str, dict[str, list[dict]]]:
-    """Rows by where a claim was asked, then by their verdict; what has no place stands at the first."""
+    """Rows by where a claim was asked, then by their verdict, answers first; what has no place stands at the first."""
     places: dict[str, dict[str, list[dict]]] = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: _rank(row["verdict"])):
         places.setdefault(row["where"] or UPDATES, {}).setdefault(row["verdict"], []).append(row)
     return places
 
@@ -310,12 +311,15 @@ def _arms(finding: Finding) -> list[list[str]]:
     return rows
 
 
+def _rank(verdict: str) -> int:
+    return ANSWERS.index(verdict) if verdict in ANSWERS else len(ANSWERS)
+
+
 def _claim(claim: Claim) -> dict[str, object]:
     """A claim in one line: its verdict, and the comparison of the arm that is nearest to deciding it."""
     logs = {m.text: m.log for question in QUESTIONS for m in question.measures}
     tested = [case for case in claim.cases if case.has_interval]
-    ranks = {SUPPORTED: 0, CONTRADICTED: 1, NO_DIFFERENCE: 2}
-    case = min(tested, key=lambda c: (ranks.get(c.verdict, 3), min(c.p_differs, c.p_equal)), default=None)
+    case = min(tested, key=lambda c: (_rank(c.verdict), min(c.p_differs, c.p_equal)), default=None)
     return {
         "key": claim.key,
         "text": claim.text,
