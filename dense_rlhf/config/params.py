@@ -266,6 +266,8 @@ class EvaluationParams:
     toxic_path: Place | None = None  # a CSV of SemEval-2021 toxic spans, if available
     texts: Count = 1000  # the audit: of a dataset's test split, at most
     rival_path: Place | None = None  # the audit: folder of a second reward model; by default the gold judge
+    rival_output: Whole | None = None  # the audit: which output of that model is its score, where it has several
+    rival_pair: Flag = False  # the audit: that model reads prompt and response as two segments
 
 
 @params("dimension")

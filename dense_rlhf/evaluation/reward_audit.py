@@ -28,7 +28,7 @@ from dense_rlhf.data import prompt_text
 from dense_rlhf.models.reward_model import RewardModel
 from dense_rlhf.models.text_spans import cut, overlap, solid, tile
 from dense_rlhf.models.word_judge import WORD, AdditiveJudge, load_lexicon, words_of
-from dense_rlhf.statistics import ALPHA, Interval
+from dense_rlhf.statistics import ALPHA, Interval, bootstrap
 from dense_rlhf.types import InputError, LabelledText, PreferencePair, Prompt
 
 PIECE = re.compile(rf"{WORD.pattern}|[^\w\s]+|_+|\n+")
@@ -267,6 +267,22 @@ def rank_correlation(ours: Scored, theirs: Scored) -> Interval:
     weights = _resampled(ours.units)
     xy, xx, yy = (_covariance(weights, one[:, None], other)[:, 0] for one, other in ((x, y), (x, x), (y, y)))
     return _percentile(xy / np.sqrt(xx * yy))
+
+
+def ordered_alike(ours: Scored, theirs: Scored | None = None) -> Interval:
+    """Share of pairs whose replies two models put in one order, a tie half; of one model, in the order of people.
+
+    95 % interval, pairs resampled. Raises `InputError` unless each unit is a pair, the reply that people prefer first.
+    """
+    orders = [np.sign(_margins(one)) for one in (ours, theirs) if one is not None]
+    return bootstrap((1 + np.prod(orders, axis=0)) / 2)
+
+
+def _margins(scored: Scored) -> np.ndarray:
+    """The score of the first text of each unit less that of the second, (U,)."""
+    if len(scored.units) % 2 or (scored.units[::2] != scored.units[1::2]).any():
+        raise InputError(f"{len(scored.units)} texts are not two of each unit, one after the other; give pairs")
+    return scored.scores[::2] - scored.scores[1::2]
 
 
 def _covariance(weights: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:

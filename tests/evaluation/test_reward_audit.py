@@ -198,3 +198,18 @@ def test_peoples_marks_fall_on_pieces_by_characters():
     credit, values, real = audit.as_rows(scored, scored.pieces["credit"], marks)
     assert credit.tolist() == [[1.0, 0.25], [-2.0, 0.0]] and real.tolist() == [[True, True], [True, False]]
     assert isinstance(marks, pd.Series) and values.shape == real.shape
+
+
+def test_two_models_order_pairs_alike_as_often_as_counted_by_hand():
+    def pairs(*margins):
+        scores = np.array([score for margin in margins for score in (margin, 0.0)])
+        texts = tuple(f"text {n}" for n in range(len(scores)))
+        return Scored(texts, np.repeat(np.arange(len(margins)), 2), scores, pd.DataFrame())
+
+    ours, theirs = pairs(1.0, 2.0, -1.0, 0.0), pairs(0.1, -0.1, -5.0, 3.0)
+    assert audit.ordered_alike(ours).mean == pytest.approx((1 + 1 + 0 + 0.5) / 4)
+    assert audit.ordered_alike(ours, theirs).mean == pytest.approx((1 + 0 + 1 + 0.5) / 4)
+    assert audit.ordered_alike(theirs, ours) == audit.ordered_alike(ours, theirs)
+    for units in ([0, 0, 1], [0, 1, 1, 0]):
+        with pytest.raises(InputError, match="give pairs"):
+            audit.ordered_alike(Scored(("t",) * len(units), np.array(units), np.zeros(len(units)), pd.DataFrame()))
