@@ -110,6 +110,8 @@ class StaticDecoder:
     Raises `InputError` for an architecture whose steps no test compares, and for layers that do not keep all tokens.
     """
 
+    below = None  # a replayed graph calls no hook
+
     def __init__(self, lm: PreTrainedModel, queries: Tensor, query_mask: Tensor, sampling: Sampling):
         if lm.config.model_type not in CAPTURED or not keeps_all(lm):
             known = f"policy.name is a {lm.config.model_type}; wanted one of {', '.join(CAPTURED)}, without windows"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
@@ -29,6 +30,7 @@ class Sampling:
     eos_ids: tuple[int, ...]  # each ends a response
     pad_id: int  # fills up after it, and is never drawn
     barred: tuple[int, ...] = ()  # never drawn either
+    cut: int = 0  # blocks of the model that are frozen, whose states are kept where there are any
 
 
 class Drawn(NamedTuple):
@@ -37,6 +39,7 @@ class Drawn(NamedTuple):
     responses: Tensor  # (B, T) token ids, padded after EOS
     mask: Tensor  # (B, T) bool, true through EOS
     states: Tensor | None  # (B, T, hidden), the model's last before each token, zero after EOS
+    trunk: Tensor | None = None  # (B, P + T - 1, hidden) above the frozen blocks, in the columns of `Responses.rows`
 
 
 class Step(NamedTuple):
@@ -51,6 +54,8 @@ class Step(NamedTuple):
 class Decoder(Protocol):
     """Rows of prompts and responses, all that was read of them, and what is drawn after it."""
 
+    below: Below | None
+
     def step(self, token: Tensor | None, at: Tensor, alive: Tensor) -> Step:
         """Read the rows' last `token` (N,), None before the first, and draw the next at `at` (N, 1) in [0, 1)."""
 
@@ -63,12 +68,15 @@ class DynamicDecoder:
 
     def __init__(self, lm: PreTrainedModel, queries: Tensor, query_mask: Tensor, sampling: Sampling):
         self.lm, self.mask, self.rule = lm, query_mask, Rule(sampling, queries.device)
-        self.cache, self.last = prefill(lm, queries, query_mask, sampling.max_new_tokens)
+        self.below = Below(lm, sampling, query_mask) if sampling.cut else None
+        self.cache, self.last = prefill(lm, queries, query_mask, sampling.max_new_tokens, self.below)
+        self.rows = torch.arange(len(queries), device=queries.device)
 
     def step(self, token: Tensor | None, at: Tensor, alive: Tensor) -> Step:
         if token is not None:
-            self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], -1)
-            self.last = read(self.lm, token[:, None], self.mask, self.cache)
+            with _keeping(self.below, self.rows, self.mask.sum(-1)):
+                self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], -1)
+                self.last = read(self.lm, token[:, None], self.mask, self.cache)
         return self.rule.draw(self.lm, self.last, at, alive)
 
     def leave(self, alive: Tensor, going: int) -> Tensor | None:
@@ -76,7 +84,7 @@ class DynamicDecoder:
             return None
         kept = alive.nonzero().squeeze(-1)
         self.cache.batch_select_indices(kept)
-        self.mask = self.mask[kept]
+        self.mask, self.rows = self.mask[kept], self.rows[kept]
         return kept
 
 
@@ -111,7 +119,7 @@ def sample(
             break
         if (kept := decode.leave(alive, number)) is not None:
             token, rows, alive = token[kept], rows[kept], alive[kept]
-    return Drawn(responses, until_eos(responses, sampling.eos_ids), states)
+    return Drawn(responses, until_eos(responses, sampling.eos_ids), states, decode.below and decode.below.states)
 
 
 class Rule:
@@ -176,24 +184,57 @@ class _Roomy(DynamicLayer):
         self._show(self.keys.shape[2])
 
 
+class Below:
+    """States above the frozen blocks of all that a model reads while it samples: no pass need compute them again."""
+
+    def __init__(self, lm: PreTrainedModel, sampling: Sampling, query_mask: Tensor):
+        (B, P), size = query_mask.shape, lm.config.hidden_size
+        self.block = lm.base_model.layers[sampling.cut]
+        self.states = torch.zeros(B, P + sampling.max_new_tokens - 1, size, dtype=lm.dtype, device=query_mask.device)
+
+    @contextmanager
+    def keeping(self, rows: Tensor, first: Tensor) -> Iterator[None]:
+        """Keep what is read within of `rows` (n,), from the columns `first` (n,) on; before column 0 is padding."""
+
+        def keep(_: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+            read = inputs[0] if inputs else named["hidden_states"]
+            columns = first[:, None] + torch.arange(read.shape[1], device=rows.device)
+            own = (columns >= 0) & (columns < self.states.shape[1])  # a row that has ended may go on as padding
+            self.states[rows[:, None].expand_as(columns)[own], columns[own]] = read[own].to(self.states.dtype)
+
+        hook = self.block.register_forward_pre_hook(keep, with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+
+def _keeping(below: Below | None, rows: Tensor, first: Tensor) -> AbstractContextManager:
+    return nullcontext() if below is None else below.keeping(rows, first)
+
+
 def keeps_all(lm: PreTrainedModel) -> bool:
     """Whether every layer's cache keeps all tokens: sliding windows keep a part, which cannot be padded."""
     return all(type(layer) is DynamicLayer for layer in DynamicCache(config=lm.config).layers)
 
 
-def prefill(lm: PreTrainedModel, queries: Tensor, query_mask: Tensor, more: int) -> tuple[DynamicCache, Tensor]:
+def prefill(
+    lm: PreTrainedModel, queries: Tensor, query_mask: Tensor, more: int, below: Below | None = None
+) -> tuple[DynamicCache, Tensor]:
     """Key-value cache of left-padded prompts with room for `more` tokens, and states (B, hidden) after the prompts.
 
     They are read in groups of similar length.
     """
     lengths, whole = query_mask.sum(-1), DynamicCache(config=lm.config)
-    if not keeps_all(lm):
-        return whole, read(lm, queries, query_mask, whole)
     order, caches, last = lengths.argsort(), [], []
+    if not keeps_all(lm):
+        with _keeping(below, order.sort()[0], lengths - queries.shape[1]):
+            return whole, read(lm, queries, query_mask, whole)
     for rows in order.split(PREFILL):
         P = int(lengths[rows].max())
         caches.append(DynamicCache(config=lm.config))
-        last.append(read(lm, queries[rows, -P:], query_mask[rows, -P:], caches[-1]))
+        with _keeping(below, rows, lengths[rows] - P):
+            last.append(read(lm, queries[rows, -P:], query_mask[rows, -P:], caches[-1]))
     for i, parts in enumerate(zip(*(cache.layers for cache in caches))):
         sides = [part.keys for part in parts], [part.values for part in parts]
         padded = (torch.cat([_left_padded(x, queries.shape[1]) for x in side]) for side in sides)

@@ -26,11 +26,13 @@ def appraise(
     """The responses with the policy's and the reference's log-probabilities and the policy's values.
 
     All by the training forward, so that the first ratio of an update is 1; or from the states of the responses, which
-    are the same up to rounding, and must be of `policy`. A trunk that both share is computed once, and kept for the
-    update.
+    are the same up to rounding, and must be of `policy`, as must their trunk. One that both policies share is computed
+    once, and kept for the update.
     """
     fields = {f.name: getattr(responses, f.name) for f in dataclasses.fields(Responses)}
-    texts = Responses(**fields | {"trunk": _trunk(policy, responses, micro_batch)})
+    if responses.trunk is None:
+        fields["trunk"] = _trunk(policy, responses, micro_batch)
+    texts = Responses(**fields)
     logprobs, values = _read(policy, texts, temperature, micro_batch)
     texts = replace(texts, states=None)  # the policy's alone, and only until it learns
     below = texts if policy.shares_trunk(reference) else replace(texts, trunk=None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -97,7 +98,7 @@ def sample_responses(
 ) -> Responses:
     """A response of `policy` to each prompt, by `params.sampler`; its score is 0 until `scored`.
 
-    Its states are kept where they are the training forward's.
+    Its states are kept where they are the training forward's; those above frozen blocks where the sampler shows them.
     """
     device, lm = next(policy.parameters()).device, policy.sampling_model()
     queries, query_mask = (x.to(device) for x in encode_prompts(prompts, tokenizer))
@@ -105,10 +106,13 @@ def sample_responses(
     if queries.shape[1] + params.max_new_tokens > longest:
         asked = f"a prompt of {queries.shape[1]} tokens and ppo.max_new_tokens = {params.max_new_tokens}"
         raise InputError(f"{asked} are more than the policy's {longest}; lower data.max_prompt_chars or the tokens")
+    sampling = replace(sampling, cut=policy.cut)
     drawn = SAMPLERS[params.sampler](lm, queries, query_mask, sampling, generator)
     unscored, ended = torch.zeros(len(queries), device=device), is_eos(drawn.responses, sampling.eos_ids).any(-1)
     more = {"states": drawn.states if policy.samples_as_it_learns else None}
     more["prompts"] = tuple(map(messages_of, prompts))
+    if drawn.trunk is not None:
+        more["trunk"] = drawn.trunk[:, : int((query_mask.sum(-1) + drawn.mask.sum(-1)).max()) - 1]
     return Responses(queries, query_mask, drawn.responses, drawn.mask, unscored, ended, **more)
 
 

@@ -118,6 +118,32 @@ def test_states_of_another_arithmetic_than_the_training_forwards_are_not_kept(ch
     assert sample_responses(policy, PROMPTS, tokenizer, SAMPLING, torch.Generator().manual_seed(0)).states is None
 
 
+@pytest.mark.parametrize("sampler", ["cache", "captured"])
+@pytest.mark.parametrize("changes", [{}, {"lora_rank": 2}, {"dtype": "bfloat16"}], ids=["plain", "lora", "bfloat16"])
+def test_what_frozen_blocks_read_while_sampling_is_not_computed_again(
+    changes, sampler, reference, reward_model, tokenizer, monkeypatch
+):
+    params, bf16 = PolicyParams(trainable_layers=1, **changes), "dtype" in changes
+    lm = copy.deepcopy(reference.lm).to(torch.bfloat16 if bf16 else torch.float32)
+    frozen = PolicyWithValue(lm, 1, bf16=bf16).requires_grad_(False)
+    policy = trainable_copy(frozen, params)
+    settings = replace(SAMPLING, max_new_tokens=20, sampler=sampler)
+    responses = sample_responses(policy, PROMPTS * 3, tokenizer, settings, torch.Generator().manual_seed(3))
+    assert responses.ended.any() and len(responses.lengths.unique()) > 2, "some rows leave before others"
+    if sampler == "captured":  # shows none: they are computed
+        assert responses.trunk is None and appraise(policy, frozen, responses, 0.7).trunk is not None
+        return
+    wanted, read = policy.trunk(responses.rows()[0]), torch.arange(int(responses.lengths.max()) - 1, device=DEVICE)
+    used = read < responses.lengths[:, None] - 1
+    assert responses.trunk.shape == wanted.shape and responses.trunk.dtype == wanted.dtype
+    torch.testing.assert_close(responses.trunk[used], wanted[used], atol=0.1 if bf16 else 1e-5, rtol=0.02)
+    plain = appraise(policy, frozen, replace(responses, trunk=None, states=None), 0.7)
+    monkeypatch.setattr("dense_rlhf.ppo.rollout._trunk", None)
+    kept = appraise(policy, frozen, responses, 0.7)
+    torch.testing.assert_close(kept.logprobs, plain.logprobs, atol=0.05 if bf16 else 1e-5, rtol=1e-3)
+    torch.testing.assert_close(kept.ref_logprobs, plain.ref_logprobs, atol=0.05 if bf16 else 1e-5, rtol=1e-3)
+
+
 def test_more_padding_changes_nothing(policy, rollout, tokenizer):
     policy.value_head.weight.data.fill_(0.3)
     pad = tokenizer.pad_token_id
