@@ -118,18 +118,20 @@ def time(models: Models, params: RunParams, P: float, sources: Sequence[str]) ->
 def _learn(models: Models, ppo: PPOParams, P: float) -> list[Work]:
     """Log-probabilities under policy and reference, whose layers below the cut are the same; then the epochs.
 
-    The policy's states are the sampler's where those are the training forward's.
+    The policy's states are the sampler's where those are the training forward's, and so are those above frozen layers
+    where it shows them.
     """
     policy, sizes, trunk = models.policy, Sizes.of(models.reference.lm), models.policy.value_trunk
     B, T, s = ppo.rollouts, ppo.max_new_tokens, 2 if policy.bf16 else 4
     text, depth, deep = (B * (P + T - 1), (P + T) / 2), sizes.layers - policy.cut, 0
-    below, above = forward(sizes, *text, policy.cut), forward(sizes, *text, depth)
+    read = 0 if ppo.sampler == "cache" else policy.cut  # frozen layers that are computed once more
+    below, above = forward(sizes, *text, read), forward(sizes, *text, depth)
     head, critic = 2 * B * T * sizes.hidden * sizes.vocabulary, 0
     if trunk is not None:
         critic, deep = forward(Sizes.of(trunk), *text), Sizes.of(trunk).layers
     added = 2 * text[0] * sum(p.numel() for p in adapters(policy))
     parts, passes = math.ceil(B / ppo.micro_batch), 2 - (policy.samples_as_it_learns and ppo.sampler != "generate")
-    flops, layers = below + passes * above + 2 * head + added + critic, policy.cut / passes + depth + deep / passes
+    flops, layers = below + passes * above + 2 * head + added + critic, read / passes + depth + deep / passes
     common = dict(size=s, hidden=sizes.hidden, share=LEARNING)
     probabilities = Work("log-probabilities", flops, passes=parts * passes, layers=layers, **common)
     back = 1 if rank_of(policy) else 2  # frozen maps pass gradients on and have none of their own

@@ -191,7 +191,8 @@ def test_operations_are_those_that_torch_counts(policy):
     generator, learner = torch.Generator(), ppo.make_learner(models.policy, PPO, 0)
     prompts = rollout.queries, rollout.query_mask, Sampling(PPO.max_new_tokens, 1.0, (-1,), 0), generator
     readings, states = reader.readings(rollout), torch.zeros(*rollout.mask.shape, SHAPE["hidden_size"])
-    texts = replace(rollout, states=states) if models.policy.samples_as_it_learns else rollout
+    texts = replace(rollout, trunk=models.policy.trunk(rollout.rows()[0]))  # as the sampler keeps it
+    texts = replace(texts, states=states) if models.policy.samples_as_it_learns else texts
     counted = {
         "sample": operations(lambda: sample(models.policy.sampling_model(), *prompts)),
         "score": operations(lambda: reader.score(readings)),
