@@ -188,9 +188,14 @@ class Below:
     """States above the frozen blocks of all that a model reads while it samples: no pass need compute them again."""
 
     def __init__(self, lm: PreTrainedModel, sampling: Sampling, query_mask: Tensor):
-        (B, P), size = query_mask.shape, lm.config.hidden_size
-        self.block = lm.base_model.layers[sampling.cut]
-        self.states = torch.zeros(B, P + sampling.max_new_tokens - 1, size, dtype=lm.dtype, device=query_mask.device)
+        (B, P), hidden = query_mask.shape, lm.config.hidden_size
+        self.block, self.width = lm.base_model.layers[sampling.cut], P + sampling.max_new_tokens - 1
+        self.whole = torch.zeros(B, self.width + 1, hidden, dtype=lm.dtype, device=query_mask.device)
+
+    @property
+    def states(self) -> Tensor:
+        """(B, P + T - 1, hidden), a row's from its first token on."""
+        return self.whole[:, : self.width]
 
     @contextmanager
     def keeping(self, rows: Tensor, first: Tensor) -> Iterator[None]:
@@ -199,8 +204,8 @@ class Below:
         def keep(_: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
             read = inputs[0] if inputs else named["hidden_states"]
             columns = first[:, None] + torch.arange(read.shape[1], device=rows.device)
-            own = (columns >= 0) & (columns < self.states.shape[1])  # a row that has ended may go on as padding
-            self.states[rows[:, None].expand_as(columns)[own], columns[own]] = read[own].to(self.states.dtype)
+            columns = columns.where(columns >= 0, self.width).clamp(max=self.width)  # the last takes what is padding
+            self.whole[rows[:, None], columns] = read.to(self.whole.dtype)
 
         hook = self.block.register_forward_pre_hook(keep, with_kwargs=True)
         try:
@@ -228,7 +233,7 @@ def prefill(
     lengths, whole = query_mask.sum(-1), DynamicCache(config=lm.config)
     order, caches, last = lengths.argsort(), [], []
     if not keeps_all(lm):
-        with _keeping(below, order.sort()[0], lengths - queries.shape[1]):
+        with _keeping(below, torch.arange(len(queries), device=queries.device), lengths - queries.shape[1]):
             return whole, read(lm, queries, query_mask, whole)
     for rows in order.split(PREFILL):
         P = int(lengths[rows].max())
