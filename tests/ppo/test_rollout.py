@@ -264,3 +264,7 @@ def test_a_sliding_window_is_sampled_from_as_it_reads(tokenizer):
             logits = lm(input_ids=torch.cat([query, response])[None]).logits[0, len(query) - 1 : -1]
         logits[:, tokenizer.pad_token_id] = -torch.inf
         assert torch.equal(logits.argmax(-1), response)
+    policy = PolicyWithValue(lm, trainable_layers=1)
+    read = sample_responses(policy, PROMPTS, tokenizer, SAMPLING, torch.Generator().manual_seed(0))
+    used = torch.arange(read.trunk.shape[1], device=DEVICE) < read.lengths[:, None] - 1
+    torch.testing.assert_close(read.trunk[used], policy.trunk(read.rows()[0])[used], atol=1e-5, rtol=1e-3)
