@@ -16,9 +16,9 @@ from pathlib import Path
 from threading import Event
 
 from dense_rlhf.bayesopt.ledger import is_live
-from dense_rlhf.files import content_key, is_locked, lock, naming, write_json, write_text
+from dense_rlhf.files import is_locked, lock, naming, write_json, write_text
 from dense_rlhf.runner.execution import HEARTBEAT, SILENT, Limits, heartbeat, launch
-from dense_rlhf.runner.plan import Job, judge, training_inputs
+from dense_rlhf.runner.plan import Job, judge, key_of, training_inputs
 from dense_rlhf.runs import RunFolder, artefacts, provenance
 from dense_rlhf.types import InputError, one_line
 
@@ -135,7 +135,7 @@ def finish(job: Job, folder: Path, status: str, error: str, start: float) -> dic
         with naming(folder, "written"):
             (folder / HEARTBEAT).unlink(missing_ok=True)
             if inputs := RunFolder(folder).inputs():
-                record |= {"key": content_key(inputs), "training_key": content_key(training_inputs(inputs))}
+                record |= {"key": key_of(inputs), "training_key": key_of(training_inputs(inputs))}
             folders = sorted(path.name for path in folder.iterdir() if path.is_dir())
             write_json(folder / "run.json", record | {"artefacts": artefacts(folder), "folders": folders}, sealed=True)
     except InputError as problem:

@@ -244,6 +244,20 @@ def inputs(job: Job, flat: dict, runs: Path) -> dict:
     }
 
 
+def key_of(inputs: dict) -> str:
+    """Hash of what decides a run: a file counts by its content and its name, wherever it lies."""
+    named = {name: Path(value).name for name, value in inputs["parameters"].items() if name in inputs["files"]}
+    return content_key(inputs | {"parameters": inputs["parameters"] | named})
+
+
+def _where_left(now: dict, left: dict) -> dict:
+    """Inputs with the places of `left` for files that are the same: those may have moved since."""
+    files, places = left.get("files", {}), left.get("parameters", {})
+    moved = {name: places.get(name) for name in now["files"] if name in now["parameters"]}
+    same = {name: place for name, place in moved.items() if place and files.get(name) == now["files"][name]}
+    return now | {"parameters": now["parameters"] | same}
+
+
 def training_inputs(inputs: dict) -> dict:
     """What the trainings of a run depend on."""
     return {name: value for name, value in inputs.items() if name not in SHOWING}
@@ -294,7 +308,7 @@ class Verdict:
 
     @property
     def key(self) -> str:
-        return content_key(self.inputs)
+        return key_of(self.inputs)
 
 
 def judge(job: Job, folder: Path, threads: int) -> Verdict:
@@ -305,12 +319,12 @@ def judge(job: Job, folder: Path, threads: int) -> Verdict:
     now = inputs(job, flat | {"threads": own or threads}, folder.parent)
     if own is None and left:  # begun on another number of cores it is still the same run
         begun = now | {"parameters": flat | {"threads": left["parameters"].get("threads")}}
-        now = begun if begun == left else now
-    if left != now:
-        same = bool(left) and training_inputs(left) == training_inputs(now)
+        now = begun if _where_left(begun, left) == left else now
+    if left != (met := _where_left(now, left)):
+        same = bool(left) and training_inputs(left) == training_inputs(met)
         shown = RENDERED if same and record.get("status") in ("ok", "stale") else ""
-        return Verdict(now, shown + (_changes(left, now) if left else "new"), same)
-    if record.get("status") not in ("ok", "stale") or record.get("key") != content_key(now):
+        return Verdict(now, shown + (_changes(left, met) if left else "new"), same)
+    if record.get("status") not in ("ok", "stale") or record.get("key") != key_of(now):
         return Verdict(now, f"{record['status']} before" if "status" in record else "did not finish", same=True)
     broken = altered(folder, record)
     return Verdict(now, f"{', '.join(broken)}: missing or altered" if broken else "", same=True, broken=tuple(broken))

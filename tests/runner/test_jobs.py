@@ -16,6 +16,7 @@ from kill_runs import processes
 from dense_rlhf.__main__ import main
 from dense_rlhf.config.study import load_study
 from dense_rlhf.files import lock
+from dense_rlhf.report.record import Outline, lay_out, write_record
 from dense_rlhf.runner import grid, jobs, plan
 from dense_rlhf.runner.console import Screen
 from dense_rlhf.runner.execution import Limits
@@ -132,6 +133,28 @@ def test_a_data_file_of_other_content_is_another_run(study, faked, tmp_path):
     assert set(why(study, setting).values()) == {""}
     path.write_text('spans,text\n"[1]",bad\n')
     assert why(study, setting)[REWARD] == "files changed: attribution_rationale_path"
+
+
+def test_a_data_file_that_lies_elsewhere_is_the_same_also_in_a_record(study, faked, tmp_path):
+    (here := tmp_path / "here").mkdir()
+    (here / "marks.csv").write_text('spans,text\n"[0]",bad\n')
+    read = load_study(study, ["study=s", f"attribution.rationale_path={here / 'marks.csv'}"])
+    grid.run_grid(read)
+    runs = [RunFolder(plan.runs_folder(read) / job.name) for job in plan.expand(read)]
+    write_record(Outline.of(read, ""), runs, tmp_path / "results", anyway=True)
+    there = here.rename(tmp_path / "there") / "marks.csv"
+    moved = "study=s", f"attribution.rationale_path={there}"
+    assert set(why(study, *moved).values()) == {""}
+    shutil.rmtree(tmp_path / "runs")
+    lay_out(tmp_path / "results", "s")
+    assert str(tmp_path) not in (tmp_path / "runs" / "s" / SPARSE / "inputs.json").read_text()
+    assert set(why(study, *moved).values()) == {""}
+    there.write_text('spans,text\n"[1]",bad\n')
+    assert "files changed: attribution_rationale_path" in why(study, *moved)[SPARSE]
+    run = RunFolder(tmp_path / "runs" / "s" / SPARSE)
+    run.file("run.json").unlink()  # it did not finish: it goes on from where the file is
+    assert prepare(next(job for job in plan.expand(load_study(study, moved)) if job.name == SPARSE), run.path, 1)
+    assert run.parameters()["attribution_rationale_path"] == str(there)
 
 
 def test_an_arm_that_left_and_came_back_is_not_run_again(study, faked):
