@@ -129,7 +129,7 @@ def one_update(
 
     mask, generator = torch.ones_like(queries, dtype=torch.bool), torch.Generator().manual_seed(0)
     settings = queries, mask, Sampling(T, 1.0, (-1,), PAD), generator
-    drawn, kept, states = step("sample", lambda: draw_from(policy.sampling_model(), *settings))
+    drawn, kept, states, _ = step("sample", lambda: draw_from(policy.sampling_model(), *settings))
     none = torch.zeros(len(queries), device=DEVICE)
     states = states if policy.samples_as_it_learns else None
     texts = Responses(queries, mask, drawn, kept, none, none.bool(), states=states)

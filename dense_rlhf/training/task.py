@@ -127,7 +127,7 @@ def load_task(params: RunParams, progress: Callable = iter) -> Task:
 def _second_judge(dataset: Dataset, policy: LanguageModel, proxy: RewardParams) -> LearnedJudge | None:
     """A judge of the labels left for it. Pairs leave none: it learns from the gold judge's, where a start is known that
     needs few of them, the policy."""
-    if dataset.is_pairwise and proxy.name == "policy":
+    if proxy.name == "policy" and dataset.is_pairwise:
         return LearnedJudge(dataset.gold, policy, dataset.revision, judge_params(proxy))
     if len({review.label for review in dataset.second}) == 2:
         return LearnedJudge(dataset.second, policy.tokenizer, dataset.revision, judge_params(proxy))

@@ -71,8 +71,8 @@ def test_01_pad_is_never_eos(tokenizer, reference, tmp_path):
     queries, mask = encode_prompts(PROMPTS, tokenizer)
     ends = (tokenizer.eos_token_id,), tokenizer.pad_token_id
     for draw in (sample, generate):
-        responses, kept, _ = draw(lm, queries, mask, Sampling(8, 1.0, *ends), torch.Generator().manual_seed(0))
-        assert not (responses[kept] == tokenizer.pad_token_id).any()
+        drawn = draw(lm, queries, mask, Sampling(8, 1.0, *ends), torch.Generator().manual_seed(0))
+        assert not (drawn.responses[drawn.mask] == tokenizer.pad_token_id).any()
     lm.config.pad_token_id = None
     with pytest.raises(InputError, match="pad_token_id"):
         PolicyWithValue(lm)
