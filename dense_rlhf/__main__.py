@@ -217,10 +217,10 @@ def _record(arguments: argparse.Namespace) -> int:
 
     study = _study(arguments)
     runs = [RunFolder(runs_folder(study) / job.name) for job in expand(study)]
-    done = [run for run in runs if run.record().get("status") == "ok"]
-    if not done:
+    if not (done := [run for run in runs if run.record().get("status") == "ok"]):
         raise InputError(f"no finished run under {runs_folder(study)}; run the study first")
-    folder = write_record(Outline.of(study, _again(arguments)), done, Path(arguments.to), arguments.anyway)
+    outline = Outline.of(study, _again(arguments), arguments.remark)
+    folder = write_record(outline, done, Path(arguments.to), arguments.anyway)
     print(f"{len(done)} of {len(runs)} runs are recorded in {folder}")
     return 0
 
@@ -228,8 +228,7 @@ def _record(arguments: argparse.Namespace) -> int:
 def _diff(arguments: argparse.Namespace) -> int:
     from dense_rlhf.report.diff import HEAD, differences
 
-    rows = differences(Path(arguments.first), Path(arguments.second))
-    if not rows:
+    if not (rows := differences(Path(arguments.first), Path(arguments.second))):
         print("parameters and results are the same")
         return 0
     for row in [HEAD, *rows]:
@@ -259,8 +258,8 @@ def _list(arguments: argparse.Namespace) -> int:
 def _params(arguments: argparse.Namespace) -> int:
     from dense_rlhf.config.study import parameters
 
-    for name, (wanted, default, meaning) in parameters(arguments.name).items():
-        print(f"{name} = {default}  ({wanted})\n    {meaning}")
+    found = parameters(arguments.name).items()
+    print("\n".join(f"{name} = {value}  ({wanted})\n    {meaning}" for name, (wanted, value, meaning) in found))
     return 0
 
 
@@ -295,6 +294,7 @@ def _add_options(command: argparse.ArgumentParser, name: str) -> None:
         command.add_argument("--to", metavar="FOLDER", help="where pages and RESULTS.md go; by default next to RESULTS")
     if name == "record":
         command.add_argument("--to", metavar="RESULTS", default="results", help="folder of records; results by default")
+        command.add_argument("--remark", default="", metavar="TEXT", help="what a reader of the numbers must know")
         command.add_argument("--anyway", action="store_true", help="also runs of code that was not committed")
     if name in ("train", "search"):
         command.add_argument("--arm", required=True, help="the reward shape, one of the study's")

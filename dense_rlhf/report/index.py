@@ -151,6 +151,7 @@ def study_index(
     ]
     parts = [
         ("failures", "Failures", troubles(study)),
+        ("remark", "To be known", draw("remark", study.get("remark", ""))),
         ("verdict", "Did dense rewards help?", draw("joined", verdicts(study))),
         ("across", "Side by side", side_by_side),
         ("arms", "Arms", matrix(columns, notes)),

@@ -58,11 +58,12 @@ class Outline:
     seeds: tuple[int, ...]
     comparisons: tuple[Compared, ...]
     command: str = ""
+    remark: str = ""  # what a reader of the numbers must know, in words of whoever records
 
     @classmethod
-    def of(cls, study: StudyParams, command: str) -> Outline:
+    def of(cls, study: StudyParams, command: str, remark: str = "") -> Outline:
         compared = tuple(Compared(run.where, run.setting) for run in study.comparisons)
-        return cls(study.study, tuple(study.arms), tuple(study.seeds), compared, command)
+        return cls(study.study, tuple(study.arms), tuple(study.seeds), compared, command, remark)
 
     def __or__(self, other: Outline) -> Outline:
         """This study with what an earlier record of it has besides."""
@@ -70,7 +71,8 @@ class Outline:
             name: tuple(dict.fromkeys((*getattr(self, name), *getattr(other, name))))
             for name in ("arms", "comparisons")
         }
-        return Outline(self.study, seeds=tuple(sorted({*self.seeds, *other.seeds})), command=self.command, **both)
+        own = dict(command=self.command, remark=self.remark or other.remark)
+        return Outline(self.study, seeds=tuple(sorted({*self.seeds, *other.seeds})), **own, **both)
 
 
 @dataclass(frozen=True)
@@ -242,7 +244,8 @@ def read_record(folder: Path) -> Record:
     runs = {job: runs[job] for job in manifest["runs"]}
     compared = tuple(Compared(one["where"], one["setting"]) for one in manifest["comparisons"])
     arms, seeds = tuple(manifest["arms"]), tuple(manifest["seeds"])
-    return Record(Outline(folder.name, arms, seeds, compared, str(manifest["command"])), runs, manifest)
+    told = str(manifest["command"]), str(manifest.get("remark", ""))
+    return Record(Outline(folder.name, arms, seeds, compared, *told), runs, manifest)
 
 
 def lay_out(results: Path, study: str) -> None:

@@ -279,6 +279,7 @@ def _page_of(run: RunFolder) -> str:
 def _long(study: Study, finding: Finding, to: Path) -> dict:
     """A dataset with its arms, its costs and its figures."""
     grounds = {name: text for name, text in verdict(finding).grounds.items() if name in GROUNDS}
+    grounds = {"To be known": study.outline.remark} | grounds if study.outline.remark else grounds
     about = {"name": _named(study, finding), "page": _page(study, finding), "grounds": grounds}
     return about | {"head": _head(finding), "arms": _arms(finding), "figures": _figures(study, finding, to)}
 

@@ -113,7 +113,7 @@ def write_study(study: StudyParams, records: list[dict], place: Place) -> list[F
     lost = broken + lost
     listed = [r | {"page": pages.get(r["job"]), "files": place.files_of(runs[r["job"]])} for r in records]
     facts = summary(study.study, study.seeds, listed, compared, lost)
-    facts |= {} if place.released else {"pages": pages_key()}
+    facts |= {"remark": study.remark} if place.released else {"pages": pages_key()}
     pictures = {job: thumbnail(runs[job].file("notebook.ipynb")) for job in _pictured(records, pages)}
     side_by_side = settings_html(compared, study.comparisons, by_settings(study.study, compared)) or across_html(
         compared

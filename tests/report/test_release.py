@@ -100,6 +100,16 @@ def test_a_study_with_settings_has_a_row_for_what_they_say(released):
     assert answer["why"] == f"with {', '.join(f.dataset for f in study.findings)}"
 
 
+def test_a_remark_stands_where_the_numbers_do_and_stays(released, tmp_path):
+    _, outline, runs = released
+    write_record(replace(outline, remark=f"Times are of a busy machine. {HOSTILE}"), runs, tmp_path / "results")
+    write_record(outline, runs[:1], tmp_path / "results")
+    render(tmp_path / "results", tmp_path)
+    page, text = (tmp_path / name for name in ("reports/made/index.html", "RESULTS.md"))
+    assert all("Times are of a busy machine." in path.read_text() for path in (page, text))
+    assert all("<script>alert" not in path.read_text() for path in (page, text))
+
+
 def test_tables_of_results_are_tables(released):
     """Below each head stands a line of as many columns."""
     lines = (released[0] / "RESULTS.md").read_text().splitlines()
