@@ -40,9 +40,9 @@ def _run(arguments: argparse.Namespace) -> int:
 
     study = _study(arguments)
     if arguments.results:
-        from dense_rlhf.report.record import lay_out
+        from dense_rlhf.report.record import restore_runs
 
-        lay_out(Path(arguments.results), study.study)
+        restore_runs(Path(arguments.results), study.study)
     jobs, folder = expand(study), runs_folder(study)
     names = selected(jobs, folder, arguments.only)
     why = reasons(jobs, folder, study.workers, arguments.force)
@@ -258,8 +258,8 @@ def _list(arguments: argparse.Namespace) -> int:
 def _params(arguments: argparse.Namespace) -> int:
     from dense_rlhf.config.study import parameters
 
-    found = parameters(arguments.name).items()
-    print("\n".join(f"{name} = {value}  ({wanted})\n    {meaning}" for name, (wanted, value, meaning) in found))
+    known = parameters(arguments.name).items()
+    print("\n".join(f"{name} = {value}  ({wanted})\n    {meaning}" for name, (wanted, value, meaning) in known))
     return 0
 
 

@@ -244,11 +244,11 @@ def read_record(folder: Path) -> Record:
     runs = {job: runs[job] for job in manifest["runs"]}
     compared = tuple(Compared(one["where"], one["setting"]) for one in manifest["comparisons"])
     arms, seeds = tuple(manifest["arms"]), tuple(manifest["seeds"])
-    told = str(manifest["command"]), str(manifest.get("remark", ""))
-    return Record(Outline(folder.name, arms, seeds, compared, *told), runs, manifest)
+    command, remark = str(manifest["command"]), str(manifest.get("remark", ""))
+    return Record(Outline(folder.name, arms, seeds, compared, command, remark), runs, manifest)
 
 
-def lay_out(results: Path, study: str) -> None:
+def restore_runs(results: Path, study: str) -> None:
     """Write the recorded runs of a study into the workspace, from where it goes on. Raises `InputError` without one."""
     known = {folder.name: folder for folder in records(results)}
     if study not in known:

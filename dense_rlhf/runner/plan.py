@@ -246,16 +246,17 @@ def inputs(job: Job, flat: dict, runs: Path) -> dict:
 
 def key_of(inputs: dict) -> str:
     """Hash of what decides a run: a file counts by its content and its name, wherever it lies."""
-    named = {name: Path(value).name for name, value in inputs["parameters"].items() if name in inputs["files"]}
+    files = inputs.get("files", ())
+    named = {name: Path(value).name for name, value in inputs["parameters"].items() if name in files}
     return content_key(inputs | {"parameters": inputs["parameters"] | named})
 
 
 def _where_left(now: dict, left: dict) -> dict:
     """Inputs with the places of `left` for files that are the same: those may have moved since."""
-    files, places = left.get("files", {}), left.get("parameters", {})
-    moved = {name: places.get(name) for name in now["files"] if name in now["parameters"]}
-    same = {name: place for name, place in moved.items() if place and files.get(name) == now["files"][name]}
-    return now | {"parameters": now["parameters"] | same}
+    own, places = now["parameters"], left.get("parameters", {})
+    same = [name for name, sha in now["files"].items() if name in own and left.get("files", {}).get(name) == sha]
+    moved = {name: places[name] for name in same if Path(str(places.get(name))).name == Path(own[name]).name}
+    return now | {"parameters": own | moved}
 
 
 def training_inputs(inputs: dict) -> dict:

@@ -16,7 +16,7 @@ from kill_runs import processes
 from dense_rlhf.__main__ import main
 from dense_rlhf.config.study import load_study
 from dense_rlhf.files import lock
-from dense_rlhf.report.record import Outline, lay_out, write_record
+from dense_rlhf.report.record import Outline, restore_runs, write_record
 from dense_rlhf.runner import grid, jobs, plan
 from dense_rlhf.runner.console import Screen
 from dense_rlhf.runner.execution import Limits
@@ -146,9 +146,13 @@ def test_a_data_file_that_lies_elsewhere_is_the_same_also_in_a_record(study, fak
     moved = "study=s", f"attribution.rationale_path={there}"
     assert set(why(study, *moved).values()) == {""}
     shutil.rmtree(tmp_path / "runs")
-    lay_out(tmp_path / "results", "s")
+    restore_runs(tmp_path / "results", "s")
     assert str(tmp_path) not in (tmp_path / "runs" / "s" / SPARSE / "inputs.json").read_text()
     assert set(why(study, *moved).values()) == {""}
+    other = there.with_name("other.csv")
+    shutil.copy(there, other)
+    renamed = why(study, "study=s", f"attribution.rationale_path={other}")[SPARSE]
+    assert renamed.startswith("parameters changed: attribution_rationale_path")
     there.write_text('spans,text\n"[1]",bad\n')
     assert "files changed: attribution_rationale_path" in why(study, *moved)[SPARSE]
     run = RunFolder(tmp_path / "runs" / "s" / SPARSE)
