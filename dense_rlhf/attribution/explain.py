@@ -209,7 +209,7 @@ def _explain(
     wrapped, reader = wrap(model, tokenizer, **how)
     readings, spans, groups = zip(*(_row(wrapped, reader, i if rows[1:] else None, *row) for i, row in enumerate(rows)))
     sizes = [int(group.max()) + 1 for group in groups]
-    masks = [kind.design(k, params).masks.numpy()[:, group] for k, group in zip(sizes, groups)]
+    masks = [kind.masks(k, params)[:, group] for k, group in zip(sizes, groups)]
     values = coalition_scores(wrapped, readings, masks, params.removal, progress)
     scores = [each.double().cpu().numpy() for each in values]
     estimates = [estimate(kind, k, params, each) for k, each in zip(sizes, scores)]

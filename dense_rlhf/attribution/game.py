@@ -152,7 +152,7 @@ def explain_game(
     if params.removal != game.subject.removal:
         raise InputError(f"removal is {params.removal!r}, the game's is {game.subject.removal!r}; give it to the game")
     k = int(group.max()) + 1
-    values = game(kind.design(k, params).masks.numpy()[:, group])
+    values = game(kind.masks(k, params)[:, group])
     given, seconds = estimate(kind, k, params, values), time.perf_counter() - started
     return game.explanation(source, kind.complete, given, group, evaluations=len(values), seconds=seconds)
 

@@ -11,6 +11,7 @@ from dense_rlhf.config.params import AttributionParams
 from dense_rlhf.types import Attribution, Rollout
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
     from dense_rlhf.attribution.coalitions import Design
@@ -29,6 +30,10 @@ class Designed:
         """The coalitions of k players and the operator on their scores."""
         coalitions = import_module("dense_rlhf.attribution.coalitions")
         return getattr(coalitions, self.function)(k, *self.arguments(k, params))
+
+    def masks(self, k: int, params: AttributionParams) -> np.ndarray:
+        """The coalitions (m, k) of k players, the empty and the full one first."""
+        return self.design(k, params).masks.numpy()
 
 
 @dataclass(frozen=True)

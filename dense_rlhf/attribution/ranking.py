@@ -5,12 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-import numpy as np
-
-from dense_rlhf.attribution.coalitions import distinct, leverage_shap
 from dense_rlhf.attribution.explain import Explanation
 from dense_rlhf.attribution.game import Game
 from dense_rlhf.attribution.gaussian import posterior
+from dense_rlhf.attribution.shells import shells
 from dense_rlhf.types import InputError
 
 
@@ -27,13 +25,12 @@ def explain_until_ranked(
     k = int(group.max()) + 1
     if not 1 <= top <= k or most < 4:
         raise InputError(f"top is {top} of {k} players and most {most}, wanted 1 to {k}, and at least 4 a player")
-    drawn, masks, wanted = {}, np.zeros((0, k), bool), 4 * k
+    wanted = 4 * k
     while True:
-        drawn[len(drawn)] = leverage_shap(k, wanted, seed + len(drawn)).masks.numpy()
-        masks = distinct(drawn)[0]
+        masks = shells(k, wanted, seed)
         result = posterior(masks)(game(masks[:, group]))
-        wanted = max(len(masks) // 2, 2 * k)
-        if result.settled >= top or len(masks) + wanted > most * k or len(masks) == 2**k:
+        wanted += max(wanted // 2, 2 * k)
+        if result.settled >= top or wanted > most * k or len(masks) == 2**k:
             break
     work = {"evaluations": len(masks), "seconds": time.perf_counter() - started}
     return game.explanation("gaussian", True, result, group, **work)
