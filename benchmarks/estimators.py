@@ -12,7 +12,8 @@ coalitions were chosen on other responses to the proxy, to the BERT and to SmolL
     error     10 or 12 tokens, 2, 4, 8 and 16 evaluations a token: median over responses and seeds of |values - exact|
               over |exact|, with a 95 % bootstrap interval over responses, and mean rank correlation
     coverage  share of exact values in our 95 % intervals, 200 responses of 5 to 12 tokens (SmolLM2: 60 of 5 to 8) to
-              each model, without those of which all coalitions are asked, and of our settled ranks that are right
+              each model, without those of which all coalitions are asked, and of our settled ranks that are right; from
+              as many coalitions as `explain` takes, so many a token and the two ends
 """
 
 from __future__ import annotations
@@ -241,11 +242,11 @@ def coverage_lines(name: str, folder: Path) -> None:
     lengths, _ = COVERED[name]
     for each in BUDGETS:
         inside, right, settled = [], [], []
-        for k in [k for k in lengths if each * k < 2**k]:
+        for k in [k for k in lengths if each * k + 2 < 2**k]:
             every = np.load(folder / f"{name}_coverage_{k}.npy")
             exact, bits = shapley(every), 1 << np.arange(k)
             for n, (table, truth) in enumerate(zip(every, exact)):
-                made = drawn(k, each * k - 2, n % 5)
+                made = drawn(k, each * k, n % 5)
                 result = made(table[made.masks @ bits])
                 inside.append(np.mean(np.abs(result.credit - truth) <= result.half_width))
                 first = [np.argsort(-np.abs(v), kind="stable")[: result.settled] for v in (result.credit, truth)]
@@ -277,6 +278,11 @@ def main() -> None:
     warnings.simplefilter("ignore")
     if arguments.stage != "compare":
         return {"tables": tables, "peers": peers}[arguments.stage](arguments.folder)
+    from dense_rlhf.runs import provenance
+
+    print(
+        json.dumps({"benchmark": "attribution/run", "script": "benchmarks/estimators.py", **provenance()}), flush=True
+    )
     for name in LONG:
         error_lines(name, arguments.folder)
         coverage_lines(name, arguments.folder)
