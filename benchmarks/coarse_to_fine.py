@@ -80,7 +80,7 @@ def main() -> None:
         game = game_of(reward_model, reading)
         wanted = reference(game, given.permutations)
         ways = {f"shap, {p} permutations": partial(explain_game, source="shap", permutations=p) for p in (1, 2)}
-        ways |= {"gaussian, 4 a token": partial(explain_game, source="gaussian")}
+        ways |= {f"gaussian, {n} a token": partial(explain_game, samples_per_token=n) for n in (2, 4)}
         for budget in (2 * given.tokens // 5, 4 * given.tokens // 5, 8 * given.tokens // 5):
             ways[f"coarse to fine, {budget}"] = partial(coarse_to_fine, evaluations=budget)
         for way, explain in ways.items():

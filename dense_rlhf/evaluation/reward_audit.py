@@ -187,20 +187,30 @@ def phrases(scored: Scored) -> Scored:
     return replace(scored, pieces=joined[words & (one["text"] == after["text"])])
 
 
+def common(scored: Scored, fewest: int = FEWEST) -> pd.Series:
+    """The pieces that are in `fewest` units of each half, by their mean credit in the first, from the largest on."""
+    each, even = _by_unit(scored)
+    first, second = (each[half].groupby("piece")["credit"].agg(["mean", "size"]) for half in (even, ~even))
+    often = (first["size"] >= fewest) & (second["size"].reindex(first.index) >= fewest)
+    return first[often]["mean"].sort_values(kind="stable", ascending=False)
+
+
+def _by_unit(scored: Scored) -> tuple[pd.DataFrame, pd.Series]:
+    """The mean credit of a piece in each unit, and whether the unit is of the first half: of even number."""
+    each = scored.pieces.groupby(["piece", "unit"])["credit"].mean().reset_index()
+    return each, each["unit"] % 2 == 0
+
+
 def liked(scored: Scored, most: int = 8, fewest: int = FEWEST) -> pd.DataFrame:
     """The `most` pieces of the largest and of the smallest mean credit, with intervals that hold for all of them.
 
-    Chosen on the units of even number, among pieces in `fewest` units of each half; `credit` is estimated on the
-    others, so that the choice does not flatter it. A unit's value is the mean over its occurrences. Student's t, at
-    1 - 0.05 / rows (Bonferroni). Columns: piece, texts (of the estimate), chosen_by (the mean in the first half),
-    credit (an Interval). Raises `InputError` where no piece is in so many.
+    Chosen on the units of even number, among the `common` pieces; `credit` is estimated on the others, so that the
+    choice does not flatter it. A unit's value is the mean over its occurrences. Student's t, at 1 - 0.05 / rows
+    (Bonferroni). Columns: piece, texts (of the estimate), chosen_by (the mean in the first half), credit (an Interval).
+    Raises `InputError` where no piece is common.
     """
-    each = scored.pieces.groupby(["piece", "unit"])["credit"].mean().reset_index()
-    even = each["unit"] % 2 == 0
-    first = each[even].groupby("piece")["credit"].agg(["mean", "size"])
+    (each, even), means = _by_unit(scored), common(scored, fewest)
     second = each[~even].groupby("piece")["credit"]
-    often = (first["size"] >= fewest) & (second.size().reindex(first.index) >= fewest)
-    means = first[often]["mean"].sort_values(kind="stable", ascending=False)
     ends = list(dict.fromkeys([*means.index[:most], *means.index[-most:]]))
     if not ends:
         raise InputError(f"no word is in {fewest} texts of each half of {len(scored.texts)}; give more texts")

@@ -114,6 +114,14 @@ def test_words_of_few_texts_are_left_out():
         audit.liked(Scored.by(JUDGE, texts), fewest=50)
 
 
+def test_words_may_be_common_where_no_two_together_are():
+    words = "a b c d e f g h".split()
+    texts = [f"good {word} film {word}" for word in words for _ in range(2)]
+    scored = Scored.by(JUDGE, texts)
+    assert set(audit.common(scored, fewest=3).index) == {"good", "film"}
+    assert not len(audit.common(audit.phrases(scored), fewest=3))
+
+
 def test_phrases_are_adjacent_words_of_one_text():
     joined = audit.phrases(Scored.by(JUDGE, ["good film, bad plot", "it"])).pieces
     assert joined["piece"].tolist() == ["good film", "bad plot"] and joined["credit"].tolist() == [1.25, -2.0]
