@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations
 from math import comb
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +26,14 @@ class Design:
 
     masks: Tensor  # (m, k) bool, row 0 empty and row 1 full
     operator: Tensor  # (k, m) float64
+
+
+class Estimate(NamedTuple):
+    """Credit of k players; how sure it is, where that is known."""
+
+    credit: np.ndarray  # (k,)
+    half_width: np.ndarray | None = None  # (k,) of the 95 % interval of each
+    settled: int | None = None  # so many players of largest |credit| have their place at that level
 
 
 def _demand(name: str, value: int, least: int, advice: str) -> None:

@@ -10,9 +10,9 @@ import time
 
 import numpy as np
 
+from dense_rlhf.attribution.coalitions import Estimate
 from dense_rlhf.attribution.explain import Explanation
 from dense_rlhf.attribution.game import Game
-from dense_rlhf.attribution.gaussian import Estimate
 from dense_rlhf.config.params import AttributionParams
 from dense_rlhf.types import InputError
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dense_rlhf.attribution.coalitions import Estimate
 from dense_rlhf.attribution.engine import coalition_scores, is_packed
-from dense_rlhf.attribution.gaussian import Estimate, Gaussian, estimate
 from dense_rlhf.attribution.kinds import Designed
 from dense_rlhf.attribution.reading import players_of, read, text_of, where_read, wrap
 from dense_rlhf.attribution.sources import SOURCES
@@ -209,10 +209,10 @@ def _explain(
     wrapped, reader = wrap(model, tokenizer, **how)
     readings, spans, groups = zip(*(_row(wrapped, reader, i if rows[1:] else None, *row) for i, row in enumerate(rows)))
     sizes = [int(group.max()) + 1 for group in groups]
-    masks = [kind.masks(k, params)[:, group] for k, group in zip(sizes, groups)]
+    masks = [kind.design(k, params).masks.numpy()[:, group] for k, group in zip(sizes, groups)]
     values = coalition_scores(wrapped, readings, masks, params.removal, progress)
     scores = [each.double().cpu().numpy() for each in values]
-    estimates = [estimate(kind, k, params, each) for k, each in zip(sizes, scores)]
+    estimates = [kind.estimate(k, params, each) for k, each in zip(sizes, scores)]
     seconds = (time.perf_counter() - started) / sum(map(len, masks))
     return [
         Explanation(
@@ -262,9 +262,9 @@ def _row(
         raise InputError(f"{'' if number is None else f'row {number}: '}{error}") from None
 
 
-def designed(source: str) -> Designed | Gaussian:
+def designed(source: str) -> Designed:
     """The source of a name; `InputError` for one that does not remove tokens."""
-    able = {name: kind for name, kind in SOURCES.items() if isinstance(kind, Designed)} | {"gaussian": Gaussian()}
+    able = {name: kind for name, kind in SOURCES.items() if isinstance(kind, Designed)}
     if source not in able:
         raise InputError(f"source is {source!r}, wanted one that removes tokens: {', '.join(able)}")
     return able[source]

@@ -16,9 +16,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dense_rlhf.attribution.coalitions import Estimate
 from dense_rlhf.attribution.engine import coalition_scores, is_packed
 from dense_rlhf.attribution.explain import Explanation, designed, of_tokens, removal_params
-from dense_rlhf.attribution.gaussian import Estimate, estimate, posterior
+from dense_rlhf.attribution.gaussian import posterior
 from dense_rlhf.attribution.reading import players_of, read, text_of, where_read, wrap
 from dense_rlhf.config.params import AttributionParams
 from dense_rlhf.models.dialogue import messages_of
@@ -152,8 +153,8 @@ def explain_game(
     if params.removal != game.subject.removal:
         raise InputError(f"removal is {params.removal!r}, the game's is {game.subject.removal!r}; give it to the game")
     k = int(group.max()) + 1
-    values = game(kind.masks(k, params)[:, group])
-    given, seconds = estimate(kind, k, params, values), time.perf_counter() - started
+    values = game(kind.design(k, params).masks.numpy()[:, group])
+    given, seconds = kind.estimate(k, params, values), time.perf_counter() - started
     return game.explanation(source, kind.complete, given, group, evaluations=len(values), seconds=seconds)
 
 

@@ -6,8 +6,8 @@ Terms of no player and of one have `FREE` times that variance, so that an additi
 number of players does whichever they are, has variance `LENGTH` scale^2. Nor are interactions all that regular: each
 coalition has a value of its own, of `OWN` times the variance that they give a score. The Shapley value of i, the
 integral of dv / du_i at (u, ..., u) over u from -1 to 1 (Owen, 1972), is linear in v: given scores and rate, values
-and scale follow a multivariate t distribution. Which rate is not known: the posterior is the mean of those of `RATES`,
-each weighed by its likelihood.
+and scale follow a multivariate t distribution. The credit is the mean of those of `RATES`, and so linear in the scores;
+its variance is averaged over the rates too, each weighed by its likelihood.
 
 Only interactions of an odd number of players enter Shapley values and v(S) - v(complement of S). So where coalitions
 come in such pairs, half their differences are all that is read. Where they do not, or are too few to tell a scale, the
@@ -18,18 +18,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from scipy.linalg import cho_solve, cholesky, solve_triangular
 from scipy.special import comb, stdtrit
+from torch import from_numpy
 
+from dense_rlhf.attribution.coalitions import Design, Estimate
 from dense_rlhf.attribution.shells import shells
-from dense_rlhf.config.params import AttributionParams
 from dense_rlhf.types import InputError
-
-if TYPE_CHECKING:
-    from dense_rlhf.attribution.kinds import Designed
 
 FREE = 1e5  # how much more variance main effects have than the kernel gives them
 LENGTH, OWN = 0.5, 0.02  # docs/explain.md has the responses that they were chosen on
@@ -40,20 +38,11 @@ LEVEL = 0.95
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(16)  # for integrands near exp(RATES u)
 
 
-class Estimate(NamedTuple):
-    """Credit of k players; how sure it is, where that is known."""
-
-    credit: np.ndarray  # (k,)
-    half_width: np.ndarray | None = None  # (k,) of the 95 % interval of each
-    settled: int | None = None  # so many players of largest |credit| have their place at that level
-
-
 @dataclass(frozen=True)
-class Rate:
-    """What n scores, or half differences of scores, say if interactions fade at one rate."""
+class Errors:
+    """How far the credit may be from the Shapley values, by one rate and n scores, or half differences of scores."""
 
-    operator: np.ndarray  # (k, n): credit = operator @ what is read
-    factor: np.ndarray  # (n, n) lower Cholesky factor of the kernel
+    factor: np.ndarray  # (n, n) lower Cholesky factor of their kernel
     log_volume: float  # the log-determinant of the kernel without main effects
     covariance: np.ndarray  # (k, k) of the credit at scale 1
 
@@ -63,25 +52,24 @@ class Posterior:
     """Shapley values of k players given the scores of m coalitions."""
 
     masks: np.ndarray  # (m, k) bool
+    operator: np.ndarray  # (k, m): credit = operator @ scores
     pairs: np.ndarray | None  # (2, m / 2) rows of coalitions and their complements; None: all scores are read
-    rates: tuple[Rate, ...]
+    errors: tuple[Errors, ...]  # of each rate
 
     def __call__(self, scores: np.ndarray) -> Estimate:
         """Credit, intervals and ranking from the scores (m,)."""
+        credit, k = self.operator @ scores, self.masks.shape[1]
         read = scores if self.pairs is None else (scores[self.pairs[0]] - scores[self.pairs[1]]) / 2
-        credits = np.array([each.operator @ read for each in self.rates])
-        freedom = len(read) - self.masks.shape[1] - (self.pairs is None)  # the scale follows from what is not additive
+        freedom = len(read) - k - (self.pairs is None)  # the scale follows from what is not additive
         if freedom < 1:
-            return Estimate(credits.mean(0), settled=0)
-        reduced = [solve_triangular(each.factor, read, lower=True) for each in self.rates]
+            return Estimate(credit, settled=0)
+        reduced = [solve_triangular(each.factor, read, lower=True) for each in self.errors]
         rounding = np.finfo(np.float32).eps * np.abs(scores).max()  # models score in single precision
         scales = np.array([one @ one / freedom for one in reduced]) + max(rounding, 1e-30) ** 2
-        likely = -freedom / 2 * np.log(scales) - np.array([each.log_volume for each in self.rates]) / 2
+        likely = -freedom / 2 * np.log(scales) - np.array([each.log_volume for each in self.errors]) / 2
         weights = np.exp(likely - likely.max())
-        weights /= weights.sum()
-        credit, apart = weights @ credits, credits - weights @ credits
-        shared = sum(weight * scale * each.covariance for weight, scale, each in zip(weights, scales, self.rates))
-        covariance = shared + apart.T @ (weights[:, None] * apart)
+        shares = scales * weights / weights.sum()
+        covariance = sum(share * each.covariance for share, each in zip(shares, self.errors))
         wide, variance = stdtrit(freedom, (1 + LEVEL) / 2), np.maximum(np.diag(covariance), 0)  # by rounding below
         return Estimate(credit, wide * np.sqrt(variance), _settled(credit, covariance * wide**2))
 
@@ -106,8 +94,15 @@ def posterior(masks: np.ndarray) -> Posterior:
     if (read := len(masks) if pairs is None else pairs.shape[1]) > MOST:
         what = "coalitions" if pairs is None else "pairs of coalitions"
         raise InputError(f"{read} {what}, wanted at most {MOST}; lower samples_per_token, or take source 'shap'")
-    k, rates = masks.shape[1], CAUTIOUS if pairs is None else RATES
-    return Posterior(masks, pairs, tuple(_at(min(rate / k, 0.9), masks, pairs) for rate in rates))
+    rates = [min(rate / masks.shape[1], 0.9) for rate in (CAUTIOUS if pairs is None else RATES)]
+    solved = [_solved(rate, masks, pairs) for rate in rates]
+    operator = np.mean([one.operator for one in solved], axis=0)
+    wrong = [_wrong(operator, rate, masks, pairs) for rate in rates]
+    errors = tuple(Errors(one.factor, one.log_volume, each) for one, each in zip(solved, wrong))
+    if pairs is not None:
+        half, operator = operator / 2, np.zeros(masks.T.shape)
+        operator[:, pairs[0]], operator[:, pairs[1]] = half, -half
+    return Posterior(masks, operator, pairs, errors)
 
 
 def _pairs(masks: np.ndarray) -> np.ndarray | None:
@@ -119,24 +114,40 @@ def _pairs(masks: np.ndarray) -> np.ndarray | None:
     return np.array(pairs).T if 2 * len(pairs) == m >= 2 * (k + FEWEST) else None
 
 
-def _at(rate: float, masks: np.ndarray, pairs: np.ndarray | None) -> Rate:
-    """By one rate. Main effects have no share in what may be wrong: the credit has those as they are."""
-    k = masks.shape[1]
-    if pairs is None:
-        kernel, bare = (_kernel(masks, masks, rate, free) for free in (FREE, -1))
-        shared, own = (_shared(masks, rate, free) for free in (FREE, -1))
-    else:
-        one, other = masks[pairs]
-        kernel, bare = ((_kernel(one, one, rate, f) - _kernel(one, other, rate, f)) / 2 for f in (FREE, -1))
-        shared, own = ((_shared(one, rate, f) - _shared(other, rate, f)) / 2 for f in (FREE, -1))
+class Solved(NamedTuple):
+    """The posterior mean by one rate, from n scores or half differences of scores."""
+
+    operator: np.ndarray  # (k, n)
+    factor: np.ndarray  # as of `Errors`
+    log_volume: float
+
+
+def _solved(rate: float, masks: np.ndarray, pairs: np.ndarray | None) -> Solved:
+    kernel, shared = _covariances(rate, masks, pairs, FREE)
     factor = cholesky(kernel + 1e-8 * np.eye(len(kernel)), lower=True)
-    operator = cho_solve((factor, True), shared.T).T
-    cross = operator @ own.T
-    covariance = _prior(k, rate, -1) - cross - cross.T + operator @ bare @ operator.T
-    return Rate(operator, factor, 2 * np.log(np.diag(factor)).sum() - k * np.log(rate), covariance)
+    log_volume = 2 * np.log(np.diag(factor)).sum() - masks.shape[1] * np.log(rate)
+    return Solved(cho_solve((factor, True), shared.T).T, factor, log_volume)
+
+
+def _wrong(operator: np.ndarray, rate: float, masks: np.ndarray, pairs: np.ndarray | None) -> np.ndarray:
+    """The covariance (k, k) of what an operator (k, n) has wrong: not main effects, which it has as they are."""
+    kernel, shared = _covariances(rate, masks, pairs, -1)
+    cross = operator @ shared.T
+    return _prior(masks.shape[1], rate, -1) - cross - cross.T + operator @ kernel @ operator.T
 
 
 # ---------------------------------------------------------------------------------------------------- covariances
+
+
+def _covariances(
+    rate: float, masks: np.ndarray, pairs: np.ndarray | None, free: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of what is read (n, n), and of k Shapley values with it (k, n)."""
+    if pairs is None:
+        return _kernel(masks, masks, rate, free), _shared(masks, rate, free)
+    one, other = masks[pairs]
+    kernel = (_kernel(one, one, rate, free) - _kernel(one, other, rate, free)) / 2
+    return kernel, (_shared(one, rate, free) - _shared(other, rate, free)) / 2
 
 
 def _kernel(one: np.ndarray, other: np.ndarray, rate: float, free: float = FREE) -> np.ndarray:
@@ -178,31 +189,19 @@ def _product(rate: np.ndarray | float, agree: np.ndarray, k: int) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------- as a source
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=64)
 def drawn(k: int, evaluations: int, seed: int) -> Posterior:
-    """The posterior from at most `evaluations` + 2 coalitions of k players in `shells`."""
+    """The posterior from at most `evaluations` + 2 coalitions of k players in `shells`.
+
+    Raises `InputError` below two a player, but for the ends.
+    """
+    if evaluations < 2 * (k - 1):
+        few = f"samples_per_token is {evaluations // k}, wanted at least 2 for gaussian"
+        raise InputError(f"{few}; leave_one_out takes one a token")
     return posterior(shells(k, evaluations, seed))
 
 
-@dataclass(frozen=True)
-class Gaussian:
-    """The source `gaussian` of `explain`: like `kinds.Designed`, and it knows how sure it is."""
-
-    complete: bool = True
-
-    def posterior(self, k: int, params: AttributionParams) -> Posterior:
-        """Raises `InputError` below two evaluations a player."""
-        if params.samples_per_token < 2:
-            raise InputError("samples_per_token is 1, wanted at least 2 for gaussian; leave_one_out takes one a token")
-        return drawn(k, params.samples_per_token * k, params.seed)
-
-    def masks(self, k: int, params: AttributionParams) -> np.ndarray:
-        """The coalitions (m, k) of k players, the empty and the full one first."""
-        return self.posterior(k, params).masks
-
-
-def estimate(source: Designed | Gaussian, k: int, params: AttributionParams, scores: np.ndarray) -> Estimate:
-    """The credit of k players by a source from the scores (m,) of its coalitions."""
-    if isinstance(source, Gaussian):
-        return source.posterior(k, params)(scores)
-    return Estimate(source.design(k, params).operator.numpy() @ scores)
+def gaussian_shap(k: int, evaluations: int, seed: int) -> Design:
+    """The coalitions of `drawn` and the operator on their scores."""
+    made = drawn(k, evaluations, seed)
+    return Design(from_numpy(made.masks), from_numpy(made.operator))

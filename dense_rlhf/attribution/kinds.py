@@ -14,26 +14,40 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from dense_rlhf.attribution.coalitions import Design
+    from dense_rlhf.attribution.coalitions import Design, Estimate
     from dense_rlhf.models.reward_model import RewardModel
 
 
 @dataclass(frozen=True)
 class Designed:
-    """A source that is linear in coalition scores: a function of `coalitions`, and its arguments after k."""
+    """A source that is linear in coalition scores: a function that makes its design, and its arguments after k."""
 
     function: str
     arguments: Callable[[int, AttributionParams], tuple]
     complete: bool = False
+    module: str = "dense_rlhf.attribution.coalitions"
 
     def design(self, k: int, params: AttributionParams) -> Design:
         """The coalitions of k players and the operator on their scores."""
-        coalitions = import_module("dense_rlhf.attribution.coalitions")
-        return getattr(coalitions, self.function)(k, *self.arguments(k, params))
+        return getattr(import_module(self.module), self.function)(k, *self.arguments(k, params))
 
-    def masks(self, k: int, params: AttributionParams) -> np.ndarray:
-        """The coalitions (m, k) of k players, the empty and the full one first."""
-        return self.design(k, params).masks.numpy()
+    def estimate(self, k: int, params: AttributionParams, scores: np.ndarray) -> Estimate:
+        """The credit of k players from the scores (m,) of the design's coalitions."""
+        from dense_rlhf.attribution.coalitions import Estimate
+
+        return Estimate(self.design(k, params).operator.numpy() @ scores)
+
+
+@dataclass(frozen=True)
+class Gaussian(Designed):
+    """The source that knows how sure it is."""
+
+    module: str = "dense_rlhf.attribution.gaussian"
+
+    def estimate(self, k: int, params: AttributionParams, scores: np.ndarray) -> Estimate:
+        from dense_rlhf.attribution.gaussian import drawn
+
+        return drawn(k, *self.arguments(k, params))(scores)
 
 
 @dataclass(frozen=True)

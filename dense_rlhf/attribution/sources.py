@@ -12,7 +12,7 @@ from hashlib import sha256
 from inspect import signature
 from typing import TYPE_CHECKING
 
-from dense_rlhf.attribution.kinds import Designed, Internal, share
+from dense_rlhf.attribution.kinds import Designed, Gaussian, Internal, share
 from dense_rlhf.config.params import AttributionParams
 from dense_rlhf.config.parse import named
 from dense_rlhf.types import Attribution, InputError, Rollout
@@ -125,6 +125,7 @@ SOURCES: dict[str, Designed | Callable[[RewardModel, Rollout, AttributionParams]
     "shuffled": Shuffled("shap"),
     "shuffled_attention": Shuffled("attention"),
     "shap": Designed("permutation_shap", lambda k, p: (p.permutations, p.seed), complete=True),
+    "gaussian": Gaussian("gaussian_shap", lambda k, p: (p.samples_per_token * k, p.seed), complete=True),
     "owen": Designed("owen", lambda k, p: (p.owen_depth,), complete=True),
     "kernel": Designed("kernel_shap", lambda k, p: (p.samples_per_token * k, p.seed), complete=True),
     "leverage": Designed("leverage_shap", lambda k, p: (p.samples_per_token * k, p.seed), complete=True),

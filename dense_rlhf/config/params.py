@@ -139,7 +139,7 @@ class AttributionParams:
     """Budgets and conventions of explaining a response of k players."""
 
     permutations: Count = 2  # shap: 2 k - 1 evaluations each
-    samples_per_token: Count = 4  # kernel, leverage: evaluations = this times k
+    samples_per_token: Count = 4  # gaussian, kernel, leverage: evaluations = this times k
     lime_samples: Count = 64  # lime: evaluations
     owen_depth: Whole | None = None  # levels of the tree; by default all, at about 2 k^2 / 3 evaluations
     ig_steps: Count = 16  # integrated gradients

@@ -45,9 +45,7 @@ def test_a_function_of_texts_has_the_credit_of_its_model(source, reward_model, t
 
 
 def test_those_are_all_sources_that_need_only_scores():
-    assert {name for name, kind in SOURCES.items() if isinstance(kind, Designed)} | {"gaussian"} == set(
-        SOURCES_OF_SCORES
-    )
+    assert {name for name, kind in SOURCES.items() if isinstance(kind, Designed)} == set(SOURCES_OF_SCORES)
 
 
 def test_a_game_of_texts_is_asked_once_and_read_many_times(reward_model, tokenizer, tmp_path):

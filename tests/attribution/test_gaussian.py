@@ -61,14 +61,13 @@ def test_additive_games_are_exact_and_surely_so(k, seed, each):
 
 @settings(deadline=None, max_examples=10)
 @given(k=st.integers(2, 12), seed=SEEDS, each=st.integers(2, 8))
-def test_complete_whatever_the_scale_and_main_effects_are_added(k, seed, each):
+def test_complete_and_linear_in_scores(k, seed, each):
     made, rng = drawn(k, each * k, seed), np.random.default_rng(seed)
     assert not made.masks[0].any() and made.masks[1].all()
-    scores, main = rng.normal(size=len(made.masks)), rng.normal(size=k)
-    one = made(scores)
-    assert np.allclose(one.credit.sum(), scores[1] - scores[0], atol=1e-4)
-    assert np.allclose(made(5 - 2 * scores).credit, -2 * one.credit, atol=1e-4)
-    assert np.allclose(made(scores + made.masks @ main).credit, one.credit + main, atol=2e-3)
+    one, two = rng.normal(size=(2, len(made.masks)))
+    assert np.allclose(made(one).credit.sum(), one[1] - one[0], atol=1e-4)
+    both = made(2 * one - two).credit
+    assert np.allclose(both, 2 * made(one).credit - made(two).credit, atol=1e-8)
 
 
 @settings(deadline=None, max_examples=10)
@@ -98,12 +97,14 @@ def test_the_covariance_is_that_of_the_games_of_the_prior(design):
         alone = np.full(2**k, OWN * (1 + rate) ** k)
         return np.concatenate([rate**sizes * (1 + free * (sizes < 2)), np.full(k + 1, LENGTH), alone])
 
-    for rate, one in zip(CAUTIOUS if made.pairs is None else RATES, made.rates, strict=True):
-        rate = min(rate / k, 0.9)
-        prior, wrong = variance(rate, FREE), credit - one.operator @ seen
-        kernel = seen * prior @ seen.T + 1e-8 * np.eye(len(seen))
-        assert np.allclose(one.operator, credit * prior @ seen.T @ np.linalg.inv(kernel), atol=1e-5)
-        assert np.allclose(one.covariance, wrong * variance(rate, -1) @ wrong.T, atol=1e-5)
+    rates = [min(rate / k, 0.9) for rate in (CAUTIOUS if made.pairs is None else RATES)]
+    means = []
+    for rate, errors in zip(rates, made.errors, strict=True):
+        kernel = seen * variance(rate, FREE) @ seen.T + 1e-8 * np.eye(len(seen))
+        means.append(credit * variance(rate, FREE) @ seen.T @ np.linalg.inv(kernel) @ seen)
+        wrong = credit - made.operator @ games[rows_of(masks)]
+        assert np.allclose(errors.covariance, wrong * variance(rate, -1) @ wrong.T, atol=1e-5)
+    assert np.allclose(made.operator @ games[rows_of(masks)], np.mean(means, axis=0), atol=1e-4)
 
 
 def covered(games, each):
