@@ -23,7 +23,8 @@ COLOURS = dict(
     for pair in (
         "reference:#777777, sparse:#000000, terminal:#000000, uniform:#56B4E9, random:#999933, attention:#CC79A7, "
         "shap:#E69F00, shap-signed:#D55E00, lime:#009E73, lime-signed:#117733, bo:#882255, bo-shap:#0072B2, "
-        "owen:#B8860B, gaussian:#1B9E77, kernel:#F0E442, leverage:#CC6677, shared_lime:#44AA99, leave_one_out:#332288, prefix:#6699CC, "
+        "owen:#B8860B, gaussian:#1B9E77, kernel:#F0E442, leverage:#CC6677, shared_lime:#44AA99, "
+        "leave_one_out:#332288, prefix:#6699CC, "
         "integrated_gradients:#AA4499, gradient_input:#661100, lexicon:#BBBBBB, log_ratio:#004488, shuffled:#DDCC77, "
         "ppo:#222255, rloo:#66CCEE, rloo_to_go:#4477AA, grpo:#EE6677, grpo_to_go:#AA3377, dpo:#228833, "
         "best_of_n:#CCBB44, rationale:#38A6A5, shap + lexicon:#5F4690, shap + rationale:#0F8554, static:#1D6996, "
