@@ -21,7 +21,7 @@ TRIES = 300  # exchanges tried for one subset; more make no difference that show
 def shells(k: int, evaluations: int, seed: int) -> np.ndarray:
     """At most `evaluations` + 2 different coalitions (m, k) of k players: the empty, the full, others and their
     complements, all 2^k where these are enough. More evaluations add to those of fewer."""
-    rng, every = np.random.default_rng(seed), 2 ** (k - 1) - 1
+    rng, every = np.random.default_rng(seed), 2 ** (int(k) - 1) - 1  # beyond 64 bits
     pairs, kept = min(evaluations // 2, every), {}
     sizes = _sizes(k)
     while len(kept) < min(pairs, every // 2):

@@ -48,3 +48,7 @@ def test_a_shell_tells_main_effects_nearly_as_well_as_orthogonal_coalitions_woul
 
 def test_another_seed_draws_others():
     assert as_set(shells(20, 40, 0)) != as_set(shells(20, 40, 1))
+
+
+def test_numbers_of_numpy_will_do():
+    assert np.array_equal(shells(np.int64(70), np.int64(140), 0), shells(70, 140, 0)) and len(shells(70, 140, 0)) == 142
