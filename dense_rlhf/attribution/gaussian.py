@@ -189,7 +189,7 @@ def _product(rate: np.ndarray | float, agree: np.ndarray, k: int) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------- as a source
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)  # 50 megabytes each at 512 players
 def drawn(k: int, evaluations: int, seed: int) -> Posterior:
     """The posterior from at most `evaluations` + 2 coalitions of k players in `shells`.
 
