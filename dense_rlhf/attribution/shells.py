@@ -1,8 +1,8 @@
 """Coalitions in shells: of one size each, every player kept equally often, and every two together nearly so.
 
-A shell is a subset of k places and its rotations, a cyclic design, with the players put to the places at random. With
-their complements, which keep main effects apart from interactions of two (Box and Wilson, 1951), its k coalitions tell
-what each player adds where so many are kept as precisely as any k that are as many. Shapley values are the mean of that
+A shell is a subset of k places and its rotations, a cyclic design, with the players put to the places at random. Its k
+coalitions tell what each player adds, where so many are kept, nearly as precisely as any k of that size can; with their
+complements interactions of two do not disturb it (a foldover; Box and Wilson, 1951). Shapley values are the mean of that
 over all sizes: the sizes of Gauss's rule of three points come first, others then.
 """
 
