@@ -1,9 +1,9 @@
 """Coalitions in shells: of one size each, every player kept equally often, and every two together nearly so.
 
 A shell is a subset of k places and its rotations, a cyclic design, with the players put to the places at random. Its k
-coalitions tell what each player adds, where so many are kept, nearly as precisely as any k of that size can; with their
-complements interactions of two do not disturb it (a foldover; Box and Wilson, 1951). Shapley values are the mean of that
-over all sizes: the sizes of Gauss's rule of three points come first, others then.
+coalitions tell what each player adds, where so many are kept, nearly as precisely as any k of that size can. With their
+complements interactions of two do not disturb it (a foldover; Box and Wilson, 1951). Shapley values are the mean of
+that over all sizes: the sizes of Gauss's rule of three points come first, others then.
 """
 
 from __future__ import annotations
