@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import groupby, islice
+from itertools import groupby, pairwise
 from pathlib import Path
 
 from dense_rlhf.config.params import ABLATIONS
@@ -17,17 +18,16 @@ from dense_rlhf.evaluation.results import Finding
 from dense_rlhf.evaluation.rule import CONTRADICTED, NO_DIFFERENCE, SUPPORTED, UNDECIDED, Case
 from dense_rlhf.evaluation.words import EQUAL_KL, UPDATES, identity, p_value, plural, signed, tuning
 from dense_rlhf.files import write_text
-from dense_rlhf.report.charts import forest
 from dense_rlhf.report.comparison import verdict
 from dense_rlhf.report.index import MAIN, rank
 from dense_rlhf.report.record import Outline
+from dense_rlhf.report.results_figures import Figures
 from dense_rlhf.runs import RunFolder
 from dense_rlhf.view.escape import scrub, visible
 from dense_rlhf.view.html import TEMPLATES
 from dense_rlhf.view.live import duration
 
 MARKS = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "|": "\\|", "`": "'", "*": "\\*", "\n": " "})
-FIGURES = 5  # in all
 ANSWERS = SUPPORTED, CONTRADICTED, NO_DIFFERENCE  # in this order, others follow
 SEPARATE = 2  # settings of a study up to which each has its own row
 GROUNDS = "Cost", "Step sizes", "At one common step size"
@@ -63,13 +63,12 @@ def write_results(studies: Iterable[Study], to: Path) -> Path:
     """Write `RESULTS.md` into a folder that has the pages in reports/, and its figures next to those pages."""
     ordered = sorted(studies, key=lambda study: (rank(study.name), study.name))
     main = [study for study in ordered if study.name in MAIN] or ordered
-    long = [_long(study, finding, to) for study, finding in _findings(main)]
-    room = FIGURES - sum(len(one["figures"]) for one in long)
+    figures = Figures(to)
     about = {
+        "across": figures.across(_each(_findings(ordered))),
+        "main": [_long(study, finding, figures) for study, finding in _findings(main)],
         "studies": [_study(study) for study in ordered],
-        "main": long,
         "lines": _short(ordered, main),
-        "figures": _further([pair for pair in _findings(ordered) if pair[0] not in main], room, to),
         "claims": _claims(ordered),
         "open": _open(ordered),
         "machines": _machines(ordered),
@@ -145,7 +144,7 @@ def _claims(studies: Sequence[Study]) -> list[dict]:
     """A row for each claim: at each place, by verdict, what the studies that asked it say."""
     asked: dict[str, list[dict]] = {}
     for study in studies:
-        for row in _settings(study) if study.is_summed else _datasets(study):
+        for row in _settings(study) if study.is_summed else _each(_findings([study])):
             asked.setdefault(row["key"], []).append(row)
     return [own[0] | {"at": _by_place(_answered(own))} for _, own in sorted(asked.items())]
 
@@ -169,10 +168,13 @@ def _answered(rows: Sequence[dict]) -> list[dict]:
     return [rows[0] | {"study": "", "why": why}]
 
 
-def _datasets(study: Study) -> list[dict]:
+def _each(pairs: Sequence[tuple[Study, Finding]]) -> list[dict]:
+    """A row for each claim that a dataset is asked."""
     return [
-        _claim(claim) | {"study": _named(study, finding), "page": _page(study, finding)}
-        for finding in study.findings
+        _claim(claim)
+        | {"study": _named(study, finding), "page": _page(study, finding)}
+        | {"label": study.name if len(study.findings) == 1 else finding.dataset}
+        for study, finding in pairs
         for claim in judge(finding)
     ]
 
@@ -219,7 +221,15 @@ def _open(studies: Sequence[Study]) -> list[dict]:
         if name not in recorded
     ]
     rows = answers + across + unasked
-    return [row | {"again": i > 0 and row["question"] == rows[i - 1]["question"]} for i, row in enumerate(rows)]
+    again = [False, *(one["question"] == other["question"] for one, other in pairwise(rows))]
+    return [row | {"again": is_again, "why": _first(row["why"])} for row, is_again in zip(rows, again)]
+
+
+def _first(why: str) -> str:
+    """The sentences of a reason up to the first interval, which its page goes on from; all, if it has none."""
+    sentences = re.split(r"(?<=[.)]) (?=[A-Z])", why)
+    number = next((n for n, sentence in enumerate(sentences) if "[" in sentence), len(sentences))
+    return " ".join(sentences[: number + 1])
 
 
 def _surprises(studies: Sequence[Study]) -> list[str]:
@@ -234,21 +244,20 @@ def _surprises(studies: Sequence[Study]) -> list[str]:
                 answers = CONTRADICTED
             else:
                 continue
-            lines.setdefault(f"{claims[0].key}. {claims[0].text}: {answers}.", []).append(_named(study, finding))
+            lines.setdefault(f"{claims[0].text} ({claims[0].key}): {answers}", []).append(_named(study, finding))
         for arm in finding.arms.values():
             if text := identity(arm):
-                lines.setdefault(text, []).append(_named(study, finding))
-    return [f"{text} ({', '.join(names)})" for text, names in sorted(lines.items())]
+                lines.setdefault(text.removesuffix("."), []).append(_named(study, finding))
+    return [f"{text}: {', '.join(names)}" for text, names in sorted(lines.items())]
 
 
-def _untold(studies: Sequence[Study]) -> list[str]:
-    """What is undecided, and how many seeds would decide it."""
-    return [
-        f"{claim['key']}{claim['at']} in {_named(study, finding)}{claim['needs']}"
-        for study, finding in _findings(studies)
-        for claim in map(_claim, judge(finding))
-        if claim["verdict"] == UNDECIDED
-    ]
+def _untold(studies: Sequence[Study]) -> dict[str, list[str]]:
+    """By claim and place, the studies in which it is undecided, and how many seeds would decide it."""
+    untold: dict[str, list[str]] = {}
+    for row in _each(_findings(studies)):
+        if row["verdict"] == UNDECIDED:
+            untold.setdefault(f"{row['key']}{row['at']}", []).append(f"{row['study']}{row['needs']}")
+    return dict(sorted(untold.items()))
 
 
 def _findings(studies: Sequence[Study]) -> list[tuple[Study, Finding]]:
@@ -276,19 +285,13 @@ def _page_of(run: RunFolder) -> str:
 # ---------------------------------------------------------------------------------------------------- a dataset
 
 
-def _long(study: Study, finding: Finding, to: Path) -> dict:
+def _long(study: Study, finding: Finding, figures: Figures) -> dict:
     """A dataset with its arms, its costs and its figures."""
     grounds = {name: text for name, text in verdict(finding).grounds.items() if name in GROUNDS}
     grounds = {"To be known": study.outline.remark} | grounds if study.outline.remark else grounds
     about = {"name": _named(study, finding), "page": _page(study, finding), "grounds": grounds}
-    return about | {"head": _head(finding), "arms": _arms(finding), "figures": _figures(study, finding, to)}
-
-
-def _further(pairs: Sequence[tuple[Study, Finding]], room: int, to: Path) -> list[tuple[str, str]]:
-    """A figure of each dataset, as many as there is room for: first of those where dense rewards help at equal KL."""
-    ordered = sorted(pairs, key=lambda pair: not _helps_at_kl(pair[1]))
-    drawn = (_figures(*pair, to, "gain_at_kl" if _helps_at_kl(pair[1]) else "gain") for pair in ordered)
-    return list(islice((figure for figures in drawn for figure in figures), max(0, room)))
+    drawn = figures.gains(finding, about["name"], Path("reports", study.name))
+    return about | {"head": _head(finding), "arms": _arms(finding), "figures": drawn}
 
 
 def _columns(finding: Finding) -> dict[str, str]:
@@ -329,6 +332,7 @@ def _claim(claim: Claim) -> dict[str, object]:
         "verdict": claim.verdict,
         "why": claim.why if case is None else _evidence(case, logs),
         "needs": "" if case is None else _seeds_needed(case),
+        "case": case,
     }
 
 
@@ -341,30 +345,14 @@ def _evidence(case: Case, logs: Mapping[str, bool]) -> str:
     texts = [f"{signed(c.difference, logs[c.measure])} against {c.rival}" for c in shown]
     nats = {f" at {c.kl:.1f} nats" for c in shown if c.kl is not None and not math.isnan(c.kl)}
     p = case.p_equal if case.verdict == NO_DIFFERENCE else case.p_differs
-    return f"{case.arm} {', '.join(texts)}{', '.join(sorted(nats))} ({p_value(p)})"
+    return f"{case.arm} {', '.join(texts)}{', '.join(sorted(nats))} ({plural(case.seeds, 'seed')}, {p_value(p)})"
 
 
 def _seeds_needed(case: Case) -> str:
     fewest = min(case.seeds_to_decide())
     if fewest <= case.seeds:  # the more tests, the more seeds
         return ""
-    return f" ({fewest:.0f} seeds would decide)" if math.isfinite(fewest) else " (no number of seeds up to 1000 would)"
-
-
-def _figures(study: Study, finding: Finding, to: Path, only: str = "") -> list[tuple[str, str]]:
-    """Files of gains over the baseline at equal updates and at equal KL, or of `only` one, each with its alt text."""
-    trained = [arm for arm in finding.arms.values() if arm.kind != "reference"]
-    over, kl = f"Gold over {finding.baseline} (log-odds, 95 % interval over seeds)", finding.levels
-    asked = {"gain": f"{over} after equal updates"}
-    asked |= {field: f"{over} at {level:.1f} nats" for field, level in zip(("gain_at_kl", "gain_far"), kl)}
-    drawn = []
-    for field, what in asked.items() if not only else [(only, asked[only])]:
-        gains = {arm.name: gain for arm in trained if (gain := getattr(arm, field))}
-        if picture := forest(gains, what, alone=True):
-            name = f"reports/{study.name}/{field}-{finding.dataset}.svg"
-            write_text(to / name, f"{picture}\n")
-            drawn.append((name, f"{_named(study, finding)}: {what[0].lower()}{what[1:]}"))
-    return drawn
+    return f" {fewest:.0f}" if math.isfinite(fewest) else " more than 1000"
 
 
 # ---------------------------------------------------------------------------------------------------- the rest

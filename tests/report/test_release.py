@@ -14,7 +14,7 @@ from dense_rlhf.__main__ import main
 from dense_rlhf.evaluation.findings import findings
 from dense_rlhf.report.record import write_record
 from dense_rlhf.report.release import render, write_archive
-from dense_rlhf.report.results_page import OPEN, Study, _claims, _open, plain
+from dense_rlhf.report.results_page import OPEN, Study, _claims, _first, _open, plain
 from dense_rlhf.report.write import Place, write_overview, write_study
 from dense_rlhf.types import InputError
 
@@ -68,7 +68,9 @@ def test_results_hold_each_number_of_the_study_and_lead_to_its_keys(released):
     root, outline, runs = released
     text = (root / "RESULTS.md").read_text()
     assert "](reports/made/comparison-reviews.html)" in text and "](reports/made/comparison-ppo.html)" in text
-    for figure in re.findall(r"!\[.*?\]\((.*?)\)", text):
+    figures = re.findall(r"!\[.*?\]\((.*?)\)", text)
+    assert 3 <= len(figures) <= 5 and figures[0] == "reports/equal-updates.svg"
+    for figure in figures:
         svg = (root / figure).read_text()
         assert svg.startswith("<svg xmlns=") and "currentColor" not in svg
     page = (root / "reports" / "made" / "index.html").read_text()
@@ -86,7 +88,13 @@ def test_results_answer_each_claim_and_each_open_question(released):
     assert claims.count("| *not asked.* ") == 6 and claims.count("| *an identity.* ") == 1
     assert claims.count("\n| ") == 1 + 9  # the head, and a row for each
     assert "| Is it? | equal KL | [made](reports/made/comparison-ppo.html) | undecided | Too few seeds." in rest
-    assert rest.count("| not asked |") == len(OPEN) and "1b at equal KL in made" in rest
+    assert rest.count("| not asked |") == len(OPEN) and "\n- 1b at equal KL: made" in rest
+
+
+def test_a_reason_is_cut_after_its_first_interval():
+    why = "Of 0.5 less 0.1. Gold +0.1 [+0.0, +0.2] (10 seeds, p 0.1). Were it so, 25 seeds would show."
+    assert _first(why) == "Of 0.5 less 0.1. Gold +0.1 [+0.0, +0.2] (10 seeds, p 0.1)."
+    assert _first("Too few seeds. More would tell.") == "Too few seeds. More would tell."
 
 
 def test_a_study_with_settings_has_a_row_for_what_they_say(released):
