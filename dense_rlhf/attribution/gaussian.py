@@ -33,7 +33,7 @@ FREE = 1e5  # how much more variance main effects have than the kernel gives the
 LENGTH, OWN = 0.5, 0.02  # docs/explain.md has the responses that they were chosen on
 RATES, CAUTIOUS = (0.6, 1.2, 2.4, 4.8, 9.6), (2.4, 4.8)  # over k: where differences are read, and where all scores are
 FEWEST = 3  # more pairs than players from which differences alone tell the scale
-MOST = 4096  # scores, or differences of scores, that are solved together: half a gigabyte
+MOST = 4096  # scores, or differences of scores, that are solved together: 0.7 gigabytes of factors
 LEVEL = 0.95
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(16)  # for integrands near exp(RATES u)
 
@@ -94,7 +94,8 @@ def posterior(masks: np.ndarray) -> Posterior:
     if (read := len(masks) if pairs is None else pairs.shape[1]) > MOST:
         what = "coalitions" if pairs is None else "pairs of coalitions"
         raise InputError(f"{read} {what}, wanted at most {MOST}; lower samples_per_token, or take source 'shap'")
-    rates = [min(rate / masks.shape[1], 0.9) for rate in (CAUTIOUS if pairs is None else RATES)]
+    over_k = CAUTIOUS if pairs is None else RATES
+    rates = [min(rate / masks.shape[1], 0.9) for rate in over_k]  # of few players; from 1 on interactions would not fade
     solved = [_solved(rate, masks, pairs) for rate in rates]
     operator = np.mean([one.operator for one in solved], axis=0)
     wrong = [_wrong(operator, rate, masks, pairs) for rate in rates]
