@@ -95,7 +95,7 @@ def posterior(masks: np.ndarray) -> Posterior:
         what = "coalitions" if pairs is None else "pairs of coalitions"
         raise InputError(f"{read} {what}, wanted at most {MOST}; lower samples_per_token, or take source 'shap'")
     over_k = CAUTIOUS if pairs is None else RATES
-    rates = [min(rate / masks.shape[1], 0.9) for rate in over_k]  # of few players; from 1 on interactions would not fade
+    rates = [min(rate / masks.shape[1], 0.9) for rate in over_k]  # at 1 none would fade
     solved = [_solved(rate, masks, pairs) for rate in rates]
     operator = np.mean([one.operator for one in solved], axis=0)
     wrong = [_wrong(operator, rate, masks, pairs) for rate in rates]
