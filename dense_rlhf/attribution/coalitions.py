@@ -239,7 +239,7 @@ def kernel_shap(k: int, samples: int, seed: int) -> Design:
     `np.random.seed(seed)`; shap's own budget is 2 k + 2048. Does not select features.
     """
     _demand_samples(k, samples)
-    return _least_squares(*_kernel_sample(k, samples, seed))
+    return _least_squares(*_kernel_sample(int(k), samples, seed))  # 2^k of numpy's would overflow
 
 
 def _distinct(rng: np.random.Generator, k: int, size: int, count: int) -> np.ndarray:
@@ -281,7 +281,7 @@ def leverage_shap(k: int, samples: int, seed: int) -> Design:
     coalitions, or all. Complete; exact from 2^k - 2 samples on. Has no advantage below some 4 k samples.
     """
     _demand_samples(k, samples)
-    return _least_squares(*_leverage_sample(k, samples, seed))
+    return _least_squares(*_leverage_sample(int(k), samples, seed))
 
 
 # ---------------------------------------------------------------------------------------------------- ridge

@@ -21,7 +21,7 @@ TRIES = 300  # exchanges tried for one subset; more make no difference that show
 def shells(k: int, evaluations: int, seed: int) -> np.ndarray:
     """At most `evaluations` + 2 different coalitions (m, k) of k players: the empty, the full, others and their
     complements, all 2^k where these are enough. More evaluations add to those of fewer."""
-    rng, every = np.random.default_rng(seed), 2 ** (int(k) - 1) - 1  # beyond 64 bits
+    rng, every = np.random.default_rng(seed), 2 ** (int(k) - 1) - 1  # 2^k of numpy's would overflow
     pairs, kept = min(evaluations // 2, every), {}
     sizes = _sizes(k)
     while len(kept) < min(pairs, every // 2):

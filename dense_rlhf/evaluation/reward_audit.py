@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 import pandas as pd
 import torch
+from pandas.api.typing import SeriesGroupBy
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -189,16 +190,19 @@ def phrases(scored: Scored) -> Scored:
 
 def common(scored: Scored, fewest: int = FEWEST) -> pd.Series:
     """The pieces that are in `fewest` units of each half, by their mean credit in the first, from the largest on."""
-    each, even = _by_unit(scored)
-    first, second = (each[half].groupby("piece")["credit"].agg(["mean", "size"]) for half in (even, ~even))
-    often = (first["size"] >= fewest) & (second["size"].reindex(first.index) >= fewest)
-    return first[often]["mean"].sort_values(kind="stable", ascending=False)
+    return _common(*_halves(scored), fewest)
 
 
-def _by_unit(scored: Scored) -> tuple[pd.DataFrame, pd.Series]:
-    """The mean credit of a piece in each unit, and whether the unit is of the first half: of even number."""
+def _halves(scored: Scored) -> list[SeriesGroupBy]:
+    """The mean credit of each piece in each unit, by piece, of the units of even and of odd number."""
     each = scored.pieces.groupby(["piece", "unit"])["credit"].mean().reset_index()
-    return each, each["unit"] % 2 == 0
+    return [each[each["unit"] % 2 == half].groupby("piece")["credit"] for half in (0, 1)]
+
+
+def _common(even: SeriesGroupBy, odd: SeriesGroupBy, fewest: int) -> pd.Series:
+    first = even.agg(["mean", "size"])
+    often = (first["size"] >= fewest) & (odd.size().reindex(first.index) >= fewest)
+    return first[often]["mean"].sort_values(kind="stable", ascending=False)
 
 
 def liked(scored: Scored, most: int = 8, fewest: int = FEWEST) -> pd.DataFrame:
@@ -209,14 +213,14 @@ def liked(scored: Scored, most: int = 8, fewest: int = FEWEST) -> pd.DataFrame:
     (Bonferroni). Columns: piece, texts (of the estimate), chosen_by (the mean in the first half), credit (an Interval).
     Raises `InputError` where no piece is common.
     """
-    (each, even), means = _by_unit(scored), common(scored, fewest)
-    second = each[~even].groupby("piece")["credit"]
+    even, odd = _halves(scored)
+    means = _common(even, odd, fewest)
     ends = list(dict.fromkeys([*means.index[:most], *means.index[-most:]]))
     if not ends:
         raise InputError(f"no word is in {fewest} texts of each half of {len(scored.texts)}; give more texts")
     rows = []
     for piece in ends:
-        values = second.get_group(piece).to_numpy()
+        values = odd.get_group(piece).to_numpy()
         rows.append((piece, len(values), means[piece], _simultaneous(values, len(ends))))
     return pd.DataFrame(rows, columns=["piece", "texts", "chosen_by", "credit"])
 

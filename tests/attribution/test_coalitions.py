@@ -203,6 +203,12 @@ def test_leverage_samples_expect_the_kernels_equations(k, samples):
     assert np.abs(total[1:-1] / runs / kernel - 1).max() < 0.2
 
 
+@pytest.mark.parametrize("function", [kernel_shap, leverage_shap])
+def test_numbers_of_numpy_will_do(function):
+    made, own = (function.__wrapped__(k, 300, 0) for k in (np.int64(70), 70))  # the cache takes them for Python's
+    assert made.masks.equal(own.masks) and made.operator.equal(own.operator)
+
+
 def test_leverage_draws_no_subset_twice():
     """Nor, of half the players, a subset and later its complement."""
     for seed in range(60):

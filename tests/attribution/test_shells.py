@@ -51,4 +51,5 @@ def test_another_seed_draws_others():
 
 
 def test_numbers_of_numpy_will_do():
-    assert np.array_equal(shells(np.int64(70), np.int64(140), 0), shells(70, 140, 0)) and len(shells(70, 140, 0)) == 142
+    made = shells.__wrapped__(np.int64(70), np.int64(140), 0)  # the cache takes them for Python's
+    assert np.array_equal(made, shells.__wrapped__(70, 140, 0)) and len(made) == 142
