@@ -17,6 +17,7 @@ LEADS = {
     CONTRADICTED: "Differs the other way",
     NO_DIFFERENCE: NO_DIFFERENCE.capitalize(),
 }
+NEAREST = "Nearest to an answer"
 EVEN = 0.95  # ESS/T from which on credit is an even spread in all but name
 
 
@@ -113,7 +114,7 @@ def _undecided(cases: Sequence[Case], logs: Mapping[str, bool]) -> str:
         return "One seed has no interval." if one else "The runs do not have the numbers: no path of KL, or no metric."
     closest = min(tested, key=lambda case: min(case.differs, case.equals))
     open_ = f" Undecided: {', '.join(case.arm for case in unknown)}." if len(cases) > 1 else ""
-    return f"Nearest to an answer: {_case(closest, logs)}. {_missing(closest)}{seeds_needed(closest)}{open_}"
+    return f"{NEAREST}: {_case(closest, logs)}. {_missing(closest)}{seeds_needed(closest)}{open_}"
 
 
 def _missing(case: Case) -> str:

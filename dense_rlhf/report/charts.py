@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from dense_rlhf.report.page import draw
 from dense_rlhf.statistics import Interval
@@ -13,32 +14,69 @@ from dense_rlhf.view.figures import colour
 if TYPE_CHECKING:
     from markupsafe import Markup
 
-WIDTH, LABELS, VALUES, ROW = 700, 170, 150, 26
+LONGEST = 30  # characters of a label
+NAMED = 3  # names that a title lists, not counts
 
 
-def forest(intervals: Mapping[str, Interval], what: str, alone: bool = False) -> Markup | str:
-    """A point with its interval for each name, one a line, hollow if it has none; a dotted line at zero.
+class Shape(NamedTuple):
+    """Of a figure, in pixels: its width, those of its labels and numbers, the height of a row and of a line of text."""
 
-    `alone` is an SVG file, black on white in any viewer; otherwise the figure of a page.
+    width: int
+    labels: int
+    numbers: int  # too narrow for them: none are written
+    row: int
+    line: int
+    wrap: int  # characters of a line
 
-    Intervals with other numbers that are not finite are left out; without any there is no figure.
+
+PAGE, FILE = Shape(700, 200, 150, 26, 0, 0), Shape(410, 195, 12, 20, 16, 62)  # two files stand next to each other
+
+
+def forest(intervals: Mapping[str, Interval], what: str, null: float | None = 0.0, alone: bool = False) -> Markup | str:
+    """A point with its interval for each name, one a line, hollow if it has none; a dotted line at `null`.
+
+    The title says which intervals lie on which side of `null`, or, without one, which mean is the highest. "method
+    (study)" has the method's colour. `alone` is an SVG file, black on white in any viewer, with title and axis written
+    in it; otherwise the figure of a page. Intervals with other numbers that are not finite are left out; without any
+    there is no figure.
     """
+    shape = FILE if alone else PAGE
     shown = {name: i for name, i in intervals.items() if all(map(math.isfinite, _ends(i)))}
     if not shown:
         return ""
-    ends = [end for i in shown.values() for end in _ends(i)]
-    low, high = min(0.0, *ends), max(0.0, *ends)
-    steps = ticks(low, high)
-    low, high = min(low, steps[0]), max(high, steps[-1])
-    scale = (WIDTH - LABELS - VALUES) / (high - low)
+    ends = [null or 0.0, *(end for i in shown.values() for end in _ends(i))]
+    steps = ticks(min(ends), max(ends))
+    low, high = min(*ends, steps[0]), max(*ends, steps[-1])
+    scale = (shape.width - shape.labels - shape.numbers) / (high - low)
 
     def x(value: float) -> float:
-        return round(LABELS + (value - low) * scale, 1)
+        return round(shape.labels + (value - low) * scale, 1)
 
-    marks = [(x(step), f"{step:g}", "axis" if step else "zero") for step in steps]
-    rows = [_row(name, i, x) | {"y": ROW * (n + 0.5)} for n, (name, i) in enumerate(shown.items())]
-    words = f"{what}: " + "; ".join(f"{name} {i}" for name, i in shown.items())
-    return draw("forest_file" if alone else "forest", what, words, WIDTH, ROW * len(shown) + 6, marks, rows)
+    marks = [(x(step), f"{step:g}", "axis") for step in steps if step != null]
+    marks += [] if null is None else [(x(null), f"{null:g}" if null in steps else "", "zero")]
+    title = title_of(shown, null)
+    head, foot = (textwrap.wrap(text, shape.wrap) if alone else [] for text in (f"{title}.", what))
+    top = shape.line * len(head) + 6 * alone
+    rows = [_row(name, i, x) | {"y": top + shape.row * (n + 0.5)} for n, (name, i) in enumerate(shown.items())]
+    bottom = top + shape.row * len(shown) + 6
+    box = shape._asdict() | {"top": top, "bottom": bottom, "height": bottom + 24 + shape.line * len(foot)}
+    words = f"{title}. {what}: " + "; ".join(f"{name} {i}" for name, i in shown.items())
+    drawing = draw("drawing", words, box, head, foot, marks, rows)
+    return drawing if alone else draw("forest", title, what, drawing)
+
+
+def title_of(intervals: Mapping[str, Interval], null: float | None) -> str:
+    """Which intervals lie above and below `null`, which hold it; without a `null`, which mean is the highest."""
+    if null is None:
+        best = max(intervals, key=lambda name: intervals[name].mean)
+        return f"Highest: {best}, {intervals[best].mean:.2f}"
+    sides: dict[str, list[str]] = {f"above {null:g}": [], f"below {null:g}": [], "unclear": []}
+    above, below, unclear = sides.values()
+    for name, i in intervals.items():
+        (above if i.known and i.low > null else below if i.known and i.high < null else unclear).append(name)
+    words = {side: ", ".join(n) if len(n) <= NAMED else f"{len(n)} of {len(intervals)}" for side, n in sides.items()}
+    sentence = "; ".join(f"{side}: {words[side]}" for side in sides if words[side])
+    return sentence[0].upper() + sentence[1:]
 
 
 def _ends(interval: Interval) -> tuple[float, ...]:
@@ -46,9 +84,10 @@ def _ends(interval: Interval) -> tuple[float, ...]:
 
 
 def _row(name: str, interval: Interval, x: Callable[[float], float]) -> dict[str, object]:
-    hue, ends = colour(name), (x(interval.low), x(interval.high)) if interval.known else ()
-    row = {"name": name if len(name) <= 24 else name[:23] + "…", "value": interval, "x": x(interval.mean), "ends": ends}
-    return row | {"ink": "currentColor" if hue == "#000000" else hue, "left": LABELS - 12, "right": WIDTH - VALUES + 14}
+    hue, ends = colour(name.partition(" (")[0]), (x(interval.low), x(interval.high)) if interval.known else ()
+    shown = name if len(name) <= LONGEST else name[: LONGEST - 1] + "…"
+    row = {"name": shown, "value": interval, "x": x(interval.mean), "ends": ends}
+    return row | {"ink": "currentColor" if hue == "#000000" else hue}
 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:

@@ -218,11 +218,11 @@ def dataset_page(study: str, finding: Finding) -> tuple[Markup, Markup]:
     figures = [forest(gains[field], f"{seeds}, at {level:.1f} nats") for field, level in at.items()]
     parts = [
         ("verdict", "Did dense rewards help?", verdict_html(verdict(finding))),
-        ("gold", "Gold score", forest({a.name: a.gold for a in ranked}, f"Log-odds, {METHOD}")),
+        ("gold", "Gold score", forest({a.name: a.gold for a in ranked}, f"Log-odds, {METHOD}", None)),
         ("gain", f"Gain over {base} at equal updates", forest(gains["gain"], f"The same prompts, {seeds}")),
         ("kl", f"Gain over {base} at equal KL", draw("joined", figures) if any(figures) else none),
         ("common", "At one common step size", forest(_known(common, "gain"), f"Gold over {base}, {seeds}")),
-        ("improvement", f"Probability of a higher score than {base}", forest(_known(trained, "improves"), COIN)),
+        ("improvement", f"Probability of a higher score than {base}", forest(_known(trained, "improves"), COIN, 0.5)),
         ("laws", "Over-optimisation", _laws(finding)),
         ("numbers", "All numbers", _arm_tables(finding.arms.values())),
         ("claims", "What the verdicts rest on", claims_html(finding)),
@@ -288,7 +288,7 @@ def across_html(findings: Sequence[Finding]) -> Markup | str:
     gains, odds = ({arm: o[key] for arm, o in over.items()} for key in ("iqm", "improves"))
     units = "in standard deviations of the reference's gold score"
     figure = forest(gains, f"Gain over sparse {units}, interquartile mean over {names}")
-    return draw("joined", [figure, forest(odds, f"Probability of improvement over sparse, mean over {names}")])
+    return draw("joined", [figure, forest(odds, f"Probability of improvement over sparse, mean over {names}", 0.5)])
 
 
 # ---------------------------------------------------------------------------------------------------- an ablation

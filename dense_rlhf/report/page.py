@@ -70,13 +70,21 @@ def sections(title: str, parts: Iterable[tuple[str, str, str]], lead: str = "") 
     return draw("body", title, lead, kept), draw("contents", [(anchor, head) for anchor, head, _ in kept])
 
 
+def times(records: Sequence[Mapping]) -> str:
+    """How long runs took, one after another: by the clock, and on the CPU, which other work does not lengthen, where
+    every run knows it."""
+    clock, cpu = (sum(record.get(name) or 0 for record in records) for name in ("seconds", "cpu_seconds"))
+    known = records and all("cpu_seconds" in record for record in records)
+    return duration(clock) + (f", {duration(cpu)} of the CPU" if known else "")
+
+
 def footer(record: Mapping, params: Mapping | None = None, seeds: Sequence[int] = ()) -> Markup:
     """Where a page comes from: status, duration, commit, seeds, hardware, versions and all parameters."""
     seeds = seeds or [record.get("seed", "–")]
     cores = f"{record.get('cores', '?')} {record.get('machine', '')} cores"
     more = [str(record[name]) for name in ("processor", "gpu", "memory") if record.get(name)]
     facts = {
-        "run": f"{record.get('job', '')}, {record.get('status', '')} in {duration(record.get('seconds') or 0)}",
+        "run": f"{record.get('job', '')}, {record.get('status', '')} in {times([record])}",
         "commit": record.get("commit", "unknown"),
         "seeds": ", ".join(map(str, seeds)),
         "hardware": ", ".join([cores, *more]),

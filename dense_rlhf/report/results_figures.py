@@ -10,7 +10,7 @@ from dense_rlhf.evaluation.claims import HELPED
 from dense_rlhf.evaluation.results import Finding
 from dense_rlhf.evaluation.words import EQUAL_KL, UPDATES
 from dense_rlhf.files import write_text
-from dense_rlhf.report.charts import forest
+from dense_rlhf.report.charts import forest, title_of
 from dense_rlhf.statistics import Interval
 
 MOST = 5
@@ -27,25 +27,22 @@ class Figures:
     def across(self, rows: Sequence[Mapping]) -> list[Figure]:
         """What each study says of claim `HELPED`, by the arm nearest to deciding it, at each place.
 
-        `rows` have the key, place, label and case of a claim, as `results_page` makes them.
+        `rows` have the key, place, study and case of a claim, as `results_page` makes them.
         """
         start = len(self.drawn)
         for where in (UPDATES, EQUAL_KL):
-            cases = {
-                row["label"]: row["case"]
-                for row in rows
-                if (row["key"], row["where"]) == (HELPED, where) and row["case"] is not None
-            }
-            first = {study: case.comparisons[0].difference for study, case in cases.items()}
-            what = f"Claim {HELPED}, of each study the arm nearest to deciding it: gold over its rival at {where} "
-            known = {study: difference for study, difference in first.items() if difference}
-            self._draw(known, f"{what}(log-odds, 95 % interval over seeds)", f"reports/{where.replace(' ', '-')}.svg")
+            asked = [row for row in rows if (row["key"], row["where"]) == (HELPED, where) and row["case"]]
+            gains = {f"{row['case'].arm} ({row['study']})": row["case"].comparisons[0].difference for row in asked}
+            what = f"Gold over its rival at {where} (log-odds, 95 % interval over seeds)"
+            what += f", claim {HELPED}: of each study the arm nearest to deciding it"
+            known = {name: gain for name, gain in gains.items() if gain}
+            self._draw(known, what, f"reports/{where.replace(' ', '-')}.svg")
         return self.drawn[start:]
 
     def gains(self, finding: Finding, name: str, folder: Path) -> list[Figure]:
         """What each arm of a dataset gains over the baseline, at equal updates and at equal KL."""
         start, trained = len(self.drawn), [arm for arm in finding.arms.values() if arm.kind != "reference"]
-        over = f"{name}: gold over {finding.baseline} (log-odds, 95 % interval over seeds)"
+        over = f"{name}: gold over {finding.baseline} (log-odds, 95 % interval over seeds),"
         asked = {"gain": f"{over} after equal updates"}
         asked |= {at: f"{over} at {kl:.1f} nats" for at, kl in zip(("gain_at_kl", "gain_far"), finding.levels)}
         for at, what in asked.items():
@@ -56,4 +53,4 @@ class Figures:
     def _draw(self, intervals: Mapping[str, Interval], what: str, file: str) -> None:
         if len(self.drawn) < MOST and (picture := forest(intervals, what, alone=True)):
             write_text(self.to / file, f"{picture}\n")
-            self.drawn.append((file, what))
+            self.drawn.append((file, f"{title_of(intervals, 0.0)}. {what}"))

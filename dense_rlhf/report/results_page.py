@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import groupby, pairwise
+from itertools import groupby
 from pathlib import Path
 
 from dense_rlhf.config.params import ABLATIONS
@@ -16,19 +16,20 @@ from dense_rlhf.evaluation.claims import HELPED, IDENTITY, NOT_ASKED, QUESTIONS,
 from dense_rlhf.evaluation.open_questions import LONGER, WORSE, by_settings
 from dense_rlhf.evaluation.results import Finding
 from dense_rlhf.evaluation.rule import CONTRADICTED, NO_DIFFERENCE, SUPPORTED, UNDECIDED, Case
-from dense_rlhf.evaluation.words import EQUAL_KL, UPDATES, identity, p_value, plural, signed, tuning
+from dense_rlhf.evaluation.words import EQUAL_KL, LEADS, NEAREST, UPDATES, identity, p_value, plural, signed
 from dense_rlhf.files import write_text
 from dense_rlhf.report.comparison import verdict
 from dense_rlhf.report.index import MAIN, rank
+from dense_rlhf.report.page import times
 from dense_rlhf.report.record import Outline
 from dense_rlhf.report.results_figures import Figures
 from dense_rlhf.runs import RunFolder
 from dense_rlhf.view.escape import scrub, visible
 from dense_rlhf.view.html import TEMPLATES
-from dense_rlhf.view.live import duration
 
 MARKS = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "|": "\\|", "`": "'", "*": "\\*", "\n": " "})
 ANSWERS = SUPPORTED, CONTRADICTED, NO_DIFFERENCE  # in this order, others follow
+LEAD = re.compile(rf"(?:{NEAREST}|(?:{'|'.join(LEADS.values())}), \d+ of \d+ arms?): ")  # of a reason
 SEPARATE = 2  # settings of a study up to which each has its own row
 GROUNDS = "Cost", "Step sizes", "At one common step size"
 OPEN = {  # by the ablation that asks it
@@ -71,6 +72,7 @@ def write_results(studies: Iterable[Study], to: Path) -> Path:
         "lines": _short(ordered, main),
         "claims": _claims(ordered),
         "open": _open(ordered),
+        "shares": _shares(ordered),
         "machines": _machines(ordered),
     }
     about |= {
@@ -111,30 +113,17 @@ def _helps_at_kl(finding: Finding) -> bool:
 
 
 def _study(study: Study) -> dict:
-    """A study in a few lines: what it says of each dataset, unless of many, what it rests on, and its cost."""
-    records = [run.record() for run in study.runs]
+    """What a study rests on, what it cost, and how it is computed anew."""
+    records, first = [run.record() for run in study.runs], next(iter(study.findings), None)
     return {
         "name": study.name,
-        "settings": len(study.findings),
-        "basis": _basis(study.findings[0]) if study.findings else [],
-        "cost": _cost(study, records),
-        "command": study.outline.command,
+        "seeds": min(len(arm.seeds) for arm in first.arms.values()) if first else "–",
+        "runs": len(records),
+        "time": times(records),
+        "parameters": study.outline.command.removeprefix("dense-rlhf run "),
         "commits": sorted({str(record.get("commit"))[:12] for record in records}),
         "not_committed": len(study.not_committed),
     }
-
-
-def _basis(finding: Finding) -> list[str]:
-    """Seeds, prompts, lambda, KL coefficient, step sizes and what all seeds share, as in `words.basis`."""
-    lam, kl = map(finding.parameter_values, ("ppo_lam", "ppo_kl_coef"))
-    steps = sorted({arm.step for arm in finding.arms.values() if arm.step})
-    chosen = "chosen: " if tuning(finding) else ""
-    about = [min(len(arm.seeds) for arm in finding.arms.values()), finding.prompts, *map(_listed, (lam, kl))]
-    return [*map(str, about), f"{chosen}{_listed(steps)}", ", ".join(finding.drawn_once) or "–"]
-
-
-def _listed(numbers: Sequence[float]) -> str:
-    return ", ".join(f"{number:g}" for number in numbers) or "–"
 
 
 # ---------------------------------------------------------------------------------------------------- the answers
@@ -150,10 +139,15 @@ def _claims(studies: Sequence[Study]) -> list[dict]:
 
 
 def _by_place(rows: Sequence[dict]) -> dict[str, dict[str, list[dict]]]:
-    """Rows by where a claim was asked, then by their verdict, answers first; what has no place stands at the first."""
+    """Rows by where a claim was asked, then by their verdict, answers first; what has no place stands at the first.
+
+    Next to answers, undecided rows have no reason.
+    """
     places: dict[str, dict[str, list[dict]]] = {}
     for row in sorted(rows, key=lambda row: _rank(row["verdict"])):
-        places.setdefault(row["where"] or UPDATES, {}).setdefault(row["verdict"], []).append(row)
+        at = places.setdefault(row["where"] or UPDATES, {})
+        silent = {"why": ""} if row["verdict"] == UNDECIDED and at.keys() - {UNDECIDED} else {}
+        at.setdefault(row["verdict"], []).append(row | silent)
     return places
 
 
@@ -171,9 +165,7 @@ def _answered(rows: Sequence[dict]) -> list[dict]:
 def _each(pairs: Sequence[tuple[Study, Finding]]) -> list[dict]:
     """A row for each claim that a dataset is asked."""
     return [
-        _claim(claim)
-        | {"study": _named(study, finding), "page": _page(study, finding)}
-        | {"label": study.name if len(study.findings) == 1 else finding.dataset}
+        _claim(claim) | {"study": _named(study, finding), "page": _page(study, finding)}
         for study, finding in pairs
         for claim in judge(finding)
     ]
@@ -194,8 +186,8 @@ def _settings(study: Study) -> list[dict]:
     return rows
 
 
-def _open(studies: Sequence[Study]) -> list[dict]:
-    """The answers of ablations to open questions; and the questions that no recorded study has asked."""
+def _open(studies: Sequence[Study]) -> dict[str, list[dict]]:
+    """By open question, what ablations answer; nothing but how to ask it where no recorded study has."""
     answers = [
         answer | {"study": study.name, "page": _page_of(run)}
         for study in studies
@@ -209,24 +201,21 @@ def _open(studies: Sequence[Study]) -> list[dict]:
         for answer in by_settings(study.name, study.findings)
     ]
     recorded = {study.name for study in studies}
+    nothing = {"at": "", "verdict": NOT_ASKED, "study": ""}
     unasked = [
-        {
-            "question": question,
-            "at": "",
-            "verdict": NOT_ASKED,
-            "why": f"`params/ablations/{name}.yaml` would",
-            "study": "",
-        }
+        nothing | {"question": question, "why": f"params/ablations/{name}.yaml would."}
         for name, question in OPEN.items()
         if name not in recorded
     ]
-    rows = answers + across + unasked
-    again = [False, *(one["question"] == other["question"] for one, other in pairwise(rows))]
-    return [row | {"again": is_again, "why": _first(row["why"])} for row, is_again in zip(rows, again)]
+    rows: dict[str, list[dict]] = {}
+    for row in answers + across + unasked:
+        rows.setdefault(row["question"], []).append(row | {"why": _first(row["why"])})
+    return rows
 
 
 def _first(why: str) -> str:
-    """The sentences of a reason up to the first interval, which its page goes on from; all, if it has none."""
+    """A reason up to its first interval, without what the verdict and the page's head say; all, if it has none."""
+    why = LEAD.sub("", why).replace(" after Holm)", ")")
     sentences = re.split(r"(?<=[.)]) (?=[A-Z])", why)
     number = next((n for n, sentence in enumerate(sentences) if "[" in sentence), len(sentences))
     return " ".join(sentences[: number + 1])
@@ -270,8 +259,8 @@ def _by_key(claims: Sequence[Claim]) -> list[list[Claim]]:
 
 
 def _named(study: Study, finding: Finding) -> str:
-    """A study, with the dataset or setting where it has several."""
-    return study.name if len(study.findings) == 1 else f"{study.name}, {finding.dataset}"
+    """A study, or its dataset or setting where it has several."""
+    return study.name if len(study.findings) == 1 else finding.dataset
 
 
 def _page(study: Study, finding: Finding) -> str:
@@ -302,16 +291,16 @@ def _columns(finding: Finding) -> dict[str, str]:
 
 
 def _head(finding: Finding) -> list[str]:
-    return ["arm", "seeds", *_columns(finding).values(), "training"]
+    return ["arm", "seeds", *_columns(finding).values()]
 
 
 def _arms(finding: Finding) -> list[list[str]]:
-    """Arms from the highest gold down: scores, gains over the baseline, time of a training."""
+    """Arms from the highest gold down: scores, and gains over the baseline."""
     ranked = sorted(finding.arms.values(), key=lambda arm: -arm.gold.mean)
     rows = []
     for arm in ranked:
         numbers = ["–" if (value := getattr(arm, field)) is None else str(value) for field in _columns(finding)]
-        rows.append([arm.name, str(len(arm.seeds)), *numbers, duration(arm.seconds) if arm.seconds else "–"])
+        rows.append([arm.name, str(len(arm.seeds)), *numbers])
     return rows
 
 
@@ -358,14 +347,13 @@ def _seeds_needed(case: Case) -> str:
 # ---------------------------------------------------------------------------------------------------- the rest
 
 
-def _cost(study: Study, records: Sequence[Mapping]) -> dict:
-    """Runs, PPO updates, and time by the clock."""
-    policies = [run for run in study.runs if run.file("history.csv").exists()]
-    return {
-        "runs": len(records),
-        "updates": sum(len(run.load_table("history")) for run in policies),
-        "time": duration(sum(record.get("seconds") or 0 for record in records)),
-    }
+def _shares(studies: Sequence[Study]) -> dict[str, list[str]]:
+    """What all seeds of a study share, by the studies."""
+    shares: dict[str, list[str]] = {}
+    for study in studies:
+        if study.findings:
+            shares.setdefault(" and ".join(study.findings[0].drawn_once) or "nothing", []).append(study.name)
+    return shares
 
 
 def _machines(studies: Sequence[Study]) -> list[str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -40,6 +41,7 @@ from dense_rlhf.types import InputError
 from dense_rlhf.view.escape import scrubbed
 
 HEARTBEAT = ".heartbeat"  # touched by the worker while it lives; holds the number of the running cell
+USED = ".cpu"  # seconds of the CPU that all processes of a run took, written by its guard
 BEAT = 2.0  # seconds
 SILENT = 5 * BEAT  # then a run does not answer: its worker is gone, or its kernel stopped
 PATIENCE = 5.0  # seconds in which a guard ends what is below it
@@ -180,13 +182,24 @@ def heartbeat(folder: Path) -> dict:
         return {}
 
 
+def cpu_seconds(folder: Path) -> float | None:
+    """What the processes of the run that just ended in `folder` took of the CPU; None where its guard was killed."""
+    try:
+        return float((folder / USED).read_text())
+    except (OSError, ValueError):
+        return None
+    finally:
+        with suppress(OSError):
+            (folder / USED).unlink(missing_ok=True)
+
+
 # ---------------------------------------------------------------------------------------------------- the worker's side
 
 
 def work(notebook: str, folder: Path) -> int:
     """What the subprocess does; returns its exit code. The log gets the traceback, and in its last line the reason."""
     if parent := os.environ.get(PARENT):
-        guarded(int(parent))
+        guarded(int(parent), folder)
     sys.modules.setdefault("rfc3987_syntax", None)  # jsonschema can do without it, and is a second faster
     try:
         execute_notebook(notebook, folder)
@@ -202,8 +215,11 @@ def work(notebook: str, folder: Path) -> int:
     return 0
 
 
-def guarded(parent: int) -> None:
-    """Return in a child, the worker; the process itself stays to end all below it when the worker or `parent` ends."""
+def guarded(parent: int, folder: Path) -> None:
+    """Return in a child, the worker; the process itself stays to end all below it when the worker or `parent` ends.
+
+    At last it writes `USED`.
+    """
     import psutil
 
     signals, guard = {signal.SIGCHLD, signal.SIGTERM}, psutil.Process()
@@ -227,6 +243,9 @@ def guarded(parent: int) -> None:
                 process.kill()
         time.sleep(0.01)
         _reap()
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    with suppress(OSError):  # a run does not fail for it
+        (folder / USED).write_text(f"{used.ru_utime + used.ru_stime:.3f}")
     os._exit(code)
 
 

@@ -17,7 +17,7 @@ from threading import Event
 
 from dense_rlhf.bayesopt.ledger import is_live
 from dense_rlhf.files import is_locked, lock, naming, write_json, write_text
-from dense_rlhf.runner.execution import HEARTBEAT, SILENT, Limits, heartbeat, launch
+from dense_rlhf.runner.execution import HEARTBEAT, SILENT, Limits, cpu_seconds, heartbeat, launch
 from dense_rlhf.runner.plan import Job, judge, key_of, training_inputs
 from dense_rlhf.runs import RunFolder, artefacts, provenance
 from dense_rlhf.types import InputError, one_line
@@ -134,6 +134,8 @@ def finish(job: Job, folder: Path, status: str, error: str, start: float) -> dic
     try:
         with naming(folder, "written"):
             (folder / HEARTBEAT).unlink(missing_ok=True)
+            if (used := cpu_seconds(folder)) is not None:
+                record["cpu_seconds"] = used
             if inputs := RunFolder(folder).inputs():
                 record |= {"key": key_of(inputs), "training_key": key_of(training_inputs(inputs))}
             folders = sorted(path.name for path in folder.iterdir() if path.is_dir())

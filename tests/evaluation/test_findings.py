@@ -16,10 +16,11 @@ from planted import Study
 
 from dense_rlhf.evaluation.claims import judge
 from dense_rlhf.evaluation.findings import across, findings
-from dense_rlhf.report.charts import forest, ticks
+from dense_rlhf.report.charts import forest, ticks, title_of
 from dense_rlhf.report.comparison import ablation_page, dataset_page, verdict
 from dense_rlhf.runs import RunFolder, finished_runs
 from dense_rlhf.statistics import Interval, paired, welch
+from dense_rlhf.view.figures import colour
 
 
 def finding_of(tmp_path, seeds, **golds):
@@ -144,8 +145,29 @@ def test_ticks_are_few_and_enclose(low, width):
 
 def test_a_figure_says_itself_and_leaves_out_what_is_not_finite():
     html = forest({"<a>": Interval(1, 0, 2), "b": Interval(float("nan"), 0, 1)}, "what")
-    assert "aria-label='what: &lt;a&gt; 1.00 [0.00, 2.00]'" in html and "nan" not in html
+    assert "aria-label='Unclear: &lt;a&gt;. what: &lt;a&gt; 1.00 [0.00, 2.00]'" in html and "nan" not in html
     assert forest({}, "what") == ""
+
+
+def test_the_title_of_a_figure_says_which_intervals_lie_on_which_side():
+    shown = {
+        "a": Interval(1, 0.5, 2),
+        "b": Interval(-1, -2, -0.5),
+        "c": Interval(1, 0, 2),
+        "d": Interval(9, -np.inf, np.inf),
+    }
+    assert title_of(shown, 0.0) == "Above 0: a; below 0: b; unclear: c, d"
+    assert title_of(shown, 0.5) == "Below 0.5: b; unclear: a, c, d"
+    assert title_of({f"arm {n}": Interval(1, 0.5, 2) for n in range(4)}, 0.0) == "Above 0: 4 of 4"
+    assert title_of(shown, None) == "Highest: d, 9.00"
+    for alone in (False, True):
+        html = forest(shown, "what", 0.5, alone)
+        assert html.count("Below 0.5: b; unclear: a, c, d") == 2 and html.count("class='zero'") == 1
+
+
+def test_a_method_has_one_colour_in_every_study():
+    one, other = (forest({name: Interval(1, 0, 2)}, "what") for name in ("shap-signed", "shap-signed (reviews)"))
+    assert colour("shap-signed") in one and colour("shap-signed") in other
 
 
 def test_one_seed_is_a_point_without_a_bar():

@@ -12,6 +12,9 @@ import recorded
 
 from dense_rlhf.__main__ import main
 from dense_rlhf.evaluation.findings import findings
+from dense_rlhf.evaluation.rule import NO_DIFFERENCE, SUPPORTED
+from dense_rlhf.evaluation.words import LEADS, NEAREST
+from dense_rlhf.report.page import footer, times
 from dense_rlhf.report.record import write_record
 from dense_rlhf.report.release import render, write_archive
 from dense_rlhf.report.results_page import OPEN, Study, _claims, _first, _open, plain
@@ -77,7 +80,8 @@ def test_results_hold_each_number_of_the_study_and_lead_to_its_keys(released):
     assert all(run.record()["key"] in page for run in runs) and "](results/made/manifest.json)" in text
     assert all(f"| {arm} | 2 |" in text for arm in outline.arms)
     assert "1b. Dense rewards speed learning" in text
-    assert "](reports/made/index.html) | 5 | 80 |" in text and outline.command in text and recorded.COMMIT[:12] in text
+    assert "](reports/made/index.html) | 2 |" in text and "`params/made.yaml`" in text
+    assert recorded.COMMIT[:12] in text
     assert len(text.split()) < 2000  # four pages
 
 
@@ -87,13 +91,15 @@ def test_results_answer_each_claim_and_each_open_question(released):
     assert all(f"\n| {key}" in claims for key in ("1a", "1b", "2", "3", "4a", "4b", "4c", "5", "6"))
     assert claims.count("| *not asked.* ") == 6 and claims.count("| *an identity.* ") == 1
     assert claims.count("\n| ") == 1 + 9  # the head, and a row for each
-    assert "| Is it? | equal KL | [made](reports/made/comparison-ppo.html) | undecided | Too few seeds." in rest
-    assert rest.count("| not asked |") == len(OPEN) and "\n- 1b at equal KL: made" in rest
+    assert "| Is it? | *undecided at equal KL.* [made](reports/made/comparison-ppo.html): Too few seeds." in rest
+    assert rest.count("| *not asked.* params/ablations/") == len(OPEN) and "1b at equal KL: made" in rest
 
 
 def test_a_reason_is_cut_after_its_first_interval():
-    why = "Of 0.5 less 0.1. Gold +0.1 [+0.0, +0.2] (10 seeds, p 0.1). Were it so, 25 seeds would show."
+    why = "Of 0.5 less 0.1. Gold +0.1 [+0.0, +0.2] (10 seeds, p 0.1 after Holm). Were it so, 25 seeds would show."
     assert _first(why) == "Of 0.5 less 0.1. Gold +0.1 [+0.0, +0.2] (10 seeds, p 0.1)."
+    for lead in (NEAREST, f"{LEADS[SUPPORTED]}, 1 of 1 arm", f"{LEADS[NO_DIFFERENCE]}, 2 of 3 arms"):
+        assert _first(f"{lead}: {why[17:]}") == _first(why)[17:]
     assert _first("Too few seeds. More would tell.") == "Too few seeds. More would tell."
 
 
@@ -101,8 +107,8 @@ def test_a_study_with_settings_has_a_row_for_what_they_say(released):
     outline = replace(released[1], study="reward_model")
     finding = findings([run for run in released[2] if run.record()["notebook"] == "04_ppo"], list(outline.arms))[0]
     study = Study(outline, [], [replace(finding, dataset=f"reviews-labels-{n}") for n in (1, 10, 100)])
-    rows = [row for row in _open([study]) if row["study"] == "reward_model"]
-    assert {row["question"] for row in rows} == {OPEN["reward_model"]}
+    rows = _open([study])[OPEN["reward_model"]]
+    assert {row["study"] for row in rows} == {"reward_model"}
     assert [row["at"] for row in rows[:2]] == ["equal updates, reviews-labels-1", "equal KL, reviews-labels-1"]
     ((answer,),) = next(row["at"]["equal updates"] for row in _claims([study]) if row["key"] == "1b").values()
     assert answer["why"] == f"with {', '.join(f.dataset for f in study.findings)}"
@@ -116,6 +122,13 @@ def test_a_remark_stands_where_the_numbers_do_and_stays(released, tmp_path):
     page, text = (tmp_path / name for name in ("reports/made/index.html", "RESULTS.md"))
     assert all("Times are of a busy machine." in path.read_text() for path in (page, text))
     assert all("<script>alert" not in path.read_text() for path in (page, text))
+
+
+def test_time_of_the_cpu_is_shown_where_every_run_knows_it():
+    known, unknown = {"seconds": 200.0, "cpu_seconds": 50.0}, {"seconds": 100.0}
+    assert times([known, known]) == "7 min, 2 min of the CPU"
+    assert times([known, unknown]) == "5 min" and times([]) == "0 s"
+    assert "3 min, 50 s of the CPU" in footer(known)
 
 
 def test_tables_of_results_are_tables(released):

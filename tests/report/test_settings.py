@@ -35,7 +35,7 @@ def test_each_arm_is_held_against_the_baseline_of_its_own_setting(compared):
     page = BeautifulSoup(settings_html(compared, load_study(KL).comparisons), "html.parser")
     at_updates, at_kl = (figure.svg["aria-label"] for figure in page.find_all("figure"))
     for line, field in ((at_updates, "gain"), (at_kl, "gain_at_kl")):
-        assert line.startswith("Gold of shap-signed over sparse") and "elsewhere" not in line
+        assert ". Gold of shap-signed over sparse" in line and "elsewhere" not in line
         for name, f in zip(("kl-free", "kl-default"), compared):
             assert f"{name} {getattr(f.arms['shap-signed'], field)}" in line
     rows = [[cell.text for cell in row.find_all(["td", "th"])] for row in page.table.find_all("tr")]

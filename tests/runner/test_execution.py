@@ -15,7 +15,7 @@ from checkout import command, make_checkout, write_notebook
 
 from dense_rlhf.files import lock
 from dense_rlhf.runner import execution
-from dense_rlhf.runner.execution import HEARTBEAT, Limits, launch, work
+from dense_rlhf.runner.execution import HEARTBEAT, Limits, cpu_seconds, launch, work
 from dense_rlhf.runner.jobs import RUNNING, state
 from dense_rlhf.types import InputError
 from dense_rlhf.view.escape import scrub
@@ -26,6 +26,11 @@ subprocess.run([sys.executable, '-c', '''
 import os, subprocess
 child = subprocess.Popen(['sleep', '300'], start_new_session=True, env={}, stdout=subprocess.DEVNULL)
 open('child', 'w').write(str(child.pid))'''], start_new_session=True)"""
+
+BURNS = """import subprocess, sys, time
+subprocess.run([sys.executable, '-c', 'import time\\nwhile time.process_time() < 2: pass'])
+begin = time.process_time()
+while time.process_time() < begin + 1: pass"""
 
 
 @pytest.fixture
@@ -130,6 +135,18 @@ def test_a_detached_child_ends_with_its_run(start, prepared, tmp_path, request):
         request.getfixturevalue("forked")
     assert launch("n", prepared(DETACHES), Limits(1, 600)) == ("ok", "")
     assert gone(int((tmp_path / "child").read_text()), 0)
+
+
+@pytest.mark.parametrize("start", ["forked", "alone"])
+def test_the_cpu_of_all_of_a_runs_processes_is_counted(start, prepared, request):
+    if start == "forked":
+        request.getfixturevalue("forked")
+    folder = prepared(BURNS)
+    assert cpu_seconds(folder) is None
+    begin = time.monotonic()
+    assert launch("n", folder, Limits(1, 600)) == ("ok", "")
+    assert 3 < cpu_seconds(folder) < 4 * (time.monotonic() - begin)
+    assert cpu_seconds(folder) is None  # it is of the run that has just ended
 
 
 def test_a_detached_child_ends_with_its_runner(tmp_path):
