@@ -56,6 +56,26 @@ def explainers(small, tmp_path_factory):
     )
 
 
+@pytest.fixture(scope="module")
+def unseen(small, tmp_path_factory):
+    """The notebook with one checkpoint: the policy with all its layers."""
+    folder, language_model = tmp_path_factory.mktemp("checkpoints") / "whole" / "policy", load_policy(PolicyParams())
+    language_model.model.save_pretrained(folder)
+    language_model.tokenizer.save_pretrained(folder)
+    return run_study("params/unseen_questions.yaml", "pytest_unseen", *small, f"downstream.checkpoints=[{folder}]")
+
+
+def test_checkpoints_are_judged_on_questions_from_elsewhere(unseen):
+    runs, reports = unseen
+    check_pages(runs, reports)
+    run = runs["13_unseen_questions"]
+    gains, judged = run.load_json("metrics.json")["gains"], run.load_table("judged")
+    assert set(judged["checkpoint"]) == {"reference", "whole"} and len(judged) == 2 * 2 * judged["question"].nunique()
+    means = judged.groupby("checkpoint")[["proxy", "gold", "second"]].mean()
+    apart = means.loc["whole"] - means.loc["reference"]
+    assert {judge: interval["mean"] for judge, interval in gains["whole"].items()} == pytest.approx(apart.to_dict())
+
+
 def test_each_setting_has_its_own_reward_model_and_comparison(labels):
     runs, reports = labels
     names = ("labels-1", "labels-10")

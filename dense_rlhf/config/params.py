@@ -382,6 +382,6 @@ NOTEBOOKS = (
 )
 ABLATIONS = (  # run where a study names them
     *("ablations/explainers", "ablations/ppo", "ablations/baselines", "ablations/contextual", "ablations/human"),
-    *("ablations/dimension", "ablations/more_sources", "12_reward_model_audit"),
+    *("ablations/dimension", "ablations/more_sources", "12_reward_model_audit", "13_unseen_questions"),
 )
 BENCHMARKS = ("10_downstream",)  # likewise; they ask a judge over the network

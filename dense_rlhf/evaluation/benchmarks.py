@@ -1,9 +1,9 @@
-"""Checkpoints on AlpacaEval and MT-Bench: their answers, sampled once and kept, and the benchmarks' numbers."""
+"""Checkpoints on AlpacaEval and MT-Bench: their answers, sampled once and kept, and what judges say of them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,11 +16,13 @@ from dense_rlhf.config.params import DownstreamParams, PolicyParams, PPOParams
 from dense_rlhf.evaluation.judge import alpaca_eval, mt_bench
 from dense_rlhf.evaluation.judge.length_control import FEWEST, length_controlled
 from dense_rlhf.evaluation.judge.mt_bench import TwoTurns
+from dense_rlhf.evaluation.judge.scored import reward_judge
 from dense_rlhf.files import Journal, content_key
 from dense_rlhf.models.language_models import LanguageModel, default_device, load_policy
 from dense_rlhf.models.policy import PolicyWithValue
 from dense_rlhf.ppo.sampling import encode_prompts, sample_responses
 from dense_rlhf.statistics import Interval, bootstrap
+from dense_rlhf.training.task import Task
 from dense_rlhf.types import InputError, Message
 
 REFERENCE = "reference"  # its name among the checkpoints
@@ -137,6 +139,47 @@ def _sampled(
     ids = [row[keep].tolist() for row, keep in zip(sampled.responses, sampled.players)]
     texts = lm.tokenizer.batch_decode(ids, skip_special_tokens=True)  # a judge's prompt is made of special tokens
     return [text.strip() for text in texts]
+
+
+# ---------------------------------------------------------------------------------------------------- a task's judges
+
+
+def judged_answers(
+    task: Task, questions: Sequence[TwoTurns], answers: Mapping[str, Sequence[tuple[str, str]]]
+) -> pd.DataFrame:
+    """A row for each checkpoint, question and turn: `asked`, `answer`, `proxy` (sd), and what `Task.judge` says.
+
+    Proxy and second judge read an answer after all that was said before it, as they read a response in training.
+    """
+    tables = []
+    for name, turns in answers.items():
+        openings = [(Message("user", q.turns[0]),) for q in questions]
+        later = [
+            (*opening, Message("assistant", pair[0]), Message("user", q.turns[1]))
+            for opening, pair, q in zip(openings, turns, questions)
+        ]
+        for turn, dialogues in enumerate((openings, later), 1):
+            texts = [pair[turn - 1] for pair in turns]
+            about = {"question": [q.id for q in questions], "category": [q.category for q in questions], "turn": turn}
+            about |= {"asked": [q.turns[turn - 1] for q in questions], "answer": texts}
+            proxy = reward_judge(task.reward_model).score(dialogues, texts)
+            scores = {"proxy": proxy, **task.judge(dialogues, texts)}
+            tables.append(pd.DataFrame({"checkpoint": name, **about, **scores}))
+    return pd.concat(tables, ignore_index=True)
+
+
+def judges(judged: pd.DataFrame) -> list[str]:
+    """The columns of `judged_answers` in which a higher number is a better answer."""
+    return [name for name in ("proxy", "gold", "second") if name in judged]
+
+
+def gains_over_reference(judged: pd.DataFrame) -> dict[str, dict[str, Interval]]:
+    """For each checkpoint but the reference and each judge: the mean over questions of the score of its answers less
+    that of the reference's, both turns averaged first."""
+    means = judged.groupby(["checkpoint", "question"], sort=False)[judges(judged)].mean()
+    others = [name for name in judged["checkpoint"].unique() if name != REFERENCE]
+    apart = {name: means.loc[name] - means.loc[REFERENCE] for name in others}
+    return {name: {judge: over_items(gap[judge].to_numpy()) for judge in gap} for name, gap in apart.items()}
 
 
 # ---------------------------------------------------------------------------------------------------- numbers

@@ -130,9 +130,14 @@ def save_failure(folder: Path | None, step: int, error: Diverged, processes: Alo
     return Diverged(error.metrics, error.rollout, f"update {step}: {error}{where}")
 
 
+def checkpoint_at(folder: Path, step: int) -> Path:
+    """Where a training's state after `step` updates is, or would be."""
+    return folder / f"checkpoint-{step:06d}"
+
+
 def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], plain: dict) -> None:
     """Write `folder/checkpoint-STEP`, whole or not at all, then remove older ones."""
-    target = folder / f"checkpoint-{step:06d}"
+    target = checkpoint_at(folder, step)
 
     def fill(draft: Path) -> None:
         save_file(tensors, draft / "tensors.safetensors")

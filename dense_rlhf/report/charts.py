@@ -14,7 +14,6 @@ from dense_rlhf.view.figures import colour
 if TYPE_CHECKING:
     from markupsafe import Markup
 
-LONGEST = 30  # characters of a label
 NAMED = 3  # names that a title lists, not counts
 
 
@@ -26,10 +25,11 @@ class Shape(NamedTuple):
     numbers: int  # too narrow for them: none are written
     row: int
     line: int
+    letters: int  # of a label, at most
     wrap: int  # characters of a line
 
 
-PAGE, FILE = Shape(700, 200, 150, 26, 0, 0), Shape(410, 195, 12, 20, 16, 62)  # two files stand next to each other
+PAGE, FILE = Shape(700, 200, 150, 26, 0, 28, 0), Shape(416, 205, 12, 20, 15, 34, 62)  # two files stand side by side
 
 
 def forest(intervals: Mapping[str, Interval], what: str, null: float | None = 0.0, alone: bool = False) -> Markup | str:
@@ -57,7 +57,10 @@ def forest(intervals: Mapping[str, Interval], what: str, null: float | None = 0.
     title = title_of(shown, null)
     head, foot = (textwrap.wrap(text, shape.wrap) if alone else [] for text in (f"{title}.", what))
     top = shape.line * len(head) + 6 * alone
-    rows = [_row(name, i, x) | {"y": top + shape.row * (n + 0.5)} for n, (name, i) in enumerate(shown.items())]
+    rows = [
+        _row(name, i, x, shape.letters) | {"y": top + shape.row * (n + 0.5)}
+        for n, (name, i) in enumerate(shown.items())
+    ]
     bottom = top + shape.row * len(shown) + 6
     box = shape._asdict() | {"top": top, "bottom": bottom, "height": bottom + 24 + shape.line * len(foot)}
     words = f"{title}. {what}: " + "; ".join(f"{name} {i}" for name, i in shown.items())
@@ -83,9 +86,9 @@ def _ends(interval: Interval) -> tuple[float, ...]:
     return (interval.mean, interval.low, interval.high) if interval.known else (interval.mean,)
 
 
-def _row(name: str, interval: Interval, x: Callable[[float], float]) -> dict[str, object]:
+def _row(name: str, interval: Interval, x: Callable[[float], float], most: int) -> dict[str, object]:
     hue, ends = colour(name.partition(" (")[0]), (x(interval.low), x(interval.high)) if interval.known else ()
-    shown = name if len(name) <= LONGEST else name[: LONGEST - 1] + "…"
+    shown = name if len(name) <= most else name[: most - 1] + "…"
     row = {"name": shown, "value": interval, "x": x(interval.mean), "ends": ends}
     return row | {"ink": "currentColor" if hue == "#000000" else hue}
 

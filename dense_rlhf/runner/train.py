@@ -17,7 +17,7 @@ from dense_rlhf.config.study import StudyParams, load_study
 from dense_rlhf.files import finite, remove_checkpoints, write_json
 from dense_rlhf.runner.jobs import prepare
 from dense_rlhf.runner.plan import check_names, drawn, expand, runs_folder, threads_of
-from dense_rlhf.runs import RunFolder, provenance, python_path, workspace
+from dense_rlhf.runs import RunFolder, provenance, python_path, stages, workspace
 from dense_rlhf.types import InputError, RewardShape, did_you_mean
 
 if TYPE_CHECKING:
@@ -62,7 +62,8 @@ def train(study: StudyParams, arm: str, seed: int, tensorboard: bool = False) ->
     """Train, judge and keep one policy: `runs/train/STUDY.ARM-seedN`.
 
     Holds history.csv, seconds.csv, evaluation.csv, metrics.json, run.json, and `policy/`, a Hugging Face folder with
-    adapters merged. Started again after a kill it resumes from its checkpoint and ends with the same metrics.
+    adapters merged. A training that the study has run in this workspace is read. Started again after a kill it resumes
+    from its checkpoint and ends with the same metrics.
     """
     params, run = one_run(study, arm, seed), train_folder(study, arm, seed)  # before imports that take seconds
     _spare(run, finite(params.flat()))
@@ -70,17 +71,19 @@ def train(study: StudyParams, arm: str, seed: int, tensorboard: bool = False) ->
 
     from dense_rlhf.evaluation.arms import judge_against_reference
     from dense_rlhf.ppo.distributed import these
-    from dense_rlhf.training.inner_loop import Recipe, Session, train_policy
+    from dense_rlhf.training.inner_loop import Recipe, Session, is_trained, train_policy
     from dense_rlhf.training.task import load_task
     from dense_rlhf.view.live import watcher
 
-    processes = these()
+    recipe, processes = Recipe.of(params), these()
     torch.set_num_threads(params.threads or torch.get_num_threads())
     with processes.one_after_another():  # the first fills the caches
         task = load_task(params)
+    shared = stages() if processes.world == 1 and is_trained(task, recipe, stages()) else None
     board = run.path / "tensorboard" if tensorboard else None
     with nullcontext() if processes.rank else watcher(params.ppo.updates, f"{arm} seed {seed}", board) as watch:
-        trained = train_policy(task, Recipe.of(params), Session(watch=watch, folder=run.path, processes=processes))
+        session = Session(watch=watch, folder=run.path, stages=shared, processes=processes)
+        trained = train_policy(task, recipe, session)
     prompts = task.data.validation_prompts[: params.evaluation.prompts]
     judged = judge_against_reference(task, trained.policy, prompts, params.ppo, seed)
     if not processes.rank:

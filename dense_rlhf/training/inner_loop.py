@@ -23,7 +23,7 @@ from dense_rlhf.fingerprint import source_key
 from dense_rlhf.models.language_models import machine
 from dense_rlhf.models.policy import PolicyWithValue
 from dense_rlhf.models.reward_model import RewardModel
-from dense_rlhf.ppo.checkpoint import discard_damaged, keep, resume, save_failure
+from dense_rlhf.ppo.checkpoint import checkpoint_at, discard_damaged, keep, resume, save_failure
 from dense_rlhf.ppo.distributed import Alone
 from dense_rlhf.ppo.rollout import response_texts
 from dense_rlhf.ppo.sampling import prompt_batches
@@ -102,10 +102,19 @@ def _checkpoints(task: Task, recipe: Recipe, session: Session) -> Iterator[Path 
     if session.stages is None:
         yield session.folder
         return
-    folder = session.stages / "training" / content_key([training_key(task, recipe), machine()])
+    folder = _shared(task, recipe, session.stages)
     with lock(folder.with_name(f".{folder.name}.lock")):
         discard_damaged(folder)
         yield folder
+
+
+def _shared(task: Task, recipe: Recipe, stages: Path) -> Path:
+    return stages / "training" / content_key([training_key(task, recipe), machine()])
+
+
+def is_trained(task: Task, recipe: Recipe, stages: Path) -> bool:
+    """Whether some run has left this whole training in `stages`."""
+    return checkpoint_at(_shared(task, recipe, stages), recipe.ppo.updates).is_dir()
 
 
 def _train(task: Task, recipe: Recipe, session: Session, folder: Path | None) -> TrainedPolicy:

@@ -18,16 +18,20 @@ from whole_runs import check_pages, run_study
 
 from dense_rlhf.__main__ import main
 from dense_rlhf.config.params import DownstreamParams, PolicyParams
+from dense_rlhf.evaluation import benchmarks
 from dense_rlhf.evaluation.benchmarks import (
     BenchmarkPrompts,
     answer_all,
     answers,
     caveats,
     checkpoints,
+    gains_over_reference,
+    judged_answers,
     over_items,
     scores,
 )
-from dense_rlhf.evaluation.judge import Endpoint, NoVerdict, alpaca_eval, length_controlled, mt_bench
+from dense_rlhf.evaluation.judge import Endpoint, NoVerdict, Scored, alpaca_eval, length_controlled, mt_bench
+from dense_rlhf.evaluation.judge.mt_bench import TwoTurns
 from dense_rlhf.files import cache_root
 from dense_rlhf.models.language_models import LanguageModel
 from dense_rlhf.types import InputError, Message
@@ -438,6 +442,38 @@ def test_a_dialogue_that_leaves_no_room_is_refused(lm, tmp_path):
     with pytest.raises(InputError, match=r"max_new_tokens is 10, after a dialogue of \d+ tokens; the model reads 12"):
         answers(lm, asked(["the film was good"]), 10, 0, tmp_path / "a.jsonl")
     assert not (tmp_path / "a.jsonl").exists()
+
+
+class HeldOut:
+    """A task whose judges remember what they read, and like long answers."""
+
+    reward_model = None
+
+    def __init__(self, monkeypatch):
+        self.read = []
+        monkeypatch.setattr(benchmarks, "reward_judge", lambda model: Scored("proxy", self.proxy))
+
+    def proxy(self, prompts, texts):
+        self.read.append(prompts)
+        return np.array([len(text) for text in texts])
+
+    def judge(self, prompts, texts):
+        assert prompts == self.read[-1]
+        return {"gold": [-len(text) for text in texts], "repetition": [0.5 for _ in texts]}
+
+
+def test_judges_read_an_answer_after_all_that_was_said(monkeypatch):
+    task, questions = HeldOut(monkeypatch), [TwoTurns(7, "stem", ("one?", "two?")), TwoTurns(9, "math", ("3?", "4?"))]
+    answers = {"reference": [("a", "bb"), ("", "cc")], "ours": [("aaa", "bbb"), ("d", "ddd")]}
+    judged = judged_answers(task, questions, answers)
+    assert [[m.content for m in dialogue] for dialogue in task.read[3]] == [["one?", "aaa", "two?"], ["3?", "d", "4?"]]
+    assert [m.role for m in task.read[3][0]] == ["user", "assistant", "user"] and len(task.read[2][0]) == 1
+    row = judged[(judged["checkpoint"] == "ours") & (judged["question"] == 9) & (judged["turn"] == 2)].iloc[0]
+    assert (row["asked"], row["answer"], row["category"], row["proxy"], row["gold"]) == ("4?", "ddd", "math", 3, -3)
+    gains = gains_over_reference(judged)
+    assert gains.keys() == {"ours"} and gains["ours"].keys() == {"proxy", "gold"}
+    assert gains["ours"]["proxy"].mean == ((2 + 1) / 2 + (1 + 1) / 2) / 2 == -gains["ours"]["gold"].mean
+    assert gains_over_reference(judged[judged["checkpoint"] == "reference"]) == {}
 
 
 def test_checkpoints_are_called_after_their_runs(tmp_path, monkeypatch):

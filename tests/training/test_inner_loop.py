@@ -21,7 +21,7 @@ from whole_runs import command, make_workspace
 from dense_rlhf import ppo
 from dense_rlhf.config.params import AttributionParams, PolicyParams
 from dense_rlhf.ppo import checkpoint
-from dense_rlhf.training.inner_loop import Recipe, Session, train_policy
+from dense_rlhf.training.inner_loop import Recipe, Session, is_trained, train_policy
 from dense_rlhf.types import InputError, RewardShape
 
 EXPLAIN = AttributionParams()
@@ -107,6 +107,7 @@ def test_a_training_of_several_names_is_trained_once(task, tmp_path, monkeypatch
     after = torch.get_rng_state()
     monkeypatch.setattr("dense_rlhf.training.inner_loop._improve", None)
     for shape in (ALONE, *NAMES):
+        assert is_trained(replace(task), Recipe(shape, PARAMS, EXPLAIN, 0), stages.stages)
         read = train_policy(replace(task), Recipe(shape, PARAMS, EXPLAIN, 0), stages)
         assert torch.equal(torch.get_rng_state(), after) and read.warnings == first.warnings
         assert (first.read, read.read) == (0, PARAMS.updates) and first.about | {"read": read.read} == read.about
@@ -115,6 +116,7 @@ def test_a_training_of_several_names_is_trained_once(task, tmp_path, monkeypatch
         pd.testing.assert_frame_equal(alone.history, read.history, check_exact=True)
         assert all(map(torch.equal, alone.policy.state_dict().values(), read.policy.state_dict().values()))
     for change in ({"seed": 1}, {"shape": SPARSE}, {"ppo": replace(PARAMS, lr=1e-3)}):
+        assert not is_trained(task, replace(Recipe(ALONE, PARAMS, EXPLAIN, 0), **change), stages.stages)
         with pytest.raises(TypeError):
             train_policy(task, replace(Recipe(ALONE, PARAMS, EXPLAIN, 0), **change), stages)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
@@ -155,6 +157,7 @@ def test_a_training_of_another_run_that_was_cut_short_goes_on(task, tmp_path):
             stages=tmp_path, until=lambda history: len(history) == 2 and (_ for _ in ()).throw(KeyboardInterrupt)
         )
         train_policy(task, few, cut)
+    assert not is_trained(task, few, tmp_path)
     resumed = train_policy(task, few, Session(stages=tmp_path))
     assert resumed.read == 2
     pd.testing.assert_frame_equal(unbroken.history, resumed.history, check_exact=True)
