@@ -40,8 +40,7 @@ def forest(intervals: Mapping[str, Interval], what: str, null: float | None = 0.
     in it; otherwise the figure of a page. Intervals with other numbers that are not finite are left out; without any
     there is no figure.
     """
-    shape = FILE if alone else PAGE
-    shown = {name: i for name, i in intervals.items() if all(map(math.isfinite, _ends(i)))}
+    shape, shown = FILE if alone else PAGE, drawable(intervals)
     if not shown:
         return ""
     ends = [null or 0.0, *(end for i in shown.values() for end in _ends(i))]
@@ -66,6 +65,11 @@ def forest(intervals: Mapping[str, Interval], what: str, null: float | None = 0.
     words = f"{title}. {what}: " + "; ".join(f"{name} {i}" for name, i in shown.items())
     drawing = draw("drawing", words, box, head, foot, marks, rows)
     return drawing if alone else draw("forest", title, what, drawing)
+
+
+def drawable(intervals: Mapping[str, Interval]) -> dict[str, Interval]:
+    """Those that a figure can show: finite, or a point without an interval."""
+    return {name: i for name, i in intervals.items() if all(map(math.isfinite, _ends(i)))}
 
 
 def title_of(intervals: Mapping[str, Interval], null: float | None) -> str:

@@ -10,7 +10,7 @@ from dense_rlhf.evaluation.claims import HELPED
 from dense_rlhf.evaluation.results import Finding
 from dense_rlhf.evaluation.words import EQUAL_KL, UPDATES
 from dense_rlhf.files import write_text
-from dense_rlhf.report.charts import forest, title_of
+from dense_rlhf.report.charts import drawable, forest, title_of
 from dense_rlhf.statistics import Interval
 
 MOST = 5
@@ -53,4 +53,4 @@ class Figures:
     def _draw(self, intervals: Mapping[str, Interval], what: str, file: str) -> None:
         if len(self.drawn) < MOST and (picture := forest(intervals, what, alone=True)):
             write_text(self.to / file, f"{picture}\n")
-            self.drawn.append((file, f"{title_of(intervals, 0.0)}. {what}"))
+            self.drawn.append((file, f"{title_of(drawable(intervals), 0.0)}. {what}"))
