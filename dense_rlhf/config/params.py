@@ -380,8 +380,9 @@ NOTEBOOKS = (
     *("01_reward_model", "02_attribution", "03_shaping", "04_one_update", "04_ppo", "05_bayesian_optimisation"),
     *("06_comparison", "07_overoptimisation", "08_critic", "09_verdicts", "11_step_size"),
 )
+UNSEEN = "13_unseen_questions"  # wants `downstream.mt_bench_path`
 ABLATIONS = (  # run where a study names them
     *("ablations/explainers", "ablations/ppo", "ablations/baselines", "ablations/contextual", "ablations/human"),
-    *("ablations/dimension", "ablations/more_sources", "12_reward_model_audit", "13_unseen_questions"),
+    *("ablations/dimension", "ablations/more_sources", "12_reward_model_audit", UNSEEN),
 )
 BENCHMARKS = ("10_downstream",)  # likewise; they ask a judge over the network

@@ -16,7 +16,16 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from dense_rlhf.config.params import ABLATIONS, BENCHMARKS, GROUPS, NOTEBOOKS, DataParams, RunParams, ShapeParams
+from dense_rlhf.config.params import (
+    ABLATIONS,
+    BENCHMARKS,
+    GROUPS,
+    NOTEBOOKS,
+    UNSEEN,
+    DataParams,
+    RunParams,
+    ShapeParams,
+)
 from dense_rlhf.config.parse import merge, parse_settings, read_yaml
 from dense_rlhf.config.strict import (
     Count,
@@ -230,6 +239,8 @@ def _checked(study: StudyParams) -> StudyParams:
         folder = run.downstream.mt_bench_path
         if folder and not os.path.isdir(folder):
             raise InputError(f"downstream.mt_bench_path: no folder at {folder}; give one with MT-Bench's files")
+        if not folder and UNSEEN in study.notebooks:
+            raise InputError(f"downstream.mt_bench_path: {UNSEEN} wants questions; give a folder with question.jsonl")
     return replace(study, notebooks=tuple(name for name in KNOWN if name in study.notebooks))
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from dense_rlhf.config.params import BENCHMARKS, DataParams, RunParams, ShapeParams
+from dense_rlhf.config.params import BENCHMARKS, UNSEEN, DataParams, RunParams, ShapeParams
 from dense_rlhf.config.strict import SHIPPED
 from dense_rlhf.config.study import StudyParams
 from dense_rlhf.files import content_key, write_json
@@ -24,6 +24,7 @@ from dense_rlhf.runner.plan import Job, awaits, expand, runs_folder, threads_of
 from dense_rlhf.runs import GOOD, RunFolder, finished_runs, stages, workspace
 from dense_rlhf.types import InputError
 
+MT_BENCH = "downstream.mt_bench_path"
 PATIENCE = 1.0  # seconds until a job that another process runs is looked at again
 
 
@@ -193,6 +194,8 @@ def check_data(study: StudyParams) -> None:
     people = {reader[:2]: reader for run in study.comparisons for reader in _readers(run)}
     if set(BENCHMARKS) & set(study.notebooks):
         readers += [reader for run in study.comparisons for reader in _benchmark_readers(run)]
+    if UNSEEN in study.notebooks:
+        readers += [reader for run in study.comparisons for reader in _question_readers(run.downstream.mt_bench_path)]
     for name, path, load in (*readers, *people.values()):
         try:
             load()
@@ -229,9 +232,15 @@ def _benchmark_readers(run: RunParams) -> list[tuple[str, str, Callable]]:
     connect(run.judge)
     alpaca, folder = run.downstream.alpaca_path, run.downstream.mt_bench_path
     readers = [("downstream.alpaca_path", alpaca, partial(alpaca_eval.read_instructions, alpaca))] if alpaca else []
-    for read in (mt_bench.read_prompts, mt_bench.read_questions) if folder else ():
-        readers.append(("downstream.mt_bench_path", folder, partial(read, folder)))
+    if folder:
+        readers += [(MT_BENCH, folder, partial(mt_bench.read_prompts, folder)), *_question_readers(folder)]
     return readers
+
+
+def _question_readers(folder: str) -> list[tuple[str, str, Callable]]:
+    from dense_rlhf.evaluation.judge import mt_bench
+
+    return [(MT_BENCH, folder, partial(mt_bench.read_questions, folder))]
 
 
 def _readers(run: RunParams) -> list[tuple[str, str, Callable]]:

@@ -510,6 +510,17 @@ def test_without_an_endpoint_nothing_starts_and_one_line_says_why(monkeypatch, c
     assert not (ROOT / "runs" / "pytest_no_endpoint").exists()
 
 
+def test_questions_from_elsewhere_are_read_before_a_run_starts(folder, capsys):
+    (folder / "question.jsonl").write_text('{"question_id": 1}\n')
+    for place, wanted in (("null", "13_unseen_questions wants questions"), (folder, "wanted question_id, category")):
+        settings = "size=smoke", "study=pytest_no_questions", f"downstream.mt_bench_path={place}"
+        words = [word for setting in settings for word in ("--set", setting)]
+        assert main(["run", "params/unseen_questions.yaml", *words]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: downstream.mt_bench_path") and wanted in error and error.count("\n") == 1
+    assert not (ROOT / "runs" / "pytest_no_questions").exists()
+
+
 def test_without_the_client_nothing_starts(monkeypatch, capsys):
     for name in ("OPENAI_BASE_URL", "OPENAI_API_KEY", "OPENAI_MODEL"):
         monkeypatch.setenv(name, "http://127.0.0.1:9/v1")
