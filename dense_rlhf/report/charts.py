@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from dense_rlhf.report.page import draw
@@ -21,15 +21,22 @@ class Shape(NamedTuple):
     """Of a figure, in pixels: its width, those of its labels and numbers, the height of a row and of a line of text."""
 
     width: int
-    labels: int
+    labels: int  # at least; as wide as the longest label wants
     numbers: int  # too narrow for them: none are written
     row: int
     line: int
     letters: int  # of a label, at most
+    letter: float  # width of one
     wrap: int  # characters of a line
 
+    def fitted(self, names: Iterable[str]) -> Shape:
+        """With room for these labels."""
+        longest = min(max(map(len, names)), self.letters)
+        return self._replace(labels=max(self.labels, math.ceil(self.letter * longest + 14)))
 
-PAGE, FILE = Shape(700, 200, 150, 26, 0, 28, 0), Shape(416, 205, 12, 20, 15, 34, 62)  # two files stand side by side
+
+PAGE = Shape(700, 200, 150, 26, 0, 36, 6.8, 0)
+FILE = Shape(416, 170, 12, 20, 15, 34, 5.6, 62)  # two stand side by side
 
 
 def forest(intervals: Mapping[str, Interval], what: str, null: float | None = 0.0, alone: bool = False) -> Markup | str:
@@ -40,9 +47,10 @@ def forest(intervals: Mapping[str, Interval], what: str, null: float | None = 0.
     in it; otherwise the figure of a page. Intervals with other numbers that are not finite are left out; without any
     there is no figure.
     """
-    shape, shown = FILE if alone else PAGE, drawable(intervals)
+    shown = drawable(intervals)
     if not shown:
         return ""
+    shape = (FILE if alone else PAGE).fitted(shown)
     ends = [null or 0.0, *(end for i in shown.values() for end in _ends(i))]
     steps = ticks(min(ends), max(ends))
     low, high = min(*ends, steps[0]), max(*ends, steps[-1])

@@ -30,6 +30,7 @@ from dense_rlhf.view.html import TEMPLATES
 MARKS = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "|": "\\|", "`": "'", "*": "\\*", "\n": " "})
 ANSWERS = SUPPORTED, CONTRADICTED, NO_DIFFERENCE  # in this order, others follow
 LEAD = re.compile(rf"(?:{NEAREST}|(?:{'|'.join(LEADS.values())}), \d+ of \d+ arms?): ")  # of a reason
+COMMAND = 90  # characters of a command that are shown
 SEPARATE = 2  # settings of a study up to which each has its own row
 GROUNDS = "Cost", "Step sizes", "At one common step size"
 OPEN = {  # by the ablation that asks it
@@ -120,10 +121,15 @@ def _study(study: Study) -> dict:
         "seeds": min(len(arm.seeds) for arm in first.arms.values()) if first else "–",
         "runs": len(records),
         "time": times(records),
-        "parameters": study.outline.command.removeprefix("dense-rlhf run "),
+        "parameters": _cut(study.outline.command.removeprefix("dense-rlhf run ")),
         "commits": sorted({str(record.get("commit"))[:12] for record in records}),
         "not_committed": len(study.not_committed),
     }
+
+
+def _cut(command: str) -> str:
+    """Its beginning; the record has it whole."""
+    return command if len(command) <= COMMAND else f"{command[: COMMAND - 1]}…"
 
 
 # ---------------------------------------------------------------------------------------------------- the answers
@@ -348,11 +354,11 @@ def _seeds_needed(case: Case) -> str:
 
 
 def _shares(studies: Sequence[Study]) -> dict[str, list[str]]:
-    """What all seeds of a study share, by the studies."""
+    """What all seeds of a study share, with the studies."""
     shares: dict[str, list[str]] = {}
     for study in studies:
-        if study.findings:
-            shares.setdefault(" and ".join(study.findings[0].drawn_once) or "nothing", []).append(study.name)
+        if study.findings and (shared := study.findings[0].drawn_once):
+            shares.setdefault(" and ".join(shared), []).append(study.name)
     return shares
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 
@@ -168,6 +169,15 @@ def test_the_title_of_a_figure_says_which_intervals_lie_on_which_side():
 def test_a_method_has_one_colour_in_every_study():
     one, other = (forest({name: Interval(1, 0, 2)}, "what") for name in ("shap-signed", "shap-signed (reviews)"))
     assert colour("shap-signed") in one and colour("shap-signed") in other
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_label_has_as_much_room_as_it_wants(alone):
+    name, shown = "hh_smollm2.shap-signed-seed0 gold", {"a": Interval(1, 0, 2)}
+    html, short = forest(shown | {name: Interval(1, 0, 2)}, "what", alone=alone), forest(shown, "what", alone=alone)
+    ends = [float(re.search(r"text x='(\d+)' y='[\d.]+' text-anchor='end'", svg)[1]) for svg in (html, short)]
+    assert f">{name}</text>" in html and ends[0] > ends[1] and ends[0] >= (5.5 if alone else 6.7) * len(name)
+    assert f">{'x' * 33}…<" in forest({"x" * 99: Interval(1, 0, 2)}, "what", alone=True)
 
 
 def test_one_seed_is_a_point_without_a_bar():
