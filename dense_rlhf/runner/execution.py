@@ -79,6 +79,7 @@ def launch(
         if time.monotonic() > deadline:
             return "timeout", f"not finished after {limits.seconds / 60:.0f} minutes"
 
+    (folder / USED).unlink(missing_ok=True)  # an earlier runner was killed
     with open(log, "a", encoding="utf-8") as file:
         begin = file.tell()
         child = _start(["dense_rlhf", "execute", notebook, str(folder)], limits, (file.fileno(), *keep), over)

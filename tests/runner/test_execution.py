@@ -15,7 +15,7 @@ from checkout import command, make_checkout, write_notebook
 
 from dense_rlhf.files import lock
 from dense_rlhf.runner import execution
-from dense_rlhf.runner.execution import HEARTBEAT, Limits, cpu_seconds, launch, work
+from dense_rlhf.runner.execution import HEARTBEAT, USED, Limits, cpu_seconds, launch, work
 from dense_rlhf.runner.jobs import RUNNING, state
 from dense_rlhf.types import InputError
 from dense_rlhf.view.escape import scrub
@@ -147,6 +147,12 @@ def test_the_cpu_of_all_of_a_runs_processes_is_counted(start, prepared, request)
     assert launch("n", folder, Limits(1, 600)) == ("ok", "")
     assert 3 < cpu_seconds(folder) < 4 * (time.monotonic() - begin)
     assert cpu_seconds(folder) is None  # it is of the run that has just ended
+
+
+def test_seconds_that_an_earlier_run_left_are_not_this_ones(tmp_path, monkeypatch):
+    (tmp_path / USED).write_text("99")
+    monkeypatch.setattr(execution, "_start", lambda *_: subprocess.Popen(["true"], start_new_session=True))
+    assert launch("n", tmp_path, Limits(1, 60)) == ("ok", "") and cpu_seconds(tmp_path) is None
 
 
 def test_a_detached_child_ends_with_its_runner(tmp_path):
