@@ -83,15 +83,22 @@ def answer_all(
     lm = load_policy(checkpoint)
     lm.model.to(default_device())
     single = [((Message("user", text),), params.temperature) for text in prompts.instructions]
-    opening = [((Message("user", q.turns[0]),), q.temperature) for q in prompts.questions]
+    temperatures = [q.temperature for q in prompts.questions]
+    opening = list(zip(map(_opening, prompts.questions), temperatures))
     replies = answers(lm, single + opening, params.max_new_tokens, seed, ledger, progress)
     outputs, first = replies[: len(single)], replies[len(single) :]
-    follow_up = [
-        ((*dialogue, Message("assistant", reply), Message("user", q.turns[1])), q.temperature)
-        for (dialogue, _), reply, q in zip(opening, first, prompts.questions)
-    ]
+    follow_up = list(zip(map(_follow_up, prompts.questions, first), temperatures))
     second = answers(lm, follow_up, params.max_new_tokens, seed, ledger, progress)
     return Answers(outputs, list(zip(first, second)), lm.revision)
+
+
+def _opening(question: TwoTurns) -> Dialogue:
+    return (Message("user", question.turns[0]),)
+
+
+def _follow_up(question: TwoTurns, reply: str) -> Dialogue:
+    """The second turn, after the reply to the first."""
+    return (*_opening(question), Message("assistant", reply), Message("user", question.turns[1]))
 
 
 def answers(
@@ -153,12 +160,8 @@ def judged_answers(
     """
     tables = []
     for name, turns in answers.items():
-        openings = [(Message("user", q.turns[0]),) for q in questions]
-        later = [
-            (*opening, Message("assistant", pair[0]), Message("user", q.turns[1]))
-            for opening, pair, q in zip(openings, turns, questions)
-        ]
-        for turn, dialogues in enumerate((openings, later), 1):
+        second = [_follow_up(q, pair[0]) for q, pair in zip(questions, turns)]
+        for turn, dialogues in enumerate((list(map(_opening, questions)), second), 1):
             texts = [pair[turn - 1] for pair in turns]
             about = {"question": [q.id for q in questions], "category": [q.category for q in questions], "turn": turn}
             about |= {"asked": [q.turns[turn - 1] for q in questions], "answer": texts}
