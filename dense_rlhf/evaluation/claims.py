@@ -66,7 +66,7 @@ class Claim:
 # ---------------------------------------------------------------------------------------------------- the questions
 
 
-def _controls(finding: Finding, arm: Arm) -> list[str]:
+def controls_of(finding: Finding, arm: Arm) -> list[str]:
     """The controls of the study; for signed credit also `shuffled`, where it is missing."""
     controls = finding.of_kind(CONTROL)
     placebo = any("shuffled" in c.sources and c.normalise == arm.normalise for c in controls)
@@ -78,7 +78,7 @@ def _dense(finding: Finding) -> list[Matchup] | Unasked:
     arms = [arm for arm in finding.of_kind(DENSE) if not arm.same_as]
     if finding.baseline == "reference" or not arms:
         return Unasked("no dense arm to compare with a sparse one")
-    return [Matchup(arm, [finding.baseline], _controls(finding, arm)) for arm in arms]
+    return [Matchup(arm, [finding.baseline], controls_of(finding, arm)) for arm in arms]
 
 
 def _learned(finding: Finding) -> list[Matchup] | Unasked:
@@ -91,7 +91,7 @@ def _learned(finding: Finding) -> list[Matchup] | Unasked:
         drawn = [o.name for o in searched if o.search.strategy == "random"]
         fixed = [o for o in alike if not o.search]
         if any(o.kind != SPARSE for o in fixed):  # to beat sparse rewards is the first claim
-            asked.append(Matchup(arm, [o.name for o in fixed], _controls(finding, arm) + drawn))
+            asked.append(Matchup(arm, [o.name for o in fixed], controls_of(finding, arm) + drawn))
     return asked or Unasked("no arm with learned weights to compare with fixed, dense weights of its sources")
 
 
@@ -168,7 +168,13 @@ def _text(question: Question, asked: list[Matchup]) -> str:
 @lru_cache(maxsize=256)
 def judge(finding: Finding) -> tuple[Claim, ...]:
     """All claims on one dataset, in the order of their keys."""
-    asked = {question: question.asks(finding) for question in QUESTIONS}
+    claims = [*ask(finding, QUESTIONS), *_fourth(finding.shaping)]
+    return tuple(sorted(claims, key=lambda claim: claim.key))
+
+
+def ask(finding: Finding, questions: Sequence[Question]) -> list[Claim]:
+    """Each question at equal updates and at equal KL, or why it is not asked; all cases share the error rates."""
+    asked = {question: question.asks(finding) for question in questions}
     open_ = {(q, where): m for q, m in asked.items() if not isinstance(m, Unasked) for where in (UPDATES, EQUAL_KL)}
     cases = [_case(finding, q, m, where) for (q, where), matchups in open_.items() for m in matchups]
     decided = iter(decide(cases, len(finding.judged.get(finding.baseline, ()))))
@@ -183,7 +189,7 @@ def judge(finding: Finding) -> tuple[Claim, ...]:
         reason = why(own, question.measures, verdict) + _explained(finding, question, own)
         verdict = _denied(verdict) if question.denies else verdict
         claims.append(Claim(question.key, _text(question, matchups), where, verdict, reason, own))
-    return tuple(sorted([*claims, *_fourth(finding.shaping)], key=lambda claim: claim.key))
+    return claims
 
 
 def _explained(finding: Finding, question: Question, cases: Sequence[Case]) -> str:

@@ -1,43 +1,52 @@
-"""Open questions that the settings of a study answer, by the rule that decides the claims."""
+"""Open questions that the settings or the arms of a study answer, by the rule that decides the claims."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 
-from dense_rlhf.evaluation.claims import GOLD, HELPED, judge
+from dense_rlhf.evaluation.claims import GOLD, HELPED, Claim, Matchup, Question, ask, controls_of, judge
 from dense_rlhf.evaluation.results import CONTROL, DENSE, Finding
 from dense_rlhf.evaluation.rule import Case, Comparison, decide, overall
 from dense_rlhf.evaluation.words import EQUAL_KL, UPDATES, why
 from dense_rlhf.statistics import Difference, paired
 
-LONGER = "Do dense rewards help more where responses are longer?"
-WORSE = "Does credit from a worse reward model still teach?"
-Row = dict[str, str]  # question, at, verdict, why; and dataset, whose page shows it
+Answer = tuple[str, Claim]  # the dataset or setting whose page shows it; its key and text are the question
 
 
-def by_settings(study: str, findings: Sequence[Finding]) -> list[Row]:
-    """What the settings of a study answer; nothing for a study that asks no open question, or lacks a setting."""
+def answers(study: str, findings: Sequence[Finding]) -> list[Answer]:
+    """What a study answers; nothing for one that asks no open question, or lacks a setting or an arm."""
     by_name = {finding.dataset: finding for finding in findings}
-    if study == "length":
-        return _gains_more(LONGER, by_name, "reviews-tokens-12", "reviews-tokens-48")
-    if study == "reward_model":
-        return [row for name in ("reviews-labels-1", "reviews-labels-10") for row in _helps(WORSE, by_name, name)]
-    return []
+    return [answer for text, asks in OPEN.get(study, {}).items() for answer in asks(text, by_name)]
 
 
-def _helps(question: str, by_name: Mapping[str, Finding], setting: str) -> list[Row]:
-    """Whether dense rewards beat sparse ones and controls in one setting: the claim that answers the main question."""
-    if setting not in by_name:
-        return []
-    claims = [claim for claim in judge(by_name[setting]) if claim.key == HELPED]
-    return [_row(question, f"{claim.where}, {setting}", claim.verdict, claim.why, setting) for claim in claims]
+def _helps(question: str, by_name: Mapping[str, Finding], settings: Sequence[str]) -> list[Answer]:
+    """Whether dense rewards beat sparse ones and controls in a setting: the claim that answers the main question."""
+    return [
+        (setting, replace(claim, key=question, text=question))
+        for setting in settings
+        if setting in by_name
+        for claim in judge(by_name[setting])
+        if claim.key == HELPED
+    ]
 
 
-def _row(question: str, at: str, verdict: str, why: str, dataset: str) -> Row:
-    return {"question": question, "at": at, "verdict": verdict, "why": why, "dataset": dataset}
+def _beats(question: str, by_name: Mapping[str, Finding], arm: str, rival: str) -> list[Answer]:
+    """Whether an arm has more gold than a rival and the controls."""
+
+    def asks(finding: Finding) -> list[Matchup]:
+        return [Matchup(finding.arms[arm], [rival], controls_of(finding, finding.arms[arm]))]
+
+    return [
+        (name, claim)
+        for name, finding in by_name.items()
+        if {arm, rival} <= set(finding.arms)
+        for claim in ask(finding, [Question(question, question, (GOLD,), 1, asks)])
+    ]
 
 
-def _gains_more(question: str, by_name: Mapping[str, Finding], low: str, high: str) -> list[Row]:
+def _gains_more(question: str, by_name: Mapping[str, Finding], low: str, high: str) -> list[Answer]:
     """Whether dense arms gain more over sparse ones and over controls in the setting `high` than in `low`.
 
     At equal KL: at one KL, the largest that every run of both settings reaches.
@@ -52,10 +61,10 @@ def _gains_more(question: str, by_name: Mapping[str, Finding], low: str, high: s
     cases = decide([_case(arm, kl, settings) for arm, _, kl in asked], min(len(f.judged[f.baseline]) for f in settings))
     rows = []
     for where in places:
-        own = [case for case, (_, place, _) in zip(cases, asked) if place == where]
+        own = tuple(case for case, (_, place, _) in zip(cases, asked) if place == where)
         verdict = overall([case.verdict for case in own])
         reason = f"Of the gain with {high}, less that with {low}. {why(own, (GOLD,), verdict)}"
-        rows.append(_row(question, where, verdict, reason, high))
+        rows.append((high, Claim(question, question, where, verdict, reason, own)))
     return rows
 
 
@@ -82,3 +91,36 @@ def _gold(finding: Finding, arm: str, kl: float | None) -> dict[int, float]:
     if kl is not None:
         return dict(finding.at(arm, kl)["gold"])
     return {seed: float(judged["gold"].mean()) for seed, judged in finding.judged.get(arm, {}).items()}
+
+
+OPEN: dict[str, dict[str, Callable[[str, Mapping[str, Finding]], list[Answer]]]] = {  # by the study that asks
+    "length": {
+        "Do dense rewards help more where responses are longer?": partial(
+            _gains_more, low="reviews-tokens-12", high="reviews-tokens-48"
+        )
+    },
+    "reward_model": {
+        "Does credit from a worse reward model still teach?": partial(
+            _helps, settings=("reviews-labels-1", "reviews-labels-10")
+        )
+    },
+    "kl": {
+        "Do dense rewards help more where moving is free?": partial(
+            _gains_more, low="reviews-kl-fourfold", high="reviews-kl-free"
+        ),
+        "Do dense rewards help where every arm is held at one KL?": partial(_helps, settings=("reviews-kl-held",)),
+    },
+    "budget": {
+        "Does credit from eight times the evaluations teach more?": partial(
+            _gains_more, low="reviews-single", high="reviews-eightfold"
+        )
+    },
+    "normalisation": {
+        "Does credit with its signs teach more than its softmax?": partial(
+            _beats, arm="shap-signed", rival="softmax-1"
+        ),
+        "Does a sharp softmax of credit teach more than the paper's?": partial(
+            _beats, arm="softmax-003", rival="softmax-1"
+        ),
+    },
+}

@@ -25,6 +25,7 @@ MAIN = (
     "hh_rlhf",
     "hh_smollm2",
     "ultrafeedback",
+    "ultrafeedback_smollm2",
 )  # in this order; other studies follow
 RUN = ("job", "notebook", "dataset", "arm", "seed", "status", "error", "seconds", "key", "page", "files")
 Column = tuple[str, Mapping, Mapping, str]  # heading, a study's summary, numbers of one dataset, folder of its pages

@@ -11,7 +11,8 @@ from tempfile import TemporaryDirectory
 
 from dense_rlhf.files import naming
 from dense_rlhf.report.record import check_record, read_record, records
-from dense_rlhf.report.results_page import Study, write_results
+from dense_rlhf.report.results_claims import Study
+from dense_rlhf.report.results_page import write_results
 from dense_rlhf.report.write import Place, write_overview, write_study
 from dense_rlhf.runs import RunFolder
 from dense_rlhf.types import InputError

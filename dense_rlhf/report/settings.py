@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dense_rlhf.config.params import RunParams
+from dense_rlhf.evaluation.open_questions import Answer
 from dense_rlhf.evaluation.results import Arm, Finding
 from dense_rlhf.report.charts import forest
 from dense_rlhf.report.comparison import METHOD
@@ -27,10 +28,10 @@ def in_order(findings: Sequence[Finding], comparisons: Sequence[RunParams]) -> l
 
 
 def settings_html(
-    findings: Sequence[Finding], comparisons: Sequence[RunParams], answers: Sequence[Mapping[str, str]] = ()
+    findings: Sequence[Finding], comparisons: Sequence[RunParams], answers: Sequence[Answer] = ()
 ) -> Markup:
-    """What the settings answer (`by_settings`), two figures for each arm with a line for each setting, and all numbers;
-    empty for a study without settings."""
+    """What the study answers, two figures for each arm with a line for each setting, and all numbers; empty for a study
+    without settings and open questions."""
     several = len({run.where.removesuffix(f"-{run.setting}") for run in comparisons}) > 1
     names = {run.where: run.where if several else run.setting for run in comparisons if run.setting}
     varied = {names[f.dataset]: f for f in findings if f.dataset in names}
@@ -39,8 +40,8 @@ def settings_html(
     rows = [_row(name, arm) for name, f in varied.items() for arm in f.arms.values()]
     parts = [*figures, table(f"Every arm in every setting; {METHOD}", HEAD, rows)] if varied else []
     if answers:
-        cells = [[answer[key] for key in ANSWER] for answer in answers]
-        parts = [table("What the settings answer, by the rule of the claims", ANSWER, cells), *parts]
+        cells = [[claim.text, f"{claim.where}, {dataset}", claim.verdict, claim.why] for dataset, claim in answers]
+        parts = [table("What the study answers, by the rule of the claims", ANSWER, cells), *parts]
     return draw("joined", parts)
 
 

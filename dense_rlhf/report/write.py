@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from dense_rlhf.config.params import ABLATIONS, BENCHMARKS
 from dense_rlhf.config.study import StudyParams
 from dense_rlhf.evaluation.findings import findings
-from dense_rlhf.evaluation.open_questions import by_settings
+from dense_rlhf.evaluation.open_questions import answers
 from dense_rlhf.evaluation.results import Finding
 from dense_rlhf.files import content_key, file_sha256, read_json, write_json, write_text
 from dense_rlhf.report import pages_key
@@ -115,9 +115,7 @@ def write_study(study: StudyParams, records: list[dict], place: Place) -> list[F
     facts = summary(study.study, study.seeds, listed, compared, lost)
     facts |= {"remark": study.remark} if place.released else {"pages": pages_key()}
     pictures = {job: thumbnail(runs[job].file("notebook.ipynb")) for job in _pictured(records, pages)}
-    side_by_side = settings_html(compared, study.comparisons, by_settings(study.study, compared)) or across_html(
-        compared
-    )
+    side_by_side = settings_html(compared, study.comparisons, answers(study.study, compared)) or across_html(compared)
     content = study_index(facts, pictures, notes, side_by_side)
     body = page(study.study, content, _footer(records, study.seeds), [ALL], root=place.root)
     write_text(folder / "index.html", body)

@@ -1,14 +1,16 @@
-"""What the settings of a study answer: gains of one setting against those of another."""
+"""What a study answers: gains of one setting against those of another, of one arm against another."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import planted
 import pytest
 
+from dense_rlhf.config.study import load_study
 from dense_rlhf.evaluation.claims import judge
 from dense_rlhf.evaluation.findings import findings
-from dense_rlhf.evaluation.open_questions import by_settings
+from dense_rlhf.evaluation.open_questions import OPEN, answers
 from dense_rlhf.evaluation.rule import CONTRADICTED, SUPPORTED
 from dense_rlhf.runs import finished_runs
 
@@ -40,27 +42,75 @@ def lifted(base, dataset, **lifts):
 @pytest.mark.parametrize("by, verdict", [(0.7, SUPPORTED), (-0.7, CONTRADICTED)])
 def test_a_gain_that_grows_with_length_supports_the_question(base, by, verdict):
     short, long = lifted(base, "reviews-tokens-12", shap=0.2), lifted(base, "reviews-tokens-48", shap=0.2 + by)
-    rows = by_settings("length", [short, lifted(base, "reviews-tokens-24", shap=9), long])
-    assert [(row["at"], row["verdict"]) for row in rows] == [("equal updates", verdict), ("equal KL", verdict)]
-    assert all(f"shap less sparse: gold {by:+.2f} [" in row["why"] for row in rows)  # no noise is its own
-    assert all(row["dataset"] == "reviews-tokens-48" for row in rows)
-    assert "nats" in rows[1]["why"] and "nats" not in rows[0]["why"]
+    rows = answers("length", [short, lifted(base, "reviews-tokens-24", shap=9), long])
+    assert [(claim.where, claim.verdict) for _, claim in rows] == [("equal updates", verdict), ("equal KL", verdict)]
+    assert all(f"shap less sparse: gold {by:+.2f} [" in claim.why for _, claim in rows)  # no noise is its own
+    assert all(dataset == "reviews-tokens-48" for dataset, _ in rows)
+    assert "nats" in rows[1][1].why and "nats" not in rows[0][1].why
 
 
 def test_what_a_control_gains_as_well_is_not_counted(base):
     short, long = lifted(base, "reviews-tokens-12"), lifted(base, "reviews-tokens-48", shap=0.7, uniform=0.7)
-    assert all(row["verdict"] != SUPPORTED for row in by_settings("length", [short, long]))
+    assert all(claim.verdict != SUPPORTED for _, claim in answers("length", [short, long]))
 
 
 def test_a_worse_reward_model_is_asked_by_the_main_claim(base):
     worse = [lifted(base, f"reviews-labels-{n}", shap=by) for n, by in ((1, 0.7), (10, 0.0), (100, 0.0))]
-    rows = by_settings("reward_model", worse)
-    assert [row["dataset"] for row in rows] == ["reviews-labels-1"] * 2 + ["reviews-labels-10"] * 2
+    rows = answers("reward_model", worse)
+    assert [dataset for dataset, _ in rows] == ["reviews-labels-1"] * 2 + ["reviews-labels-10"] * 2
     claims = [claim for finding in worse[:2] for claim in judge(finding) if claim.key == "1b"]
-    assert [row["verdict"] for row in rows] == [claim.verdict for claim in claims]
-    assert rows[0]["verdict"] == SUPPORTED
+    assert [claim.verdict for _, claim in rows] == [claim.verdict for claim in claims]
+    assert rows[0][1].verdict == SUPPORTED
+
+
+def test_held_at_one_kl_is_asked_by_the_main_claim_and_free_moves_by_growth(base):
+    free, held, dear = (
+        lifted(base, f"reviews-kl-{n}", shap=by) for n, by in (("free", 0.9), ("held", 0), ("fourfold", 0))
+    )
+    rows = answers("kl", [free, held, dear])
+    assert [dataset for dataset, _ in rows] == ["reviews-kl-free"] * 2 + ["reviews-kl-held"] * 2
+    verdicts = [claim.verdict for _, claim in rows]
+    assert verdicts[:2] == [SUPPORTED] * 2
+    assert verdicts[2:] == [c.verdict for c in judge(held) if c.key == "1b"] != [SUPPORTED] * 2
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    """One reward model's credit made reward in three ways, with the controls."""
+    folder = tmp_path_factory.mktemp("shapes") / "runs" / "normalisation"
+    shap, signed = planted.ARMS["shap"], planted.ARMS["shap-signed"]
+    arms = {name: planted.ARMS[name] for name in ("sparse", "uniform", "shuffled")}
+    arms |= {"softmax-1": shap, "softmax-003": shap, "shap-signed": signed}
+    planted.Study(folder, arms, tuple(SEEDS)).write()
+    return findings(finished_runs(folder), list(arms))[0]
+
+
+def test_signs_and_a_sharp_softmax_are_compared_with_the_papers_softmax_and_controls(shapes):
+    sharp = lifted(shapes, "reviews", **{"softmax-003": 0.9})
+    claims = [claim for _, claim in answers("normalisation", [sharp])]
+    signs, temperature = claims[:2], claims[2:]
+    assert {claim.text for claim in temperature} == {"Does a sharp softmax of credit teach more than the paper's?"}
+    assert [(c.where, c.verdict) for c in temperature] == [("equal updates", SUPPORTED), ("equal KL", SUPPORTED)]
+    assert all("softmax-003 less softmax-1: gold" in claim.why for claim in temperature)
+    assert not any("softmax-003" in claim.why for claim in signs)
+
+
+def test_what_a_control_gains_as_well_is_no_merit_of_an_arm(shapes):
+    alike = lifted(shapes, "reviews", **{"softmax-003": 0.9, "uniform": 0.9})
+    assert SUPPORTED not in [claim.verdict for _, claim in answers("normalisation", [alike])[2:]]
+
+
+@pytest.mark.parametrize("name", OPEN)
+def test_a_study_has_what_its_open_questions_name(name):
+    study = load_study(Path(__file__).parents[2] / "params" / "ablations" / f"{name}.yaml")
+    places = {run.where for run in study.comparisons}
+    for asks in OPEN[name].values():
+        named = asks.keywords
+        settings = {*named.get("settings", ()), *(named[end] for end in ("low", "high") if end in named)}
+        assert settings <= places
+        assert {named[end] for end in ("arm", "rival") if end in named} <= set(study.arms)
 
 
 def test_other_studies_and_lacking_settings_answer_nothing(base):
     only = [lifted(base, "reviews-tokens-12")]
-    assert by_settings("length", only) == by_settings("kl", only) == by_settings("reward_model", only) == []
+    assert answers("length", only) == answers("kl", only) == answers("reward_model", only) == []

@@ -12,12 +12,13 @@ import recorded
 
 from dense_rlhf.__main__ import main
 from dense_rlhf.evaluation.findings import findings
-from dense_rlhf.evaluation.rule import NO_DIFFERENCE, SUPPORTED
+from dense_rlhf.evaluation.rule import NO_DIFFERENCE, SUPPORTED, UNDECIDED
 from dense_rlhf.evaluation.words import LEADS, NEAREST
 from dense_rlhf.report.page import footer, times
 from dense_rlhf.report.record import write_record
 from dense_rlhf.report.release import render, write_archive
-from dense_rlhf.report.results_page import OPEN, Study, _claims, _first, _open, plain
+from dense_rlhf.report.results_claims import ASKED_BY, MARKS, Study, _first, by_key, claims, marks, open_questions
+from dense_rlhf.report.results_page import plain
 from dense_rlhf.report.write import Place, write_overview, write_study
 from dense_rlhf.types import InputError
 
@@ -80,8 +81,7 @@ def test_results_hold_each_number_of_the_study_and_lead_to_its_keys(released):
     assert all(run.record()["key"] in page for run in runs) and "](results/made/manifest.json)" in text
     assert all(f"| {arm} | 2 |" in text for arm in outline.arms)
     assert "1b. Dense rewards speed learning" in text
-    assert "](reports/made/index.html) | 2 |" in text and "`params/made.yaml`" in text
-    assert recorded.COMMIT[:12] in text
+    assert f"[{recorded.COMMIT[:7]}](results/made/manifest.json)" in text
     assert len(text.split()) < 2000  # four pages
 
 
@@ -89,10 +89,11 @@ def test_results_answer_each_claim_and_each_open_question(released):
     text = (released[0] / "RESULTS.md").read_text()
     claims, rest = text.partition("## The claims")[2].split("## Open questions")
     assert all(f"\n| {key}" in claims for key in ("1a", "1b", "2", "3", "4a", "4b", "4c", "5", "6"))
-    assert claims.count("| *not asked.* ") == 6 and claims.count("| *an identity.* ") == 1
+    assert claims.count("| *not asked*. ") == 6 and claims.count("| *an identity*. ") == 1
     assert claims.count("\n| ") == 1 + 9  # the head, and a row for each
-    assert "| Is it? | *undecided at equal KL.* [made](reports/made/comparison-ppo.html): Too few seeds." in rest
-    assert rest.count("| *not asked.* params/ablations/") == len(OPEN) and "1b at equal KL: made" in rest
+    assert "| Is it? | – | *undecided*. [made](reports/made/comparison-ppo.html): Too few seeds." in rest
+    assert rest.count("| *not asked*. params/ablations/") == sum(map(len, ASKED_BY.values()))
+    assert "No study decides 1a at equal KL (made)" in rest
 
 
 def test_a_reason_is_cut_after_its_first_interval():
@@ -103,15 +104,29 @@ def test_a_reason_is_cut_after_its_first_interval():
     assert _first("Too few seeds. More would tell.") == "Too few seeds. More would tell."
 
 
-def test_a_study_with_settings_has_a_row_for_what_they_say(released):
+@pytest.fixture
+def settings(released):
+    """A study with three settings, all with the same numbers."""
     outline = replace(released[1], study="reward_model")
     finding = findings([run for run in released[2] if run.record()["notebook"] == "04_ppo"], list(outline.arms))[0]
-    study = Study(outline, [], [replace(finding, dataset=f"reviews-labels-{n}") for n in (1, 10, 100)])
-    rows = _open([study])[OPEN["reward_model"]]
-    assert {row["study"] for row in rows} == {"reward_model"}
-    assert [row["at"] for row in rows[:2]] == ["equal updates, reviews-labels-1", "equal KL, reviews-labels-1"]
-    ((answer,),) = next(row["at"]["equal updates"] for row in _claims([study]) if row["key"] == "1b").values()
-    assert answer["why"] == f"with {', '.join(f.dataset for f in study.findings)}"
+    return Study(outline, [], [replace(finding, dataset=f"reviews-labels-{n}") for n in (1, 10, 100)])
+
+
+def test_settings_answer_open_questions(settings):
+    rows = [row for row in open_questions([settings]) if row["study"]]
+    assert {row["key"] for row in rows} == {*ASKED_BY["reward_model"]}
+    assert [row["page"][-13:-5] for row in rows] == ["labels-1", "labels-1", "abels-10", "abels-10"]
+    assert [row["where"] for row in rows] == ["equal updates", "equal KL"] * 2
+
+
+def test_a_verdict_counts_the_settings_that_came_to_it_and_each_has_its_marks(settings):
+    rows = claims([settings])
+    ((answer,),) = [row["at"]["equal updates"] for row in by_key(rows) if row["key"] == "1b"]
+    assert answer["number"] == 3 and answer["study"] == "reviews-labels-1"
+    for finding in settings.findings:
+        (own,) = {marks(rows, settings.page(finding))["1b"]}
+        assert [mark.rstrip("0123456789") for mark in own.split()] == [MARKS[UNDECIDED]] * 2
+    assert not marks(rows, "reports/other.html")
 
 
 def test_a_remark_stands_where_the_numbers_do_and_stays(released, tmp_path):

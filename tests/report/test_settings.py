@@ -8,6 +8,7 @@ from bs4 import BeautifulSoup
 from conftest import ROOT
 
 from dense_rlhf.config.study import load_study
+from dense_rlhf.evaluation.claims import Claim
 from dense_rlhf.evaluation.findings import findings
 from dense_rlhf.report.settings import in_order, settings_html
 from dense_rlhf.runs import finished_runs
@@ -46,11 +47,11 @@ def test_each_arm_is_held_against_the_baseline_of_its_own_setting(compared):
 
 
 def test_what_the_settings_answer_comes_first_and_is_escaped(compared):
-    answer = {"question": "Does <b>more</b> help?", "at": "equal KL", "verdict": "undecided", "why": "<script>"}
-    page = BeautifulSoup(settings_html(compared, load_study(KL).comparisons, [answer]), "html.parser")
-    assert [cell.text for cell in page.table.tbody.find_all(["th", "td"])] == list(answer.values()) and not page.find(
-        "script"
-    )
+    claim = Claim("", "Does <b>more</b> help?", "equal KL", "undecided", "<script>")
+    page = BeautifulSoup(settings_html(compared, load_study(KL).comparisons, [("made", claim)]), "html.parser")
+    shown = [claim.text, "equal KL, made", claim.verdict, claim.why]
+    assert [cell.text for cell in page.table.tbody.find_all(["th", "td"])] == shown
+    assert not page.find("script")
 
 
 def test_several_datasets_are_named_and_no_settings_are_nothing(compared):
