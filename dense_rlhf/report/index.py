@@ -130,12 +130,15 @@ def _cell(arm: str, study: Mapping, numbers: Mapping, where: str, notes: Mapping
     return draw("cell", known.get("gold"), curve, runs, where, notes) if known or runs else "–"
 
 
-def verdicts(study: Mapping, where: str = "", prefix: str = "") -> list[Markup]:
-    """The verdict on each dataset of a study, and a link to its comparison; `prefix` precedes the dataset's name."""
+def verdicts(study: Mapping, where: str = "", prefix: str = "", folded: bool = False) -> list[Markup]:
+    """The verdict on each dataset of a study, and a link to its comparison; `prefix` precedes the dataset's name. With
+    `folded` only its line shows until a reader unfolds it."""
     answers = []
     for dataset, numbers in study["datasets"].items():
-        parts = (numbers["answer"], numbers["line"], numbers["grounds"], numbers.get("claims", ()))
-        answers.append(draw("verdict_of", prefix + dataset, verdict_html(Verdict(*parts)), where, dataset))
+        parts = ("" if folded else numbers["line"], numbers["grounds"], numbers.get("claims", ()))
+        rest = verdict_html(Verdict(numbers["answer"], *parts))
+        line = numbers["line"] if folded else ""
+        answers.append(draw("verdict_of", prefix + dataset, numbers["answer"], line, rest, where, dataset))
     return answers
 
 
@@ -189,7 +192,8 @@ def _run_table(study: Mapping) -> Markup:
 
 
 def overview(studies: Iterable[Mapping], thumbnails: Mapping[str, Markup]) -> tuple[Markup, Markup]:
-    """Body and contents of the index over all studies: failures, then main studies, then others by their evidence."""
+    """Body and contents of the index over all studies: failures, then main studies, then others by their evidence, each
+    in one line that unfolds."""
     studies = sorted(studies, key=lambda s: (rank(s["study"]), -_evidence(s), -s["started"]))
     folders = [(s, f"{s['study']}/") for s in studies]
     columns = [
@@ -198,7 +202,8 @@ def overview(studies: Iterable[Mapping], thumbnails: Mapping[str, Markup]) -> tu
         for name, numbers in _datasets(s).items()
     ]
     failures = [draw("heading", s["study"], troubles(s, where)) for s, where in folders]
-    answers = [answer for s, where in folders for answer in verdicts(s, where, f"{s['study']}, ")]
+    main = {s["study"] for s in studies} & {*MAIN} or {s["study"] for s in studies}
+    answers = [a for s, where in folders for a in verdicts(s, where, f"{s['study']}, ", s["study"] not in main)]
     cards = [(thumbnails.get(s["study"], ""), draw("study_card", s)) for s in studies]
     parts = [
         ("failures", "Failures", draw("joined", failures)),

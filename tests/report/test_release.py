@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import json
 import re
 import shutil
 import zipfile
@@ -9,11 +10,13 @@ from dataclasses import replace
 
 import pytest
 import recorded
+from bs4 import BeautifulSoup
 
 from dense_rlhf.__main__ import main
 from dense_rlhf.evaluation.findings import findings
 from dense_rlhf.evaluation.rule import NO_DIFFERENCE, SUPPORTED, UNDECIDED
 from dense_rlhf.evaluation.words import LEADS, NEAREST
+from dense_rlhf.report.index import overview
 from dense_rlhf.report.page import footer, times
 from dense_rlhf.report.record import write_record
 from dense_rlhf.report.release import render, write_archive
@@ -93,7 +96,7 @@ def test_results_answer_each_claim_and_each_open_question(released):
     assert claims.count("\n| ") == 1 + 9  # the head, and a row for each
     assert "| Is it? | – | *undecided*. [made](reports/made/comparison-ppo.html): Too few seeds." in rest
     assert rest.count("| *not asked*. params/ablations/") == sum(map(len, ASKED_BY.values()))
-    assert "No study decides 1a at equal KL (made)" in rest
+    assert "\nNo study decides " in rest and "1b at equal KL (made: " in rest
 
 
 def test_a_reason_is_cut_after_its_first_interval():
@@ -137,6 +140,20 @@ def test_a_remark_stands_where_the_numbers_do_and_stays(released, tmp_path):
     page, text = (tmp_path / name for name in ("reports/made/index.html", "RESULTS.md"))
     assert all("Times are of a busy machine." in path.read_text() for path in (page, text))
     assert all("<script>alert" not in path.read_text() for path in (page, text))
+
+
+def test_the_index_shows_main_studies_in_full_and_others_in_a_line_that_unfolds(released):
+    facts = json.loads((released[0] / "reports" / "made" / "summary.json").read_text())
+    alone, both = (
+        BeautifulSoup(str(overview(studies, {})[0]), "html.parser")
+        for studies in ([facts], [facts, facts | {"study": "reviews"}])
+    )
+    line = facts["datasets"]["reviews"]["line"]
+    assert [lead.text for lead in alone.select(".verdict > .lead")] == [line] and not alone.select("details.verdict")
+    assert [lead.text for lead in both.select(".verdict > .lead")] == [line]
+    (folded,) = both.select("details.verdict")
+    assert folded.summary.text == f"made, reviews. {line}" and not folded.has_attr("open")
+    assert folded.table and folded.select("a[href='made/comparison-reviews.html']")
 
 
 def test_time_of_the_cpu_is_shown_where_every_run_knows_it():
