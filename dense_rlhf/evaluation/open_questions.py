@@ -95,7 +95,7 @@ def _gold(finding: Finding, arm: str, kl: float | None) -> dict[int, float]:
 
 OPEN: dict[str, dict[str, Callable[[str, Mapping[str, Finding]], list[Answer]]]] = {  # by the study that asks
     "length": {
-        "Do dense rewards help more where responses are longer?": partial(
+        "Do dense rewards help more with 48 tokens than with 12?": partial(
             _gains_more, low="reviews-tokens-12", high="reviews-tokens-48"
         )
     },
@@ -105,7 +105,7 @@ OPEN: dict[str, dict[str, Callable[[str, Mapping[str, Finding]], list[Answer]]]]
         )
     },
     "kl": {
-        "Do dense rewards help more where moving is free?": partial(
+        "Do dense rewards help more without a price of KL than at four times the usual?": partial(
             _gains_more, low="reviews-kl-fourfold", high="reviews-kl-free"
         ),
         "Do dense rewards help where every arm is held at one KL?": partial(_helps, settings=("reviews-kl-held",)),

@@ -125,7 +125,8 @@ def _at_kl(finding: Finding, case: Case | None) -> str:
     margin = f", margin {finding.margin:g}" * (case.verdict == NO_DIFFERENCE)
     far = finding.levels[-1]
     slower = [n for n in (case.arm, finding.baseline) if len(finding.at(n, far)) < len(finding.judged[n])]
-    short = f"; {' and '.join(slower)} did not get to {far:.1f} nats with every seed" if far > known[-1].kl else ""
+    how = "with every seed" if any(len(finding.at(n, far)) for n in slower) else "with any seed"
+    short = f"; {' and '.join(slower)} did not get to {far:.1f} nats {how}" if far > known[-1].kl else ""
     return f"{words.get(case.verdict, 'it is undecided')} ({at}{margin}{short})"
 
 

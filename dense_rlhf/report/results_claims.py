@@ -11,7 +11,7 @@ from dense_rlhf.config.params import ABLATIONS
 from dense_rlhf.evaluation.claims import IDENTITY, NOT_ASKED, QUESTIONS, Claim, judge
 from dense_rlhf.evaluation.open_questions import OPEN, answers
 from dense_rlhf.evaluation.results import Finding
-from dense_rlhf.evaluation.rule import CONTRADICTED, NO_DIFFERENCE, SUPPORTED, UNDECIDED, Case
+from dense_rlhf.evaluation.rule import CONTRADICTED, NO_DIFFERENCE, SUPPORTED, UNDECIDED, Case, overall
 from dense_rlhf.evaluation.words import EQUAL_KL, LEADS, NEAREST, UPDATES, p_value, plural, signed
 from dense_rlhf.report.record import Outline
 from dense_rlhf.runs import RunFolder
@@ -152,10 +152,9 @@ def _rank(verdict: str) -> int:
 
 
 def _claim(claim: Claim) -> dict[str, object]:
-    """A claim in one line: its verdict, and the comparison of the arm that is nearest to deciding it."""
+    """A claim in one line: its verdict, and the comparison of the arm that it quotes."""
     logs = {m.text: m.log for question in QUESTIONS for m in question.measures}
-    tested = [case for case in claim.cases if case.has_interval]
-    case = min(tested, key=lambda c: (_rank(c.verdict), min(c.p_differs, c.p_equal)), default=None)
+    case = _quoted(claim.cases)
     return {
         "key": claim.key,
         "text": claim.text,
@@ -165,6 +164,19 @@ def _claim(claim: Claim) -> dict[str, object]:
         "needs": "" if case is None else _seeds_needed(case),
         "case": case,
     }
+
+
+def _quoted(cases: Sequence[Case]) -> Case | None:
+    """Of the arms with the verdict of all together, the one that differs most from its first rival, in the direction of
+    the verdict; of undecided ones, the one nearest to an answer."""
+    verdict = overall([case.verdict for case in cases])
+    tested = [
+        case for case in cases if case.verdict == verdict and case.has_interval and case.comparisons[0].difference
+    ]
+    if verdict == UNDECIDED:
+        return min(tested, key=lambda c: min(c.p_differs, c.p_equal), default=None)
+    sign = -1 if verdict == CONTRADICTED else 1
+    return max(tested, key=lambda c: sign * c.wanted * c.comparisons[0].difference.mean, default=None)
 
 
 def _evidence(case: Case, logs: Mapping[str, bool]) -> str:

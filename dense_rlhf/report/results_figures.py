@@ -25,7 +25,7 @@ class Figures:
     drawn: list[Figure] = field(default_factory=list)
 
     def across(self, rows: Sequence[Mapping]) -> list[Figure]:
-        """What each study says of claim `HELPED`, by the arm nearest to deciding it, at each place.
+        """What each study says of claim `HELPED`, by the arm that its verdict quotes, at each place.
 
         `rows` have the key, place, study and case of a claim, as `results_page` makes them.
         """
@@ -34,7 +34,7 @@ class Figures:
             asked = [row for row in rows if (row["key"], row["where"]) == (HELPED, where) and row["case"]]
             gains = {f"{row['case'].arm} ({row['study']})": row["case"].comparisons[0].difference for row in asked}
             what = f"Gold over its rival at {where} (log-odds, 95 % interval over seeds)"
-            what += f", claim {HELPED}: of each study the arm nearest to deciding it"
+            what += f", claim {HELPED}: of each study the arm that its verdict quotes"
             known = {name: gain for name, gain in gains.items() if gain}
             self._draw(known, what, f"reports/{where.replace(' ', '-')}.svg")
         return self.drawn[start:]

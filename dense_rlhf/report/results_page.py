@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dense_rlhf.evaluation.claims import HELPED, Claim, judge
 from dense_rlhf.evaluation.results import Finding
-from dense_rlhf.evaluation.rule import CONTRADICTED, SUPPORTED, UNDECIDED
+from dense_rlhf.evaluation.rule import CONTRADICTED, SECOND_LOOK, SUPPORTED, UNDECIDED, level
 from dense_rlhf.evaluation.words import EQUAL_KL, UPDATES, identity, plural
 from dense_rlhf.files import write_text
 from dense_rlhf.report.comparison import verdict
@@ -43,6 +43,8 @@ def write_results(studies: Iterable[Study], to: Path) -> Path:
         "studies": [_study(study, rows) for study in ordered],
         "shares": _shares(ordered),
         "machines": _machines(ordered),
+        "margins": sorted({f"{f.margin:g} of gold, {f.margin:.0%} of the value loss" for _, f in each(ordered)}),
+        "level": f"{level(SECOND_LOOK):g}",
         "asked": ASKED,
         "marks": MARKS,
         "names": ", ".join,
