@@ -213,6 +213,15 @@ def test_arms_are_compared_at_a_low_kl_and_where_the_fastest_ends(tmp_path):
     assert found.arms["shap-signed"].gain_at_kl == found.compare_at_kl("shap-signed", "sparse")
 
 
+@pytest.mark.parametrize("trained_on, how", [((), "with any seed"), ((0,), "with every seed"), ((0, 1), None)])
+def test_the_line_says_whether_some_seeds_got_to_the_far_kl(tmp_path, trained_on, how):
+    study = Study(tmp_path / "s", ARMS_OF_A_FRONTIER, (0, 1), longer={"sparse": 90}).write()
+    for seed in {0, 1} - {*trained_on}:
+        shutil.rmtree(study.folder / f"04_ppo-sparse-longer-seed{seed}")
+    (found,) = findings(finished_runs(study.folder), list(study.arms))
+    assert ("did not get to" in verdict(found).line) == bool(how) and (how or "") in verdict(found).line
+
+
 def test_longer_and_common_steps_stand_beside_and_are_no_findings_of_their_own(tmp_path):
     study = Study(tmp_path / "s", ARMS_OF_A_FRONTIER, (0, 1), longer={"sparse": 90}).write()
     for path in list(study.folder.glob("04_ppo-*-seed?")):
