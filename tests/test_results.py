@@ -45,11 +45,12 @@ def test_the_table_of_larger_models_is_the_scripts(monkeypatch):
 
 
 def pages_to_draw():
-    """Study and job of the first run of each notebook, and of `DRAWN` runs from all studies."""
+    """Study and job of the first run of each notebook, and of `DRAWN` runs from all studies, of those with a page."""
     runs = {
         (folder.name, job): run["notebook"]
         for folder in RECORDS
         for job, run in read_json(folder / MANIFEST)["runs"].items()
+        if (ROOT / "reports" / folder.name / f"{job}.html").exists()
     }
     firsts = {notebook: run for run, notebook in reversed(runs.items())}
     return {*firsts.values(), *list(runs)[:: math.ceil(len(runs) / DRAWN)]}

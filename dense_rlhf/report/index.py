@@ -17,6 +17,10 @@ from dense_rlhf.view.live import duration
 if TYPE_CHECKING:
     from markupsafe import Markup
 
+RECORDED = (
+    "the key is that of the run in the record, which has the notebooks of all; of trainings that differ in nothing but "
+    "the seed the first has a page"
+)
 QUESTION = "Which tokens earned the reward?"
 MAIN = (
     "reviews_full",
@@ -184,7 +188,7 @@ def _run_table(study: Mapping) -> Markup:
     for run in sorted(study["runs"], key=lambda run: run["status"] in GOOD):
         last = draw("files", study["study"], run["job"], run["files"]) if linked else part("code", run.get("key"))
         rows.append((draw("run_link", run), chip(run["status"]), duration(run["seconds"] or 0), last))
-    what = "links lead to the files of each run" if linked else "the key is that of the run in the record"
+    what = "links lead to the files of each run" if linked else RECORDED
     return table(f"Failures first; {what}", ("run", "status", "time", "files" if linked else "key"), rows)
 
 

@@ -127,16 +127,27 @@ def _run_pages(
     records: list[dict], runs: dict[str, RunFolder], place: Place
 ) -> tuple[dict[str, str], dict[str, Markup], list[str]]:
     """The page of each run by job, its warnings in short, and what could not be rendered."""
-    jobs = [(record, runs[record["job"]], place) for record in records]
+    paged = _paged(records) if place.released else {record["job"] for record in records}
+    jobs = [(record, runs[record["job"]], place) for record in records if record["job"] in paged]
     if place.released and len(jobs) >= MANY:  # a process that only renders: no thread of its own is cut off by forks
         first = _run_page(*jobs[0])  # what it imports and compiles is there before the forks
         with ProcessPoolExecutor(mp_context=get_context("fork")) as pool:
             drawn = [first, *pool.map(_run_page, *zip(*jobs[1:]), chunksize=4)]
     else:
         drawn = [_run_page(*job) for job in jobs]
-    whole = dict(zip(runs, drawn))
+    whole = {record["job"]: one for (record, *_), one in zip(jobs, drawn)}
     pages = {job: name for job, (name, _, _) in whole.items() if name}
-    return pages, {job: note for job, (_, note, _) in whole.items()}, [text for _, _, text in drawn if text]
+    notes = {job: whole[job][1] if job in whole else warned(run, in_full=False) for job, run in runs.items()}
+    return pages, notes, [text for _, _, text in drawn if text]
+
+
+def _paged(records: Sequence[Mapping]) -> set[str]:
+    """The runs that have a page in a release: of trainings that differ in nothing but the seed, the first."""
+    first: dict[tuple, Mapping] = {}
+    for record in sorted(records, key=lambda record: record.get("seed") or 0):
+        alike = ("dataset", "arm", "regime") if record["notebook"] == "04_ppo" else ("job",)
+        first.setdefault(tuple(record.get(key) for key in alike), record)
+    return {record["job"] for record in first.values()}
 
 
 def _run_page(record: dict, run: RunFolder, place: Place) -> tuple[str, Markup | str, str]:

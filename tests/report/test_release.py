@@ -49,6 +49,7 @@ def test_pages_are_the_same_twice_and_as_from_the_run_folders(released, tmp_path
     root, outline, runs = released
     pages = rendered(root / "reports")
     assert "made/reviews-04_ppo-shap-seed0.html" in pages and "made/comparison-ppo.html" in pages
+    assert "made/reviews-04_ppo-shap-seed1.html" not in pages  # differs in nothing but the seed
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("dense_rlhf.report.write.MANY", 2)  # by several processes this time
     render(root / "results", tmp_path / "again")
