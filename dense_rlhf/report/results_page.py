@@ -13,7 +13,7 @@ from dense_rlhf.evaluation.results import Finding
 from dense_rlhf.evaluation.rule import CONTRADICTED, SECOND_LOOK, SUPPORTED, UNDECIDED, level
 from dense_rlhf.evaluation.words import EQUAL_KL, UPDATES, identity, plural
 from dense_rlhf.files import write_text
-from dense_rlhf.report.comparison import verdict
+from dense_rlhf.report.comparison import CLOCK, verdict
 from dense_rlhf.report.index import MAIN, rank
 from dense_rlhf.report.page import times
 from dense_rlhf.report.results_claims import ASKED, MARKS, Study, by_key, claims, each, few, marks, open_questions
@@ -35,6 +35,8 @@ def write_results(studies: Iterable[Study], to: Path) -> Path:
     about = {
         "across": figures.across(rows),
         "main": [_long(study, finding, figures) for study, finding in each(main)],
+        "gains": _gains(main),
+        "clock": CLOCK,
         "lines": _short(ordered, main),
         "claims": by_key(rows),
         "open": by_key(open_questions(ordered)),
@@ -125,33 +127,35 @@ def _by_key(claims: Sequence[Claim]) -> list[list[Claim]]:
 
 
 def _long(study: Study, finding: Finding, figures: Figures) -> dict:
-    """A dataset with its arms, its costs and its figures."""
-    grounds = {name: text for name, text in verdict(finding).grounds.items() if name in GROUNDS}
+    """What a dataset cost, and its figures."""
+    grounds = {name: text.removesuffix(CLOCK) for name, text in verdict(finding).grounds.items() if name in GROUNDS}
     grounds = {"To be known": study.outline.remark} | grounds if study.outline.remark else grounds
-    about = {"name": study.named(finding), "page": study.page(finding), "grounds": grounds}
-    drawn = figures.gains(finding, about["name"], Path("reports", study.name))
-    return about | {"head": _head(finding), "arms": _arms(finding), "figures": drawn}
+    drawn = figures.gains(finding, study.named(finding), Path("reports", study.name))
+    return {"name": study.named(finding), "page": study.page(finding), "grounds": grounds, "figures": drawn}
 
 
-def _columns(finding: Finding) -> dict[str, str]:
-    """Field of an arm: heading, for each that some arm has."""
-    at = {field: f"gain at {kl:.1f} nats" for field, kl in zip(("gain_at_kl", "gain_far"), finding.levels)}
-    named = {"step": "step size", "gold": "gold", "kl": "KL (nats)", "gain": "gain at equal updates"} | at
-    return {field: head for field, head in named.items() if any(getattr(arm, field) for arm in finding.arms.values())}
+def _gains(main: Sequence[Study]) -> list[list[str]]:
+    """A head and rows: arms, from the highest gold in the first study down; what each gains over the baseline of its
+    study, at equal updates and at each KL."""
+    columns = [
+        (f"{study.named(finding)}, {at}", {name: getattr(arm, field) for name, arm in finding.arms.items()})
+        for study, finding in each(main)
+        for field, at in _places(finding).items()
+    ]
+    gold = [(arm.name, -arm.gold.mean) for _, finding in each(main) for arm in finding.arms.values()]
+    first = dict(reversed(gold))  # an arm of several studies stands where the first has it
+    names = sorted(dict.fromkeys(name for name, _ in gold), key=lambda name: first[name])
+    rows = [
+        [name, *("–" if (gain := gains.get(name)) is None else str(gain) for _, gains in columns)] for name in names
+    ]
+    return [["arm", *(head for head, _ in columns)], *rows]
 
 
-def _head(finding: Finding) -> list[str]:
-    return ["arm", "seeds", *_columns(finding).values()]
-
-
-def _arms(finding: Finding) -> list[list[str]]:
-    """Arms from the highest gold down: scores, and gains over the baseline."""
-    ranked = sorted(finding.arms.values(), key=lambda arm: -arm.gold.mean)
-    rows = []
-    for arm in ranked:
-        numbers = ["–" if (value := getattr(arm, field)) is None else f"{value}" for field in _columns(finding)]
-        rows.append([arm.name, str(len(arm.seeds)), *numbers])
-    return rows
+def _places(finding: Finding) -> dict[str, str]:
+    """Where arms of a dataset are compared: the field of an arm with its gain there, and words for it."""
+    at = {field: f"at {kl:.1f} nats" for field, kl in zip(("gain_at_kl", "gain_far"), finding.levels)}
+    places = {"gain": "at equal updates"} | at
+    return {field: words for field, words in places.items() if any(getattr(a, field) for a in finding.arms.values())}
 
 
 # ---------------------------------------------------------------------------------------------------- the studies
