@@ -153,8 +153,8 @@ def _gains(main: Sequence[Study]) -> list[list[str]]:
 
 def _places(finding: Finding) -> dict[str, str]:
     """Where arms of a dataset are compared: the field of an arm with its gain there, and words for it."""
-    at = {field: f"at {kl:.1f} nats" for field, kl in zip(("gain_at_kl", "gain_far"), finding.levels)}
-    places = {"gain": "at equal updates"} | at
+    at = {field: f"{kl:.1f} nats" for field, kl in zip(("gain_at_kl", "gain_far"), finding.levels)}
+    places = {"gain": UPDATES} | at
     return {field: words for field, words in places.items() if any(getattr(a, field) for a in finding.arms.values())}
 
 
