@@ -93,12 +93,12 @@ def _surprises(studies: Sequence[Study]) -> list[str]:
         for asked in _by_key(judge(finding)):
             verdicts = {claim.where: claim.verdict for claim in asked}
             if len(verdicts) > 1 and len({*verdicts.values()} - {UNDECIDED}) > 1:
-                said = ", ".join(f"{verdict} at {where}" for where, verdict in verdicts.items())
+                answer = ", ".join(f"{verdict} at {where}" for where, verdict in verdicts.items())
             elif CONTRADICTED in verdicts.values():
-                said = CONTRADICTED
+                answer = CONTRADICTED
             else:
                 continue
-            lines.setdefault(f"{asked[0].text} ({asked[0].key}): {said}", []).append(study.named(finding))
+            lines.setdefault(f"{asked[0].text} ({asked[0].key}): {answer}", []).append(study.named(finding))
         for arm in finding.arms.values():
             if text := identity(arm):
                 lines.setdefault(text.removesuffix("."), []).append(study.named(finding))

@@ -21,7 +21,7 @@ from dense_rlhf.report.page import footer, times
 from dense_rlhf.report.record import write_record
 from dense_rlhf.report.release import render, write_archive
 from dense_rlhf.report.results_claims import ASKED_BY, MARKS, Study, _first, by_key, claims, marks, open_questions
-from dense_rlhf.report.results_page import plain
+from dense_rlhf.report.results_page import plain, write_results
 from dense_rlhf.report.write import Place, write_overview, write_study
 from dense_rlhf.types import InputError
 
@@ -83,9 +83,11 @@ def test_results_hold_each_number_of_the_study_and_lead_to_its_keys(released):
         assert svg.startswith("<svg xmlns=") and "currentColor" not in svg
     page = (root / "reports" / "made" / "index.html").read_text()
     assert all(run.record()["key"] in page for run in runs) and "](results/made/manifest.json)" in text
-    assert all(f"\n| {arm} |" in text for arm in outline.arms)
+    finding = findings([run for run in runs if run.record()["notebook"] == "04_ppo"], list(outline.arms))[0]
+    assert all(f"\n| {arm} |" in text for arm in outline.arms) and f"\n| shap | {finding.arms['shap'].gain} |" in text
     assert "1b. Dense rewards speed learning" in text
-    assert f"[{recorded.COMMIT[:7]}](results/made/manifest.json)" in text
+    assert re.search(rf"\| 2 \| {len(runs)} \| .* \| \[{recorded.COMMIT[:7]}\]\(results/made/manifest.json\) \|", text)
+    assert json.loads((root / "results/made/manifest.json").read_text())["command"] == outline.command
     assert len(text.split()) < 2000  # four pages
 
 
@@ -155,6 +157,15 @@ def test_the_index_shows_main_studies_in_full_and_others_in_a_line_that_unfolds(
     (folded,) = both.select("details.verdict")
     assert folded.summary.text == f"made, reviews. {line}" and not folded.has_attr("open")
     assert folded.table and folded.select("a[href='made/comparison-reviews.html']")
+
+
+def test_runs_of_code_that_was_not_committed_are_named_and_counted(released, tmp_path):
+    _, outline, runs = released
+    study = Study(
+        outline, runs, findings([run for run in runs if "04_ppo" in run.path.name], list(outline.arms)), ["a"]
+    )
+    text = write_results([study], tmp_path).read_text()
+    assert "\nOf made, 1 runs come from code that was not committed.\n" in text
 
 
 def test_time_of_the_cpu_is_shown_where_every_run_knows_it():
