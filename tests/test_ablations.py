@@ -11,6 +11,7 @@ from dense_rlhf.bayesopt.ledger import trials
 from dense_rlhf.config.params import PolicyParams
 from dense_rlhf.files import read_ledger
 from dense_rlhf.models.language_models import load_policy
+from dense_rlhf.report.results_claims import ASKED_BY
 
 
 @pytest.fixture(scope="module")
@@ -106,13 +107,20 @@ def test_settings_of_ppo_are_compared_at_equal_updates_and_equal_kl(settings):
 def test_baselines_see_a_dense_reward_or_not(baselines):
     run = baselines[0]["baselines"]
     metrics, lines = run.load_json("metrics.json"), run.file("trainings.jsonl").read_text().splitlines()
-    assert metrics["trainings"] == len(lines) == len({json.loads(line)["key"] for line in lines}) == 11
+    assert metrics["trainings"] == len(lines) == len({json.loads(line)["key"] for line in lines}) == 17
     assert metrics["blind"] == ["rloo", "grpo"] and max(metrics["coincide"].values()) < 1e-3
     seen = run.load_table("seen").set_index("estimator").filter(like="largest difference")
     assert (seen.loc[["rloo", "grpo"]] < 1e-4).all(axis=None) and (seen.drop(["rloo", "grpo"]) > 0.1).all(axis=None)
     gain = {method: both[0]["mean"] for method, both in metrics["density"].items()}
     assert abs(gain["rloo"]) < 1e-6 and abs(gain["grpo"]) < 1e-6 and gain["rloo_to_go"] != 0 != gain["ppo"]
     assert {"reference", "ppo", "dpo", "best_of_n"} < set(run.load_table("results")["method"])
+
+
+@pytest.mark.parametrize("study", ["settings", "baselines", "dimension"])
+def test_what_results_say_that_a_study_would_answer_it_answers(study, request):
+    run = next(iter(request.getfixturevalue(study)[0].values()))
+    asked = ASKED_BY[run.record()["notebook"].removeprefix("ablations/")]
+    assert list(dict.fromkeys(row["question"] for row in run.load_json("metrics.json")["answers"])) == asked
 
 
 def test_contextual_weights_are_searched_beside_static_ones_and_trained_again(contextual):

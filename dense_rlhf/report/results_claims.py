@@ -25,6 +25,14 @@ ASKED_BY = {  # open questions by the ablation that asks
     "contextual": ["Do weights that depend on the token teach more than constant ones?"],
     "human": ["Does credit from words that people marked teach more than SHAP?"],
     "dimension": ["Does each further source need more trials?"],
+    "ppo": [
+        "Do dense rewards teach more at lambda 0.8 than at the usual one?",
+        "Do dense rewards help where the critic starts as the reward model?",
+    ],
+    "baselines": [
+        "Do dense rewards help without a critic?",
+        "Does a critic teach more than the mean of four responses?",
+    ],
 } | OPEN
 
 
