@@ -7,11 +7,12 @@ number of players does whichever they are, has variance `LENGTH` scale^2. Nor ar
 coalition has a value of its own, of `OWN` times the variance that they give a score. The Shapley value of i, the
 integral of dv / du_i at (u, ..., u) over u from -1 to 1 (Owen, 1972), is linear in v: given scores and rate, values
 and scale follow a multivariate t distribution. The credit is the mean of those of `RATES`, and so linear in the scores;
-its variance is averaged over the rates too, each weighed by its likelihood.
+its variance is averaged over the rates too, each weighed by its likelihood. Players that matter interact more than others
+(heredity; Chipman, 1996): a share `HEREDITY` of the variance goes to them by their squared credit.
 
 Only interactions of an odd number of players enter Shapley values and v(S) - v(complement of S). So where coalitions
 come in such pairs, half their differences are all that is read. Where they do not, or are too few to tell a scale, the
-likelihood is mostly of even interactions, of which odd ones may differ: there only the higher rates count.
+likelihood is mostly of even interactions, of which odd ones may differ: there the lowest and highest rates do not count.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from dense_rlhf.types import InputError
 
 FREE = 1e5  # how much more variance main effects have than the kernel gives them
 LENGTH, OWN = 0.5, 0.02  # docs/explain.md has the responses that they were chosen on
-RATES, CAUTIOUS = (0.6, 1.2, 2.4, 4.8, 9.6), (2.4, 4.8)  # over k: where differences are read, and where all scores are
+RATES, CAUTIOUS = (0.6, 1.2, 2.4, 4.8, 9.6), (1.2, 2.4, 4.8)  # over k: where differences are read, where all scores are
+HEREDITY = 0.25
 FEWEST = 3  # more pairs than players from which differences alone tell the scale
 MOST = 4096  # scores, or differences of scores, that are solved together: 0.7 gigabytes of factors
 LEVEL = 0.95
@@ -69,9 +71,16 @@ class Posterior:
         likely = -freedom / 2 * np.log(scales) - np.array([each.log_volume for each in self.errors]) / 2
         weights = np.exp(likely - likely.max())
         shares = scales * weights / weights.sum()
-        covariance = sum(share * each.covariance for share, each in zip(shares, self.errors))
+        covariance = sum(share * each.covariance for share, each in zip(shares, self.errors)) * _inherited(credit)
         wide, variance = stdtrit(freedom, (1 + LEVEL) / 2), np.maximum(np.diag(covariance), 0)  # by rounding below
         return Estimate(credit, wide * np.sqrt(variance), _settled(credit, covariance * wide**2))
+
+
+def _inherited(credit: np.ndarray) -> np.ndarray:
+    """By how much each covariance (k, k) grows or shrinks as interactions follow the credit; 1 in the mean of k."""
+    squared = credit**2
+    growth = np.sqrt(1 - HEREDITY + HEREDITY * squared / max(squared.mean(), np.finfo(float).tiny))
+    return np.outer(growth, growth)
 
 
 def _settled(credit: np.ndarray, spread: np.ndarray) -> int:

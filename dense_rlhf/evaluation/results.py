@@ -214,8 +214,10 @@ class Finding:
         names = {"reward_seed": "the reward model", "attribution_seed": "the explainer's samples"}
         drawn = {n: [{flat.get(n) for flat in flats} for flats in by_arm] for n in names}
         once = [names[n] for n, seeds in drawn.items() if seeds and all(len(values) == 1 for values in seeds)]
-        searched = any(arm.search and arm.search.number == 1 < len(arm.seeds) for arm in self.arms.values())
-        return once + ["the search for weights"] * searched
+        several = [arm for arm in self.arms.values() if len(arm.seeds) > 1]
+        stepped = any(arm.tuning for arm in several)
+        searched = any(arm.search and arm.search.number == 1 for arm in several)
+        return once + ["each arm's step size"] * stepped + ["the search for weights"] * searched
 
 
 def _crossings(

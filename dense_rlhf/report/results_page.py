@@ -183,7 +183,7 @@ def _shares(studies: Sequence[Study]) -> dict[str, list[str]]:
     shares: dict[str, list[str]] = {}
     for study in studies:
         if study.findings and (shared := study.findings[0].drawn_once):
-            shares.setdefault(" and ".join(shared), []).append(study.name)
+            shares.setdefault(", ".join(shared), []).append(study.name)
     return shares
 
 

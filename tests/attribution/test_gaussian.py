@@ -131,6 +131,21 @@ def test_intervals_cover_games_of_others(each, rate, even, length):
     assert 0.91 <= covered(np.stack(games), each) <= 0.985
 
 
+@pytest.mark.parametrize("design", ["shells", "one-way permutations"])
+def test_intervals_cover_the_largest_credit_where_what_matters_interacts(design):
+    """A score that saturates: players that matter interact with all others, those that do not with none."""
+    k, inside, rng = 8, [], np.random.default_rng(0)
+    for _ in range(150):
+        table = np.tanh(0.4 * (np.where(masks_of(k), 1.0, -1.0) @ rng.standard_t(3, size=k)))
+        orders = rng.permuted(np.tile(np.arange(k), (5, 1)), axis=1)
+        chains = [order[:, None] < np.arange(k + 1) for order in orders]
+        masks = shells(k, 4 * k, 0) if design == "shells" else np.unique(np.concatenate(chains, 1).T, axis=0)
+        result, exact = posterior(masks)(table[rows_of(masks)]), shapley(table, k)
+        top = np.abs(result.credit).argmax()
+        inside.append(abs(result.credit - exact)[top] <= result.half_width[top])
+    assert np.mean(inside) > 0.9
+
+
 def test_an_effect_of_the_number_of_players_costs_little():
     """Less than least squares has wrong, which has no term for it."""
     k, wrong = 8, []

@@ -242,6 +242,7 @@ def test_the_first_page_tells_the_step_sizes_and_what_choosing_them_took(tmp_pat
     study = Study(tmp_path / "s", ARMS_OF_A_FRONTIER, (0, 1), params={"ppo_lr": 5e-4}).write()
     grounds = verdict(*findings(finished_runs(study.folder))).grounds
     assert "Step sizes" not in grounds and "All arms have one step size, 0.0005:" in grounds["How sure"]
+    assert "each arm's step size" not in grounds["How sure"]
     for arm, size in (("sparse", 5e-4), ("shap-signed", 5e-4)):
         job = f"11_step_size-{arm}"
         cost = {"trainings": 3, "updates": 36, "seconds": 60.0, "step_size": size}
@@ -250,6 +251,7 @@ def test_the_first_page_tells_the_step_sizes_and_what_choosing_them_took(tmp_pat
     grounds = verdict(*findings(finished_runs(study.folder), list(study.arms))).grounds
     words = grounds["Step sizes"]
     assert "one step size" not in grounds["How sure"]
+    assert "All seeds share the reward model, each arm's step size: no interval covers" in grounds["How sure"]
     assert words.startswith("sparse 0.0005, shap-signed 0.0005. ") and "6 trainings, 72 updates, 2 min in all" in words
 
 
