@@ -108,6 +108,8 @@ def _line(finding: Finding, arm: Arm, asked: Mapping[str, Claim]) -> str:
     )
     if arm.kl and base.kl:
         text += f", at {arm.kl.mean:.1f} nats of KL against {base.kl.mean:.1f}"
+    if arm.step and base.step and arm.step != base.step:
+        text += f", with steps of {arm.step:g} against {base.step:g}"
     return f"{text}; at equal KL {_at_kl(finding, at_kl)}."
 
 
