@@ -7,12 +7,12 @@ number of players does whichever they are, has variance `LENGTH` scale^2. Nor ar
 coalition has a value of its own, of `OWN` times the variance that they give a score. The Shapley value of i, the
 integral of dv / du_i at (u, ..., u) over u from -1 to 1 (Owen, 1972), is linear in v: given scores and rate, values
 and scale follow a multivariate t distribution. The credit is the mean of those of `RATES`, and so linear in the scores;
-its variance is averaged over the rates too, each weighed by its likelihood. Players that matter interact more than others
-(heredity; Chipman, 1996): a share `HEREDITY` of the variance goes to them by their squared credit.
+its variance is averaged over the rates too, each weighed by its likelihood. Players that matter interact more
+(heredity; Chipman, 1996): a share `HEREDITY` of the variance follows the squared credit.
 
 Only interactions of an odd number of players enter Shapley values and v(S) - v(complement of S). So where coalitions
 come in such pairs, half their differences are all that is read. Where they do not, or are too few to tell a scale, the
-likelihood is mostly of even interactions, of which odd ones may differ: there the lowest and highest rates do not count.
+likelihood is mostly of even interactions, of which odd ones may differ: there only `CAUTIOUS` rates count.
 """
 
 from __future__ import annotations
