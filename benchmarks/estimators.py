@@ -238,19 +238,21 @@ def error_lines(name: str, folder: Path) -> None:
 
 def coverage_lines(name: str, lengths: range | list[int], folder: Path) -> None:
     """A line for each budget."""
-    from dense_rlhf.attribution.gaussian import drawn
+    from dense_rlhf.attribution.gaussian import drawn, inherited
 
     for each in BUDGETS:
-        inside, largest, right, settled = [], [], [], []
+        inside, largest, right, settled, alike = [], [], [], [], []
         for k in [k for k in lengths if each * k + 2 < 2**k]:
             every = np.load(folder / f"{name}_coverage_{k}.npy")
             exact, bits = shapley(every), 1 << np.arange(k)
             for n, (table, truth) in enumerate(zip(every, exact)):
                 made = drawn(k, each * k, n % 5)
                 result = made(table[made.masks @ bits])
-                covered = np.abs(result.credit - truth) <= result.half_width
-                inside.append(np.mean(covered))
-                largest.append(covered[np.abs(result.credit).argmax()])
+                wrong, top = np.abs(result.credit - truth), np.abs(result.credit).argmax()
+                inside.append(np.mean(wrong <= result.half_width))
+                largest.append(wrong[top] <= result.half_width[top])
+                even = result.half_width / np.sqrt(np.diag(inherited(result.credit)))
+                alike.append((np.mean(wrong <= even), wrong[top] <= even[top]))
                 first = [np.argsort(-np.abs(v), kind="stable")[: result.settled] for v in (result.credit, truth)]
                 right += [np.array_equal(*first)] if result.settled else []
                 settled.append(result.settled)
@@ -262,6 +264,7 @@ def coverage_lines(name: str, lengths: range | list[int], folder: Path) -> None:
             coverage=float(np.mean(inside)),
             interval=[float(end) for end in np.quantile(draws, [0.025, 0.975])],
             of_the_largest=float(np.mean(largest)),
+            without_heredity=[float(share) for share in np.mean(alike, axis=0)],
             settled=float(np.mean(settled)),
             settled_right=float(np.mean(right)) if right else None,
         )

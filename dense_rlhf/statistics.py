@@ -323,8 +323,10 @@ def arm_table(evaluations: Mapping[str, Sequence[pd.DataFrame]]) -> pd.DataFrame
     return pd.DataFrame(seeds | {label: [str(i) for i in by_arm.values()] for label, by_arm in columns.items()})
 
 
-def difference(ours: Sequence[pd.DataFrame], theirs: Sequence[pd.DataFrame], column: str = "gold") -> Difference:
-    """`paired` means of `column` on the same prompts; a table of judgements per seed, in the same order."""
+def difference(
+    ours: Sequence[pd.DataFrame], theirs: Sequence[pd.DataFrame], column: str = "gold", test: Callable = paired
+) -> Difference:
+    """Of means of `column` on the same prompts, by `test`; a table of judgements per seed, in the same order."""
     if [len(table) for table in ours] != [len(table) for table in theirs]:
         raise InputError(f"{len(ours)} and {len(theirs)} seeds, or different numbers of prompts; judge both arms alike")
-    return paired(*([table[column].mean() for table in tables] for tables in (ours, theirs)))
+    return test(*([table[column].mean() for table in tables] for tables in (ours, theirs)))

@@ -4,8 +4,8 @@
     python examples/run_on_a_cluster.py ray                # the cluster at RAY_ADDRESS, or one that starts here
     python examples/run_on_a_cluster.py slurm              # without SLURM: submitit's own processes on this machine
 
-The command line does the same: `dense-rlhf run params/ablations/kl.yaml --executor ray`. What machines must
-share, and what happens when a node is lost, is in `docs/cluster_ray.md` and `docs/cluster_slurm.md`.
+The command line does the same: `dense-rlhf run params/ablations/kl.yaml --set size=smoke --executor ray`. What
+machines must share, and what happens when a node is lost, is in `docs/cluster_ray.md` and `docs/cluster_slurm.md`.
 """
 
 import argparse

@@ -119,8 +119,9 @@ def test_baselines_see_a_dense_reward_or_not(baselines):
 @pytest.mark.parametrize("study", ["settings", "baselines", "dimension"])
 def test_what_results_say_that_a_study_would_answer_it_answers(study, request):
     run = next(iter(request.getfixturevalue(study)[0].values()))
+    rows = run.load_json("metrics.json")["answers"]
     asked = ASKED_BY[run.record()["notebook"].removeprefix("ablations/")]
-    assert list(dict.fromkeys(row["question"] for row in run.load_json("metrics.json")["answers"])) == asked
+    assert list(dict.fromkeys(row["question"] for row in rows)) == asked
 
 
 def test_contextual_weights_are_searched_beside_static_ones_and_trained_again(contextual):

@@ -71,15 +71,16 @@ class Posterior:
         likely = -freedom / 2 * np.log(scales) - np.array([each.log_volume for each in self.errors]) / 2
         weights = np.exp(likely - likely.max())
         shares = scales * weights / weights.sum()
-        covariance = sum(share * each.covariance for share, each in zip(shares, self.errors)) * _inherited(credit)
+        covariance = sum(share * each.covariance for share, each in zip(shares, self.errors)) * inherited(credit)
         wide, variance = stdtrit(freedom, (1 + LEVEL) / 2), np.maximum(np.diag(covariance), 0)  # by rounding below
         return Estimate(credit, wide * np.sqrt(variance), _settled(credit, covariance * wide**2))
 
 
-def _inherited(credit: np.ndarray) -> np.ndarray:
-    """By how much each covariance (k, k) grows or shrinks as interactions follow the credit; 1 in the mean of k."""
+def inherited(credit: np.ndarray) -> np.ndarray:
+    """Factors (k, k) of the covariance, by which interactions follow the credit; the mean of the diagonal is 1."""
     squared = credit**2
-    growth = np.sqrt(1 - HEREDITY + HEREDITY * squared / max(squared.mean(), np.finfo(float).tiny))
+    share = squared / squared.mean() if squared.any() else np.ones(len(credit))
+    growth = np.sqrt(1 - HEREDITY + HEREDITY * share)
     return np.outer(growth, growth)
 
 

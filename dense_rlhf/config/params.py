@@ -138,7 +138,7 @@ class RewardParams:
 class AttributionParams:
     """Budgets and conventions of explaining a response of k players."""
 
-    permutations: Count = 2  # shap: 2 k - 1 evaluations each
+    permutations: Count = 2  # shap: 2 k - 2 evaluations each, and the two ends
     samples_per_token: Count = 4  # gaussian, kernel, leverage: evaluations = this times k
     lime_samples: Count = 64  # lime: evaluations
     owen_depth: Whole | None = None  # levels of the tree; by default all, at about 2 k^2 / 3 evaluations
@@ -194,7 +194,7 @@ class PPOParams:
     kl_coef: Size = 0.05  # only the initial value if kl_target is given
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # of the penalty: k1 is unbiased, also in gradient; others vary less
     kl_target: Positive | None = None  # nats a response; kl_coef then follows it
-    kl_horizon: Positive = 10_000.0  # responses in which kl_coef can change by a factor of about e
+    kl_horizon: Positive = 10_000.0  # responses in which kl_coef can change by a fifth
     gamma: Share = 1.0  # discount a token
     lam: Share = 0.95  # lambda of GAE
     clip: Positive = 0.2  # of the probability ratio, either side of 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from dense_rlhf.evaluation.claims import GOLD
@@ -18,14 +18,17 @@ if TYPE_CHECKING:
 Rivals = tuple[Sequence[str], Sequence[str]]  # of an arm: rivals, and controls that it has to beat as well
 
 
-def answers(question: str, asked: Mapping[str, Rivals], arms: Arms, margin: float) -> list[dict[str, str]]:
+def answers(
+    question: str, asked: Mapping[str, Rivals], arms: Arms, margin: float, test: Callable = paired
+) -> list[dict[str, str]]:
     """Whether each arm of `asked` has more gold than its rivals and controls, at equal updates and at equal KL.
 
     A row for each of the two: question, at, verdict, why. Equal KL is the largest that both arms of a seed reach.
-    `margin` is in log-odds. All tests share the error rates of `rule.RULE`.
+    `margin` is in log-odds. `test` is `welch` where a seed gives the arms other prompts. All tests of a question share
+    the error rates of `rule.RULE`.
     """
     places = UPDATES, EQUAL_KL
-    cases = [_case(arm, rivals, arms, margin, where) for where in places for arm, rivals in asked.items()]
+    cases = [_case(arm, rivals, arms, margin, where, test) for where in places for arm, rivals in asked.items()]
     decided = decide(cases, len(arms.judged["reference"]))
     rows = []
     for where, own in zip(places, (decided[: len(asked)], decided[len(asked) :])):
@@ -45,14 +48,14 @@ def answer_pairs(
     return {"question": question, "at": at, "verdict": case.verdict, "why": reason}
 
 
-def _case(arm: str, rivals: Rivals, arms: Arms, margin: float, where: str) -> Case:
+def _case(arm: str, rivals: Rivals, arms: Arms, margin: float, where: str, test: Callable) -> Case:
     names = [(name, is_control) for is_control, group in enumerate(rivals) for name in group]
     kl = math.nan if where == EQUAL_KL else None
-    compared = (Comparison(name, bool(c), GOLD.text, kl, _less(arm, name, arms, where)) for name, c in names)
+    compared = (Comparison(name, bool(c), GOLD.text, kl, _less(arm, name, arms, where, test)) for name, c in names)
     return Case(arm, tuple(compared), 1, margin)
 
 
-def _less(ours: str, theirs: str, arms: Arms, where: str) -> Difference:
+def _less(ours: str, theirs: str, arms: Arms, where: str, test: Callable) -> Difference:
     if where == EQUAL_KL:
-        return difference_at_kl(arms.history, ours, theirs)
-    return difference(arms.judged[ours], arms.judged[theirs])
+        return difference_at_kl(arms.history, ours, theirs, test=test)
+    return difference(arms.judged[ours], arms.judged[theirs], test=test)

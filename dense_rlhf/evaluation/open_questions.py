@@ -107,8 +107,7 @@ OPEN: dict[str, dict[str, Callable[[str, Mapping[str, Finding]], list[Answer]]]]
     "kl": {
         "Do dense rewards help more without a price of KL than at four times the usual?": partial(
             _gains_more, low="reviews-kl-fourfold", high="reviews-kl-free"
-        ),
-        "Do dense rewards help where every arm is held at one KL?": partial(_helps, settings=("reviews-kl-held",)),
+        )
     },
     "budget": {
         "Does credit from eight times the evaluations teach more?": partial(

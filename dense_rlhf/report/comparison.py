@@ -66,7 +66,7 @@ def verdict(finding: Finding) -> Verdict:
     if finding.baseline == "reference":
         return Verdict("unclear", "No sparse arm has finished, so that nothing can be compared with it.", {}, listed)
     arm = _leading(finding, asked) or arms[0]
-    grounds = _over_a_control(_case(asked, UPDATES, arm.name))
+    grounds = _over_a_control(finding, _case(asked, UPDATES, arm.name))
     grounds |= {"Cost": _cost(finding, arm), "How sure": _sure(finding, arm, asked)}
     if none := _what_no_arm_did(finding, asked):
         grounds["What no arm is shown to do"] = none
@@ -108,9 +108,13 @@ def _line(finding: Finding, arm: Arm, asked: Mapping[str, Claim]) -> str:
     )
     if arm.kl and base.kl:
         text += f", at {arm.kl.mean:.1f} nats of KL against {base.kl.mean:.1f}"
-    if arm.step and base.step and arm.step != base.step:
-        text += f", with steps of {arm.step:g} against {base.step:g}"
-    return f"{text}; at equal KL {_at_kl(finding, at_kl)}."
+    return f"{text}{_steps(arm, base)}; at equal KL {_at_kl(finding, at_kl)}."
+
+
+def _steps(arm: Arm, other: Arm) -> str:
+    """The step sizes of two arms, where they differ."""
+    differ = arm.step and other.step and arm.step != other.step
+    return f", with steps of {arm.step:g} against {other.step:g}" if differ else ""
 
 
 def _case(asked: Mapping[str, Claim], where: str, arm: str) -> Case | None:
@@ -132,12 +136,15 @@ def _at_kl(finding: Finding, case: Case | None) -> str:
     return f"{words.get(case.verdict, 'it is undecided')} ({at}{margin}{short})"
 
 
-def _over_a_control(case: Case | None) -> dict[str, str]:
+def _over_a_control(finding: Finding, case: Case | None) -> dict[str, str]:
     """What an arm gains over the control that it gains least over."""
     known = [c for c in (case.comparisons if case else ()) if c.is_control and c.difference]
     nearest = min(known, key=lambda c: c.difference.mean, default=None)
-    words = f"{signed(nearest.difference)} gold over {nearest.rival}, after equal updates." if nearest else ""
-    return {"Over the nearest control": words} if words else {}
+    if not nearest:
+        return {}
+    steps = _steps(finding.arms[case.arm], finding.arms[nearest.rival])
+    words = f"{signed(nearest.difference)} gold over {nearest.rival}, after equal updates{steps}."
+    return {"Over the nearest control": words}
 
 
 def _cost(finding: Finding, arm: Arm) -> str:

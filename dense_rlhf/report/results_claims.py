@@ -31,7 +31,7 @@ ASKED_BY = {  # open questions by the ablation that asks
     ],
     "baselines": [
         "Do dense rewards help without a critic?",
-        "Does a critic teach more than the mean of four responses?",
+        "Does PPO with its critic end above RLOO, at one step size?",
     ],
 } | OPEN
 
@@ -56,6 +56,19 @@ class Study:
     def page(self, finding: Finding) -> str:
         return f"reports/{self.name}/comparison-{finding.dataset}.html"
 
+    @property
+    def drawn_once(self) -> list[str]:
+        """What all seeds share, so that no interval covers another draw of it."""
+        if self.findings:
+            return self.findings[0].drawn_once
+        trained = any(answer["at"] == UPDATES for _, answer in self.answers())
+        return ["the reward model", "the explainer's samples"] if trained else []
+
+    def answers(self) -> list[tuple[RunFolder, dict[str, str]]]:
+        """What its ablation notebooks answer, each with its run."""
+        runs = [run for run in self.runs if run.record()["notebook"] in ABLATIONS]
+        return [(run, answer) for run in runs for answer in run.load_json("metrics.json").get("answers") or ()]
+
 
 def claims(studies: Sequence[Study]) -> list[dict]:
     """A row for each claim that a dataset or a setting is asked, at each place."""
@@ -76,9 +89,7 @@ def open_questions(studies: Sequence[Study]) -> list[dict]:
     within = [
         _claim(_answer(answer)) | {"study": study.name, "page": f"reports/{study.name}/comparison-{run.path.name}.html"}
         for study in studies
-        for run in study.runs
-        if run.record()["notebook"] in ABLATIONS
-        for answer in run.load_json("metrics.json").get("answers") or ()
+        for run, answer in study.answers()
     ]
     unasked = [
         _claim(Claim(text, text, "", NOT_ASKED, f"params/ablations/{name}.yaml would.")) | {"study": "", "page": ""}

@@ -182,7 +182,7 @@ def _shares(studies: Sequence[Study]) -> dict[str, list[str]]:
     """What all seeds of a study share, with the studies."""
     shares: dict[str, list[str]] = {}
     for study in studies:
-        if study.findings and (shared := study.findings[0].drawn_once):
+        if shared := study.drawn_once:
             shares.setdefault(", ".join(shared), []).append(study.name)
     return shares
 

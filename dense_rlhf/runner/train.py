@@ -119,7 +119,7 @@ def _write(
 
 
 def search(study: StudyParams, arm: str, progress: Callable = iter) -> tuple[RunFolder, RewardShape | None]:
-    """Learn an arm's weights in the folder of the study's notebook 05; the shape is None if that run has ended.
+    """Learn an arm's weights, the first seed's, in the folder of notebook 05; the shape is None if that run has ended.
 
     The ledger is `trials.jsonl` of the folder, the incumbent's policy `policy/`. Any number of these may run, on
     machines that share the checkout, also while the study runs: each takes the next trial until none is left. All use

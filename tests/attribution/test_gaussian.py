@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from dense_rlhf.attribution.coalitions import leverage_shap, permutation_shap
 from dense_rlhf.attribution.explain import Explanation
 from dense_rlhf.attribution.game import explain_game
-from dense_rlhf.attribution.gaussian import CAUTIOUS, FREE, LENGTH, OWN, RATES, drawn, posterior
+from dense_rlhf.attribution.gaussian import CAUTIOUS, FREE, LENGTH, OWN, RATES, drawn, inherited, posterior
 from dense_rlhf.attribution.ranking import explain_until_ranked
 from dense_rlhf.attribution.shells import shells
 from dense_rlhf.types import InputError
@@ -129,6 +129,15 @@ def test_intervals_cover_games_of_the_prior(each):
 def test_intervals_cover_games_of_others(each, rate, even, length):
     games = [interacting(8, np.random.default_rng(seed), rate, even, length) for seed in range(150)]
     assert 0.91 <= covered(np.stack(games), each) <= 0.985
+
+
+def test_where_no_player_has_credit_all_intervals_are_alike():
+    """A game of two players, each of which matters only with the other, among others that do not."""
+    signs = np.where(masks_of(6), 1.0, -1.0)
+    made = drawn(6, 24, 0)
+    result = made((signs[:, 0] * signs[:, 1])[rows_of(made.masks)])
+    assert np.allclose(result.credit, 0, atol=1e-6) and inherited(np.zeros(6)) == pytest.approx(1)
+    assert np.trace(inherited(np.arange(6.0))) == pytest.approx(6)
 
 
 @pytest.mark.parametrize("design", ["shells", "one-way permutations"])

@@ -7,6 +7,7 @@ import pytest
 from dense_rlhf.evaluation.answers import answer_pairs, answers
 from dense_rlhf.evaluation.arms import Arms
 from dense_rlhf.evaluation.rule import CONTRADICTED, NO_DIFFERENCE, SUPPORTED, UNDECIDED
+from dense_rlhf.statistics import paired, welch
 
 LIFTS = {"sparse": 0.0, "placebo": 0.02, "twin": 0.0, "better": 0.6, "as good": 0.6, "worse": -0.5}
 ASKED = {"better": (["sparse"], ["placebo"])}
@@ -32,6 +33,15 @@ def test_each_of_the_four_verdicts_is_reached():
     assert verdicts({"twin": (["sparse"], ["placebo"])}) == [NO_DIFFERENCE] * 2
     assert verdicts({"better": (["sparse"], ["as good"])}) == [NO_DIFFERENCE] * 2  # than its placebo
     assert verdicts({"twin": (["sparse"], [])}, seeds=3, noise=0.5) == verdicts(ASKED, seeds=1) == [UNDECIDED] * 2
+
+
+def test_arms_that_a_seed_gives_other_prompts_are_no_pairs():
+    """Two arms whose seeds are alike: pairs tell them apart, independent seeds do not."""
+    arms, shift = made(), np.linspace(-1, 1, 10)
+    for arm in ("sparse", "better"):
+        arms.judged[arm] = [table + by for table, by in zip(arms.judged[arm], shift)]
+    by_test = [answers("?", {"better": (["sparse"], [])}, arms, 0.1, test)[0]["verdict"] for test in (paired, welch)]
+    assert by_test == [SUPPORTED, UNDECIDED]
 
 
 def test_a_row_says_what_was_asked_where_and_why():

@@ -253,7 +253,8 @@ def test_the_first_page_tells_the_step_sizes_and_what_choosing_them_took(tmp_pat
     words = grounds["Step sizes"]
     apart = replace(found.arms["shap-signed"], step=1e-3)
     assert "with steps of" not in verdict(found).line
-    assert ", with steps of 0.001 against 0.0005" in verdict(replace(found, arms=found.arms | {apart.name: apart})).line
+    there = verdict(replace(found, arms=found.arms | {apart.name: apart}))
+    assert ", with steps of 0.001 against 0.0005" in there.line
     assert "one step size" not in grounds["How sure"]
     assert "All seeds share the reward model, each arm's step size: no interval covers" in grounds["How sure"]
     assert words.startswith("sparse 0.0005, shap-signed 0.0005. ") and "6 trainings, 72 updates, 2 min in all" in words

@@ -63,15 +63,11 @@ def test_a_worse_reward_model_is_asked_by_the_main_claim(base):
     assert rows[0][1].verdict == SUPPORTED
 
 
-def test_held_at_one_kl_is_asked_by_the_main_claim_and_free_moves_by_growth(base):
-    free, held, dear = (
-        lifted(base, f"reviews-kl-{n}", shap=by) for n, by in (("free", 0.9), ("held", 0), ("fourfold", 0))
-    )
-    rows = answers("kl", [free, held, dear])
-    assert [dataset for dataset, _ in rows] == ["reviews-kl-free"] * 2 + ["reviews-kl-held"] * 2
-    verdicts = [claim.verdict for _, claim in rows]
-    assert verdicts[:2] == [SUPPORTED] * 2
-    assert verdicts[2:] == [c.verdict for c in judge(held) if c.key == "1b"] != [SUPPORTED] * 2
+def test_without_a_price_of_kl_a_gain_counts_by_how_much_it_grows(base):
+    free, dear = (lifted(base, f"reviews-kl-{n}", shap=by) for n, by in (("free", 0.9), ("fourfold", 0)))
+    rows = answers("kl", [free, dear])
+    assert [dataset for dataset, _ in rows] == ["reviews-kl-free"] * 2
+    assert [claim.verdict for _, claim in rows] == [SUPPORTED] * 2
 
 
 @pytest.fixture(scope="module")
