@@ -32,7 +32,8 @@ from dense_rlhf.types import InputError
 
 FREE = 1e5  # how much more variance main effects have than the kernel gives them
 LENGTH, OWN = 0.5, 0.02  # docs/explain.md has the responses that they were chosen on
-RATES, CAUTIOUS = (0.6, 1.2, 2.4, 4.8, 9.6), (1.2, 2.4, 4.8)  # over k: where differences are read, where all scores are
+RATES = 0.6, 1.2, 2.4, 4.8, 9.6  # over k: where differences are read
+CAUTIOUS = 0.5, 1.0  # over the root of k, up to the last of those: where all scores are
 HEREDITY = 0.25
 FEWEST = 3  # more pairs than players from which differences alone tell the scale
 MOST = 4096  # scores, or differences of scores, that are solved together: 0.7 gigabytes of factors
@@ -104,8 +105,9 @@ def posterior(masks: np.ndarray) -> Posterior:
     if (read := len(masks) if pairs is None else pairs.shape[1]) > MOST:
         what = "coalitions" if pairs is None else "pairs of coalitions"
         raise InputError(f"{read} {what}, wanted at most {MOST}; lower samples_per_token, or take source 'shap'")
-    over_k = CAUTIOUS if pairs is None else RATES
-    rates = [min(rate / masks.shape[1], 0.9) for rate in over_k]  # at 1 none would fade
+    k = masks.shape[1]
+    over_k = [min(rate * k**0.5, RATES[-1]) for rate in CAUTIOUS] if pairs is None else RATES
+    rates = [min(rate / k, 0.9) for rate in over_k]  # at 1 none would fade
     solved = [_solved(rate, masks, pairs) for rate in rates]
     operator = np.mean([one.operator for one in solved], axis=0)
     wrong = [_wrong(operator, rate, masks, pairs) for rate in rates]

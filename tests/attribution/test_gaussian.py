@@ -97,7 +97,8 @@ def test_the_covariance_is_that_of_the_games_of_the_prior(design):
         alone = np.full(2**k, OWN * (1 + rate) ** k)
         return np.concatenate([rate**sizes * (1 + free * (sizes < 2)), np.full(k + 1, LENGTH), alone])
 
-    rates = [min(rate / k, 0.9) for rate in (CAUTIOUS if made.pairs is None else RATES)]
+    over_k = [rate * k**0.5 for rate in CAUTIOUS] if made.pairs is None else RATES
+    rates = [min(rate / k, 0.9) for rate in over_k]
     means = []
     for rate, errors in zip(rates, made.errors, strict=True):
         kernel = seen * variance(rate, FREE) @ seen.T + 1e-8 * np.eye(len(seen))
