@@ -92,7 +92,7 @@ def open_questions(studies: Sequence[Study]) -> list[dict]:
         for run, answer in study.answers()
     ]
     unasked = [
-        _claim(Claim(text, text, "", NOT_ASKED, f"params/ablations/{name}.yaml would.")) | {"study": "", "page": ""}
+        _claim(Claim(text, text, "", NOT_ASKED, f"params/ablations/{name}.yaml")) | {"study": "", "page": ""}
         for name, questions in ASKED_BY.items()
         if name not in {study.name for study in studies}
         for text in questions

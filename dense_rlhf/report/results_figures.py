@@ -8,10 +8,11 @@ from pathlib import Path
 
 from dense_rlhf.evaluation.claims import HELPED
 from dense_rlhf.evaluation.results import Finding
+from dense_rlhf.evaluation.rule import Case
 from dense_rlhf.evaluation.words import EQUAL_KL, UPDATES
 from dense_rlhf.files import write_text
 from dense_rlhf.report.charts import drawable, forest, title_of
-from dense_rlhf.statistics import Interval
+from dense_rlhf.statistics import Difference, Interval
 
 MOST = 5
 Figure = tuple[str, str]  # its file, from the folder of `RESULTS.md`, and its alt text
@@ -32,11 +33,10 @@ class Figures:
         start = len(self.drawn)
         for where in (UPDATES, EQUAL_KL):
             asked = [row for row in rows if (row["key"], row["where"]) == (HELPED, where) and row["case"]]
-            gains = {f"{row['case'].arm} ({row['study']})": row["case"].comparisons[0].difference for row in asked}
+            gains = _by_kl([(row["study"], row["case"]) for row in asked])
             what = f"Gold over its rival at {where} (log-odds, 95 % interval over seeds)"
             what += f", claim {HELPED}: of each study the arm that its verdict quotes"
-            known = {name: gain for name, gain in gains.items() if gain}
-            self._draw(known, what, f"reports/{where.replace(' ', '-')}.svg")
+            self._draw(gains, what, f"reports/{where.replace(' ', '-')}.svg")
         return self.drawn[start:]
 
     def gains(self, finding: Finding, name: str, folder: Path) -> list[Figure]:
@@ -54,3 +54,13 @@ class Figures:
         if len(self.drawn) < MOST and (picture := forest(intervals, what, alone=True)):
             write_text(self.to / file, f"{picture}\n")
             self.drawn.append((file, f"{title_of(drawable(intervals), 0.0)}. {what}"))
+
+
+def _by_kl(cases: Sequence[tuple[str, Case]]) -> dict[str, Difference]:
+    """What the arm of each case gains over its first rival, in the order of the KL where it was asked, if at one."""
+    gains = {}
+    for study, case in sorted(cases, key=lambda row: row[1].comparisons[0].kl or 0.0):
+        first = case.comparisons[0]
+        where = f"{first.kl:.1f} nats, " if first.kl else ""
+        gains[f"{case.arm} ({where}{study})"] = first.difference
+    return {name: gain for name, gain in gains.items() if gain}

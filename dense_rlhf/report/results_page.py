@@ -8,19 +8,19 @@ from functools import cache
 from itertools import groupby
 from pathlib import Path
 
-from dense_rlhf.evaluation.claims import HELPED, Claim, judge
+from dense_rlhf.evaluation.claims import HELPED, NOT_ASKED, Claim, judge
 from dense_rlhf.evaluation.results import Finding
 from dense_rlhf.evaluation.rule import CONTRADICTED, SECOND_LOOK, SUPPORTED, UNDECIDED, level
-from dense_rlhf.evaluation.words import EQUAL_KL, UPDATES, identity, plural
+from dense_rlhf.evaluation.words import EQUAL_KL, UPDATES, identity, plural, signed
 from dense_rlhf.files import write_text
 from dense_rlhf.report.comparison import CLOCK, verdict
 from dense_rlhf.report.index import MAIN, rank
-from dense_rlhf.report.page import times
 from dense_rlhf.report.results_claims import ASKED, MARKS, Study, by_key, claims, each, few, marks, open_questions
 from dense_rlhf.report.results_figures import Figures
 from dense_rlhf.runs import RunFolder
 from dense_rlhf.view.escape import scrub, visible
 from dense_rlhf.view.html import TEMPLATES
+from dense_rlhf.view.live import duration
 
 PLAIN = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "|": "\\|", "`": "'", "*": "\\*", "\n": " "})
 GROUNDS = "Cost", "At one common step size"
@@ -31,7 +31,7 @@ def write_results(studies: Iterable[Study], to: Path) -> Path:
     ordered = sorted(studies, key=lambda study: (rank(study.name), study.name))
     main = [study for study in ordered if study.name in MAIN] or ordered
     figures = Figures(to)
-    rows = claims(ordered)
+    rows, opened = claims(ordered), by_key(open_questions(ordered))
     about = {
         "across": figures.across(rows),
         "main": [_long(study, finding, figures) for study, finding in each(main)],
@@ -39,7 +39,8 @@ def write_results(studies: Iterable[Study], to: Path) -> Path:
         "clock": CLOCK,
         "lines": _short(ordered, main),
         "claims": by_key(rows),
-        "open": by_key(open_questions(ordered)),
+        "open": [row for row in opened if not _unasked(row)],
+        "unasked": [(row["text"], reason) for row in opened if (reason := _unasked(row))],
         "surprises": _surprises(ordered),
         "undecided": _undecided(rows),
         "studies": [_study(study, rows) for study in ordered],
@@ -71,24 +72,32 @@ def plain(value: object) -> str:
 
 
 def _short(studies: Sequence[Study], main: Sequence[Study]) -> list[tuple[str, str]]:
-    """What main studies say, and others where dense rewards help at equal KL too: name, one line."""
-    return [
-        (study.named(finding), verdict(finding).line)
-        for study, finding in each(studies)
-        if study in main or _helps_at_kl(finding)
-    ]
+    """What main studies say, and where else dense rewards help at equal KL too: name, one line."""
+    lines = [(study.named(finding), verdict(finding).line) for study, finding in each(main)]
+    others = [(study.named(finding), _at_kl(finding)) for study, finding in each(studies) if study not in main]
+    helped = "; ".join(f"{name}: {gain}" for name, gain in others if gain)
+    return lines + [("Better at equal KL too", f"{helped}.")] * bool(helped)
 
 
-def _helps_at_kl(finding: Finding) -> bool:
-    return (HELPED, EQUAL_KL, SUPPORTED) in [(claim.key, claim.where, claim.verdict) for claim in judge(finding)]
+def _at_kl(finding: Finding) -> str:
+    """The gains over the baseline at equal KL of the arms that support the main claim there; empty if none does."""
+    cases = [case for c in judge(finding) if (c.key, c.where) == (HELPED, EQUAL_KL) for case in c.cases]
+    gains = [(case, c) for case in cases if case.verdict == SUPPORTED for c in case.comparisons if not c.is_control]
+    return ", ".join(f"{case.arm} {signed(c.difference)} over {c.rival} at {c.kl:.1f} nats" for case, c in gains)
 
 
 # ---------------------------------------------------------------------------------------------------- the answers
 
 
+def _unasked(row: Mapping) -> str:
+    """Who would ask an open question that nobody has asked; empty for others."""
+    (first, *_), *_ = row["at"].values()
+    return first["why"] if first["verdict"] == NOT_ASKED else ""
+
+
 def _surprises(studies: Sequence[Study]) -> list[str]:
     """Claims that fail, claims whose answer depends on where it is asked, and arms that are another in all but name."""
-    lines: dict[str, list[str]] = {}
+    lines: dict[str, dict[str, list[str]]] = {}
     for study, finding in each(studies):
         for asked in _by_key(judge(finding)):
             verdicts = {claim.where: claim.verdict for claim in asked}
@@ -98,11 +107,16 @@ def _surprises(studies: Sequence[Study]) -> list[str]:
                 answer = CONTRADICTED
             else:
                 continue
-            lines.setdefault(f"{asked[0].text} ({asked[0].key}): {answer}", []).append(study.named(finding))
+            lines.setdefault(answer, {}).setdefault(asked[0].key, []).append(study.named(finding))
         for arm in finding.arms.values():
             if text := identity(arm):
-                lines.setdefault(text.removesuffix("."), []).append(study.named(finding))
-    return [f"{text}: {few(names)}" for text, names in sorted(lines.items())]
+                lines.setdefault(text.removesuffix("."), {}).setdefault("", []).append(study.named(finding))
+    return [f"{answer}: {_by_claim(named)}" for answer, named in sorted(lines.items())]
+
+
+def _by_claim(named: Mapping[str, Sequence[str]]) -> str:
+    """Each claim with the studies that say so of it; the studies alone where it is of no claim."""
+    return "; ".join(f"{key} ({few(studies)})" if key else few(studies) for key, studies in named.items())
 
 
 def _undecided(rows: Sequence[Mapping]) -> list[str]:
@@ -136,15 +150,19 @@ def _long(study: Study, finding: Finding, figures: Figures) -> dict:
 
 def _gains(main: Sequence[Study]) -> list[list[str]]:
     """A head and rows: arms, from the highest gold in the first study down; what each gains over the baseline of its
-    study, at equal updates and at each KL."""
+    study, at equal updates and, in the columns that follow, at each KL."""
     columns = [
-        (f"{study.named(finding)}, {at}", {name: getattr(arm, field) for name, arm in finding.arms.items()})
+        (
+            f"{study.named(finding)}, {at}" if at == UPDATES else f"at {at}",
+            {name: getattr(arm, field) for name, arm in finding.arms.items()},
+        )
         for study, finding in each(main)
         for field, at in _places(finding).items()
     ]
     gold = [(arm.name, -arm.gold.mean) for _, finding in each(main) for arm in finding.arms.values()]
     first = dict(reversed(gold))  # an arm of several studies stands where the first has it
-    names = sorted(dict.fromkeys(name for name, _ in gold), key=lambda name: first[name])
+    rivals = {finding.baseline for _, finding in each(main)}
+    names = sorted({name for name, _ in gold} - rivals, key=lambda name: first[name])
     rows = [
         [name, *("–" if (gain := gains.get(name)) is None else str(gain) for _, gains in columns)] for name in names
     ]
@@ -169,7 +187,7 @@ def _study(study: Study, rows: Sequence[Mapping]) -> dict:
         "name": study.name,
         "seeds": min(len(arm.seeds) for arm in first.arms.values()) if first else "–",
         "runs": len(records),
-        "time": times(records),
+        "time": duration(sum(record.get("seconds") or 0 for record in records)),
         "commits": sorted({str(record.get("commit"))[:7] for record in records}),
         "not_committed": len(study.not_committed),
         "datasets": len(datasets),
