@@ -162,7 +162,7 @@ def _gains(main: Sequence[Study]) -> list[list[str]]:
     gold = [(arm.name, -arm.gold.mean) for _, finding in each(main) for arm in finding.arms.values()]
     first = dict(reversed(gold))  # an arm of several studies stands where the first has it
     rivals = {finding.baseline for _, finding in each(main)}
-    names = sorted({name for name, _ in gold} - rivals, key=lambda name: first[name])
+    names = sorted((name for name in first if name not in rivals), key=lambda name: first[name])
     rows = [
         [name, *("–" if (gain := gains.get(name)) is None else str(gain) for _, gains in columns)] for name in names
     ]
