@@ -3,4 +3,4 @@
 reward model -> explainers -> normalise + mix (weights w) -> PPO -> validation reward -> Bayesian optimisation of w
 """
 
-__version__ = "0.19.0"
+__version__ = "0.20.0"
