@@ -11,7 +11,7 @@ from dense_rlhf.report.record import MANIFEST, complete, read_record
 from dense_rlhf.runs import RunFolder
 from dense_rlhf.types import InputError
 
-ASIDE = ("seconds", "revisions", "processor", "commit")  # parts of a name that stands for no result: times and names
+ASIDE = ("seconds", "update_cost", "revisions", "processor", "commit")  # in the name of what is no result: times, names
 COLUMNS = ("prompt", "ms")  # that are no results: prompts, of which a record may keep hashes, and times
 HEAD = ("run", "what", "first", "second")
 Row = tuple[str, str, str, str]

@@ -48,7 +48,8 @@ def test_each_difference_is_a_row(study, capsys):
     run = RunFolder(copy / JOB)
     run.file("params.yaml").write_text(run.file("params.yaml").read_text() + "ppo_lr: 0.5\n")
     write_json(
-        run.file("metrics.json"), {"warnings": [], "gold": {"mean": 2.0}, "seconds": 9, "revisions": {"data": "x"}}
+        run.file("metrics.json"),
+        {"warnings": [], "gold": {"mean": 2.0}, "seconds": 9, "update_cost": 2.0, "revisions": {"data": "x"}},
     )
     test = pd.read_csv(run.file("test.csv"))
     test = test.assign(ms=1.5)
