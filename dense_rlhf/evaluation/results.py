@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 SPARSE, CONTROL, DENSE = "sparse", "control", "dense"
 TABLES = {"test": "test prompts, used for no choice", "evaluation": "validation prompts, which searches also used"}
+DRAWN = {"reward_seed": "the reward model", "attribution_seed": "the explainer's samples"}  # or each seed its own
 PARTS = ("sample", "explain", "learn")  # of the time that a training takes
 SMOOTH = 3  # updates of the running means by which a path reaches a KL
 
@@ -211,9 +212,8 @@ class Finding:
         """What all seeds share, so that no interval covers another draw of it."""
         by_arm = [list(by_seed.values()) for by_seed in self.settings.values() if len(by_seed) > 1]
         by_arm = [flats for flats in by_arm if all(isinstance(flat, dict) for flat in flats)]
-        names = {"reward_seed": "the reward model", "attribution_seed": "the explainer's samples"}
-        drawn = {n: [{flat.get(n) for flat in flats} for flats in by_arm] for n in names}
-        once = [names[n] for n, seeds in drawn.items() if seeds and all(len(values) == 1 for values in seeds)]
+        drawn = {n: [{flat.get(n) for flat in flats} for flats in by_arm] for n in DRAWN}
+        once = [DRAWN[n] for n, seeds in drawn.items() if seeds and all(len(values) == 1 for values in seeds)]
         several = [arm for arm in self.arms.values() if len(arm.seeds) > 1]
         stepped = any(arm.tuning for arm in several)
         searched = any(arm.search and arm.search.number == 1 for arm in several)

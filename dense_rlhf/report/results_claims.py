@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from dense_rlhf.config.params import ABLATIONS
 from dense_rlhf.evaluation.claims import IDENTITY, NOT_ASKED, QUESTIONS, Claim, judge
 from dense_rlhf.evaluation.open_questions import OPEN, answers
-from dense_rlhf.evaluation.results import Finding
+from dense_rlhf.evaluation.results import DRAWN, Finding
 from dense_rlhf.evaluation.rule import CONTRADICTED, NO_DIFFERENCE, SUPPORTED, UNDECIDED, Case, overall
 from dense_rlhf.evaluation.words import EQUAL_KL, LEADS, NEAREST, UPDATES, p_value, plural, signed
 from dense_rlhf.report.record import Outline
@@ -62,7 +62,7 @@ class Study:
         if self.findings:
             return self.findings[0].drawn_once
         trained = any(answer["at"] == UPDATES for _, answer in self.answers())
-        return ["the reward model", "the explainer's samples"] if trained else []
+        return list(DRAWN.values()) if trained else []
 
     def answers(self) -> list[tuple[RunFolder, dict[str, str]]]:
         """What its ablation notebooks answer, each with its run."""
